@@ -1,0 +1,1 @@
+"""What the tests stand on: ranks, tensors, faults, ports and a small SLURM."""
