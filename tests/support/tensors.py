@@ -52,4 +52,4 @@ def assert_close(
 def _bytes(tensor: Tensor) -> Tensor:
     """View as uint8 with one row per element."""
     flat = tensor.detach().cpu().contiguous()
-    return flat.reshape(-1, 1).view(torch.uint8).reshape(*flat.shape, -1)
+    return flat.reshape(-1, 1).view(torch.uint8).reshape(*flat.shape, tensor.element_size())
