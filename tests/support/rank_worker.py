@@ -73,7 +73,7 @@ def serve(connection: Connection, stack_file: Path) -> None:
 
 
 def _load_once() -> None:
-    import deepspeed  # noqa: F401
+    import deepspeed
     import deepspeed.ops
     import torch
     from deepspeed.utils import logger
