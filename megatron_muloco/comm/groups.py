@@ -1,0 +1,144 @@
+"""Process groups of a K-replica job.
+
+Every group is a set of ranks that differ only in some axes of the topology. Groups inside a replica
+go to Megatron as one `ProcessGroupCollection`; two more exist for this package: the *outer group* (the
+K ranks with the same position in their replicas) and the *stage group* (the ranks of one pipeline
+stage of one replica, which share its matrices).
+"""
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_muloco.topology import Coords, Topology
+
+__all__ = ["Groups", "build_groups"]
+
+# Field of ProcessGroupCollection -> axes that vary inside the group. There are no experts, so expert
+# parallelism is one rank wide and the expert fields repeat the dense ones.
+_FIELDS: dict[str, tuple[str, ...]] = {
+    "tp": ("tp",),
+    "cp": ("cp",),
+    "dp": ("dp",),
+    "pp": ("pp",),
+    "mp": ("tp", "pp"),
+    "tp_cp": ("tp", "cp"),
+    "dp_cp": ("cp", "dp"),
+    "intra_dp_cp": ("cp", "dp"),
+    "tp_dp_cp": ("tp", "cp", "dp"),
+    "ep": (),
+    "expt_tp": ("tp",),
+    "tp_ep": ("tp",),
+    "tp_ep_pp": ("tp", "pp"),
+    "expt_dp": ("cp", "dp"),
+    "intra_expt_dp": ("cp", "dp"),
+    # The optimizer's statistics group: the whole replica. None would mean WORLD to Megatron and mix
+    # the gradient norms of all replicas.
+    "intra_dist_opt": ("tp", "cp", "dp", "pp"),
+}
+# Fields that both Megatron versions must find set, though nothing here uses them.
+_UNUSED_FIELDS = ("hcp", "inter_dist_opt")
+# Fields that only newer versions declare (0.17 on); same meaning as the dense ones without rematerialised
+# weight sharding.
+_NEWER_FIELDS = {"dp_cp_ag": ("cp", "dp"), "dp_cp_gtp_remat": ("cp", "dp")}
+
+
+@dataclass(frozen=True)
+class Groups:
+    """This rank's groups.
+
+    Attributes:
+        topology: The whole job.
+        coords: This rank's place in it.
+        pg: Groups inside this replica, for Megatron.
+        outer: The K ranks with this position, in replica order.
+        stage: The tp x cp x dp ranks of this pipeline stage of this replica.
+        replica: All ranks of this replica.
+    """
+
+    topology: Topology
+    coords: Coords
+    pg: ProcessGroupCollection
+    outer: Any
+    stage: Any
+    replica: Any
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this rank is the first of its replica."""
+        return self.replica.rank() == 0
+
+    @property
+    def on_first_stage(self) -> bool:
+        """Whether this rank holds the embedding."""
+        return self.coords.pp == 0
+
+    @property
+    def on_last_stage(self) -> bool:
+        """Whether this rank computes the loss."""
+        return self.coords.pp == self.topology.pipeline - 1
+
+
+class _GroupBuilder:
+    """Creates each distinct group once; axes of size one do not make a new group."""
+
+    def __init__(self, topology: Topology, timeout: timedelta, backend: str | None) -> None:
+        self._topology = topology
+        self._options: dict[str, Any] = {"timeout": timeout, "backend": backend}
+        self._built: dict[tuple[tuple[int, ...], ...], Any] = {}
+
+    def over(self, *axes: str) -> Any:
+        """Return this rank's group of the ranks that differ only in ``axes``."""
+        return self.from_lists(tuple(self._topology.groups(*axes)))
+
+    def from_lists(self, lists: tuple[tuple[int, ...], ...]) -> Any:
+        """Return the group of ``lists`` that holds this rank, or ``None``."""
+        if lists not in self._built:
+            mine = None
+            for ranks in lists:
+                group = torch.distributed.new_group(list(ranks), **self._options)
+                if torch.distributed.get_rank() in ranks:
+                    mine = group
+            self._built[lists] = mine
+        return self._built[lists]
+
+
+def build_groups(
+    topology: Topology, *, timeout: timedelta, backend: str | None = None
+) -> Groups:
+    """Create every process group of the job.
+
+    Collectives: every rank of the job must call it at the same point; groups are created in the same
+    order everywhere.
+
+    Args:
+        topology: Must match the world size.
+        timeout: How long a collective inside these groups may wait (torch's default of 30 minutes for
+            new groups would hide a dead peer).
+        backend: Backend of the groups; the default group's when ``None``.
+    """
+    build = _GroupBuilder(topology, timeout, backend)
+    pg = ProcessGroupCollection()
+    for field, axes in _FIELDS.items():
+        setattr(pg, field, build.over(*axes))
+    for field in _UNUSED_FIELDS:
+        setattr(pg, field, None)
+    declared = getattr(ProcessGroupCollection, "__dataclass_fields__", {})
+    for field, axes in _NEWER_FIELDS.items():
+        if field in declared:
+            setattr(pg, field, build.over(*axes))
+    pipelines = topology.groups("pp")
+    ends = tuple(tuple(sorted({ranks[0], ranks[-1]})) for ranks in pipelines)
+    pg.embd = build.from_lists(ends)
+    pg.pos_embd = build.from_lists(tuple((ranks[0],) for ranks in pipelines))
+    return Groups(
+        topology=topology,
+        coords=topology.coords(torch.distributed.get_rank()),
+        pg=pg,
+        outer=build.over("replica"),
+        stage=build.over("tp", "cp", "dp"),
+        replica=build.over("tp", "cp", "dp", "pp"),
+    )

@@ -1,0 +1,106 @@
+"""Builds one pipeline stage of the model from configuration."""
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_muloco.comm.groups import Groups
+from megatron_muloco.config import RunConfig
+from megatron_muloco.config.derived import padded_vocab_size
+from megatron_muloco.model.initialise import initialise_weights
+from megatron_muloco.model.layer_spec import decoder_block_spec
+
+__all__ = ["build_model", "transformer_config"]
+
+
+def transformer_config(config: RunConfig) -> TransformerConfig:
+    """Translate the configuration for Megatron. Pure: the same input gives the same object.
+
+    Fusions that need Transformer Engine, apex or a compiler stay off; those that apex offers are
+    switched on by `megatron_muloco.runtime.apex` where it is importable.
+    """
+    model, parallel, training = config.model, config.parallel, config.training
+    bf16 = training.precision == "bf16"
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups or model.num_attention_heads,
+        kv_channels=model.kv_channels or model.hidden_size // model.num_attention_heads,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_epsilon,
+        qk_layernorm=model.qk_layernorm,
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=model.init_method_std,
+        perform_initialization=model.init == "megatron",
+        # Megatron's initial values then do not depend on the tensor-parallel size.
+        use_cpu_initialization=True,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        context_parallel_size=1,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        pipeline_dtype=torch.bfloat16 if bf16 else torch.float32,
+        recompute_granularity=_recompute(config),
+        recompute_method="uniform" if _recompute(config) == "full" else None,
+        recompute_num_layers=1 if _recompute(config) == "full" else None,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        cross_entropy_loss_fusion=False,
+        deallocate_pipeline_outputs=True,
+        timers=None,
+    )
+
+
+def _recompute(config: RunConfig) -> str | None:
+    granularity = config.training.recompute_granularity
+    return None if granularity in (None, "none") else granularity
+
+
+def build_model(config: RunConfig, groups: Groups) -> GPTModel:
+    """Return this rank's pipeline stage, initialised, on the training device.
+
+    Collectives: with tied embeddings and more than one stage, Megatron reduces the embedding over the
+    first and the last stage; every rank must call it.
+    """
+    model, topology = config.model, groups.topology
+    megatron_config = transformer_config(config)
+    stage = GPTModel(
+        config=megatron_config,
+        transformer_layer_spec=decoder_block_spec(
+            model.num_layers // topology.pipeline,
+            qk_layernorm=model.qk_layernorm,
+            post_layernorm=model.post_layernorm,
+        ),
+        vocab_size=padded_vocab_size(model),
+        max_sequence_length=model.seq_length,
+        pre_process=groups.on_first_stage,
+        post_process=groups.on_last_stage,
+        parallel_output=True,
+        share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
+        position_embedding_type="rope",
+        rotary_base=model.rotary_base,
+        pg_collection=groups.pg,
+    )
+    if model.init == "muloco":
+        initialise_weights(
+            stage,
+            groups.pg,
+            seed=config.training.seed,
+            std=model.init_method_std,
+            hidden_size=model.hidden_size,
+        )
+    any_device: Any = stage
+    return any_device.cuda(torch.cuda.current_device()) if torch.cuda.is_available() else stage

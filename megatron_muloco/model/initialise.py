@@ -1,0 +1,103 @@
+"""Weight initialisation of the paper, the same for every layout.
+
+Each tensor is drawn whole from a generator seeded by the run's seed and the tensor's name, and every
+rank keeps its slice: the initial model depends neither on tensor nor pipeline nor data parallelism, nor
+on the replica, nor on the order in which modules are built.
+"""
+
+import hashlib
+import math
+import re
+from collections.abc import Callable
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor, nn
+
+from megatron_muloco.model.names import EMBEDDING, OUTPUT, named_parameters
+
+__all__ = ["initialise_weights"]
+
+# facts of the public research configuration (facebookresearch/MuLoCo, commit 475bbf4): truncated normal
+# 0.02 for q, k, v, o-less projections and the gate; 0.02/sqrt(2(layer+1)) for output projection, down and
+# up; embedding N(0, 1); head truncated normal d^-0.5 cut at three standard deviations.
+_HEAD_CUT = 3.0
+# Its truncation of layer weights lies at an absolute 2.0, a hundred standard deviations away.
+_LAYER_CUT = 2.0
+
+
+def initialise_weights(
+    model: nn.Module,
+    pg: ProcessGroupCollection,
+    *,
+    seed: int,
+    std: float,
+    hidden_size: int,
+) -> None:
+    """Overwrite the parameters of one pipeline stage with the paper's initial values.
+
+    Args:
+        model: The bare GPTModel of this stage, before DDP takes over its storage.
+        pg: Groups of this replica; only tensor-parallel rank and size are read.
+        seed: Same on every rank and replica.
+        std: Standard deviation of layer weights (0.02 in the paper's configuration).
+        hidden_size: Width, for the head's scale.
+
+    Source: facebookresearch/MuLoCo at 475bbf4 (see `facts` above for each value).
+    """
+    rank, size = pg.tp.rank(), pg.tp.size()
+    with torch.no_grad():
+        for name, parameter in named_parameters(model):
+            if parameter.dim() < 2:
+                continue  # norms start at one
+            split = getattr(parameter, "tensor_model_parallel", False)
+            dim = parameter.partition_dim if split else None
+            shape = list(parameter.shape)
+            if dim is not None:
+                shape[dim] *= size
+            generator = torch.Generator().manual_seed(_seed_of(name, seed))
+            whole = _draw(name, shape, std=std, hidden_size=hidden_size, generator=generator)
+            parameter.copy_(_local(name, whole, dim, rank, size))
+
+
+def _seed_of(name: str, seed: int) -> int:
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return int.from_bytes(digest[:7], "little")
+
+
+def _draw(
+    name: str, shape: list[int], *, std: float, hidden_size: int, generator: torch.Generator
+) -> Tensor:
+    """Return the whole tensor in the order a single tensor-parallel rank holds it."""
+    whole = torch.empty(shape, dtype=torch.float32)
+
+    def truncated(tensor: Tensor, scale: float, cut: float) -> Tensor:
+        return nn.init.trunc_normal_(tensor, std=scale, a=-cut, b=cut, generator=generator)
+
+    if name == EMBEDDING:
+        return whole.normal_(generator=generator)
+    if name == OUTPUT:
+        scale = hidden_size**-0.5
+        return truncated(whole, scale, _HEAD_CUT * scale)
+    layer = int(re.match(r"decoder\.layers\.(\d+)\.", name).group(1))  # type: ignore[union-attr]
+    deep = std / math.sqrt(2 * (layer + 1))
+    if name.endswith("linear_fc1.weight"):
+        gate, up = whole.chunk(2)
+        truncated(gate, std, _LAYER_CUT)
+        truncated(up, deep, _LAYER_CUT)
+        return whole
+    residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
+    return truncated(whole, deep if residual else std, _LAYER_CUT)
+
+
+def _local(name: str, whole: Tensor, dim: int | None, rank: int, size: int) -> Tensor:
+    """Return the piece of tensor-parallel rank ``rank``.
+
+    The fused gate/up matrix is not cut straight: every rank holds [its gate rows; its up rows].
+    """
+    if dim is None:
+        return whole
+    if name.endswith("linear_fc1.weight"):
+        take: Callable[[Tensor], Tensor] = lambda half: half.chunk(size, dim=0)[rank]  # noqa: E731
+        return torch.cat([take(half) for half in whole.chunk(2)])
+    return whole.chunk(size, dim=dim)[rank]

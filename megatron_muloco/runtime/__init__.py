@@ -1,0 +1,1 @@
+"""What lies under the algorithm: accelerator seam, process start-up, Megatron adapter."""

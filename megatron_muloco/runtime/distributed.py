@@ -1,0 +1,77 @@
+"""Process start-up: DeepSpeed's accelerator and communication layer, without its CPU compile step."""
+
+import os
+import warnings
+from datetime import timedelta
+
+from megatron_muloco.runtime.ranks import RankInfo, discover_ranks
+
+__all__ = ["shutdown", "start_distributed"]
+
+
+def start_distributed(*, timeout: timedelta) -> RankInfo:
+    """Join the job: discover the rank, pick the accelerator, initialise ``deepspeed.comm``.
+
+    Without an accelerator this also installs the CPU seam. Nothing is compiled: DeepSpeed would
+    build a shared-memory operator on its first CPU start (a minute or more, and a crash without a
+    compiler), which only serves inference.
+
+    Collectives: every rank of the job must call it; it meets at MASTER_ADDR:MASTER_PORT.
+
+    Args:
+        timeout: How long a collective of the default group may wait for its peers.
+    """
+    ranks = discover_ranks(os.environ)
+    os.environ.update(ranks.environment())
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        threads = max(1, (os.cpu_count() or 1) // ranks.local_world_size)
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", threads)))
+    # torch 2.13 deprecates names that deepspeed and megatron still call; once per call is noise.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(deepspeed|megatron|torch)\.")
+
+    import deepspeed
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if on_gpu:
+        torch.cuda.set_device(ranks.local_rank)
+    else:
+        from megatron_muloco.runtime.accelerator import enable_cpu_backend
+
+        enable_cpu_backend()
+    if not torch.distributed.is_initialized() and ranks.source == "single":
+        _meet_alone(timeout)
+    deepspeed.init_distributed(
+        dist_backend="nccl" if on_gpu else "gloo",
+        auto_mpi_discovery=False,
+        timeout=timeout,
+        verbose=False,
+    )
+    return ranks
+
+
+def _meet_alone(timeout: timedelta) -> None:
+    """Initialise a one-process group on a port that the operating system picks."""
+    import torch
+
+    store = torch.distributed.TCPStore("127.0.0.1", 0, 1, is_master=True, timeout=timeout)
+    torch.distributed.init_process_group(
+        "nccl" if torch.cuda.is_available() else "gloo",
+        store=store,
+        rank=0,
+        world_size=1,
+        timeout=timeout,
+    )
+
+
+def shutdown() -> None:
+    """Leave the job after a clean end. Every rank calls it; never on the way out of an error."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()

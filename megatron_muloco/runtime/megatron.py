@@ -1,0 +1,228 @@
+"""The adapter to Megatron's data-parallel wrapper and distributed optimizer.
+
+This is the only reader of their private attributes; both supported Megatron versions have the ones used
+here, and `MasterView` checks at start that what it found is a partition.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer_config import OptimizerConfig
+from torch import Tensor
+
+from megatron_muloco.comm.groups import Groups
+from megatron_muloco.errors import RuntimeMismatch
+from megatron_muloco.model.names import describe_parameters
+from megatron_muloco.shards import ParamInfo, Shard
+
+__all__ = [
+    "MasterView",
+    "build_distributed_optimizer",
+    "find_distributed_optimizer",
+    "wrap_data_parallel",
+]
+
+
+def wrap_data_parallel(
+    stage: torch.nn.Module,
+    groups: Groups,
+    *,
+    reduce_in_fp32: bool,
+    overlap_grad_reduce: bool,
+    overlap_param_gather: bool,
+    bucket_size: int | None = None,
+) -> DistributedDataParallel:
+    """Wrap a pipeline stage in Megatron's DDP over the replica's dp x cp ranks and set its hooks.
+
+    Args:
+        stage: The bare GPTModel of this stage.
+        groups: This rank's groups.
+        reduce_in_fp32: Accumulate and reduce gradients in fp32 rather than in their own dtype.
+        overlap_grad_reduce: Reduce buckets while backward runs.
+        overlap_param_gather: Gather parameters while forward runs.
+        bucket_size: Elements of a bucket; Megatron's default when ``None``.
+    """
+    config = stage.config
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=reduce_in_fp32,
+        overlap_grad_reduce=overlap_grad_reduce,
+        overlap_param_gather=overlap_param_gather,
+        use_distributed_optimizer=True,
+        check_for_nan_in_grad=False,  # a non-finite gradient norm skips the step and is counted
+        bucket_size=bucket_size,
+    )
+    ddp = DistributedDataParallel(config, ddp_config, stage, pg_collection=groups.pg)
+    config.finalize_model_grads_func = finalize_model_grads
+    config.no_sync_func = ddp.no_sync if overlap_grad_reduce else None
+    config.grad_scale_func = None
+    return ddp
+
+
+def build_distributed_optimizer(
+    ddp: DistributedDataParallel,
+    groups: Groups,
+    inner: torch.optim.AdamW,
+    *,
+    clip_grad: float,
+    bf16: bool,
+) -> DistributedOptimizer:
+    """Hand ``inner`` to Megatron's distributed optimizer, which shards its masters over dp x cp.
+
+    Args:
+        ddp: The wrapped stage.
+        groups: This rank's groups.
+        inner: An AdamW (Megatron 0.16 accepts nothing else) over the stage's parameters; its parameter
+            groups are replaced by flat fp32 shards.
+        clip_grad: Largest gradient norm of the replica; 0 does not clip.
+        bf16: Whether the model's parameters are bf16.
+    """
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=inner.defaults["lr"],
+        weight_decay=inner.defaults["weight_decay"],
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=True,
+        overlap_param_gather=ddp.ddp_config.overlap_param_gather,
+        clip_grad=clip_grad,
+        log_num_zeros_in_grad=False,
+    )
+    optimizer = DistributedOptimizer(
+        inner,
+        config,
+        None,
+        None,
+        model_chunks=[ddp],
+        per_model_buffers={0: ddp.buffers},
+        data_parallel_group=groups.pg.intra_dp_cp,
+        data_parallel_group_gloo=None,
+        data_parallel_group_idx=groups.pg.mp.rank(),
+        distributed_optimizer_instance_id=0,
+    )
+    # Without this Megatron reduces the gradient norm over WORLD, across replicas.
+    optimizer.grad_stats_parallel_group = groups.pg.intra_dist_opt
+    optimizer.tp_group = groups.pg.tp
+    return optimizer
+
+
+def find_distributed_optimizer(optimizer: Any) -> DistributedOptimizer:
+    """Return the one distributed optimizer that a Megatron optimizer is or contains.
+
+    Raises:
+        RuntimeMismatch: There is none, or more than one that holds parameters.
+    """
+    members: Iterable[Any] = getattr(optimizer, "chained_optimizers", [optimizer])
+    found = [
+        member
+        for member in members
+        if isinstance(member, DistributedOptimizer) and not member.is_stub_optimizer
+    ]
+    others = [member for member in members if not isinstance(member, DistributedOptimizer)]
+    if len(found) != 1 or others:
+        kinds = ", ".join(type(member).__name__ for member in members)
+        raise RuntimeMismatch(
+            f"the outer step needs exactly one DistributedOptimizer, but got [{kinds}]; its fp32 "
+            "masters are what replicas exchange. Build the optimizer with "
+            "use_distributed_optimizer=True and without experts."
+        )
+    return found[0]
+
+
+class MasterView:
+    """The fp32 masters of this rank's shards, by model-wide parameter name.
+
+    Invariant: over the dp x cp ranks the shards of every parameter partition it (checked once), and
+    over all pipeline stages every trainable parameter appears.
+
+    Attributes:
+        shards: This rank's non-empty shards, in the order of the stage's parameters.
+        masters: Name -> flat fp32 tensor. With fp32 models these are views of the parameters.
+        infos: Every trainable parameter of this stage, also those of which this rank holds nothing.
+        optimizer: Megatron's distributed optimizer.
+    """
+
+    def __init__(
+        self, ddp: DistributedDataParallel, optimizer: DistributedOptimizer, groups: Groups
+    ) -> None:
+        self.optimizer = optimizer
+        self._ddp = ddp
+        tensor_group = groups.pg.tp
+        described = describe_parameters(
+            ddp.module, tensor_rank=tensor_group.rank(), tensor_size=tensor_group.size()
+        )
+        self.infos: dict[str, ParamInfo] = {name: info for name, (info, _) in described.items()}
+        by_parameter = dict(_model_and_master(optimizer))
+        self.raw_masters: dict[str, Tensor] = {}
+        shards: list[Shard] = []
+        for name, (info, parameter) in described.items():
+            if parameter in by_parameter:
+                place = optimizer._get_model_param_range_map(parameter)["param"]
+                shards.append(Shard(info, place.start, place.end))
+                self.raw_masters[name] = by_parameter[parameter]
+        self.shards: tuple[Shard, ...] = tuple(shards)
+        self.masters: Mapping[str, Tensor] = {
+            name: master.detach() for name, master in self.raw_masters.items()
+        }
+        self._check_partition(groups)
+
+    def _check_partition(self, groups: Groups) -> None:
+        """Every element of every parameter must have exactly one master in the dp x cp group."""
+        group = groups.pg.intra_dp_cp
+        pieces: list[Any] = [None] * group.size()
+        mine = {shard.name: (shard.start, shard.end) for shard in self.shards}
+        torch.distributed.all_gather_object(pieces, mine, group=group)
+        for name, info in self.infos.items():
+            ranges = sorted(piece[name] for piece in pieces if name in piece)
+            edges = [0, *(end for _, end in ranges)]
+            if [start for start, _ in ranges] != edges[:-1] or edges[-1] != info.numel:
+                raise RuntimeMismatch(
+                    f"the masters of {name} do not cover its {info.numel} elements once: {ranges}. "
+                    "This Megatron version shards its optimizer in a way this package does not know."
+                )
+
+    @torch.no_grad()
+    def publish(self, *, force: bool = False) -> None:
+        """Copy masters to model parameters and bring every rank's parameters up to date.
+
+        Args:
+            force: Gather the parameters now even where the next forward pass would do it.
+
+        Collectives: a parameter all-gather over dp x cp unless it overlaps with the next forward pass;
+        every rank of the replica must call it.
+        """
+        self.optimizer._copy_main_params_to_model_params()
+        if force or not self._ddp.ddp_config.overlap_param_gather:
+            self._ddp.start_param_sync(force_sync=True)
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Keep Megatron's gather-on-forward hooks out of the way, parameters complete on entry."""
+        overlapped = self._ddp.ddp_config.overlap_param_gather
+        if overlapped:
+            self._ddp.disable_forward_pre_hook(param_sync=True)
+        try:
+            yield
+        finally:
+            if overlapped:
+                self._ddp.enable_forward_pre_hook()
+
+
+def _model_and_master(
+    optimizer: DistributedOptimizer,
+) -> Iterator[tuple[torch.nn.Parameter, Tensor]]:
+    """Yield each model parameter of which this rank holds a shard, with the shard's fp32 master."""
+    pairs = (
+        (optimizer.model_float16_groups, optimizer.shard_fp32_from_float16_groups),
+        (optimizer.model_fp32_groups, optimizer.shard_fp32_groups),
+    )
+    for model_groups, master_groups in pairs:
+        for model_group, master_group in zip(model_groups, master_groups, strict=True):
+            yield from zip(model_group, master_group, strict=True)

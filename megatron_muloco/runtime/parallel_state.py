@@ -1,0 +1,82 @@
+"""Mirror of our process groups in Megatron's ``parallel_state`` module.
+
+Groups are passed explicitly everywhere. A few places inside Megatron still read the module's globals
+(the vocabulary-parallel cross entropy of 0.16, checkpoint helpers, scratch buffers); they must see the
+groups of *this replica*. This is the only file that writes those globals.
+"""
+
+import torch
+from megatron.core import parallel_state
+
+from megatron_muloco.comm.groups import Groups
+from megatron_muloco.errors import RuntimeMismatch
+
+__all__ = ["mirror_groups", "unmirror_groups"]
+
+# Global of parallel_state -> field of ProcessGroupCollection. Names that a Megatron version lacks are
+# skipped; the *_GTP_REMAT ones exist from 0.17 on, where the getters prefer them.
+_GROUPS = {
+    "_TENSOR_MODEL_PARALLEL_GROUP": "tp",
+    "_PIPELINE_MODEL_PARALLEL_GROUP": "pp",
+    "_MODEL_PARALLEL_GROUP": "mp",
+    "_EMBEDDING_GROUP": "embd",
+    "_POSITION_EMBEDDING_GROUP": "pos_embd",
+    "_CONTEXT_PARALLEL_GROUP": "cp",
+    "_TENSOR_AND_CONTEXT_PARALLEL_GROUP": "tp_cp",
+    "_DATA_PARALLEL_GROUP": "dp",
+    "_DATA_PARALLEL_GROUP_WITH_GTP_REMAT": "dp",
+    "_DATA_PARALLEL_GROUP_WITH_CP": "dp_cp",
+    "_DATA_PARALLEL_GROUP_WITH_CP_AG": "dp_cp",
+    "_DATA_PARALLEL_GROUP_WITH_CP_WITH_GTP_REMAT": "dp_cp",
+    "_INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP": "intra_dp_cp",
+    "_INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP_WITH_GTP_REMAT": "intra_dp_cp",
+    "_TENSOR_AND_DATA_PARALLEL_GROUP": "tp_dp_cp",
+    "_TENSOR_AND_DATA_PARALLEL_GROUP_WITH_CP": "tp_dp_cp",
+    "_EXPERT_MODEL_PARALLEL_GROUP": "ep",
+    "_EXPERT_TENSOR_PARALLEL_GROUP": "expt_tp",
+    "_EXPERT_TENSOR_AND_MODEL_PARALLEL_GROUP": "tp_ep",
+    "_EXPERT_TENSOR_MODEL_PIPELINE_PARALLEL_GROUP": "tp_ep_pp",
+    "_EXPERT_DATA_PARALLEL_GROUP": "expt_dp",
+    "_INTRA_PARTIAL_EXPERT_DATA_PARALLEL_GROUP": "intra_expt_dp",
+    "_INTRA_DISTRIBUTED_OPTIMIZER_INSTANCE_GROUP": "intra_dist_opt",
+}
+_RANK_LISTS = {
+    "_TENSOR_MODEL_PARALLEL_GLOBAL_RANKS": "tp",
+    "_PIPELINE_GLOBAL_RANKS": "pp",
+    "_MODEL_PARALLEL_GLOBAL_RANKS": "mp",
+    "_CONTEXT_PARALLEL_GLOBAL_RANKS": "cp",
+    "_DATA_PARALLEL_GLOBAL_RANKS": "dp",
+    "_DATA_PARALLEL_GLOBAL_RANKS_WITH_CP": "dp_cp",
+    "_EXPERT_MODEL_PARALLEL_RANKS": "ep",
+    "_EMBEDDING_GLOBAL_RANKS": "embd",
+    "_POSITION_EMBEDDING_GLOBAL_RANKS": "pos_embd",
+}
+
+
+def mirror_groups(groups: Groups) -> None:
+    """Point Megatron's implicit readers at this replica's groups.
+
+    Raises:
+        RuntimeMismatch: ``parallel_state`` already holds groups, which would be those of one model
+            spanning all replicas.
+    """
+    if parallel_state.model_parallel_is_initialized():
+        raise RuntimeMismatch(
+            "megatron.core.parallel_state is already initialised; it would mix the replicas' groups. "
+            "Do not call initialize_model_parallel: initialize_replicas builds all groups."
+        )
+    for name, field in _GROUPS.items():
+        if hasattr(parallel_state, name):
+            setattr(parallel_state, name, getattr(groups.pg, field))
+    for name, field in _RANK_LISTS.items():
+        group = getattr(groups.pg, field)
+        if hasattr(parallel_state, name) and group is not None:
+            setattr(parallel_state, name, torch.distributed.get_process_group_ranks(group))
+    parallel_state._set_global_memory_buffer()
+
+
+def unmirror_groups() -> None:
+    """Forget the mirrored groups, so that another set can be mirrored in this process."""
+    for name in (*_GROUPS, *_RANK_LISTS, "_GLOBAL_MEMORY_BUFFER"):
+        if hasattr(parallel_state, name):
+            setattr(parallel_state, name, None)

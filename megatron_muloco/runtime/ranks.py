@@ -1,0 +1,90 @@
+"""Which rank am I? Launcher environment, then SLURM, then MPI, then a single process.
+
+No torch here: the answer is needed before anything heavy is imported.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megatron_muloco.errors import ConfigError
+
+__all__ = ["RankInfo", "discover_ranks"]
+
+# (source, rank, world size, local rank, local world size), in the order of trust. The deepspeed
+# launcher and torchrun both set the first; a launcher's answer is more specific than the scheduler's.
+_SOURCES = (
+    ("launcher", "RANK", "WORLD_SIZE", "LOCAL_RANK", ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")),
+    ("slurm", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", ("SLURM_NTASKS_PER_NODE",)),
+    (
+        "mpi",
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        ("OMPI_COMM_WORLD_LOCAL_SIZE",),
+    ),
+)
+# A rendezvous port outside the range that Linux hands out for outgoing connections (32768-60999).
+_DEFAULT_PORT = 29500
+
+
+@dataclass(frozen=True, slots=True)
+class RankInfo:
+    """This process's place in the job and where the job meets."""
+
+    source: str
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    master_addr: str
+    master_port: int
+
+    def environment(self) -> dict[str, str]:
+        """Return the variables that torch and DeepSpeed read."""
+        return {
+            "RANK": str(self.rank),
+            "WORLD_SIZE": str(self.world_size),
+            "LOCAL_RANK": str(self.local_rank),
+            "LOCAL_SIZE": str(self.local_world_size),
+            "MASTER_ADDR": self.master_addr,
+            "MASTER_PORT": str(self.master_port),
+        }
+
+
+def discover_ranks(environ: Mapping[str, str]) -> RankInfo:
+    """Return this process's rank from the environment of the launcher, SLURM or MPI.
+
+    Args:
+        environ: Usually ``os.environ``.
+
+    Raises:
+        ConfigError: A source names a rank without a world size, or several ranks have nowhere to
+            meet (``MASTER_ADDR`` is missing).
+    """
+    for source, rank_key, world_key, local_key, local_world_keys in _SOURCES:
+        if rank_key not in environ:
+            continue
+        if source == "slurm" and "SLURM_STEP_ID" not in environ:
+            continue  # inside an allocation, but not started by srun: this is one process
+        if world_key not in environ:
+            raise ConfigError(
+                f"{rank_key} is set but {world_key} is not, so the size of the job is unknown; "
+                "start the program through deepspeed, torchrun, srun or mpirun"
+            )
+        world_size = int(environ[world_key])
+        if world_size > 1 and "MASTER_ADDR" not in environ:
+            raise ConfigError(
+                f"{world_size} ranks were started ({source}) but MASTER_ADDR is not set, so they "
+                "cannot meet; export MASTER_ADDR and MASTER_PORT of the first node"
+            )
+        local_world = next((environ[key] for key in local_world_keys if key in environ), "1")
+        return RankInfo(
+            source=source,
+            rank=int(environ[rank_key]),
+            world_size=world_size,
+            local_rank=int(environ.get(local_key, "0")),
+            local_world_size=int(local_world.split("(")[0]),
+            master_addr=environ.get("MASTER_ADDR", "127.0.0.1"),
+            master_port=int(environ.get("MASTER_PORT", str(_DEFAULT_PORT))),
+        )
+    return RankInfo("single", 0, 1, 0, 1, "127.0.0.1", int(environ.get("MASTER_PORT", "0")))

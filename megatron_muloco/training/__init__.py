@@ -1,0 +1,1 @@
+"""The training program: wiring, loop, evaluation, stopping."""

@@ -1,0 +1,111 @@
+"""One forward and backward pass over a replica's microbatches, through Megatron's schedules."""
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from torch import Tensor
+
+from megatron_muloco.comm.groups import Groups
+from megatron_muloco.data.datasets import document_ids
+from megatron_muloco.model.attention import document_mask
+
+__all__ = ["ForwardBackward"]
+
+Batch = Mapping[str, Tensor]
+
+
+def _mean_loss(losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the mean over the microbatch's tokens, to differentiate and to report.
+
+    Every microbatch has the same number of tokens, so Megatron's mean over microbatches is the mean
+    over tokens.
+    """
+    loss = losses.float().mean()
+    return loss, {"lm loss": loss.detach()}
+
+
+class ForwardBackward:
+    """Runs the microbatches of one step through this rank's pipeline stage.
+
+    Args:
+        model: This stage, wrapped for data parallelism.
+        groups: This rank's groups.
+        micro_batch_size: Sequences of a microbatch.
+        seq_length: Tokens of a sequence.
+        end_of_document: Token that ends a document; attention does not cross it. ``None`` lets
+            attention see the whole sequence.
+    """
+
+    def __init__(
+        self,
+        model: DistributedDataParallel,
+        groups: Groups,
+        *,
+        micro_batch_size: int,
+        seq_length: int,
+        end_of_document: int | None,
+    ) -> None:
+        self._model = model
+        self._groups = groups
+        self._micro_batch_size = micro_batch_size
+        self._seq_length = seq_length
+        self._end_of_document = end_of_document
+        self._schedule = get_forward_backward_func_for(groups)
+
+    def __call__(
+        self, batches: Iterator[Batch], num_microbatches: int, *, forward_only: bool = False
+    ) -> Tensor:
+        """Return the sum of this rank's microbatch losses, fp32 on the training device.
+
+        Zero on all pipeline stages but the last. Unless ``forward_only``, gradients are accumulated
+        and reduced over the replica's data-parallel group by the time it returns.
+
+        Collectives: tensor, pipeline and data parallel ones of this replica; every rank of the replica
+        must call it with the same ``num_microbatches``.
+        """
+        losses = self._schedule(
+            forward_step_func=self._forward_step,
+            data_iterator=batches,
+            model=[self._model],
+            num_microbatches=num_microbatches,
+            seq_length=self._seq_length,
+            micro_batch_size=self._micro_batch_size,
+            forward_only=forward_only,
+        )
+        device = next(self._model.parameters()).device
+        if not losses:
+            return torch.zeros((), device=device)
+        return torch.stack([entry["lm loss"] for entry in losses]).sum()
+
+    def _forward_step(
+        self, batches: Iterator[Batch], model: torch.nn.Module
+    ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]]:
+        """Megatron's forward step: take a microbatch, return the output and the loss function."""
+        batch = next(batches)
+        tokens = batch["tokens"]
+        mask = None
+        if self._end_of_document is not None:
+            mask = document_mask(document_ids(tokens, self._end_of_document))
+        output = model(tokens, batch["position_ids"], mask, labels=batch["labels"])
+        return output, _mean_loss
+
+
+def get_forward_backward_func_for(groups: Groups) -> Callable[..., list[dict[str, Any]]]:
+    """Return Megatron's schedule for this pipeline, bound to this replica's groups."""
+    pipeline = groups.topology.pipeline
+    schedule = get_forward_backward_func(vp_size=None, pp_size=pipeline)
+    if pipeline == 1:
+        return partial(schedule, pg_collection=groups.pg)
+
+    def pipelined(*, model: list[Any], **kwargs: Any) -> list[dict[str, Any]]:
+        communicator = P2PCommunicator(pp_group=groups.pg.pp, config=model[0].config)
+        return schedule(  # type: ignore[no-any-return]
+            model=model, p2p_communicator=communicator, pg_collection=groups.pg, **kwargs
+        )
+
+    return pipelined
