@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# make_venv.sh VENV PYTHON: create or update the virtual environment VENV with the tested versions
+# for PYTHON, and install this repository into it (editable).
+set -euo pipefail
+venv=$1 python=$2
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$root"
+
+minor=$("$python" -c 'import sys; print(sys.version_info.minor if sys.version_info[0] == 3 else 0)')
+if [ "$minor" -lt 11 ]; then
+    echo "$python is Python 3.$minor, but 3.11 or newer is needed (DeepSpeed and Megatron-core)." >&2
+    echo "Name one: make PYTHON=/path/to/python3.11 ..." >&2
+    exit 2
+fi
+pins=requirements/cpu-py311.txt
+[ "$minor" -ge 12 ] && pins=requirements/cpu-py312.txt
+
+echo "installing $pins into $venv (Python 3.$minor)" >&2
+if [ ! -x "$venv/bin/python" ] || ! "$venv/bin/python" -c "import sys; assert sys.version_info.minor == $minor" 2>/dev/null; then
+    "$python" -m venv --clear "$venv"
+fi
+pip=("$venv/bin/python" -m pip --disable-pip-version-check install -qq)
+# setuptools first: DeepSpeed's source package and ours are built with it, without a second,
+# temporary environment for each.
+"${pip[@]}" "$(grep '^setuptools==' "$pins")" wheel
+DS_BUILD_OPS=0 "${pip[@]}" -r "$pins"
+"${pip[@]}" --no-deps --no-build-isolation --editable .
