@@ -1,0 +1,221 @@
+"""Config files as plain values that remember where they were written.
+
+A `Document` holds nested mappings and, for every dotted key, ``file:line``. Reading refuses
+repeated keys, merging follows one rule (mappings merge, everything else is replaced, ``null`` takes a
+key back to its default).
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from megatron_muloco.errors import ConfigError
+
+__all__ = ["Document", "merge", "parse_override", "read_document", "without_nulls"]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 with the floats that people write: PyYAML takes ``1e-4`` for a string."""
+
+
+_FLOAT = re.compile(
+    r"""^[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?
+         |[0-9][0-9_]*[eE][-+]?[0-9]+
+         |\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?
+         |\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$""",
+    re.VERBOSE,
+)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+
+
+@dataclass
+class Document:
+    """Nested values and the place of every key, dotted, as ``file:line``."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    places: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class _Reader:
+    """Turns the nodes of one file into values; collects problems instead of stopping at one."""
+
+    label: str
+    loader: yaml.SafeLoader
+    places: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    open_nodes: list[int] = field(default_factory=list)
+
+    def place(self, node: yaml.Node) -> str:
+        """Return where a node begins."""
+        return f"{self.label}:{node.start_mark.line + 1}"
+
+    def value(self, node: yaml.Node, key: str) -> Any:
+        """Return the node's value, noting the place of everything inside it."""
+        if id(node) in self.open_nodes:
+            self.problems.append(f"{self.place(node)}  {key}: an alias that contains itself")
+            return None
+        self.open_nodes.append(id(node))
+        try:
+            if isinstance(node, yaml.MappingNode):
+                return self.mapping(node, key)
+            if isinstance(node, yaml.SequenceNode):
+                return [self.item(child, f"{key}.{i}") for i, child in enumerate(node.value)]
+            return self.scalar(node, key)
+        finally:
+            self.open_nodes.pop()
+
+    def item(self, node: yaml.Node, key: str) -> Any:
+        """Return one entry of a list."""
+        self.places[key] = self.place(node)
+        return self.value(node, key)
+
+    def mapping(self, node: yaml.MappingNode, prefix: str) -> dict[str, Any]:
+        """Return a mapping, refusing keys that are repeated or are not words."""
+        result: dict[str, Any] = {}
+        first_place: dict[str, str] = {}
+        for key_node, value_node in node.value:
+            name = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
+            if name is None or name == "<<":
+                self.problems.append(
+                    f"{self.place(key_node)}  {prefix or 'config'}: keys are plain words here. "
+                    "To share values between files use extends."
+                )
+                continue
+            dotted = f"{prefix}.{name}" if prefix else name
+            if name in result:
+                self.problems.append(
+                    f"{self.place(key_node)}  {dotted}: repeated; first written at "
+                    f"{first_place[name]}.\n  Only one of two values could count. Delete one."
+                )
+                continue
+            first_place[name] = self.places[dotted] = self.place(key_node)
+            result[name] = self.value(value_node, dotted)
+        return result
+
+    def scalar(self, node: yaml.Node, key: str) -> Any:
+        """Return a number, text, truth value or null."""
+        try:
+            return self.loader.construct_object(node)  # type: ignore[no-untyped-call]
+        except (yaml.YAMLError, ValueError) as error:
+            self.problems.append(f"{self.place(node)}  {key}: {_one_line(error)}")
+            return None
+
+
+def _one_line(error: Exception) -> str:
+    """Return an error's text without line breaks or PyYAML's class prefixes."""
+    text = getattr(error, "problem", None) or str(error)
+    return " ".join(str(text).split())
+
+
+def _read_node(text: str, label: str, prefix: str = "") -> Document:
+    """Parse ``text``; raise one ConfigError with every problem in it."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(
+            f"{label}{line}  not valid YAML: {_one_line(error)}.\n"
+            "  Check indentation, colons and quotes near that line."
+        ) from None
+    reader = _Reader(label, loader)
+    value = {} if node is None else reader.value(node, prefix)
+    loader.dispose()  # type: ignore[no-untyped-call]
+    if reader.problems:
+        raise ConfigError(reader.problems)
+    return Document({"": value}, reader.places)
+
+
+def read_document(path: str) -> Document:
+    """Return the mapping in one YAML file, without following its ``extends``.
+
+    Raises:
+        ConfigError: When the file is missing, unreadable, empty, not a mapping, not YAML, or repeats
+            a key.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be read ({error.strerror}).\n"
+            f"  Paths are taken from the working directory, {os.getcwd()}; a name after extends is "
+            "taken from the file that says it."
+        ) from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not text in UTF-8, so not a config file.") from None
+    document = _read_node(text, path)
+    values = document.values[""]
+    if not values:
+        raise ConfigError(
+            f"{path}: empty. A config needs the sections model, data, training, inner and outer; "
+            "start from one in configs/."
+        )
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"{path}:1  a {type(values).__name__} instead of sections such as model: and training:."
+        )
+    return Document(values, document.places)
+
+
+def parse_override(text: str) -> Document:
+    """Return the one-key document of ``--set a.b=value``; the value is read as YAML."""
+    dotted, equals, value_text = text.partition("=")
+    names = dotted.strip().split(".")
+    if not equals or not all(names):
+        raise ConfigError(
+            f"--set {text}: not of the form section.key=value, for example --set inner.lr=0.01."
+        )
+    key = ".".join(names)
+    label = f"--set {text}"
+    parsed = _read_node(value_text, label, key)
+    value: Any = None if parsed.values[""] == {} and not value_text.strip() else parsed.values[""]
+    for name in reversed(names):
+        value = {name: value}
+    places = {place_key: label for place_key in parsed.places}
+    places |= {".".join(names[: i + 1]): label for i in range(len(names))}
+    return Document(value, places)
+
+
+def merge(base: Document, over: Document) -> Document:
+    """Return ``base`` with ``over`` on top; neither is changed."""
+    places = dict(base.places)
+    for key in _replaced(base.values, over.values, ""):
+        for place_key in [k for k in places if k.startswith(f"{key}.")]:
+            del places[place_key]
+    return Document(_merge_values(base.values, over.values), places | over.places)
+
+
+def _merge_values(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Merge mappings; anything else in ``over`` replaces what was there."""
+    result = dict(base)
+    for name, value in over.items():
+        below = base.get(name)
+        both = isinstance(below, dict) and isinstance(value, dict)
+        result[name] = _merge_values(below, value) if both else value  # type: ignore[arg-type]
+    return result
+
+
+def _replaced(base: dict[str, Any], over: dict[str, Any], prefix: str) -> Iterator[str]:
+    """Yield the dotted keys whose whole value ``over`` replaces."""
+    for name, value in over.items():
+        below = base.get(name)
+        if isinstance(below, dict) and isinstance(value, dict):
+            yield from _replaced(below, value, f"{prefix}{name}.")
+        elif name in base:
+            yield f"{prefix}{name}"
+
+
+def without_nulls(value: Any) -> Any:
+    """Return ``value`` without the keys that are null: those have their defaults."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    return value

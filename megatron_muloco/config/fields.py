@@ -1,0 +1,108 @@
+"""The schema as data: every key with its section, type, default and description.
+
+Error messages and the reference page are made from it.
+"""
+
+import types
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from megatron_muloco.config.schema import RunConfig
+from megatron_muloco.config.section import Section
+
+__all__ = ["Location", "SchemaField", "locate", "schema_fields", "section_types"]
+
+
+@dataclass(frozen=True)
+class SchemaField:
+    """One key of the schema.
+
+    Attributes:
+        key: Dotted name; list entries are written ``[]``.
+        variant: ``section.kind: value`` where only one kind of the section has the key, else "".
+        info: What pydantic knows about it.
+    """
+
+    key: str
+    variant: str
+    info: FieldInfo
+
+
+@dataclass(frozen=True)
+class Location:
+    """What a pydantic error location points at.
+
+    Attributes:
+        key: Dotted name without the union tags that pydantic adds.
+        owner: The section that has, or should have had, the last name.
+        info: The field itself; None for a name that is not in the schema.
+    """
+
+    key: str
+    owner: type[Section]
+    info: FieldInfo | None
+
+
+def section_types(annotation: Any) -> tuple[type[Section], ...]:
+    """Return the section classes inside an annotation; several for a discriminated union."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return (annotation,)
+    origin = get_origin(annotation)
+    if origin in (Annotated, tuple):
+        return section_types(get_args(annotation)[0])
+    if origin in (Union, types.UnionType):
+        return tuple(kind for arg in get_args(annotation) for kind in section_types(arg))
+    return ()
+
+
+def _tag(section: type[Section]) -> str:
+    """Return the value of ``kind`` that selects a section of a union."""
+    annotation = section.model_fields["kind"].annotation
+    if get_origin(annotation) is not Literal:
+        raise TypeError(f"{section.__name__}.kind must be a Literal")
+    return str(get_args(annotation)[0])
+
+
+def schema_fields(
+    sections: Sequence[type[Section]] = (RunConfig,), prefix: str = "", variant: str = ""
+) -> Iterator[SchemaField]:
+    """Yield every key, depth first; keys shared by all kinds of a section come once."""
+    seen: set[str] = set()
+    for section in sections:
+        for name, info in section.model_fields.items():
+            if name in seen:
+                continue
+            owners = [other for other in sections if name in other.model_fields]
+            if len(owners) == len(sections):
+                own_variant = variant
+            else:
+                tags = " or ".join(_tag(owner) for owner in owners)
+                own_variant = f"{prefix}kind: {tags}"
+            seen.add(name)
+            yield SchemaField(f"{prefix}{name}", own_variant, info)
+            inner = section_types(info.annotation)
+            brackets = "[]" if get_origin(info.annotation) is tuple else ""
+            if inner:
+                yield from schema_fields(inner, f"{prefix}{name}{brackets}.", own_variant)
+
+
+def locate(loc: Sequence[str | int]) -> Location:
+    """Return what a pydantic error location means in the words of a config file."""
+    owner: type[Section] = RunConfig
+    names: list[str] = []
+    info: FieldInfo | None = None
+    choices: tuple[type[Section], ...] = (RunConfig,)
+    for item in loc:
+        if isinstance(item, int):
+            names.append(str(item))
+        elif len(choices) > 1:
+            choices = tuple(choice for choice in choices if _tag(choice) == item)
+        else:
+            owner = choices[0] if choices else owner
+            names.append(item)
+            info = owner.model_fields.get(item)
+            choices = section_types(info.annotation) if info else ()
+    return Location(".".join(names), owner, info)

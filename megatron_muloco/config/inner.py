@@ -1,0 +1,101 @@
+"""Schema of the inner optimizer: what every replica runs between outer steps."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from megatron_muloco.config.section import Section
+
+__all__ = ["AdamConfig", "AdamWInner", "InnerConfig", "MuonConfig", "MuonInner", "VectorConfig"]
+
+
+class MuonConfig(Section):
+    """Muon for matrix parameters; the defaults are the MuLoCo paper's."""
+
+    momentum: float = Field(
+        0.9, ge=0, lt=1, description="Heavy-ball momentum: M <- momentum*M + G."
+    )
+    nesterov: bool = Field(False, description="Orthogonalise G + momentum*M instead of M.")
+    num_ns_steps: int = Field(5, ge=1, description="Newton-Schulz steps per update.")
+    coefficient_type: Literal["quintic", "simple", "polar_express"] = Field(
+        "quintic", description="Coefficient triples of the Newton-Schulz steps."
+    )
+    scale_mode: Literal["unit_rms_norm", "spectral", "shape_scaling"] = Field(
+        "unit_rms_norm",
+        description="Factor on the orthogonal update: sqrt(fan_out/fan_in), sqrt(max(fan_out, "
+        "fan_in)), or sqrt(max(1, fan_out/fan_in)).",
+    )
+    eps: float = Field(1e-8, gt=0, description="Added to the Frobenius norm before dividing by it.")
+    compute_dtype: Literal["auto", "bf16", "fp32"] = Field(
+        "auto",
+        description="Dtype of the Newton-Schulz products; auto is bf16 on an accelerator and fp32 "
+        "on a CPU.",
+    )
+    exchange_dtype: Literal["auto", "bf16", "fp32"] = Field(
+        "auto",
+        description="Dtype in which shards travel to the rank that orthogonalises them; auto is "
+        "compute_dtype.",
+    )
+
+
+class AdamConfig(Section):
+    """AdamW constants: for all parameters of kind adamw, for vector parameters of kind muon."""
+
+    beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the first moment.")
+    beta2: float = Field(0.99, ge=0, lt=1, description="Decay of the second moment.")
+    eps: float = Field(1e-8, gt=0, description="Added to the root of the second moment.")
+
+
+class VectorConfig(Section):
+    """Multipliers for vector parameters: embedding, output head, norms."""
+
+    lr_mult: float = Field(1.0, ge=0, description="Factor on the learning rate.")
+    weight_decay_mult: float = Field(1.0, ge=0, description="Factor on the weight decay.")
+
+
+class _Inner(Section):
+    """Keys that every inner optimizer has."""
+
+    lr: float = Field(gt=0, description="Peak learning rate, reached after the warm-up.")
+    min_lr_ratio: float = Field(
+        0.1, ge=0, le=1, description="Learning rate of the last step as a fraction of the peak."
+    )
+    lr_warmup_iters: int = Field(500, ge=0, description="Inner steps of linear warm-up from zero.")
+    lr_decay_style: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="Shape of the learning rate from the warm-up to the last step."
+    )
+    weight_decay: float | None = Field(
+        None,
+        ge=0,
+        description="Decoupled weight decay, multiplied by the learning rate of the step. Give "
+        "exactly one of weight_decay and weight_decay_base.",
+    )
+    weight_decay_base: float | None = Field(
+        None,
+        ge=0,
+        description="Weight decay at a per-replica batch of weight_decay_reference_batch sequences; "
+        "it scales in proportion to the per-replica batch.",
+    )
+    weight_decay_reference_batch: int = Field(
+        512, ge=1, description="Sequences of the batch that weight_decay_base belongs to."
+    )
+    adam: AdamConfig = Field(default_factory=AdamConfig, description="AdamW constants.")
+    vector: VectorConfig = Field(
+        default_factory=VectorConfig, description="Multipliers for vector parameters."
+    )
+
+
+class MuonInner(_Inner):
+    """MuLoCo's inner optimizer: Muon on matrices, AdamW on vector parameters."""
+
+    kind: Literal["muon"] = Field(description="muon or adamw.")
+    muon: MuonConfig = Field(default_factory=MuonConfig, description="Muon constants.")
+
+
+class AdamWInner(_Inner):
+    """DiLoCo's inner optimizer: AdamW on every parameter."""
+
+    kind: Literal["adamw"] = Field(description="muon or adamw.")
+
+
+InnerConfig = Annotated[MuonInner | AdamWInner, Field(discriminator="kind")]

@@ -1,0 +1,115 @@
+"""From YAML files and ``--set`` values to a checked `RunConfig`."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from megatron_muloco.config.checks import find_problems
+from megatron_muloco.config.document import (
+    Document,
+    merge,
+    parse_override,
+    read_document,
+    without_nulls,
+)
+from megatron_muloco.config.fields import locate
+from megatron_muloco.config.problems import Problem, validation_problems
+from megatron_muloco.config.schema import RunConfig
+from megatron_muloco.errors import ConfigError
+
+__all__ = ["load_config", "load_document"]
+
+
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
+    """Return the run that a file describes, with every check that needs no topology done.
+
+    Args:
+        path: YAML file; its ``extends`` names files relative to itself, later ones win.
+        overrides: ``section.key=value`` texts, applied last; values are read as YAML.
+
+    Raises:
+        ConfigError: Carries all problems found, each with file, line, key, value, reason and remedy.
+    """
+    document = load_document(path, overrides)
+    values = without_nulls(document.values)
+    try:
+        config = RunConfig.model_validate(values).with_sources(document.places)
+    except ValidationError as error:
+        problems, only_unknown = validation_problems(error)
+        if only_unknown:
+            problems += _problems_without(values, error)
+        raise ConfigError(_formatted(problems, document, str(path))) from None
+    problems = find_problems(config)
+    if problems:
+        raise ConfigError(_formatted(problems, document, str(path)))
+    return config
+
+
+def load_document(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Document:
+    """Return the merged values before they are checked."""
+    document = _with_parents(os.fspath(path), ())
+    problems: list[str] = []
+    for text in overrides:
+        try:
+            document = merge(document, parse_override(text))
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return document
+
+
+def _with_parents(path: str, including: tuple[str, ...]) -> Document:
+    """Return one file merged over the files it extends; ``including`` is the way here."""
+    identity = os.path.realpath(path)
+    if identity in (os.path.realpath(name) for name in including):
+        chain = " extends ".join([*including, path])
+        raise ConfigError(f"{path}: extends itself ({chain}).\n  Remove one extends.")
+    document = read_document(path)
+    parents = document.values.pop("extends", None) or []
+    names = [parents] if isinstance(parents, str) else parents
+    place = document.places.pop("extends", path)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{place}  extends: expected a file name or a list of file names.")
+    merged = Document()
+    for name in names:
+        parent = os.path.normpath(os.path.join(os.path.dirname(path), name))
+        if not os.path.exists(parent):
+            raise ConfigError(
+                f"{place}  extends: {name} does not exist (looked for {parent}).\n"
+                "  Names after extends are taken from the directory of the file that says it."
+            )
+        merged = merge(merged, _with_parents(parent, (*including, path)))
+    return merge(merged, document)
+
+
+def _problems_without(values: dict[str, Any], error: ValidationError) -> list[Problem]:
+    """Return what else is wrong once the unknown keys are taken out."""
+    for detail in error.errors(include_url=False):
+        _delete(values, locate(detail["loc"]).key)
+    try:
+        config = RunConfig.model_validate(values)
+    except ValidationError:
+        return []
+    return find_problems(config)
+
+
+def _delete(values: Any, key: str) -> None:
+    """Remove the entry at a dotted key."""
+    *parents, last = key.split(".")
+    for name in parents:
+        values = values[int(name)] if isinstance(values, list) else values[name]
+    del values[last]
+
+
+def _formatted(problems: list[Problem], document: Document, path: str) -> list[str]:
+    """Return the messages in the order of the files, each with its place."""
+
+    def where(key: str) -> str:
+        while key not in document.places and "." in key:
+            key = key.rpartition(".")[0]
+        return document.places.get(key, path)
+
+    return [problem.format(where) for problem in problems]

@@ -1,0 +1,1 @@
+"""The model: its layer specification, its construction and its arithmetic."""

@@ -1,0 +1,182 @@
+"""Which rank is what: the rank grid as pure arithmetic, without torch and without a process group.
+
+The world is replica-major: replica r owns the ranks [r*S, (r+1)*S), S = tp*cp*dp*pp, and inside a
+replica tensor-parallel ranks are neighbours::
+
+    rank = (((replica*PP + pp)*DP + dp)*CP + cp)*TP + tp
+
+    2 replicas x tp 2 x pp 1 x dp 2:      replica 0: [0 1] [2 3]     replica 1: [4 5] [6 7]
+                                                      dp 0  dp 1                dp 0  dp 1
+    outer groups (equal positions):       (0,4) (1,5) (2,6) (3,7)
+"""
+
+import math
+from dataclasses import dataclass
+from itertools import product
+from typing import Literal, NamedTuple
+
+from megatron_muloco.errors import TopologyError
+
+__all__ = ["Axis", "Coords", "Topology"]
+
+Axis = Literal["tp", "cp", "dp", "pp", "replica"]
+
+
+class Coords(NamedTuple):
+    """A rank's place on every axis, slowest axis first."""
+
+    replica: int
+    pp: int
+    dp: int
+    cp: int
+    tp: int
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """The sizes of the five axes; their product is the world, and every rank has one place.
+
+    Attributes:
+        num_replicas: K, complete model trainings that meet at the outer step.
+        tensor: Ranks that share each matrix by slicing it.
+        pipeline: Stages the layers are divided into.
+        data: Ranks of one replica that see different samples.
+        context: Ranks that share each sequence.
+    """
+
+    num_replicas: int
+    tensor: int
+    pipeline: int
+    data: int
+    context: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse sizes below one."""
+        for name, size in zip(("replicas", "pp", "dp", "cp", "tp"), self._sizes, strict=True):
+            if size < 1:
+                raise TopologyError(f"{name} is {size}; every axis needs at least one rank")
+
+    @classmethod
+    def from_world(
+        cls,
+        world_size: int,
+        *,
+        num_replicas: int,
+        tensor: int,
+        pipeline: int,
+        context: int = 1,
+    ) -> "Topology":
+        """Return the topology whose data-parallel size fills ``world_size`` ranks.
+
+        Raises:
+            TopologyError: When the fixed axes do not divide the world; names the whole product.
+        """
+        smallest = cls.smallest_world(
+            num_replicas=num_replicas, tensor=tensor, pipeline=pipeline, context=context
+        )
+        data, left_over = divmod(world_size, smallest.world_size)
+        if data < 1 or left_over:
+            context_part = f" x cp {context}" if context > 1 else ""
+            plural = "replicas" if num_replicas > 1 else "replica"
+            needed = (
+                f"{smallest.world_size}·d"
+                if data < 1
+                else f"{smallest.world_size}·d (so {data * smallest.world_size} or "
+                f"{(data + 1) * smallest.world_size})"
+            )
+            raise TopologyError(
+                f"{num_replicas} {plural} x tp {tensor} x pp {pipeline}{context_part} x dp d = "
+                f"{needed} ranks, but the launcher started {world_size}.\n"
+                "  Each rank has one place on this grid, so no other number can work. Start a "
+                f"multiple of {smallest.world_size} ranks, or change parallel.num_replicas, "
+                "parallel.tensor_model_parallel_size or parallel.pipeline_model_parallel_size."
+            )
+        return cls(num_replicas, tensor, pipeline, data, context)
+
+    @classmethod
+    def smallest_world(
+        cls, *, num_replicas: int, tensor: int, pipeline: int, context: int = 1
+    ) -> "Topology":
+        """Return the topology with one data-parallel rank per replica."""
+        return cls(num_replicas, tensor, pipeline, 1, context)
+
+    @property
+    def _sizes(self) -> tuple[int, int, int, int, int]:
+        """Axis sizes in the order of `Coords`."""
+        return (self.num_replicas, self.pipeline, self.data, self.context, self.tensor)
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of all replicas."""
+        return math.prod(self._sizes)
+
+    @property
+    def replica_size(self) -> int:
+        """Ranks of one replica."""
+        return self.world_size // self.num_replicas
+
+    @property
+    def stage_size(self) -> int:
+        """Ranks of one pipeline stage of one replica: those that share its matrices."""
+        return self.tensor * self.context * self.data
+
+    @property
+    def sharding(self) -> int:
+        """Ranks over which the inner optimizer's state of one model slice is divided (dp x cp)."""
+        return self.data * self.context
+
+    def coords(self, rank: int) -> Coords:
+        """Return the place of ``rank``."""
+        if not 0 <= rank < self.world_size:
+            raise TopologyError(f"rank {rank} is not in a world of {self.world_size} ranks: {self}")
+        rest, tp = divmod(rank, self.tensor)
+        rest, cp = divmod(rest, self.context)
+        rest, dp = divmod(rest, self.data)
+        replica, pp = divmod(rest, self.pipeline)
+        return Coords(replica, pp, dp, cp, tp)
+
+    def rank(self, coords: Coords) -> int:
+        """Return the rank at ``coords``."""
+        rank = 0
+        for name, index, size in zip(Coords._fields, coords, self._sizes, strict=True):
+            if not 0 <= index < size:
+                raise TopologyError(f"{name} index {index} is outside [0, {size}): {self}")
+            rank = rank * size + index
+        return rank
+
+    def position(self, rank: int) -> int:
+        """Return the rank's index inside its replica; equal positions hold the same shard."""
+        self.coords(rank)
+        return rank % self.replica_size
+
+    def groups(self, *axes: Axis) -> list[tuple[int, ...]]:
+        """Return the groups of ranks that differ along ``axes`` only; they partition the world.
+
+        ``groups("replica")`` are the outer groups, ``groups("tp", "cp", "dp")`` the stage groups and
+        ``groups("tp", "cp", "dp", "pp")`` the replicas. Ranks ascend in a group, groups by first rank.
+        """
+        free = [name in axes for name in Coords._fields]
+        fixed_ranges = [
+            range(1) if is_free else range(size)
+            for is_free, size in zip(free, self._sizes, strict=True)
+        ]
+        free_ranges = [
+            range(size) if is_free else range(1)
+            for is_free, size in zip(free, self._sizes, strict=True)
+        ]
+        return [
+            tuple(
+                self.rank(Coords(*(a + b for a, b in zip(start, offset, strict=True))))
+                for offset in product(*free_ranges)
+            )
+            for start in product(*fixed_ranges)
+        ]
+
+    def __str__(self) -> str:
+        """Return the whole product: ``16 replicas x tp 4 x pp 2 x dp 8 = 1024 ranks``."""
+        context = f" x cp {self.context}" if self.context > 1 else ""
+        return (
+            f"{self.num_replicas} {'replicas' if self.num_replicas > 1 else 'replica'} x tp "
+            f"{self.tensor} x pp {self.pipeline}{context} x dp {self.data} = {self.world_size} "
+            f"{'ranks' if self.world_size > 1 else 'rank'}"
+        )
