@@ -1,0 +1,337 @@
+"""`MuonAdamW`: Muon for matrices and AdamW for vector parameters, on flat fp32 shards.
+
+It is a `torch.optim.AdamW` because Megatron's DistributedOptimizer accepts no other kind, and it
+lives through three phases::
+
+    MuonAdamW(param_groups)             parameters are the model's
+    DistributedOptimizer(optimizer...)  replaces them by this rank's flat fp32 shards
+    optimizer.bind(shards, table, exchange)   says what each shard is; step() works from here on
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+from typing_extensions import override
+
+from megatron_muloco.errors import CheckpointError, RuntimeMismatch
+from megatron_muloco.optim.binding import BoundShard, bind_shards, check_exchange
+from megatron_muloco.optim.exchange import ShardExchange
+from megatron_muloco.optim.newton_schulz import (
+    NORM_EPSILON,
+    CoefficientType,
+    ScaleMode,
+    newton_schulz,
+    scale_factor,
+)
+from megatron_muloco.optim.parameter_table import ParameterTable
+from megatron_muloco.shards import Shard, coverage
+
+__all__ = ["MuonAdamW", "MuonSettings", "Orthogonalise", "StepReport"]
+
+Orthogonalise = Callable[[Tensor], Tensor]
+"""Maps a batch of matrices ``[b, rows, columns]`` to the fp32 directions of their updates."""
+
+_MATRIX_STATE = ("momentum_buffer",)
+_VECTOR_STATE = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True, slots=True)
+class MuonSettings:
+    """How matrices are updated; the defaults are the MuLoCo paper's.
+
+    Attributes:
+        momentum: Decay mu of the momentum buffer.
+        accumulation: ``heavy_ball``: ``M <- mu M + G`` (the paper). ``ema``:
+            ``M <- mu M + (1 - mu) G`` (Megatron's); the same direction up to rounding without
+            Nesterov, because orthogonalisation removes the scale.
+        nesterov: Orthogonalise one step ahead, ``mu M + G`` (``ema``: ``mu M + (1 - mu) G``),
+            instead of ``M``.
+        num_ns_steps: Newton-Schulz steps.
+        coefficient_type: Newton-Schulz polynomials.
+        scale_mode: Factor on the update by the shape of its matrix.
+        ns_dtype: Dtype of the iteration.
+        eps: Added to the Frobenius norm.
+    """
+
+    momentum: float = 0.9
+    accumulation: Literal["heavy_ball", "ema"] = "heavy_ball"
+    nesterov: bool = False
+    num_ns_steps: int = 5
+    coefficient_type: CoefficientType = "quintic"
+    scale_mode: ScaleMode = "unit_rms_norm"
+    ns_dtype: torch.dtype = torch.bfloat16
+    eps: float = NORM_EPSILON
+
+    def orthogonalise(self, batch: Tensor) -> Tensor:
+        """Return the Newton-Schulz directions of a batch of matrices."""
+        return newton_schulz(
+            batch,
+            steps=self.num_ns_steps,
+            coefficients=self.coefficient_type,
+            dtype=self.ns_dtype,
+            eps=self.eps,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What the last step did on this rank.
+
+    Attributes:
+        newton_schulz_calls: Matrices orthogonalised.
+        bytes_sent: Bytes sent to other ranks by both all-to-alls.
+    """
+
+    newton_schulz_calls: int
+    bytes_sent: int
+
+
+class MuonAdamW(torch.optim.AdamW):
+    """Updates this rank's shards; matrices through a whole-matrix exchange.
+
+    Invariants: after `bind`, every tensor of every param group is one shard of the table, and every
+    step orthogonalises exactly the units that the table gives to this rank. Learning rate and
+    weight decay are read from the param group in every step.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float,
+        *,
+        betas: tuple[float, float] = (0.9, 0.99),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        muon: MuonSettings | None = None,
+        orthogonalise: Orthogonalise | None = None,
+    ) -> None:
+        """Set up the param groups.
+
+        Args:
+            params: Parameters or param groups, as for any torch optimizer.
+            lr: Learning rate of matrices and vector parameters alike.
+            betas: Of AdamW.
+            eps: Of AdamW.
+            weight_decay: Decoupled; multiplied by the learning rate without Muon's scale.
+            muon: How matrices are updated.
+            orthogonalise: Replaces Newton-Schulz, for tests and other orthogonalisers.
+        """
+        self.muon = muon or MuonSettings()
+        self._orthogonalise = orthogonalise or self.muon.orthogonalise
+        self._bound: list[list[BoundShard]] | None = None
+        self._exchange: ShardExchange | None = None
+        self._planned: tuple[str, ...] = ()
+        self.last_step = StepReport(0, 0)
+        super().__init__(
+            params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=True
+        )
+        for group in self.param_groups:
+            group.setdefault("step", 0)
+
+    def bind(
+        self,
+        shards: Iterable[tuple[Tensor, Shard]],
+        table: ParameterTable,
+        exchange: ShardExchange | None,
+    ) -> None:
+        """Say what each tensor of the param groups is; allocate the state.
+
+        Args:
+            shards: Each tensor of the param groups (the object itself) with its shard.
+            table: The stage's parameters.
+            exchange: Moves the table's units; ``None`` only for a table without matrices.
+
+        Raises:
+            RuntimeMismatch: Tensors and shards, or table and exchange, do not fit together.
+        """
+        bound = bind_shards([group["params"] for group in self.param_groups], shards, table)
+        check_exchange(table, exchange, bound)
+        self._bound, self._exchange = bound, exchange
+        self._planned = table.owned_by(exchange.rank) if exchange else ()
+        # Eagerly, so that every rank has the same state names before the first step as after it.
+        for b in chain.from_iterable(bound):
+            keys = _MATRIX_STATE if b.matrix else _VECTOR_STATE
+            self.state[b.tensor] = {key: torch.zeros_like(b.tensor) for key in keys}
+
+    @override
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every shard once.
+
+        Collectives: two all-to-alls over the stage group where the stage has matrices; every rank
+        of it must call, also one without shards.
+
+        Raises:
+            RuntimeMismatch: Not bound yet, a closure, a shard without gradient, or other units
+                orthogonalised than planned.
+        """
+        if closure is not None:
+            raise RuntimeMismatch("MuonAdamW.step takes no closure")
+        groups = self._groups()
+        lost = [b.name for _, bound in groups for b in bound if b.tensor.grad is None]
+        if lost:
+            raise RuntimeMismatch(
+                f"{len(lost)} shards have no gradient, the first is {lost[0]}; stepping would "
+                "leave them behind. Freeze parameters before the optimizer is built."
+            )
+        for group, bound in groups:
+            group["step"] += 1
+            self._step_vectors(group, [b.tensor for b in bound if not b.matrix])
+        if self._exchange is not None:
+            self._step_matrices(groups, self._exchange)
+
+    def _step_vectors(self, group: dict[str, Any], tensors: list[Tensor]) -> None:
+        """Let torch's own AdamW update the vector shards of one group."""
+        if not tensors:
+            return
+        beta1, beta2 = group["betas"]
+        before = torch.full((len(tensors),), float(group["step"] - 1))
+        adamw(
+            tensors,
+            [_gradient(tensor) for tensor in tensors],
+            [self.state[tensor]["exp_avg"] for tensor in tensors],
+            [self.state[tensor]["exp_avg_sq"] for tensor in tensors],
+            [],
+            list(before.unbind()),
+            foreach=True,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+    def _step_matrices(
+        self, groups: Sequence[tuple[dict[str, Any], list[BoundShard]]], exchange: ShardExchange
+    ) -> None:
+        """Momentum, collect, orthogonalise at the owners, return, decay and descend."""
+        sent_before = exchange.bytes_sent
+        directions = {
+            b.name: self._accumulate(b.tensor) for _, bound in groups for b in bound if b.exchanged
+        }
+        matrices = exchange.collect(directions)
+        updates = exchange.return_(self._orthogonalise_owned(exchange, matrices))
+        for group, bound in groups:
+            chosen = [b for b in bound if b.exchanged]
+            if chosen:
+                tensors = [b.tensor for b in chosen]
+                torch._foreach_mul_(tensors, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(tensors, [updates[b.name] for b in chosen], alpha=-group["lr"])
+        self.last_step = StepReport(len(matrices), exchange.bytes_sent - sent_before)
+
+    def _accumulate(self, tensor: Tensor) -> Tensor:
+        """Update the momentum buffer and return what is to be orthogonalised."""
+        mu, gradient = self.muon.momentum, _gradient(tensor)
+        fresh = 1 - mu if self.muon.accumulation == "ema" else 1.0
+        M: Tensor = self.state[tensor]["momentum_buffer"]
+        M.mul_(mu).add_(gradient, alpha=fresh)
+        return (mu * M).add_(gradient, alpha=fresh) if self.muon.nesterov else M
+
+    def _orthogonalise_owned(
+        self, exchange: ShardExchange, matrices: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return the scaled update of every owned unit, computed in batches of one shape."""
+        by_shape: dict[tuple[int, int], list[str]] = {}
+        for unit in exchange.owned:
+            by_shape.setdefault(unit.shape, []).append(unit.name)
+        updates: dict[str, Tensor] = {}
+        for (rows, columns), names in by_shape.items():
+            directions = self._orthogonalise(torch.stack([matrices[name] for name in names]))
+            scaled = directions * scale_factor(self.muon.scale_mode, rows, columns)
+            updates.update(zip(names, scaled, strict=True))
+        missing, surplus = coverage(list(updates), self._planned)
+        if missing or surplus:
+            raise RuntimeMismatch(
+                f"this rank orthogonalised {len(updates)} units, planned were "
+                f"{len(self._planned)}: missing {missing}, not planned {surplus}"
+            )
+        return updates
+
+    def zero_moments(self) -> None:
+        """Forget all moments, and AdamW's step count with them; parameters stay."""
+        for group, bound in self._groups():
+            group["step"] = 0
+            for b in bound:
+                for moment in self.state[b.tensor].values():
+                    moment.zero_()
+
+    @property
+    def step_count(self) -> int:
+        """Steps since the moments were last zero, for AdamW's bias correction."""
+        return int(self.param_groups[0]["step"]) if self.param_groups else 0
+
+    def named_state(self) -> dict[str, dict[str, Tensor]]:
+        """Return state name -> parameter name -> this rank's flat tensor (live, not a copy)."""
+        named: dict[str, dict[str, Tensor]] = {key: {} for key in (*_MATRIX_STATE, *_VECTOR_STATE)}
+        for _, bound in self._groups():
+            for b in bound:
+                for key, moment in self.state[b.tensor].items():
+                    named[key][b.name] = moment
+        return named
+
+    @torch.no_grad()
+    def load_named_state(self, state: Mapping[str, Mapping[str, Tensor]], *, step: int) -> None:
+        """Overwrite the moments by those of a checkpoint.
+
+        Args:
+            state: As `named_state` returns it, with the same names.
+            step: `step_count` when it was saved.
+
+        Raises:
+            CheckpointError: Names or sizes differ from what this rank holds.
+        """
+        own = self.named_state()
+        for key, tensors in own.items():
+            given = state.get(key, {})
+            missing, surplus = coverage(list(given), tensors)
+            resized = [n for n in tensors if n in given and given[n].numel() != tensors[n].numel()]
+            if missing or surplus or resized:
+                raise CheckpointError(
+                    f"inner optimizer state {key} does not fit this rank: missing {missing}, "
+                    f"unknown {surplus}, of another size {resized}"
+                )
+        for key, tensors in own.items():
+            for name, tensor in tensors.items():
+                tensor.copy_(state[key][name].view_as(tensor))
+        for group in self.param_groups:
+            group["step"] = step
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Return the param groups; only for DistributedOptimizer's constructor, before `bind`."""
+        self._refuse_after_bind("state_dict", "named_state")
+        return super().state_dict()
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load param groups; only for DistributedOptimizer's constructor, before `bind`."""
+        self._refuse_after_bind("load_state_dict", "load_named_state")
+        super().load_state_dict(state_dict)
+
+    def _refuse_after_bind(self, method: str, instead: str) -> None:
+        if self._bound is not None:
+            raise RuntimeMismatch(
+                f"MuonAdamW.{method} was called on bound shards. Megatron's optimizer checkpoints "
+                "know only Adam's moments and would lose the momentum of matrices; use "
+                f"{instead}() and the checkpoints of this package."
+            )
+
+    def _groups(self) -> list[tuple[dict[str, Any], list[BoundShard]]]:
+        if self._bound is None:
+            raise RuntimeMismatch(
+                "MuonAdamW is not bound to its shards yet; call bind() after Megatron's "
+                "DistributedOptimizer was constructed."
+            )
+        return list(zip(self.param_groups, self._bound, strict=True))
+
+
+def _gradient(tensor: Tensor) -> Tensor:
+    assert tensor.grad is not None, "step() has checked every gradient"
+    return tensor.grad

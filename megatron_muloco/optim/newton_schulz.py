@@ -1,0 +1,153 @@
+"""Newton-Schulz: push the singular values of a matrix towards one with matrix products only.
+
+For ``M = U S V^T`` every step maps the singular values through the odd polynomial
+``s -> a s + b s^3 + c s^5``, so the result is ``U p(S) V^T`` with p the composition of all steps;
+no decomposition is ever computed. Products are formed on the smaller side (the Gram side).
+
+Shapes: ``...`` batch, m rows (fan_out), n columns (fan_in).
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "NORM_EPSILON",
+    "CoefficientType",
+    "ScaleMode",
+    "coefficient_triples",
+    "newton_schulz",
+    "scale_factor",
+]
+
+Triple = tuple[float, float, float]
+CoefficientType = Literal["quintic", "simple", "polar_express"]
+ScaleMode = Literal["unit_rms_norm", "spectral", "shape_scaling", "match_rms"]
+
+NORM_EPSILON = 1e-8  # added to the Frobenius norm; value of the MuLoCo paper's code
+
+_TRIPLES: Mapping[CoefficientType, tuple[Triple, ...]] = {
+    # Five tuned steps, the MuLoCo paper's choice. Source: F. L. Cesista et al., "Squeezing 1-2 %
+    # efficiency gains out of Muon by optimizing the Newton-Schulz coefficients" (2025).
+    "quintic": (
+        (4.0848, -6.8946, 2.9270),
+        (3.9505, -6.3029, 2.6377),
+        (3.7418, -5.5913, 2.3037),
+        (2.8769, -3.1427, 1.2046),
+        (2.8366, -3.0525, 1.2012),
+    ),
+    # One triple for every step. Source: K. Jordan, "Muon: an optimizer for hidden layers" (2024).
+    "simple": ((3.4445, -4.7750, 2.0315),),
+    # Source: Polar Express, arXiv:2505.16932, Algorithm 1; its safety factor 1.01 is divided in
+    # (a/1.01, b/1.01^3, c/1.01^5 except in the last triple); rounded to four decimals.
+    "polar_express": (
+        (8.2051, -22.9019, 16.4607),
+        (4.0664, -2.8612, 0.5184),
+        (3.9096, -2.8234, 0.5250),
+        (3.2856, -2.4153, 0.4853),
+        (2.2779, -1.6198, 0.3985),
+        (1.8726, -1.2307, 0.3585),
+        (1.8564, -1.2132, 0.3568),
+        (1.8750, -1.2500, 0.3750),
+    ),
+}
+
+
+def coefficient_triples(coefficients: CoefficientType, steps: int) -> tuple[Triple, ...]:
+    """Return the ``(a, b, c)`` of each of ``steps`` steps.
+
+    With more steps than a set has triples, ``quintic`` starts over and the others repeat their
+    last triple, as Emerging-Optimizers does.
+
+    Raises:
+        ValueError: Unknown set, or fewer than one step.
+    """
+    if coefficients not in _TRIPLES:
+        raise ValueError(f"coefficient set {coefficients!r} is not one of {sorted(_TRIPLES)}")
+    if steps < 1:
+        raise ValueError(f"Newton-Schulz needs at least one step, not {steps}")
+    triples = _TRIPLES[coefficients]
+    if coefficients == "quintic":
+        return tuple(triples[i % len(triples)] for i in range(steps))
+    return tuple(triples[min(i, len(triples) - 1)] for i in range(steps))
+
+
+def newton_schulz(
+    M: Tensor,
+    *,
+    steps: int = 5,
+    coefficients: CoefficientType = "quintic",
+    dtype: torch.dtype,
+    eps: float = NORM_EPSILON,
+) -> Tensor:
+    """Return ``U p(S) V^T`` for each matrix ``U S V^T / (|M|_F + eps)`` of a batch.
+
+    A zero matrix gives zero, and no finite input gives NaN. Singular values below about 3e-3 of
+    the Frobenius norm do not reach one in five steps.
+
+    Args:
+        M: ``[..., m, n]``, any float dtype; not modified.
+        steps: Number of polynomial steps.
+        coefficients: Which polynomials.
+        dtype: Dtype of the iteration, ``torch.float32`` or ``torch.bfloat16``.
+        eps: Added to the Frobenius norm.
+
+    Dtypes: the norm is accumulated in float64, so that entries of 1e30 or 1e-30 neither overflow
+    nor vanish, and the division is done in fp32; iterated in ``dtype``; returned in fp32.
+    Source: K. Jordan, "Muon" (2024). Difference: the paper's code casts to bf16 before it divides.
+    """
+    if M.ndim < 2:
+        raise ValueError(f"Newton-Schulz needs matrices, not a tensor of shape {tuple(M.shape)}")
+    norm = torch.linalg.vector_norm(M, dim=(-2, -1), keepdim=True, dtype=torch.float64)
+    X = (M.to(torch.float32) / (norm + eps).to(torch.float32)).to(dtype)
+    tall = M.shape[-2] > M.shape[-1]
+    # A contiguous copy, so that the same matrix gives the same bits whichever way it was stored.
+    X = X.mT.contiguous() if tall else X.contiguous()
+    for a, b, c in coefficient_triples(coefficients, steps):
+        A = X @ X.mT
+        B = b * A + c * (A @ A)
+        X = a * X + B @ X
+    result: Tensor = X.mT if tall else X
+    return result.to(torch.float32).contiguous()
+
+
+def _unit_rms_norm(fan_out: int, fan_in: int) -> float:
+    """Keep the RMS of activations. Source: arXiv:2310.17813 (spectral condition); MuLoCo's code."""
+    return math.sqrt(fan_out / fan_in)
+
+
+def _spectral(fan_out: int, fan_in: int) -> float:
+    """Source: ``spectral`` of Megatron-core; arXiv:2502.16982 without its factor 0.2."""
+    return math.sqrt(max(fan_out, fan_in))
+
+
+def _shape_scaling(fan_out: int, fan_in: int) -> float:
+    """Source: K. Jordan's reference implementation of Muon (2024)."""
+    return math.sqrt(max(1.0, fan_out / fan_in))
+
+
+def _match_rms(fan_out: int, fan_in: int) -> float:
+    """Give updates the RMS of AdamW's. Source: Moonlight, arXiv:2502.16982, section 2.2."""
+    return 0.2 * math.sqrt(max(fan_out, fan_in))
+
+
+_SCALES: Mapping[ScaleMode, Callable[[int, int], float]] = {
+    "unit_rms_norm": _unit_rms_norm,
+    "spectral": _spectral,
+    "shape_scaling": _shape_scaling,
+    "match_rms": _match_rms,
+}
+
+
+def scale_factor(mode: ScaleMode, fan_out: int, fan_in: int) -> float:
+    """Return the factor on the orthogonalised update of a ``[fan_out, fan_in]`` matrix.
+
+    Raises:
+        ValueError: Unknown mode.
+    """
+    if mode not in _SCALES:
+        raise ValueError(f"scale mode {mode!r} is not one of {sorted(_SCALES)}")
+    return _SCALES[mode](fan_out, fan_in)

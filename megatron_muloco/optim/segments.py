@@ -1,0 +1,142 @@
+"""Where the elements of a unit are: contiguous runs between rank shards and whole matrices.
+
+A rank holds a flat range of its tensor-parallel piece of a parameter, cut anywhere. A unit at its
+owner is staged as ``[tensor rank][local row][local column]``, so that a run of whole local rows is
+contiguous on both sides for either partition dimension::
+
+    shard of rank r      ....[a......b).......      flat, offsets from the shard's start
+    unit, staged         [tp 0 ..........][tp 1 ....[a'.....b')...]
+
+No torch here: the planner counts bytes with the same tables that move them.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+from megatron_muloco.errors import RuntimeMismatch
+from megatron_muloco.optim.units import Unit
+
+__all__ = ["Paths", "RankShards", "Segment", "check_coverage", "plan_paths", "unit_segments"]
+
+
+@dataclass(frozen=True, slots=True)
+class RankShards:
+    """What one rank of a stage group holds.
+
+    Attributes:
+        tensor_rank: Its tensor-parallel rank.
+        ranges: Name of each parameter it holds a piece of, and the flat range ``[start, end)`` of
+            the local tensor. Vector parameters may be present; they are ignored.
+    """
+
+    tensor_rank: int
+    ranges: Mapping[str, tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """``length`` elements contiguous in a shard at one offset and in a staged unit at another."""
+
+    unit: Unit
+    shard_offset: int
+    unit_offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Paths:
+    """Where a rank's elements go and where its units come from, in the order of the buffers.
+
+    When collecting, a rank packs ``shard_segments`` into one buffer, the all-to-all cuts it by
+    ``shard_splits``, and what arrives, ``owner_splits`` from each rank, holds ``owner_segments``.
+    Returning is the same backwards.
+
+    Attributes:
+        shard_segments: Pieces of this rank's shards, by owner, then in the order of units.
+        shard_splits: Elements for each owner.
+        owner_segments: Pieces of this rank's units, by holder, then in the order of units.
+        owner_splits: Elements from each holder.
+    """
+
+    shard_segments: tuple[Segment, ...]
+    shard_splits: tuple[int, ...]
+    owner_segments: tuple[Segment, ...]
+    owner_splits: tuple[int, ...]
+
+    def elements_sent(self, rank: int) -> int:
+        """Return how many elements one collect and one return send to ranks other than this."""
+        both = (self.shard_splits, self.owner_splits)
+        return sum(sum(splits) - splits[rank] for splits in both)
+
+
+def unit_segments(unit: Unit, shards: RankShards) -> tuple[Segment, ...]:
+    """Return the runs of ``unit`` that a rank holds, in the order of both sides."""
+    if unit.param not in shards.ranges:
+        return ()
+    start, end = shards.ranges[unit.param]
+    columns = unit.local_columns
+    staged = shards.tensor_rank * unit.local_shape[0] * columns
+    found = []
+    for first, last in unit.local_rows:
+        low, high = max(start, first * columns), min(end, last * columns)
+        if low < high:
+            found.append(Segment(unit, low - start, staged + low - first * columns, high - low))
+        staged += (last - first) * columns
+    return tuple(found)
+
+
+def check_coverage(units: Sequence[Unit], layout: Sequence[RankShards]) -> None:
+    """Raise unless every element of every unit is held by exactly one rank.
+
+    Args:
+        units: All units of the stage.
+        layout: What each rank of the stage group holds, in group order.
+
+    Raises:
+        RuntimeMismatch: Some element has no holder or two of them.
+    """
+    for unit in units:
+        runs = sorted(
+            (segment.unit_offset, segment.length, rank)
+            for rank, shards in enumerate(layout)
+            for segment in unit_segments(unit, shards)
+        )
+        position = 0
+        for offset, length, rank in runs:
+            if offset != position:
+                _refuse(unit, position, offset, rank)
+            position += length
+        if position != unit.numel:
+            _refuse(unit, position, unit.numel, None)
+
+
+def plan_paths(
+    units: Sequence[Unit], owners: Sequence[int], layout: Sequence[RankShards], rank: int
+) -> Paths:
+    """Return the paths of one group rank; ``owners`` in the order of ``units``."""
+    by_owner: list[list[Unit]] = [[] for _ in layout]
+    for unit, owner in zip(units, owners, strict=True):
+        by_owner[owner].append(unit)
+    to_owner = [_segments(owned, layout[rank]) for owned in by_owner]
+    from_holder = [_segments(by_owner[rank], shards) for shards in layout]
+    return Paths(
+        shard_segments=tuple(chain.from_iterable(to_owner)),
+        shard_splits=tuple(sum(s.length for s in segments) for segments in to_owner),
+        owner_segments=tuple(chain.from_iterable(from_holder)),
+        owner_splits=tuple(sum(s.length for s in segments) for segments in from_holder),
+    )
+
+
+def _segments(units: Sequence[Unit], shards: RankShards) -> list[Segment]:
+    return [segment for unit in units for segment in unit_segments(unit, shards)]
+
+
+def _refuse(unit: Unit, position: int, found: int, rank: int | None) -> None:
+    what = "is held twice" if found < position else "is held by no rank"
+    where = "" if rank is None else f" (next piece: group rank {rank})"
+    raise RuntimeMismatch(
+        f"element {min(position, found)} of {unit.numel} of {unit.name} {what} of the stage "
+        f"group{where}. Its update would be wrong on part of the matrix; the shards given do not "
+        "describe this stage."
+    )
