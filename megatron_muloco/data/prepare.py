@@ -1,0 +1,326 @@
+"""Text files to a Megatron indexed dataset, with several processes and in one fixed order.
+
+::
+
+    main process                    workers                       main process
+    cut files into records  --->    decode, parse, tokenize  ---> append in order, publish
+
+Records are handed out in batches and results are taken back in the order they were handed out, so
+the files written do not depend on the number of workers. At most a few batches per worker are in
+flight, which bounds memory for inputs of any size.
+
+Files are written under temporary names. Publishing removes an old ``.idx`` first and puts the new
+one in place last: a dataset that has an ``.idx`` is whole, whatever moment a run was killed at.
+"""
+
+import contextlib
+import functools
+import multiprocessing
+import os
+import threading
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_muloco.data.documents import (
+    BadRecord,
+    Layout,
+    Record,
+    check_inputs,
+    layout_of,
+    raw_records,
+    text_of,
+)
+from megatron_muloco.data.indexed import (
+    Manifest,
+    bin_path,
+    idx_path,
+    manifest_path,
+    write_manifest,
+)
+from megatron_muloco.data.tokenizer import Encoder, load_encoder, tokenizer_digest
+from megatron_muloco.errors import ConfigError
+
+__all__ = ["PrepareOptions", "prepare"]
+
+# Text handed to a worker at once: tens of milliseconds of work, so pipes and pickling do not show.
+_BATCH_BYTES = 256 * 1024
+
+# Batches in flight per worker: one being worked on, one waiting, one being collected.
+_BATCHES_PER_WORKER = 3
+
+
+@dataclass(frozen=True, slots=True)
+class PrepareOptions:
+    """How text becomes tokens.
+
+    Attributes:
+        tokenizer_type: As in the config (``sentencepiece``, ``byte-level`` ...).
+        tokenizer_model: File of the tokenizer, ``None`` for ``byte-level``.
+        layout: ``None`` decides by file name: JSON lines or one document per file.
+        json_key: Field of a JSON record that holds the text.
+        append_eod: End every document with the tokenizer's end-of-document id.
+        workers: Processes that tokenize; 1 does it in this process.
+        on_error: ``fail`` stops at the first bad record, ``skip`` counts and leaves them out.
+        overwrite: Replace an existing dataset.
+        origin: Stored in the manifest as it is.
+    """
+
+    tokenizer_type: str
+    tokenizer_model: str | None = None
+    layout: Layout | None = None
+    json_key: str = "text"
+    append_eod: bool = True
+    workers: int = 2
+    on_error: Literal["fail", "skip"] = "fail"
+    overwrite: bool = False
+    origin: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Batch:
+    """Tokens of some consecutive records; documents end where ``lengths`` say."""
+
+    tokens: npt.NDArray[Any]
+    lengths: list[int]
+    text_bytes: int
+    empty: int
+    bad: list[str]
+
+
+@dataclass(slots=True)
+class _Totals:
+    tokens: int = 0
+    documents: int = 0
+    text_bytes: int = 0
+    empty: int = 0
+    bad: list[str] = field(default_factory=list)
+
+
+def prepare(
+    inputs: Sequence[str],
+    prefix: str,
+    options: PrepareOptions,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    report_bad: Callable[[str], None] | None = None,
+) -> Manifest:
+    """Write ``prefix.bin``, ``prefix.json`` and, last, ``prefix.idx``.
+
+    Args:
+        inputs: Files, in the order their documents shall have.
+        prefix: Path of the dataset without suffix; its directory is created.
+        options: See `PrepareOptions`.
+        progress: Called with (input bytes read, tokens written).
+        report_bad: Called with every bad record that is skipped.
+
+    Raises:
+        ConfigError: Bad input or tokenizer, or a dataset exists already.
+    """
+    check_inputs(list(inputs))
+    if idx_path(prefix).exists() and not options.overwrite:
+        raise ConfigError(
+            f"dataset {prefix} exists already. Use --overwrite to replace it, or another prefix."
+        )
+    encoder = _encoder(options.tokenizer_type, options.tokenizer_model)
+    megatron = _indexed_format()
+    dtype: type[np.integer[Any]] = megatron.DType.optimal_dtype(encoder.vocab_size)
+    Path(prefix).parent.mkdir(parents=True, exist_ok=True)
+    with _partial_files(prefix) as (bin_partial, idx_partial, manifest_partial):
+        builder = megatron.IndexedDatasetBuilder(str(bin_partial), dtype=dtype)
+        totals = _Totals()
+        for position, batch in _tokenized(inputs, options, dtype):
+            _append(builder, batch, totals)
+            for message in batch.bad:
+                if options.on_error == "fail":
+                    raise ConfigError(
+                        f"{message}. Repair it, or leave such records out with --on-error skip."
+                    )
+                if report_bad is not None:
+                    report_bad(message)
+            if progress is not None:
+                progress(position, totals.tokens)
+        if totals.documents == 0:
+            raise ConfigError(
+                f"no text in {len(inputs)} inputs ({totals.empty} empty and {len(totals.bad)} bad "
+                f"records), so no dataset was written."
+            )
+        builder.finalize(str(idx_partial))
+        manifest = _manifest(inputs, options, encoder, dtype, totals)
+        write_manifest(manifest_partial, manifest)
+        _publish(prefix, bin_partial, idx_partial, manifest_partial)
+    return manifest
+
+
+def _tokenized(
+    inputs: Sequence[str], options: PrepareOptions, dtype: type[np.integer[Any]]
+) -> Iterator[tuple[int, _Batch]]:
+    """Yield (input bytes read, batch) in the order of the inputs."""
+    work = partial(_encode, options=options, dtype=dtype)
+    batches = _batches(inputs, options.layout)
+    if options.workers == 1:
+        for position, records in batches:
+            yield position, work(records)
+        return
+    # spawn: this process has Megatron and its threads loaded, which a fork can hang on.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.workers, context, _end_with_parent) as pool:
+        try:
+            yield from _in_order(pool, work, batches, options.workers * _BATCHES_PER_WORKER)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _in_order(
+    pool: Executor,
+    work: Callable[[Sequence[Record]], _Batch],
+    batches: Iterable[tuple[int, list[Record]]],
+    in_flight: int,
+) -> Iterator[tuple[int, _Batch]]:
+    """Run batches in a pool, at most ``in_flight`` at once, and yield results in their order."""
+    waiting: deque[tuple[int, Future[_Batch]]] = deque()
+    for position, records in batches:
+        waiting.append((position, pool.submit(work, records)))
+        if len(waiting) >= in_flight:
+            done, future = waiting.popleft()
+            yield done, future.result()
+    for done, future in waiting:
+        yield done, future.result()
+
+
+def _batches(inputs: Sequence[str], layout: Layout | None) -> Iterator[tuple[int, list[Record]]]:
+    """Yield (bytes of all inputs read so far, records) of about `_BATCH_BYTES` each."""
+    position = before = size = 0
+    batch: list[Record] = []
+    for path in inputs:
+        for record in raw_records(path, layout or layout_of(path)):
+            batch.append(record)
+            size += len(record.data)
+            position = before + record.consumed
+            if size >= _BATCH_BYTES:
+                yield position, batch
+                batch, size = [], 0
+        before += Path(path).stat().st_size
+    if batch:
+        yield before, batch
+
+
+def _encode(
+    records: Sequence[Record], options: PrepareOptions, dtype: type[np.integer[Any]]
+) -> _Batch:
+    """Return the tokens of some records; bad ones are reported, not raised, to keep the order."""
+    encoder = _encoder(options.tokenizer_type, options.tokenizer_model)
+    texts: list[str] = []
+    bad: list[str] = []
+    empty = 0
+    for record in records:
+        try:
+            text = text_of(record, options.json_key)
+        except BadRecord as error:
+            bad.append(str(error))
+            continue
+        if text.strip():
+            texts.append(text)
+        else:
+            empty += 1
+    ending = [encoder.eod] if options.append_eod else []
+    documents = [ids + ending for ids in encoder.encode_batch(texts)]
+    lengths = [len(ids) for ids in documents]
+    flat = np.fromiter(chain.from_iterable(documents), dtype, sum(lengths))
+    return _Batch(flat, lengths, sum(len(text.encode()) for text in texts), empty, bad)
+
+
+# Loaded once in each process that tokenizes.
+_encoder = functools.lru_cache(maxsize=1)(load_encoder)
+
+
+def _end_with_parent() -> None:
+    """Let a worker leave when the main process dies: a killed one cannot tell its workers."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait_for_end() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait_for_end, daemon=True).start()
+
+
+def _append(builder: Any, batch: _Batch, totals: _Totals) -> None:
+    start = 0
+    for length in batch.lengths:
+        builder.add_document(batch.tokens[start : start + length], [length])
+        start += length
+    totals.tokens += start
+    totals.documents += len(batch.lengths)
+    totals.text_bytes += batch.text_bytes
+    totals.empty += batch.empty
+    totals.bad += batch.bad
+
+
+def _manifest(
+    inputs: Sequence[str],
+    options: PrepareOptions,
+    encoder: Encoder,
+    dtype: type[np.integer[Any]],
+    totals: _Totals,
+) -> Manifest:
+    return Manifest(
+        tokens=totals.tokens,
+        documents=totals.documents,
+        text_bytes=totals.text_bytes,
+        skipped=len(totals.bad),
+        empty=totals.empty,
+        append_eod=options.append_eod,
+        eod=encoder.eod,
+        dtype=np.dtype(dtype).name,
+        tokenizer_type=options.tokenizer_type,
+        tokenizer_digest=tokenizer_digest(options.tokenizer_type, options.tokenizer_model),
+        vocab_size=encoder.vocab_size,
+        inputs=[{"path": path, "bytes": Path(path).stat().st_size} for path in inputs],
+        origin=options.origin,
+    )
+
+
+def _indexed_format() -> Any:
+    """Return Megatron's module of the file format."""
+    with warnings.catch_warnings():
+        # About optional GPU packages, which writing files has no use for.
+        warnings.simplefilter("ignore", UserWarning)
+        from megatron.core.datasets import indexed_dataset
+    return indexed_dataset
+
+
+@contextlib.contextmanager
+def _partial_files(prefix: str) -> Iterator[tuple[Path, Path, Path]]:
+    """Give temporary names and remove what is left of them, unless the process is killed.
+
+    The suffix comes last, so that no reader of ``*.idx`` takes them for a dataset.
+    """
+    finals = (bin_path(prefix), idx_path(prefix), manifest_path(prefix))
+    bin_partial, idx_partial, manifest_partial = (Path(f"{path}.partial") for path in finals)
+    try:
+        yield bin_partial, idx_partial, manifest_partial
+    finally:
+        for path in (bin_partial, idx_partial, manifest_partial):
+            path.unlink(missing_ok=True)
+
+
+def _publish(prefix: str, bin_partial: Path, idx_partial: Path, manifest_partial: Path) -> None:
+    for path in (bin_partial, idx_partial):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    idx_path(prefix).unlink(missing_ok=True)  # from here on an old dataset is not complete either
+    bin_partial.replace(bin_path(prefix))
+    manifest_partial.replace(manifest_path(prefix))
+    idx_partial.replace(idx_path(prefix))

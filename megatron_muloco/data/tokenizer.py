@@ -1,0 +1,232 @@
+"""Tokenizers by the name the config uses, in two forms.
+
+`load_encoder` is what preparing text needs: ids, vocabulary size, end-of-document id. For
+sentencepiece and bytes it imports neither torch nor Megatron, because every worker process would
+pay seconds for that. `load_tokenizer` is Megatron's own object, which its datasets ask for; both
+give the same ids. Only the ``from_pretrained`` spelling of Megatron is used: it is the one that
+0.16.1 and 0.19.x share.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_muloco.errors import ConfigError
+
+__all__ = [
+    "TOKENIZER_TYPES",
+    "Encoder",
+    "Tokenizer",
+    "check_tokenizer",
+    "check_vocab_size",
+    "load_encoder",
+    "load_tokenizer",
+    "tokenizer_digest",
+]
+
+TOKENIZER_TYPES = ("sentencepiece", "huggingface", "tiktoken", "byte-level")
+
+# Megatron's ByteLevelTokenizer: bytes are their own ids, 512 ids in all, id 0 (NUL) ends documents.
+_BYTE_LEVEL_VOCAB_SIZE = 512
+_BYTE_LEVEL_EOD = 0
+
+# Files that decide what a Hugging Face tokenizer directory does.
+_HUGGINGFACE_FILES = ("added_tokens.json", "merges.txt", "special_tokens_map.json", "spiece.model",
+                      "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json",
+                      "vocab.txt")  # fmt: skip
+
+
+class Encoder(Protocol):
+    """Text to ids, enough for preparing data."""
+
+    vocab_size: int
+    eod: int
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each text, without any special token."""
+        ...
+
+
+class Tokenizer(Protocol):
+    """The part of Megatron's tokenizer object that this package uses."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids are smaller than this."""
+        ...
+
+    @property
+    def eod(self) -> int:
+        """Id that ends a document."""
+        ...
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return ids without special tokens."""
+        ...
+
+    def detokenize(self, ids: list[int]) -> str:
+        """Return the text of ids."""
+        ...
+
+
+def check_tokenizer(tokenizer_type: str, tokenizer_model: str | None) -> list[str]:
+    """Return what is wrong with the tokenizer's type and path, without loading it."""
+    if tokenizer_type not in TOKENIZER_TYPES:
+        return [
+            f"data.tokenizer_type: {tokenizer_type!r} is not one of {', '.join(TOKENIZER_TYPES)}."
+        ]
+    if tokenizer_type == "byte-level":
+        return []
+    if not tokenizer_model:
+        return [
+            f"data.tokenizer_model is not set, but a {tokenizer_type} tokenizer is read from a file. "
+            f"Set it, or use tokenizer_type: byte-level, which needs none."
+        ]
+    path = Path(tokenizer_model)
+    if tokenizer_type == "huggingface" and not path.exists():
+        # A hub name ("org/name") is for the transformers library to resolve.
+        looks_local = (
+            path.is_absolute() or tokenizer_model.startswith(".") or tokenizer_model.count("/") > 1
+        )
+        return [_missing(tokenizer_model)] if looks_local else []
+    if tokenizer_type == "huggingface":
+        return []
+    return [] if path.is_file() else [_missing(tokenizer_model)]
+
+
+def check_vocab_size(tokenizer_vocab_size: int, model_vocab_size: int) -> list[str]:
+    """Return a problem if the tokenizer has ids that the model has no embedding for."""
+    if tokenizer_vocab_size <= model_vocab_size:
+        return []
+    return [
+        f"model.vocab_size: {model_vocab_size} is smaller than the {tokenizer_vocab_size} ids of the "
+        f"tokenizer, so some tokens would have no embedding. Use vocab_size of at least "
+        f"{tokenizer_vocab_size}, or train a smaller tokenizer with tools/train_tokenizer.py."
+    ]
+
+
+def tokenizer_digest(tokenizer_type: str, tokenizer_model: str | None) -> str:
+    """Return a hash of what decides the ids, to be compared between preparation and training.
+
+    The file for sentencepiece and tiktoken; the tokenizer files of a local Hugging Face directory;
+    the name alone for a hub name and for bytes.
+    """
+    digest = hashlib.sha256(tokenizer_type.encode())
+    if tokenizer_type == "byte-level" or tokenizer_model is None:
+        return digest.hexdigest()
+    path = Path(tokenizer_model)
+    if path.is_file():
+        digest.update(path.read_bytes())
+    elif path.is_dir():
+        for name in _HUGGINGFACE_FILES:
+            if (path / name).is_file():
+                digest.update(name.encode() + b"\0" + (path / name).read_bytes())
+    else:
+        digest.update(tokenizer_model.encode())
+    return digest.hexdigest()
+
+
+def load_encoder(tokenizer_type: str, tokenizer_model: str | None = None) -> Encoder:
+    """Return the encoder of a tokenizer.
+
+    Raises:
+        ConfigError: Unknown type, missing or unreadable file, or a library that is not installed.
+    """
+    if problems := check_tokenizer(tokenizer_type, tokenizer_model):
+        raise ConfigError(problems)
+    if tokenizer_type == "byte-level":
+        return _Bytes()
+    if tokenizer_type == "sentencepiece":
+        assert tokenizer_model is not None
+        return _SentencePiece(tokenizer_model)
+    return _Megatron(load_tokenizer(tokenizer_type, tokenizer_model))
+
+
+def load_tokenizer(
+    tokenizer_type: str,
+    tokenizer_model: str | None = None,
+    *,
+    model_vocab_size: int | None = None,
+) -> Tokenizer:
+    """Return Megatron's tokenizer.
+
+    Args:
+        tokenizer_type: One of `TOKENIZER_TYPES`.
+        tokenizer_model: File, directory or hub name; ``None`` for ``byte-level``.
+        model_vocab_size: When given, a larger vocabulary is refused.
+
+    Raises:
+        ConfigError: As `load_encoder`, or the vocabulary does not fit the model.
+    """
+    if problems := check_tokenizer(tokenizer_type, tokenizer_model):
+        raise ConfigError(problems)
+    from megatron.core.tokenizers import MegatronTokenizer
+
+    path = None if tokenizer_type == "byte-level" else tokenizer_model
+    metadata = {"library": tokenizer_type, "model_type": "gpt"}
+    try:
+        tokenizer: Tokenizer = MegatronTokenizer.from_pretrained(path, metadata_path=metadata)
+    # The libraries behind this raise whatever they like for a file that is not theirs.
+    except Exception as error:
+        raise ConfigError(_unreadable(tokenizer_type, tokenizer_model, error)) from error
+    if model_vocab_size is not None:
+        if problems := check_vocab_size(tokenizer.vocab_size, model_vocab_size):
+            raise ConfigError(problems)
+    return tokenizer
+
+
+class _Bytes:
+    vocab_size = _BYTE_LEVEL_VOCAB_SIZE
+    eod = _BYTE_LEVEL_EOD
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [list(text.encode()) for text in texts]
+
+
+class _SentencePiece:
+    def __init__(self, model: str) -> None:
+        try:
+            import sentencepiece
+        except ImportError as error:
+            raise ConfigError(
+                "tokenizer_type sentencepiece: the sentencepiece package is not installed. "
+                "Run: pip install sentencepiece"
+            ) from error
+        self._processor: Any = sentencepiece.SentencePieceProcessor()
+        try:
+            self._processor.Load(model)
+        except (OSError, RuntimeError) as error:
+            raise ConfigError(_unreadable("sentencepiece", model, error)) from error
+        self.vocab_size: int = self._processor.get_piece_size()
+        # Megatron's fallback too, for a model without a piece named for the purpose.
+        self.eod: int = self._processor.eos_id()
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        ids: list[list[int]] = self._processor.encode(list(texts), out_type=int, num_threads=1)
+        return ids
+
+
+class _Megatron:
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.vocab_size = tokenizer.vocab_size
+        self.eod = tokenizer.eod
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self._tokenizer.tokenize(text) for text in texts]
+
+
+def _missing(model: str) -> str:
+    return (
+        f"data.tokenizer_model: {model} does not exist. "
+        f"Train one with tools/train_tokenizer.py (the demo's comes from tools/demo_corpus.py)."
+    )
+
+
+def _unreadable(kind: str, model: str | None, error: Exception) -> str:
+    reason = str(error).strip().splitlines()
+    return (
+        f"data.tokenizer_model: {model} is not a usable {kind} tokenizer "
+        f"({type(error).__name__}: {reason[0] if reason else 'no reason given'})."
+    )

@@ -1,0 +1,155 @@
+"""Build the demo's data from the docstrings of the installed packages: no download, about 20 s.
+
+Writes, under ``data/demo``: ``tokenizer.model``, and for ``train`` and ``valid`` the documents
+(``.jsonl``) and the indexed dataset (``.bin .idx .json``). A second run does nothing, unless a
+package was updated or a file is missing or damaged.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from megatron_muloco.data.cli import run_tool
+from megatron_muloco.data.corpus import (
+    DEFAULT_PACKAGES,
+    Corpus,
+    Document,
+    collect,
+    package_versions,
+)
+from megatron_muloco.data.indexed import Manifest, check_indexed, read_manifest
+from megatron_muloco.data.prepare import PrepareOptions, prepare
+from megatron_muloco.data.statistics import unigram_cross_entropy
+from megatron_muloco.data.tokenizer import tokenizer_digest
+from megatron_muloco.data.tokenizer_training import train_tokenizer
+from megatron_muloco.errors import ConfigError
+
+# Changed when the same packages would give other files.
+_RECIPE = 1
+
+# Chosen by measuring on this corpus: 3.00 bytes a token with 4,096 ids, 2.65 with 2,048; a bigram
+# model estimated from a million tokens needs 1.55 against 1.63 nats a byte. A power of two needs
+# no padding of the embedding.
+_VOCAB_SIZE = 4096
+
+_HELD_OUT_FRACTION = 0.04
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    parser = argparse.ArgumentParser(description="Build the demo's corpus, tokenizer and datasets.")
+    parser.add_argument("--output-dir", default="data/demo")
+    parser.add_argument("--packages", nargs="+", default=list(DEFAULT_PACKAGES))
+    parser.add_argument("--vocab-size", type=int, default=_VOCAB_SIZE)
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    arguments = parser.parse_args(argv)
+    return run_tool(lambda: _run(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    directory = Path(arguments.output_dir)
+    recipe = {
+        "recipe": _RECIPE,
+        "vocab_size": arguments.vocab_size,
+        "held_out_fraction": _HELD_OUT_FRACTION,
+        "packages": package_versions(arguments.packages),
+    }
+    if not _up_to_date(directory, recipe):
+        _build(directory, recipe, arguments.packages, arguments.workers)
+    _summarise(directory)
+
+
+def _up_to_date(directory: Path, recipe: dict[str, Any]) -> bool:
+    """Return whether every file is whole and was made by this recipe from these packages."""
+    model = directory / "tokenizer.model"
+    if not model.is_file():
+        return False
+    digest = tokenizer_digest("sentencepiece", str(model))
+    for name in ("train", "valid"):
+        prefix = str(directory / name)
+        try:
+            manifest = read_manifest(prefix)
+        except ConfigError:
+            return False
+        if manifest is None or check_indexed(prefix) or manifest.tokenizer_digest != digest:
+            return False
+        if {key: manifest.origin.get(key) for key in recipe} != recipe:
+            return False
+    return True
+
+
+def _build(directory: Path, recipe: dict[str, Any], packages: Sequence[str], workers: int) -> None:
+    with tqdm(desc="reading docstrings", unit="file") as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        corpus = collect(
+            packages, held_out_fraction=_HELD_OUT_FRACTION, workers=workers, progress=show
+        )
+    directory.mkdir(parents=True, exist_ok=True)
+    _write_tokenizer(directory / "tokenizer.model", corpus, recipe["vocab_size"])
+    for name, documents in (("train", corpus.train), ("valid", corpus.held_out)):
+        _write_documents(directory / f"{name}.jsonl", documents)
+        options = PrepareOptions(
+            "sentencepiece", str(directory / "tokenizer.model"), workers=workers, overwrite=True,
+            origin={**recipe, "digest": corpus.digest},
+        )  # fmt: skip
+        with tqdm(desc=f"tokenizing {name}", unit="B", unit_scale=True) as bar:
+            prepare(
+                [str(directory / f"{name}.jsonl")], str(directory / name), options,
+                progress=lambda read, _, bar=bar: bar.update(read - bar.n),
+            )  # fmt: skip
+
+
+def _write_tokenizer(path: Path, corpus: Corpus, vocab_size: int) -> None:
+    texts = tqdm((doc.text for doc in corpus.train), "training tokenizer", len(corpus.train))
+    model = train_tokenizer(texts, vocab_size=vocab_size)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(model)
+    partial.replace(path)
+
+
+def _write_documents(path: Path, documents: Sequence[Document]) -> None:
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        for doc in documents:
+            file.write(json.dumps({"source": doc.source, "text": doc.text}) + "\n")
+    partial.replace(path)
+
+
+def _summarise(directory: Path) -> None:
+    train, valid = _manifest(directory / "train"), _manifest(directory / "valid")
+    origin = train.origin
+    versions = ", ".join(f"{name} {version}" for name, version in origin["packages"].items())
+    baseline = unigram_cross_entropy(
+        [str(directory / "train")], [str(directory / "valid")], train.vocab_size
+    )
+    print(f"corpus      docstrings of {versions}")
+    print(
+        f"            {(train.text_bytes + valid.text_bytes) / 1e6:.1f} MB, digest {origin['digest'][:16]}"
+    )
+    print(
+        f"tokenizer   {directory / 'tokenizer.model'}: {train.vocab_size} ids, "
+        f"{valid.text_bytes / (valid.tokens - valid.documents):.2f} bytes per token"
+    )
+    for name, manifest in (("train", train), ("valid", valid)):
+        print(f"{name:11} {manifest.documents:,} documents, {manifest.tokens:,} tokens")
+    print(f"baseline    unigram cross-entropy of the held-out text: {baseline:.3f} nats per token")
+
+
+def _manifest(prefix: Path) -> Manifest:
+    manifest = read_manifest(str(prefix))
+    assert manifest is not None
+    return manifest
+
+
+if __name__ == "__main__":
+    sys.exit(main())

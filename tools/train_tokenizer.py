@@ -1,0 +1,90 @@
+"""Train a sentencepiece BPE tokenizer: python tools/train_tokenizer.py --input FILES --output M.model."""
+
+import argparse
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+from megatron_muloco.data.cli import run_tool
+from megatron_muloco.data.documents import (
+    BadRecord,
+    Layout,
+    check_inputs,
+    layout_of,
+    raw_records,
+    text_of,
+)
+from megatron_muloco.data.tokenizer import tokenizer_digest
+from megatron_muloco.data.tokenizer_training import train_tokenizer
+from megatron_muloco.errors import ConfigError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    return run_tool(lambda: _run(arguments))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Train a sentencepiece BPE tokenizer on text.")
+    parser.add_argument(
+        "--input", nargs="+", required=True, help="text or JSON lines, plain or .gz"
+    )
+    parser.add_argument(
+        "--output", required=True, help="model file to write, e.g. data/tokenizer.model"
+    )
+    parser.add_argument("--vocab-size", type=int, default=4096, help="ids in all (default 4096)")
+    parser.add_argument(
+        "--format", choices=("auto", "jsonl", "text", "paragraphs"), default="auto",
+        help="auto: by file name; text: a document per file; paragraphs: blank lines separate",
+    )  # fmt: skip
+    parser.add_argument("--json-keys", default="text", help="field with the text (default text)")
+    parser.add_argument(
+        "--sample-fraction", type=float, default=1.0,
+        help="share of the documents to read, chosen by a hash of the text; a few hundred MB of "
+        "text are enough for any vocabulary and have to fit in memory",
+    )  # fmt: skip
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing model")
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    output = Path(arguments.output)
+    if output.exists() and not arguments.overwrite:
+        raise ConfigError(f"{output} exists already. Use --overwrite, or another --output.")
+    if not 0 < arguments.sample_fraction <= 1:
+        raise ConfigError(f"--sample-fraction {arguments.sample_fraction} is not in (0, 1].")
+    check_inputs(arguments.input)
+    model = train_tokenizer(_texts(arguments), vocab_size=arguments.vocab_size)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(output.name + ".partial")
+    partial.write_bytes(model)
+    partial.replace(output)
+    digest = tokenizer_digest("sentencepiece", str(output))
+    print(f"{output}: {arguments.vocab_size} ids, {len(model)} bytes, digest {digest[:16]}")
+
+
+def _texts(arguments: argparse.Namespace) -> Iterator[str]:
+    total = sum(Path(path).stat().st_size for path in arguments.input)
+    before = 0
+    with tqdm(total=total, unit="B", unit_scale=True, desc="reading") as bar:
+        for path in arguments.input:
+            layout: Layout = layout_of(path) if arguments.format == "auto" else arguments.format
+            for record in raw_records(path, layout):
+                try:
+                    text = text_of(record, arguments.json_keys)
+                except BadRecord as error:
+                    raise ConfigError(f"{error}. Repair it or leave the file out.") from error
+                bar.update(before + record.consumed - bar.n)
+                # A checksum decides alike in every run, whatever the order of the files.
+                if zlib.crc32(text.encode()) < arguments.sample_fraction * 2**32:
+                    yield text
+            before += Path(path).stat().st_size
+    print("training ...", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
