@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent
 VERSION = re.search(
     r'^__version__ = "(.+)"$', (ROOT / "megatron_muloco/__init__.py").read_text(), re.MULTILINE
 )
-assert VERSION, "megatron_muloco/__init__.py must hold a line __version__ = \"...\""
+assert VERSION, 'megatron_muloco/__init__.py must hold a line __version__ = "..."'
 
 # apex is deliberately absent: the PyPI project of that name is unrelated to NVIDIA's, which is
 # built from source and used through Megatron when it can be imported.
@@ -32,7 +32,8 @@ setup(
         "numpy>=1.26",
         "tqdm>=4.60",
         "typing_extensions>=4.6",
-        "einops>=0.8",  # imported by megatron-core 0.16.1's HyperCommGrid, which does not declare it
+        # megatron-core 0.16.1 imports it for HyperCommGrid without declaring it
+        "einops>=0.8",
     ],
     extras_require={
         "analysis": ["scipy>=1.11", "matplotlib>=3.8"],

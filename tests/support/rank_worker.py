@@ -27,7 +27,7 @@ from typing import Any
 # these ranks are the CPU path, also on a machine that has one.
 WORKER_ENV = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
-# Rank functions may install handlers for USR1 and TERM, which the product uses; the dump has its own.
+# Rank functions may install handlers for USR1 and TERM, which the product uses.
 STACK_DUMP_SIGNAL = signal.SIGUSR2
 
 _TOUCHED_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
@@ -55,7 +55,7 @@ class Report:
 
 
 def serve(connection: Connection, stack_file: Path) -> None:
-    """Run calls from ``connection`` until it closes; after each, send a `Report`, then ``ready``."""
+    """Run calls until ``connection`` closes; after each, send a `Report`, then ``ready``."""
     os.environ.update(WORKER_ENV)
     stacks = stack_file.open("w")
     faulthandler.enable(stacks)

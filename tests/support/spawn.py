@@ -8,11 +8,11 @@
     def test_all_reduce() -> None:
         assert run_ranks(reduce_my_rank, 4, 10) == [60.0] * 4
 
-Ranks are processes of a pool that lives as long as the test session: started by ``spawn`` when first
-needed, kept warm, replaced when they fail. In each, ``torch.distributed`` and ``deepspeed.comm``
-are initialised on gloo for the length of one call. Functions are found again by module and name, so
-they live in a test module (``tests`` is a package and the repository root is on ``sys.path``);
-``functools.partial`` of such a function works too, a lambda or a nested function does not.
+Ranks are processes of a pool that lives as long as the test session: started by ``spawn`` when
+first needed, kept warm, replaced when they fail. In each, ``torch.distributed`` and
+``deepspeed.comm`` are initialised on gloo for the length of one call. Functions are found again by
+module and name, so they live in a test module (``tests`` is a package and the repository root is on
+``sys.path``); ``functools.partial`` of such a function works too, a lambda does not.
 """
 
 import itertools

@@ -43,7 +43,7 @@ def assert_equal(actual: Tensor, expected: Tensor, message: str = "") -> None:
 def assert_close(
     actual: Tensor, expected: Tensor, *, rtol: float, atol: float, message: str = ""
 ) -> None:
-    """`torch.testing.assert_close` with ``message`` after its own; state where the bounds come from."""
+    """Compare as torch does, with ``message`` (where the bounds come from) after torch's own."""
     torch.testing.assert_close(
         actual, expected, rtol=rtol, atol=atol, msg=lambda text: f"{text}\n{message}"
     )
