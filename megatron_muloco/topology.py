@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Literal, NamedTuple
 
+from typing_extensions import override
+
 from megatron_muloco.errors import TopologyError
 
 __all__ = ["Axis", "Coords", "Topology"]
@@ -152,8 +154,9 @@ class Topology:
     def groups(self, *axes: Axis) -> list[tuple[int, ...]]:
         """Return the groups of ranks that differ along ``axes`` only; they partition the world.
 
-        ``groups("replica")`` are the outer groups, ``groups("tp", "cp", "dp")`` the stage groups and
-        ``groups("tp", "cp", "dp", "pp")`` the replicas. Ranks ascend in a group, groups by first rank.
+        ``groups("replica")`` are the outer groups, ``groups("tp", "cp", "dp")`` the stage groups
+        and ``groups("tp", "cp", "dp", "pp")`` the replicas. Ranks ascend in a group, groups by
+        first rank.
         """
         free = [name in axes for name in Coords._fields]
         fixed_ranges = [
@@ -172,6 +175,7 @@ class Topology:
             for start in product(*fixed_ranges)
         ]
 
+    @override
     def __str__(self) -> str:
         """Return the whole product: ``16 replicas x tp 4 x pp 2 x dp 8 = 1024 ranks``."""
         context = f" x cp {self.context}" if self.context > 1 else ""

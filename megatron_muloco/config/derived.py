@@ -108,8 +108,8 @@ def weight_decay(config: RunConfig) -> float:
 def spacing_of_launches(outer: NesterovOuter | AverageOuter) -> int:
     """Return the fewest inner steps between the launches of two fragments.
 
-    Fragment i of P starts at offset floor(H*(i+1)/P) mod H, so neighbours are floor(H/P) or one more
-    apart.
+    Fragment i of P starts at offset floor(H*(i+1)/P) mod H, so neighbours are floor(H/P) or one
+    more apart.
     """
     return outer.sync_interval // outer.fragments.count
 

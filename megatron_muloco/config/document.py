@@ -1,8 +1,8 @@
 """Config files as plain values that remember where they were written.
 
 A `Document` holds nested mappings and, for every dotted key, ``file:line``. Reading refuses
-repeated keys, merging follows one rule (mappings merge, everything else is replaced, ``null`` takes a
-key back to its default).
+repeated keys. Merging follows one rule: mappings merge, everything else is replaced, and ``null``
+takes a key back to its default.
 """
 
 import os
@@ -100,7 +100,7 @@ class _Reader:
     def scalar(self, node: yaml.Node, key: str) -> Any:
         """Return a number, text, truth value or null."""
         try:
-            return self.loader.construct_object(node)  # type: ignore[no-untyped-call]
+            return self.loader.construct_object(node)
         except (yaml.YAMLError, ValueError) as error:
             self.problems.append(f"{self.place(node)}  {key}: {_one_line(error)}")
             return None
@@ -126,7 +126,7 @@ def _read_node(text: str, label: str, prefix: str = "") -> Document:
         ) from None
     reader = _Reader(label, loader)
     value = {} if node is None else reader.value(node, prefix)
-    loader.dispose()  # type: ignore[no-untyped-call]
+    loader.dispose()
     if reader.problems:
         raise ConfigError(reader.problems)
     return Document({"": value}, reader.places)
@@ -136,8 +136,8 @@ def read_document(path: str) -> Document:
     """Return the mapping in one YAML file, without following its ``extends``.
 
     Raises:
-        ConfigError: When the file is missing, unreadable, empty, not a mapping, not YAML, or repeats
-            a key.
+        ConfigError: When the file is missing, unreadable, empty, not a mapping, not YAML, or
+            repeats a key.
     """
     try:
         with open(path, encoding="utf-8") as file:
@@ -178,7 +178,7 @@ def parse_override(text: str) -> Document:
     value: Any = None if parsed.values[""] == {} and not value_text.strip() else parsed.values[""]
     for name in reversed(names):
         value = {name: value}
-    places = {place_key: label for place_key in parsed.places}
+    places = dict.fromkeys(parsed.places, label)
     places |= {".".join(names[: i + 1]): label for i in range(len(names))}
     return Document(value, places)
 

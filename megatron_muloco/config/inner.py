@@ -73,8 +73,8 @@ class _Inner(Section):
     weight_decay_base: float | None = Field(
         None,
         ge=0,
-        description="Weight decay at a per-replica batch of weight_decay_reference_batch sequences; "
-        "it scales in proportion to the per-replica batch.",
+        description="Weight decay at a per-replica batch of weight_decay_reference_batch "
+        "sequences; it scales in proportion to the per-replica batch.",
     )
     weight_decay_reference_batch: int = Field(
         512, ge=1, description="Sequences of the batch that weight_decay_base belongs to."

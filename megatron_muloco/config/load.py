@@ -30,7 +30,8 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         overrides: ``section.key=value`` texts, applied last; values are read as YAML.
 
     Raises:
-        ConfigError: Carries all problems found, each with file, line, key, value, reason and remedy.
+        ConfigError: Carries all problems found, each with file, line, key, value, reason and
+            remedy.
     """
     document = load_document(path, overrides)
     values = without_nulls(document.values)

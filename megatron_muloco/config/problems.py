@@ -24,13 +24,21 @@ _TYPE_WORDS = {
 }
 
 
+_BOUND_WORDS = {
+    "greater_than": ("gt", "above"),
+    "greater_than_equal": ("ge", "at least"),
+    "less_than": ("lt", "below"),
+    "less_than_equal": ("le", "at most"),
+}
+
+
 @dataclass(frozen=True)
 class Problem:
     """Something to fix.
 
     Attributes:
         key: Dotted config key.
-        text: What is wrong with the value, why, and what to do; later lines are indented on printing.
+        text: What is wrong with the value, why, and what to do; later lines are printed indented.
     """
 
     key: str
@@ -54,14 +62,8 @@ def validation_problems(error: ValidationError) -> tuple[list[Problem], bool]:
 
 def _root_causes(details: list[ErrorDetails]) -> list[ErrorDetails]:
     """Drop "too short" where a list is only short because its entries are wrong."""
-    return [
-        detail
-        for detail in details
-        if detail["type"] != "too_short"
-        or not any(
-            other["loc"][: len(detail["loc"])] == detail["loc"] != other["loc"] for other in details
-        )  # fmt: skip
-    ]
+    parents = {detail["loc"][:length] for detail in details for length in range(len(detail["loc"]))}
+    return [d for d in details if d["type"] != "too_short" or d["loc"] not in parents]
 
 
 def _problem(detail: ErrorDetails, unknown_names: list[str]) -> Problem:
@@ -92,18 +94,16 @@ def _wrong_value(detail: ErrorDetails, location: Location) -> str:
     kind, value, ctx = detail["type"], detail["input"], detail.get("ctx", {})
     shown = _shown(value)
     if kind in ("model_type", "model_attributes_type"):
-        keys = [name for s in section_types(location.info and location.info.annotation)
-                for name in s.model_fields]  # fmt: skip
+        sections = section_types(location.info.annotation) if location.info else ()
+        keys = [name for section in sections for name in section.model_fields]
         return f"{shown} is not a section. It has the keys {', '.join(dict.fromkeys(keys))}."
     if kind == "literal_error":
         choices = get_args(location.info.annotation) if location.info else ()
         return f"{shown} is not one of {', '.join(str(choice) for choice in choices)}."
     if kind in _TYPE_WORDS:
         return f"{shown} is not {_TYPE_WORDS[kind]}."
-    bounds = {"greater_than": ("gt", "above"), "greater_than_equal": ("ge", "at least"),
-              "less_than": ("lt", "below"), "less_than_equal": ("le", "at most")}  # fmt: skip
-    if kind in bounds:
-        name, words = bounds[kind]
+    if kind in _BOUND_WORDS:
+        name, words = _BOUND_WORDS[kind]
         return f"{shown} is out of range: it must be {words} {ctx[name]}."
     if kind in ("too_short", "string_too_short"):
         return f"{shown} is empty."

@@ -10,8 +10,8 @@ __all__ = ["learning_rate"]
 def learning_rate(inner: InnerConfig, train_iters: int, step: int) -> float:
     """Return the learning rate of inner step ``step`` (1-based, counted over all rounds).
 
-    Linear from lr/warmup at step 1 to lr at step ``lr_warmup_iters``, then the chosen decay, down to
-    ``min_lr_ratio * lr`` at step ``train_iters`` and after it.
+    Linear from lr/warmup at step 1 to lr at step ``lr_warmup_iters``, then the chosen decay, down
+    to ``min_lr_ratio * lr`` at step ``train_iters`` and after it.
 
     Source: MuLoCo research code (500 steps of linear warm-up, cosine to 0.1 of the peak over the
     rest); steps are counted from 1, so that the first step already moves.

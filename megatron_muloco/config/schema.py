@@ -43,8 +43,8 @@ class ModelConfig(Section):
     vocab_size: PositiveInt = Field(description="Tokens of the tokenizer, before padding.")
     make_vocab_size_divisible_by: PositiveInt = Field(
         128,
-        description="The vocabulary is padded up to a multiple of this, whatever the tensor-parallel "
-        "size, so that a checkpoint fits every layout.",
+        description="The vocabulary is padded up to a multiple of this, whatever the "
+        "tensor-parallel size, so that a checkpoint fits every layout.",
     )
     rotary_base: float = Field(500_000.0, gt=0, description="Base period of rotary embeddings.")
     norm_epsilon: float = Field(1e-6, gt=0, description="Epsilon of every RMSNorm.")
@@ -231,7 +231,7 @@ class RunConfig(Section):
     _sources: dict[str, str] = PrivateAttr(default_factory=dict)
 
     def where(self, key: str) -> str:
-        """Return ``file:line`` of a dotted key, of its nearest written parent, or an empty string."""
+        """Return ``file:line`` of a dotted key or its nearest written parent, else nothing."""
         while key not in self._sources and "." in key:
             key = key.rpartition(".")[0]
         return self._sources.get(key, "")

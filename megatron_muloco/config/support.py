@@ -1,7 +1,7 @@
 """What the schema can say and the program does not do: refused by name, with the reason.
 
-Two kinds of entry. Keys and values that are not offered at all, which people know from Megatron, get
-a reason instead of "unknown key". Values that the schema has for coming versions are refused by
+Two kinds of entry. Keys and values that are not offered at all, which people know from Megatron,
+get a reason instead of "unknown key". Values that the schema has for coming versions are refused by
 `UNSUPPORTED` rules until the code behind them exists; lifting one is deleting its function.
 """
 

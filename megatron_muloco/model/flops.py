@@ -54,8 +54,8 @@ class ModelFlops:
 def flops_per_token(model: ModelConfig) -> ModelFlops:
     """Return the model FLOPs of one token.
 
-    Causal attention looks at (s + 1) / 2 positions on average; document boundaries, which would make
-    it fewer, are left out, so the number does not depend on the data.
+    Causal attention looks at (s + 1) / 2 positions on average; document boundaries, which would
+    make it fewer, are left out, so the number does not depend on the data.
     """
     positions = (model.seq_length + 1) / 2
     query_width = model.num_attention_heads * model.kv_channels
