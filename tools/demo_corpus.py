@@ -133,9 +133,8 @@ def _summarise(directory: Path) -> None:
         [str(directory / "train")], [str(directory / "valid")], train.vocab_size
     )
     print(f"corpus      docstrings of {versions}")
-    print(
-        f"            {(train.text_bytes + valid.text_bytes) / 1e6:.1f} MB, digest {origin['digest'][:16]}"
-    )
+    megabytes = (train.text_bytes + valid.text_bytes) / 1e6
+    print(f"            {megabytes:.1f} MB, digest {origin['digest'][:16]}")
     print(
         f"tokenizer   {directory / 'tokenizer.model'}: {train.vocab_size} ids, "
         f"{valid.text_bytes / (valid.tokens - valid.documents):.2f} bytes per token"

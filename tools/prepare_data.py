@@ -1,4 +1,4 @@
-"""Text to a Megatron indexed dataset: python tools/prepare_data.py --input FILES --output-prefix P."""
+"""Turn text into a Megatron indexed dataset: ``--input FILES --output-prefix PREFIX``."""
 
 import argparse
 import os

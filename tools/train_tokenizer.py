@@ -1,4 +1,4 @@
-"""Train a sentencepiece BPE tokenizer: python tools/train_tokenizer.py --input FILES --output M.model."""
+"""Train a sentencepiece BPE tokenizer: ``--input FILES --output tokenizer.model``."""
 
 import argparse
 import sys

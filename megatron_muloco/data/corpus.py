@@ -7,8 +7,8 @@ grouped into documents.
 A document is a run of neighbouring definitions of one module (functions, and classes with their
 methods), each headed by its dotted name, as many as it takes to reach 800 characters. A docstring
 alone is too short for a language model to use its context (median 60 tokens); a whole module
-(median 600, up to 50,000) would make the held-out text come from few places. Runs have a few hundred tokens and
-read from beginning to end.
+(up to 20,000 tokens) would make the held-out text come from few places. Runs have a few hundred
+tokens (median 400, mean 580) and read from beginning to end.
 
 The result depends on the installed versions only: packages in the order given, files sorted,
 repeated docstrings kept once, and the split decided by a hash of the text.

@@ -1,10 +1,10 @@
-"""Megatron's indexed datasets as files: names, header, sanity, and the manifest beside them.
+r"""Megatron's indexed datasets as files: names, header, sanity, and the manifest beside them.
 
 Megatron reads ``PREFIX.idx`` and ``PREFIX.bin`` and asserts when they are not what it expects.
 This module looks first, with numpy alone (no torch, no Megatron: start-up checks and ``--dry-run``
 take no time), and says what is wrong. The layout of the index, little endian::
 
-    b"MMIDIDX\\0\\0" | version u64 = 1 | dtype code u8 | sequences S u64 | documents D u64
+    b"MMIDIDX\0\0" | version u64 = 1 | dtype code u8 | sequences S u64 | documents D u64
     | lengths i32[S] | byte offsets i64[S] | document ends i64[D]          (D counts a leading 0)
 
 Source: ``megatron/core/datasets/indexed_dataset.py``, the same in 0.16.1 and 0.19.2.
@@ -105,12 +105,22 @@ def manifest_path(prefix: str) -> Path:
     return Path(f"{prefix}.json")
 
 
-def check_indexed(prefix: str) -> list[str]:
-    """Return why a dataset cannot be read, as sentences that say what to do."""
+def check_indexed(prefix: str, *, min_tokens: int = 1) -> list[str]:
+    """Return why a dataset cannot be used, as sentences that say what to do.
+
+    Args:
+        prefix: Path without suffix.
+        min_tokens: Tokens of the shortest dataset that gives a sample.
+    """
     try:
-        open_indexed(prefix)
+        found = len(open_indexed(prefix).tokens)
     except ConfigError as error:
         return list(error.problems)
+    if found < min_tokens:
+        return [
+            f"dataset {prefix}: its {found} tokens are fewer than the {min_tokens} of one sample. "
+            f"Use more text or a shorter model.seq_length."
+        ]
     return []
 
 

@@ -80,8 +80,8 @@ def check_tokenizer(tokenizer_type: str, tokenizer_model: str | None) -> list[st
         return []
     if not tokenizer_model:
         return [
-            f"data.tokenizer_model is not set, but a {tokenizer_type} tokenizer is read from a file. "
-            f"Set it, or use tokenizer_type: byte-level, which needs none."
+            f"data.tokenizer_model is not set, but a {tokenizer_type} tokenizer is read from a "
+            f"file. Set it, or use tokenizer_type: byte-level, which needs none."
         ]
     path = Path(tokenizer_model)
     if tokenizer_type == "huggingface" and not path.exists():
@@ -100,8 +100,8 @@ def check_vocab_size(tokenizer_vocab_size: int, model_vocab_size: int) -> list[s
     if tokenizer_vocab_size <= model_vocab_size:
         return []
     return [
-        f"model.vocab_size: {model_vocab_size} is smaller than the {tokenizer_vocab_size} ids of the "
-        f"tokenizer, so some tokens would have no embedding. Use vocab_size of at least "
+        f"model.vocab_size: {model_vocab_size} is smaller than the {tokenizer_vocab_size} ids of "
+        f"the tokenizer, so some tokens would have no embedding. Use vocab_size of at least "
         f"{tokenizer_vocab_size}, or train a smaller tokenizer with tools/train_tokenizer.py."
     ]
 
@@ -170,9 +170,10 @@ def load_tokenizer(
     # The libraries behind this raise whatever they like for a file that is not theirs.
     except Exception as error:
         raise ConfigError(_unreadable(tokenizer_type, tokenizer_model, error)) from error
-    if model_vocab_size is not None:
-        if problems := check_vocab_size(tokenizer.vocab_size, model_vocab_size):
-            raise ConfigError(problems)
+    size = tokenizer.vocab_size
+    problems = [] if model_vocab_size is None else check_vocab_size(size, model_vocab_size)
+    if problems:
+        raise ConfigError(problems)
     return tokenizer
 
 

@@ -1,0 +1,101 @@
+"""Microbatches by step number: the sampler's indices looked up in a Megatron dataset.
+
+A `BatchSource` has no position. Step t gives the same tensors whenever it is asked, in any order
+and in any process, so resuming is asking for the next step. Samples come from memory-mapped files
+(a copy of ``seq_length`` tokens each), which needs no loader processes.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_muloco.data.sampler import BatchLayout
+
+__all__ = ["BatchSource", "SampleDataset", "collate", "document_ids"]
+
+# What Megatron's GPTDataset gives for each sample when it makes no attention mask.
+_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
+
+
+class SampleDataset(Protocol):
+    """Random access to samples: Megatron's GPTDataset or BlendedDataset, or a test's list."""
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        ...
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        """Return one sample: tensors of ``seq_length`` elements."""
+        ...
+
+
+class BatchSource:
+    """The samples of one rank, by step and microbatch.
+
+    Args:
+        dataset: Samples in their global order.
+        layout: How a step's samples are dealt out.
+        replica: This rank's replica. Held-out data is read by every replica alike: its layout has
+            one replica, and ``replica`` is 0.
+        dp_rank: This rank's data-parallel rank; ranks that differ only in tensor, pipeline or
+            context position read the same samples.
+        steps: Steps that will be asked for; the dataset must be long enough.
+    """
+
+    def __init__(
+        self,
+        dataset: SampleDataset,
+        layout: BatchLayout,
+        *,
+        replica: int,
+        dp_rank: int,
+        steps: int,
+    ) -> None:
+        needed = steps * layout.global_batch_size
+        if len(dataset) < needed:
+            raise ValueError(f"{steps} steps need {needed} samples; the dataset has {len(dataset)}")
+        self.layout = layout
+        self._dataset = dataset
+        self._replica = replica
+        self._dp_rank = dp_rank
+
+    def microbatch(self, step: int, index: int) -> dict[str, Tensor]:
+        """Return the tensors of one forward pass, on the CPU.
+
+        Args:
+            step: Inner step (or evaluation step), from 1.
+            index: Microbatch within the step.
+
+        Shapes: as `collate`, b = micro-batch size.
+        """
+        places = self.layout.indices(step, self._replica, self._dp_rank, index)
+        return collate([self._dataset[place] for place in places])
+
+
+def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Return the samples stacked: tokens, labels, loss_mask and position_ids.
+
+    Shapes: each [b, s] for b samples of s tokens.
+    Dtypes: int64, except loss_mask, which is fp32.
+    """
+    return {key: torch.stack([sample[key] for sample in samples]) for key in _KEYS}
+
+
+def document_ids(tokens: Tensor, eod: int) -> Tensor:
+    """Return the running number of the document each position belongs to.
+
+    The number of end-of-document ids *before* a position: such an id still belongs to the document
+    that it ends, and the next token starts a new one. Positions may attend to each other when their
+    numbers are equal.
+
+    Args:
+        tokens: Token ids, [b, s].
+        eod: The id that ends documents.
+
+    Returns:
+        int64, [b, s], starting at 0 in each row.
+    """
+    ends = (tokens == eod).long()
+    return ends.cumsum(dim=-1) - ends
