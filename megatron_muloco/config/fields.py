@@ -72,7 +72,8 @@ def schema_fields(
     """Yield every key, depth first; keys shared by all kinds of a section come once."""
     seen: set[str] = set()
     for section in sections:
-        for name, info in section.model_fields.items():
+        kind_first = sorted(section.model_fields.items(), key=lambda item: item[0] != "kind")
+        for name, info in kind_first:
             if name in seen:
                 continue
             owners = [other for other in sections if name in other.model_fields]

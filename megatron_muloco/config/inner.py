@@ -13,20 +13,25 @@ class MuonConfig(Section):
     """Muon for matrix parameters; the defaults are the MuLoCo paper's."""
 
     momentum: float = Field(
-        0.9, ge=0, lt=1, description="Heavy-ball momentum: M <- momentum*M + G."
+        0.9, ge=0, lt=1, description="Decay of the momentum buffer M per inner step."
     )
-    nesterov: bool = Field(False, description="Orthogonalise G + momentum*M instead of M.")
+    accumulation: Literal["heavy_ball", "ema"] = Field(
+        "heavy_ball", description="M <- momentum*M + G, or M <- momentum*M + (1 - momentum)*G."
+    )
+    nesterov: bool = Field(
+        False, description="Orthogonalise one momentum step ahead of M instead of M."
+    )
     num_ns_steps: int = Field(5, ge=1, description="Newton-Schulz steps per update.")
     coefficient_type: Literal["quintic", "simple", "polar_express"] = Field(
         "quintic", description="Coefficient triples of the Newton-Schulz steps."
     )
-    scale_mode: Literal["unit_rms_norm", "spectral", "shape_scaling"] = Field(
+    scale_mode: Literal["unit_rms_norm", "spectral", "shape_scaling", "match_rms"] = Field(
         "unit_rms_norm",
         description="Factor on the orthogonal update: sqrt(fan_out/fan_in), sqrt(max(fan_out, "
-        "fan_in)), or sqrt(max(1, fan_out/fan_in)).",
+        "fan_in)), sqrt(max(1, fan_out/fan_in)), or 0.2*sqrt(max(fan_out, fan_in)).",
     )
     eps: float = Field(1e-8, gt=0, description="Added to the Frobenius norm before dividing by it.")
-    compute_dtype: Literal["auto", "bf16", "fp32"] = Field(
+    ns_dtype: Literal["auto", "bf16", "fp32"] = Field(
         "auto",
         description="Dtype of the Newton-Schulz products; auto is bf16 on an accelerator and fp32 "
         "on a CPU.",
@@ -34,7 +39,7 @@ class MuonConfig(Section):
     exchange_dtype: Literal["auto", "bf16", "fp32"] = Field(
         "auto",
         description="Dtype in which shards travel to the rank that orthogonalises them; auto is "
-        "compute_dtype.",
+        "ns_dtype.",
     )
 
 

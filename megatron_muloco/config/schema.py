@@ -217,16 +217,18 @@ class RunConfig(Section):
 
     model: ModelConfig = Field(description="The decoder.")
     parallel: ParallelConfig = Field(
-        default_factory=ParallelConfig, description="Division of the world."
+        default_factory=ParallelConfig, description="How the ranks of the world are divided."
     )
-    data: DataConfig = Field(description="Tokens.")
+    data: DataConfig = Field(description="Where tokens come from.")
     training: TrainingConfig = Field(description="Batches, length and precision.")
     inner: InnerConfig = Field(description="The optimizer of every replica.")
     outer: OuterConfig = Field(description="How replicas meet.")
     checkpoint: CheckpointConfig = Field(
-        default_factory=CheckpointConfig, description="State on disk."
+        default_factory=CheckpointConfig, description="What is saved, where, and how a run goes on."
     )
-    monitor: MonitorConfig = Field(default_factory=MonitorConfig, description="Reporting.")
+    monitor: MonitorConfig = Field(
+        default_factory=MonitorConfig, description="What a run reports about itself."
+    )
 
     _sources: dict[str, str] = PrivateAttr(default_factory=dict)
 

@@ -1,0 +1,7 @@
+"""What a run will cost, from arithmetic alone: memory, traffic and the plan that shows them."""
+
+from megatron_muloco.planning.memory import MemoryPlan, memory_plan
+from megatron_muloco.planning.report import render_plan
+from megatron_muloco.planning.traffic import TrafficPlan, traffic_plan
+
+__all__ = ["MemoryPlan", "TrafficPlan", "memory_plan", "render_plan", "traffic_plan"]

@@ -1,0 +1,115 @@
+"""Bytes that one rank holds for weights, gradients and optimizer state.
+
+Megatron's distributed optimizer keeps weights and gradients of the rank's slice whole and divides
+masters and moments evenly over data-parallel (x context-parallel) ranks. Anchor and outer momentum
+are divided like the masters. Activations, temporary buffers and the allocator's slack are not
+counted; Megatron pads buffers by at most a few kilobytes per bucket.
+"""
+
+from dataclasses import dataclass
+
+from megatron_muloco.config.inner import MuonInner
+from megatron_muloco.config.outer import NoOuter
+from megatron_muloco.config.schema import RunConfig
+from megatron_muloco.planning.slices import Slice, stage_slices
+from megatron_muloco.topology import Topology
+
+__all__ = ["BYTES", "MemoryPlan", "memory_plan"]
+
+BYTES = {"fp32": 4, "bf16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Bytes per rank, on the pipeline stage that needs most.
+
+    Attributes:
+        stage: That stage.
+        weights: Parameters in the precision of the forward pass.
+        gradients: Gradient buffer in the accumulation dtype.
+        masters: fp32 masters; 0 where fp32 parameters are their own masters.
+        inner_state: Momentum and moments, fp32.
+        anchor: fp32.
+        outer_momentum: fp32; none without momentum.
+        pseudogradient: Buffer of one outer step, in the dtype of the wire.
+        outer_on_host: Whether anchor and outer momentum are in host memory.
+    """
+
+    stage: int
+    weights: int
+    gradients: int
+    masters: int
+    inner_state: int
+    anchor: int
+    outer_momentum: int
+    pseudogradient: int
+    outer_on_host: bool
+
+    @property
+    def outer_state(self) -> int:
+        """Anchor and outer momentum."""
+        return self.anchor + self.outer_momentum
+
+    @property
+    def host(self) -> int:
+        """Bytes in host memory."""
+        return self.outer_state if self.outer_on_host else 0
+
+    @property
+    def device(self) -> int:
+        """Bytes in device memory, activations not included."""
+        kept = 0 if self.outer_on_host else self.outer_state
+        return (
+            self.weights
+            + self.gradients
+            + self.masters
+            + self.inner_state
+            + kept
+            + self.pseudogradient
+        )
+
+
+def memory_plan(config: RunConfig, topology: Topology) -> MemoryPlan:
+    """Return the bytes of the fullest rank; ties go to the first stage."""
+    plans = [_stage_memory(config, topology, part) for part in stage_slices(config.model, topology)]
+    return max(plans, key=lambda plan: plan.device + plan.host)
+
+
+def _stage_memory(config: RunConfig, topology: Topology, part: Slice) -> MemoryPlan:
+    """Return the bytes of tensor-parallel rank 0 of a stage, which holds the norms' anchor too."""
+    training, outer = config.training, config.outer
+    shards = topology.sharding
+    moments = 2 * part.total
+    if isinstance(config.inner, MuonInner):
+        moments -= part.matrices
+    has_outer = not isinstance(outer, NoOuter)
+    synchronised = part.synchronised(tp_rank=0) if has_outer else 0
+    exchanged = topology.num_replicas > 1 and has_outer
+    wire = BYTES["fp32"] if isinstance(outer, NoOuter) else _wire_bytes(config)
+    return MemoryPlan(
+        stage=part.stage,
+        weights=part.total * BYTES[training.precision],
+        gradients=part.total * BYTES[training.accumulate_dtype],
+        masters=0 if training.precision == "fp32" else _share(part.total, shards) * 4,
+        inner_state=_share(moments, shards) * 4,
+        anchor=_share(synchronised, shards) * 4,
+        outer_momentum=(
+            0
+            if isinstance(outer, NoOuter) or outer.momentum == 0
+            else _share(synchronised, shards) * 4
+        ),
+        pseudogradient=_share(synchronised, shards) * wire if exchanged else 0,
+        outer_on_host=not isinstance(outer, NoOuter) and outer.state_device == "cpu",
+    )
+
+
+def _wire_bytes(config: RunConfig) -> int:
+    """Return the bytes per value on the outer wire."""
+    if isinstance(config.outer, NoOuter) or not hasattr(config.outer.compression, "wire_dtype"):
+        return BYTES["fp32"]
+    return BYTES[config.outer.compression.wire_dtype]
+
+
+def _share(elements: int, ranks: int) -> int:
+    """Return the largest even share."""
+    return -(-elements // ranks)

@@ -1,0 +1,201 @@
+"""The plan of a run as text: what ``--dry-run`` and `tools/plan.py` print."""
+
+from collections.abc import Iterator
+
+from megatron_muloco.config.derived import Derived, derive, smallest_topology
+from megatron_muloco.config.outer import AverageOuter, NesterovOuter, NoCompression, NoOuter
+from megatron_muloco.config.schema import RunConfig
+from megatron_muloco.model.flops import flops_per_token
+from megatron_muloco.planning.memory import MemoryPlan, memory_plan
+from megatron_muloco.planning.traffic import TrafficPlan, traffic_plan
+from megatron_muloco.topology import Topology
+
+__all__ = ["human_bytes", "human_count", "render_plan"]
+
+Row = tuple[str, str, str]
+
+_LINKS_GBIT = (10, 100, 400)  # Gbit/s between replicas: thin, common, one InfiniBand port
+
+
+def render_plan(config: RunConfig, topology: Topology | None = None) -> str:
+    """Return the plan of a checked config.
+
+    Args:
+        config: The run.
+        topology: The layout of the world. Without it the smallest world is taken, and said so.
+    """
+    layout = topology or smallest_topology(config)
+    derived = derive(config, layout)
+    sections = {
+        "world": list(_world_rows(config, layout, assumed=topology is None)),
+        "model": list(_model_rows(config, derived)),
+        "run": list(_run_rows(config, layout, derived)),
+        "memory per rank": list(_memory_rows(memory_plan(config, layout), layout)),
+        "sent per rank": list(_traffic_rows(config, traffic_plan(config, layout), layout)),
+    }
+    rows = [row for section in sections.values() for row in section]
+    name_width = max(len(name) for name, _, _ in rows)
+    value_width = max(len(value) for _, value, _ in rows if len(value) <= 24)
+    lines = []
+    for title, section in sections.items():
+        lines.append(title)
+        for name, value, note in section:
+            lines.append(f"  {name:<{name_width}}  {value:>{value_width}}  {note}".rstrip())
+    return "\n".join(lines)
+
+
+def human_count(number: float) -> str:
+    """Return a count with three or four digits and a unit: ``15.23B``."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            scaled = number / size
+            return f"{scaled:.2f}{unit}" if scaled < 100 else f"{scaled:.1f}{unit}"
+    return f"{number:g}"
+
+
+def human_bytes(number: float) -> str:
+    """Return a size in decimal units: ``3.81 GB`` is 3.81e9 bytes."""
+    for size, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if number >= size:
+            return f"{number / size:.2f} {unit}"
+    return f"{number:.0f} B"
+
+
+def _world_rows(config: RunConfig, layout: Topology, *, assumed: bool) -> Iterator[Row]:
+    """Yield the layout."""
+    yield "ranks", f"{layout.world_size:,}", str(layout)
+    if assumed:
+        yield "", "", "the smallest world of this config, as no other is known"
+
+
+def _model_rows(config: RunConfig, derived: Derived) -> Iterator[Row]:
+    """Yield parameters by kind and FLOPs."""
+    model, counts = config.model, derived.parameters
+    inner = "Muon" if config.inner.kind == "muon" else "AdamW"
+    tied = "" if model.untie_embeddings_and_output_weights else ", tied to the output head"
+    shape = (
+        f"width {model.hidden_size}, {model.num_attention_heads} heads of "
+        f"{model.kv_channels}, {model.query_groups} key/value heads, MLP {model.ffn_hidden_size}"
+    )
+    yield "parameters", human_count(counts.total), f"{counts.total:,}"
+    yield "layers", str(model.num_layers), shape
+    yield "attention", human_count(counts.attention), f"matrices, {inner}"
+    yield "MLP", human_count(counts.mlp), f"matrices, {inner}"
+    yield "embedding", human_count(counts.embedding), f"vector parameter, AdamW{tied}"
+    if counts.output:
+        yield "output head", human_count(counts.output), "vector parameter, AdamW"
+    yield "norms", human_count(counts.norms), "vector parameters, AdamW"
+    padding = derived.padded_vocab_size - model.vocab_size
+    note = f"{padding} of them padding" if padding else "no padding"
+    yield "vocabulary", f"{derived.padded_vocab_size:,}", note
+    flops = flops_per_token(model)
+    yield (
+        "FLOPs per token",
+        human_count(flops.total),
+        f"forward and backward, at {model.seq_length:,} tokens per sequence",
+    )
+
+
+def _run_rows(config: RunConfig, layout: Topology, derived: Derived) -> Iterator[Row]:
+    """Yield length, batch, rates and rounds."""
+    training, inner, outer = config.training, config.inner, config.outer
+    yield (
+        "inner steps",
+        f"{derived.train_iters:,}",
+        f"of {training.global_batch_size:,} sequences, {derived.tokens_per_step:,} tokens",
+    )
+    yield "tokens", human_count(derived.train_tokens), f"{derived.train_tokens:,}"
+    yield (
+        "batch per replica",
+        f"{derived.replica_batch_size:,}",
+        f"sequences; {derived.num_microbatches} x {training.micro_batch_size} in turn on each of "
+        f"dp {layout.data}",
+    )
+    yield (
+        "learning rate",
+        f"{inner.lr:g}",
+        f"{inner.kind}, {inner.lr_warmup_iters} steps of warm-up, {inner.lr_decay_style} "
+        f"to x{inner.min_lr_ratio:g}"
+        if inner.lr_decay_style != "constant"
+        else f"{inner.kind}, {inner.lr_warmup_iters} steps of warm-up, then constant",
+    )
+    rule = (
+        f"{inner.weight_decay_base:g} x {derived.replica_batch_size} / "
+        f"{inner.weight_decay_reference_batch} sequences per replica"
+        if inner.weight_decay_base is not None
+        else "as given"
+    )
+    yield "weight decay", f"{derived.weight_decay:g}", rule
+    if isinstance(outer, NoOuter):
+        yield "rounds", "none", "data parallelism, no outer step"
+    else:
+        yield from _round_rows(outer, derived)
+
+
+def _round_rows(outer: NesterovOuter | AverageOuter, derived: Derived) -> Iterator[Row]:
+    """Yield what happens between replicas."""
+    yield "rounds", f"{derived.rounds:,}", f"of {outer.sync_interval} inner steps"
+    yield (
+        "outer optimizer",
+        outer.kind,
+        f"lr {outer.lr:g}, momentum {outer.momentum:g}",
+    )
+    if derived.flushed_steps:
+        yield (
+            "warning",
+            f"{derived.flushed_steps} steps",
+            "follow the last round; the run ends with the plain mean of the replicas",
+        )
+
+
+def _memory_rows(memory: MemoryPlan, layout: Topology) -> Iterator[Row]:
+    """Yield bytes by kind, and their sum."""
+    shared = f"1/{layout.sharding} of the slice" if layout.sharding > 1 else "the whole slice"
+    where = "host memory" if memory.outer_on_host else "fp32"
+    yield "weights", human_bytes(memory.weights), f"pipeline stage {memory.stage} needs most"
+    yield "gradients", human_bytes(memory.gradients), ""
+    note = f"fp32, {shared}" if memory.masters else "fp32 weights are their own masters"
+    yield "masters", human_bytes(memory.masters), note
+    yield "inner state", human_bytes(memory.inner_state), f"fp32, {shared}"
+    if memory.anchor:
+        yield (
+            "outer state",
+            human_bytes(memory.outer_state),
+            f"anchor and momentum, {where}, {shared}",
+        )
+    if memory.pseudogradient:
+        yield "pseudogradient", human_bytes(memory.pseudogradient), "while replicas exchange"
+    yield "sum", human_bytes(memory.device), "activations and temporary buffers not counted"
+
+
+def _traffic_rows(config: RunConfig, traffic: TrafficPlan, layout: Topology) -> Iterator[Row]:
+    """Yield bytes per step and per round."""
+    parts = {
+        "gradients": traffic.gradient_reduce,
+        "parameters": traffic.parameter_gather,
+        "Muon exchange": traffic.muon_exchange,
+        "tensor parallel": traffic.tensor_parallel,
+        "pipeline": traffic.pipeline,
+    }
+    yield "each inner step", human_bytes(traffic.inner_step), "inside the replica"
+    for name, size in parts.items():
+        if size:
+            yield f"  {name}", human_bytes(size), ""
+    if isinstance(config.outer, NoOuter):
+        return
+    code = config.outer.compression
+    wire = code.wire_dtype if isinstance(code, NoCompression) else code.kind
+    note = f"to {layout.num_replicas - 1} other replicas, {wire}"
+    if layout.num_replicas == 1:
+        note = "one replica: the outer step needs no network"
+    yield "each round", human_bytes(traffic.outer_per_rank), note
+    if traffic.outer_per_replica:
+        seconds = ", ".join(
+            f"{traffic.outer_per_replica * 8 / (gbit * 1e9):.2g} s at {gbit}"
+            for gbit in _LINKS_GBIT
+        )
+        yield (
+            "a replica's round",
+            human_bytes(traffic.outer_per_replica),
+            f"all its ranks: {seconds} Gbit/s",
+        )

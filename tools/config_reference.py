@@ -1,0 +1,123 @@
+"""Write docs/reference/config.md from the config schema, or check that it is up to date."""
+
+import argparse
+import sys
+import types
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic_core import PydanticUndefined
+
+from megatron_muloco.config.fields import SchemaField, schema_fields, section_types
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference" / "config.md"
+
+INTRODUCTION = """# Config reference
+
+<!-- Written by tools/config_reference.py from the schema; edit the descriptions there. -->
+
+A run is one YAML file. `extends:` names files to start from, relative to the file that says it.
+Later ones win, the file itself wins over them, and `--set section.key=value` wins over all.
+Mappings merge key by key, everything else is replaced, and `null` takes a key back to its default.
+Unknown and repeated keys are refused. Keys that Megatron has keep Megatron's names.
+
+A batch is counted in sequences, an interval in inner steps unless it says rounds.
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Return 0 when the page is written or up to date, 1 when it is not."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="compare instead of writing")
+    options = parser.parse_args(arguments)
+    text = reference()
+    if options.check:
+        if PAGE.exists() and PAGE.read_text(encoding="utf-8") == text:
+            return 0
+        print(f"{PAGE} is out of date; run python tools/config_reference.py", file=sys.stderr)
+        return 1
+    PAGE.parent.mkdir(parents=True, exist_ok=True)
+    PAGE.write_text(text, encoding="utf-8")
+    return 0
+
+
+def reference() -> str:
+    """Return the whole page."""
+    parts = [INTRODUCTION]
+    for entry in schema_fields():
+        inner = section_types(entry.info.annotation)
+        if "." not in entry.key:
+            parts.append(f"\n## {entry.key}\n\n{entry.info.description}\n\n{HEADER}")
+        elif not inner or get_origin(entry.info.annotation) is tuple:
+            parts.append(_row(entry))
+    return "".join(parts)
+
+
+HEADER = "| key | values | default | meaning |\n|---|---|---|---|\n"
+
+
+def _row(entry: SchemaField) -> str:
+    """Return one line of a table."""
+    meaning = entry.info.description or ""
+    if entry.variant:
+        meaning += f" *(only with {entry.variant})*"
+    return (
+        f"| `{entry.key}` | {_values(entry)} | {_default(entry)} | {meaning} |\n"
+    )  # fmt: skip
+
+
+def _default(entry: SchemaField) -> str:
+    """Return the default as it would be written in YAML."""
+    if entry.info.is_required():
+        return "required"
+    value = entry.info.get_default(call_default_factory=True)
+    if value is None or value is PydanticUndefined:
+        return "not set"
+    if value == ():
+        return "none"
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def _values(entry: SchemaField) -> str:
+    """Return the allowed values: a type with its bounds, or the choices."""
+    if entry.key.rpartition(".")[2] == "kind":
+        section = entry.key.rpartition(".")[0]
+        owner = next(field for field in schema_fields() if field.key == section)
+        kinds = [str(get_args(s.model_fields["kind"].annotation)[0])
+                 for s in section_types(owner.info.annotation)]  # fmt: skip
+        return ", ".join(f"`{kind}`" for kind in kinds)
+    bounds = [
+        f"{sign} {getattr(item, name):g}"
+        for item in _constraints(entry.info.annotation, entry.info.metadata)
+        for name, sign in (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"))
+        if getattr(item, name, None) is not None
+    ]
+    return " ".join([_type_words(entry.info.annotation), ", ".join(bounds)]).strip()
+
+
+def _constraints(annotation: Any, metadata: list[Any]) -> list[Any]:
+    """Return the bounds of a field, also those inside ``X | None``."""
+    nested = getattr(annotation, "__metadata__", ())
+    found = [*metadata, *(m for item in nested for m in getattr(item, "metadata", [item]))]
+    if get_origin(annotation) in (Union, types.UnionType):
+        for argument in get_args(annotation):
+            found += _constraints(argument, [])
+    return found
+
+
+def _type_words(annotation: Any) -> str:
+    """Return a type in plain words."""
+    if hasattr(annotation, "__metadata__"):
+        annotation = annotation.__origin__
+    origin = get_origin(annotation)
+    if origin is Literal:
+        return ", ".join(f"`{choice}`" for choice in get_args(annotation))
+    if origin in (Union, types.UnionType):
+        return next(_type_words(a) for a in get_args(annotation) if a is not types.NoneType)
+    if origin is tuple:
+        return "list"
+    return {int: "whole number", float: "number", bool: "`true`, `false`", str: "text"}[annotation]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
