@@ -12,6 +12,12 @@ from collections.abc import Callable
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from torch import Tensor, nn
 
 from megatron_muloco.model.names import EMBEDDING, OUTPUT, named_parameters
@@ -45,6 +51,7 @@ def initialise_weights(
 
     Source: facebookresearch/MuLoCo at 475bbf4 (see `facts` above for each value).
     """
+    _mark_split_weights(model)
     rank, size = pg.tp.rank(), pg.tp.size()
     with torch.no_grad():
         for name, parameter in named_parameters(model):
@@ -58,6 +65,20 @@ def initialise_weights(
             generator = torch.Generator().manual_seed(_seed_of(name, seed))
             whole = _draw(name, shape, std=std, hidden_size=hidden_size, generator=generator)
             parameter.copy_(_local(name, whole, dim, rank, size))
+
+
+def _mark_split_weights(model: nn.Module) -> None:
+    """Say along which dimension each weight is split; Megatron does so only in its own initialisation."""
+    for module in model.modules():
+        if isinstance(module, RowParallelLinear):
+            dim = 1
+        elif isinstance(module, ColumnParallelLinear | VocabParallelEmbedding):
+            dim = 0
+        else:
+            continue
+        weight = module.weight
+        if weight is not None and not hasattr(weight, "partition_dim"):
+            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dim, stride=1)
 
 
 def _seed_of(name: str, seed: int) -> int:

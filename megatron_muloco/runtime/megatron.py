@@ -70,31 +70,17 @@ def build_distributed_optimizer(
     ddp: DistributedDataParallel,
     groups: Groups,
     inner: torch.optim.AdamW,
-    *,
-    clip_grad: float,
-    bf16: bool,
+    config: OptimizerConfig,
 ) -> DistributedOptimizer:
-    """Hand ``inner`` to Megatron's distributed optimizer, which shards its masters over dp x cp.
+    """Return Megatron's distributed optimizer, which shards its fp32 masters over dp x cp.
 
     Args:
         ddp: The wrapped stage.
         groups: This rank's groups.
         inner: An AdamW (Megatron 0.16 accepts nothing else) over the stage's parameters; its parameter
             groups are replaced by flat fp32 shards.
-        clip_grad: Largest gradient norm of the replica; 0 does not clip.
-        bf16: Whether the model's parameters are bf16.
+        config: Megatron's optimizer settings.
     """
-    config = OptimizerConfig(
-        optimizer="adam",
-        lr=inner.defaults["lr"],
-        weight_decay=inner.defaults["weight_decay"],
-        bf16=bf16,
-        params_dtype=torch.bfloat16 if bf16 else torch.float32,
-        use_distributed_optimizer=True,
-        overlap_param_gather=ddp.ddp_config.overlap_param_gather,
-        clip_grad=clip_grad,
-        log_num_zeros_in_grad=False,
-    )
     optimizer = DistributedOptimizer(
         inner,
         config,
@@ -154,6 +140,7 @@ class MasterView:
     ) -> None:
         self.optimizer = optimizer
         self._ddp = ddp
+        self._gather_now = not ddp.ddp_config.overlap_param_gather
         tensor_group = groups.pg.tp
         described = describe_parameters(
             ddp.module, tensor_rank=tensor_group.rank(), tensor_size=tensor_group.size()
@@ -189,29 +176,28 @@ class MasterView:
                 )
 
     @torch.no_grad()
-    def publish(self, *, force: bool = False) -> None:
+    def publish(self) -> None:
         """Copy masters to model parameters and bring every rank's parameters up to date.
 
-        Args:
-            force: Gather the parameters now even where the next forward pass would do it.
-
-        Collectives: a parameter all-gather over dp x cp unless it overlaps with the next forward pass;
-        every rank of the replica must call it.
+        Collectives: a parameter all-gather over dp x cp; with ``overlap_param_gather`` the next
+        forward pass does it instead, except inside `gathered`. Every rank of the replica must call it.
         """
         self.optimizer._copy_main_params_to_model_params()
-        if force or not self._ddp.ddp_config.overlap_param_gather:
+        if self._gather_now:
             self._ddp.start_param_sync(force_sync=True)
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        """Keep Megatron's gather-on-forward hooks out of the way, parameters complete on entry."""
-        overlapped = self._ddp.ddp_config.overlap_param_gather
+        """Gather parameters at once instead of on the next forward pass, complete on entry."""
+        overlapped = not self._gather_now
         if overlapped:
             self._ddp.disable_forward_pre_hook(param_sync=True)
+        self._gather_now = True
         try:
             yield
         finally:
             if overlapped:
+                self._gather_now = False
                 self._ddp.enable_forward_pre_hook()
 
 

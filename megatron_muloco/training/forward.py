@@ -11,8 +11,7 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
 from megatron_muloco.comm.groups import Groups
-from megatron_muloco.data.datasets import document_ids
-from megatron_muloco.model.attention import document_mask
+from megatron_muloco.model.attention import document_ids, document_mask
 
 __all__ = ["ForwardBackward"]
 
@@ -26,7 +25,8 @@ def _mean_loss(losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     over tokens.
     """
     loss = losses.float().mean()
-    return loss, {"lm loss": loss.detach()}
+    # A copy: the schedule divides the first one in place by the number of microbatches.
+    return loss, {"lm loss": loss.detach().clone()}
 
 
 class ForwardBackward:

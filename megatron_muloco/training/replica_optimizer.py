@@ -1,0 +1,153 @@
+"""`ReplicaOptimizer`: a Megatron optimizer whose step also makes the outer steps that are due.
+
+It delegates to Megatron's optimizer and never lives inside it: the inner step and its skip decision
+come first, then the outer step writes masters and publishes them, before the next forward pass::
+
+    step()  =  inner_step()                clip, skip if not finite, update theta_k
+               outer_step()                launch and apply what the schedule says
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor
+
+from megatron_muloco.config import RunConfig
+from megatron_muloco.config.derived import Derived
+from megatron_muloco.config.schedules import learning_rate
+from megatron_muloco.optim.muon import MuonAdamW
+from megatron_muloco.outer.report import OuterReport
+from megatron_muloco.outer.synchronizer import Synchronizer
+from megatron_muloco.runtime.megatron import MasterView
+
+__all__ = ["InnerReport", "ReplicaOptimizer"]
+
+
+@dataclass(frozen=True, slots=True)
+class InnerReport:
+    """What one inner step did on this replica.
+
+    Attributes:
+        step: The inner step, 1-based; skipped steps count.
+        grad_norm: Global gradient norm of the replica before clipping.
+        lr: Learning rate of the step.
+        skipped: The norm was not finite and nothing was updated.
+    """
+
+    step: int
+    grad_norm: float
+    lr: float
+    skipped: bool
+
+
+class ReplicaOptimizer:
+    """Inner and outer steps of one rank behind Megatron's optimizer interface.
+
+    Attributes that it does not have itself (``param_groups``, ``zero_grad``, ``chained_optimizers``,
+    checkpoint calls) are those of the optimizer it was built around. Learning rate and weight decay of
+    every inner step are set here from the configuration, so no parameter scheduler is needed beside it.
+
+    Args:
+        optimizer: What Megatron built; its distributed optimizer holds ``inner``.
+        view: Masters of this rank.
+        inner: The bound inner optimizer.
+        synchronizer: The outer step; ``None`` for plain data parallelism.
+        config: The run.
+        derived: What follows from it in this world.
+    """
+
+    def __init__(
+        self,
+        optimizer: Any,
+        view: MasterView,
+        inner: MuonAdamW,
+        synchronizer: Synchronizer | None,
+        config: RunConfig,
+        derived: Derived,
+    ) -> None:
+        self._optimizer = optimizer
+        self._distributed: DistributedOptimizer = view.optimizer
+        self._config = config
+        self._derived = derived
+        self.view = view
+        self.inner = inner
+        self.synchronizer = synchronizer
+        self.steps = 0
+        self.skipped_steps = 0
+        self.last_inner: InnerReport | None = None
+        self.last_outer: OuterReport | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        """Answer for the optimizer underneath."""
+        return getattr(self.__dict__["_optimizer"], name)
+
+    def step(self) -> tuple[bool, float, int | None]:
+        """Make one inner step and the outer steps due after it.
+
+        Returns:
+            Megatron's triple: whether parameters were updated, the gradient norm before clipping, and
+            the number of zero gradients (not counted here: ``None``).
+
+        Collectives: those of `inner_step` and `outer_step`; every rank of every replica calls it.
+        """
+        report = self.inner_step()
+        self.outer_step()
+        return not report.skipped, report.grad_norm, None
+
+    @torch.no_grad()
+    def inner_step(self) -> InnerReport:
+        """Clip, and update this replica's parameters unless its gradient norm is not finite.
+
+        The norm is the replica's, so all its ranks skip together; a skipped step changes no moment and
+        no parameter, and counts, so that replicas stay in step.
+
+        Collectives: gradient statistics over the replica, the inner optimizer's exchange over the
+        stage group, parameter all-gather over dp x cp.
+        """
+        self.steps += 1
+        lr = self._set_hyperparameters(self.steps)
+        optimizer = self._distributed
+        optimizer.prepare_grads()
+        clip = optimizer.config.clip_grad
+        norm = optimizer.clip_grad_norm(clip) if clip > 0 else optimizer.get_grad_norm()
+        grad_norm = float(norm)
+        skipped = not math.isfinite(grad_norm)
+        if skipped:
+            self.skipped_steps += 1
+        else:
+            optimizer.step_with_ready_grads()
+        self.last_inner = InnerReport(self.steps, grad_norm, lr, skipped)
+        return self.last_inner
+
+    @torch.no_grad()
+    def outer_step(self, riders: Tensor | None = None) -> OuterReport | None:
+        """Make the outer steps due after the last inner step; ``None`` when nothing was due.
+
+        A replica found non-finite has taken the anchor; its moments are forgotten with it.
+
+        Args:
+            riders: Small fp32 numbers to show to the other replicas; the same count at every call.
+
+        Collectives: over outer groups and replicas when something is due, none otherwise.
+        """
+        if self.synchronizer is None:
+            return None
+        self.last_outer = self.synchronizer.after_inner_step(self.steps, riders)
+        if self.last_outer is not None and self.last_outer.quarantined:
+            self.inner.zero_moments()
+        return self.last_outer
+
+    def flush(self) -> OuterReport | None:
+        """Bring all replicas together after the last inner step of the run."""
+        return None if self.synchronizer is None else self.synchronizer.flush()
+
+    def _set_hyperparameters(self, step: int) -> float:
+        """Write learning rate and weight decay of ``step`` into every parameter group."""
+        lr = learning_rate(self._config.inner, self._derived.train_iters, step)
+        for group in self.inner.param_groups:
+            group["lr"] = lr * group["lr_mult"]
+            group["weight_decay"] = self._derived.weight_decay * group["wd_mult"]
+        return lr

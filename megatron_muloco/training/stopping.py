@@ -1,0 +1,82 @@
+"""At which step does everybody stop?
+
+Signals reach ranks at different moments, and replicas are at different steps between two outer steps.
+No collective may cross replicas there, so they agree through the job's rendezvous store:
+
+1. A replica that wants to stop raises ``requested``. All replicas look at it once a step.
+2. Each then posts the last step it has finished and waits for the others to post.
+3. Everybody stops after the largest posted step + 1: the extra step is the one in which a leader's
+   decision travels to the other ranks of its replica.
+
+Waiting must not hang a replica that others wait for in an outer step. So a replica announces the step
+of an outer step before it enters it, and a waiting replica that sees such an announcement ahead of
+itself trains on until it has passed that outer step, and posts again there. Nobody can be further ahead
+than that outer step, so all see the same largest post.
+"""
+
+import time
+from typing import Protocol
+
+__all__ = ["StopAgreement", "Store"]
+
+_POLL_SECONDS = 0.02
+
+
+class Store(Protocol):
+    """The part of a torch rendezvous store that is used."""
+
+    def set(self, key: str, value: str) -> object:
+        """Write ``value``."""
+
+    def get(self, key: str) -> bytes:
+        """Return a value that exists."""
+
+    def check(self, keys: list[str]) -> bool:
+        """Whether all ``keys`` exist, without waiting."""
+
+
+class StopAgreement:
+    """One replica leader's view of the agreement.
+
+    Args:
+        store: Seen by the leaders of all replicas.
+        replica: This replica's index.
+        num_replicas: K.
+        session: Distinguishes this start of the job from earlier ones on the same store.
+    """
+
+    def __init__(self, store: Store, *, replica: int, num_replicas: int, session: str = "") -> None:
+        self._store = store
+        self._replica = replica
+        self._replicas = range(num_replicas)
+        self._prefix = f"muloco-stop{session}"
+
+    def request(self) -> None:
+        """Ask all replicas to stop."""
+        self._store.set(f"{self._prefix}/requested", "1")
+
+    def announce_sync(self, step: int) -> None:
+        """Say that this replica is about to enter the outer step after inner step ``step``."""
+        self._store.set(f"{self._prefix}/sync/{self._replica}", str(step))
+
+    def decide(self, step: int) -> int | None:
+        """Return the step after which to stop, or ``None`` to train on.
+
+        Called between steps, after inner step ``step`` and its outer steps. Waits while a decision is
+        near and nobody waits for this replica.
+        """
+        if not self._store.check([f"{self._prefix}/requested"]):
+            return None
+        self._store.set(f"{self._prefix}/reached/{self._replica}", str(step))
+        while True:
+            reached = [self._number(f"{self._prefix}/reached/{r}") for r in self._replicas]
+            if all(post is not None for post in reached):
+                return max(post for post in reached if post is not None) + 1
+            for replica in self._replicas:
+                ahead = self._number(f"{self._prefix}/sync/{replica}")
+                if replica != self._replica and ahead is not None and ahead > step:
+                    return None
+            time.sleep(_POLL_SECONDS)
+
+    def _number(self, key: str) -> int | None:
+        return int(self._store.get(key)) if self._store.check([key]) else None

@@ -1,0 +1,242 @@
+"""Puts inner and outer optimizer around a Megatron model: `wrap_optimizer`, step by step.
+
+The order matters: Megatron's distributed optimizer decides which flat ranges this rank masters; the
+inner optimizer is bound to them; the outer step starts from the values they hold.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer_config import OptimizerConfig
+
+from megatron_muloco.comm.duplicates import DuplicateBroadcast
+from megatron_muloco.comm.exchange import AllToAll
+from megatron_muloco.comm.groups import Groups
+from megatron_muloco.comm.reducers import ReplicaSum, mean_reducer
+from megatron_muloco.config import RunConfig
+from megatron_muloco.config.derived import Derived, derive
+from megatron_muloco.config.inner import MuonInner
+from megatron_muloco.config.outer import NoOuter
+from megatron_muloco.errors import RuntimeMismatch
+from megatron_muloco.model.names import EMBEDDING
+from megatron_muloco.optim.exchange import ShardExchange
+from megatron_muloco.optim.muon import MuonAdamW, MuonSettings
+from megatron_muloco.optim.parameter_table import ParameterTable, build_parameter_table
+from megatron_muloco.optim.segments import RankShards
+from megatron_muloco.optim.units import LayerShape, route
+from megatron_muloco.outer.fragments import FragmentPlan
+from megatron_muloco.outer.guard import Guard
+from megatron_muloco.outer.merge import Additive, Mix
+from megatron_muloco.outer.optimizer import OuterNesterov
+from megatron_muloco.outer.replica import ReplicaPort
+from megatron_muloco.outer.schedule import SyncSchedule
+from megatron_muloco.outer.synchronizer import Synchronizer
+from megatron_muloco.runtime.accelerator import training_device
+from megatron_muloco.runtime.megatron import (
+    MasterView,
+    build_distributed_optimizer,
+    find_distributed_optimizer,
+)
+from megatron_muloco.training.replica_optimizer import ReplicaOptimizer
+
+__all__ = ["build_replica_optimizer", "optimizer_config", "parameter_table", "wrap_optimizer"]
+
+
+def wrap_optimizer(
+    optimizer: Any, model: DistributedDataParallel, config: RunConfig, groups: Groups
+) -> ReplicaOptimizer:
+    """Return a wrapper of ``optimizer`` whose ``step()`` also makes the outer steps that are due.
+
+    The inner optimizer that Megatron created (apex's, Transformer Engine's or torch's Adam) is
+    replaced by the one that ``config.inner`` describes, on the same shards.
+
+    Args:
+        optimizer: What ``get_megatron_optimizer`` returned, or a `DistributedOptimizer`.
+        model: This rank's pipeline stage, wrapped with ``use_distributed_optimizer=True``.
+        config: The run.
+        groups: From `initialize_replicas`.
+
+    Raises:
+        RuntimeMismatch: The optimizer has no masters that this package knows, or a parameter has no
+            rule (see `ParameterTable`).
+
+    Collectives: object gathers over dp x cp and stage groups; every rank calls it at the same point.
+    """
+    distributed = find_distributed_optimizer(optimizer)
+    view = MasterView(model, distributed, groups)
+    inner = _bound_inner(view, config, groups)
+    distributed.optimizer = inner
+    derived = derive(config, groups.topology)
+    synchronizer = (
+        None if isinstance(config.outer, NoOuter) else _synchronizer(view, config, derived, groups)
+    )
+    return ReplicaOptimizer(optimizer, view, inner, synchronizer, config, derived)
+
+
+def build_replica_optimizer(
+    model: DistributedDataParallel, config: RunConfig, groups: Groups
+) -> ReplicaOptimizer:
+    """Build Megatron's distributed optimizer for ``model`` and wrap it."""
+    placeholder = torch.optim.AdamW(
+        [parameter for parameter in model.module.parameters() if parameter.requires_grad],
+        lr=config.inner.lr,
+    )
+    distributed = build_distributed_optimizer(
+        model, groups, placeholder, optimizer_config(config)
+    )
+    return wrap_optimizer(distributed, model, config, groups)
+
+
+def optimizer_config(config: RunConfig) -> OptimizerConfig:
+    """Translate the configuration for Megatron's optimizer. Pure."""
+    bf16 = config.training.precision == "bf16"
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=config.inner.lr,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=True,
+        overlap_param_gather=config.training.overlap_param_gather,
+        clip_grad=config.training.clip_grad,
+        log_num_zeros_in_grad=False,
+    )
+
+
+def parameter_table(view: MasterView, config: RunConfig, groups: Groups) -> ParameterTable:
+    """Return the table of this stage's parameters: route, units, owners, multipliers."""
+    model, vector = config.model, config.inner.vector
+    topology = groups.topology
+    return build_parameter_table(
+        list(view.infos.values()),
+        LayerShape(
+            num_attention_heads=model.num_attention_heads,
+            num_query_groups=model.query_groups,
+            kv_channels=model.kv_channels,
+            ffn_hidden_size=model.ffn_hidden_size,
+        ),
+        kind=config.inner.kind,
+        tensor_size=topology.tensor,
+        group_size=groups.stage.size(),
+        num_ns_steps=config.inner.muon.num_ns_steps if isinstance(config.inner, MuonInner) else 0,
+        multipliers={
+            name: (vector.lr_mult, vector.weight_decay_mult)
+            for name, info in view.infos.items()
+            if route(info)[0] == "vector"
+        },
+    )
+
+
+def _bound_inner(view: MasterView, config: RunConfig, groups: Groups) -> MuonAdamW:
+    """Create the inner optimizer over this rank's shards: one group for each pair of multipliers."""
+    table = parameter_table(view, config, groups)
+    settings, wire = _muon_settings(config)
+    adam = config.inner.adam
+    multipliers = {row.name: (row.lr_mult, row.wd_mult) for row in table.rows}
+    kinds = list(dict.fromkeys(multipliers.values()))
+    inner = MuonAdamW(
+        [{"params": [], "lr_mult": lr_mult, "wd_mult": wd_mult} for lr_mult, wd_mult in kinds],
+        lr=config.inner.lr,
+        betas=(adam.beta1, adam.beta2),
+        eps=adam.eps,
+        muon=settings,
+    )
+    pairs = [(view.raw_masters[shard.name], shard) for shard in view.shards]
+    for tensor, shard in pairs:
+        # Not by add_param_group: fp32 masters are views of parameters, which torch would refuse.
+        inner.param_groups[kinds.index(multipliers[shard.name])]["params"].append(tensor)
+    exchange = _exchange(view, table, groups, wire) if table.units else None
+    inner.bind(pairs, table, exchange)
+    return inner
+
+
+def _muon_settings(config: RunConfig) -> tuple[MuonSettings | None, torch.dtype]:
+    """Return Muon's settings and the dtype on its wire, ``auto`` resolved by the device."""
+    if not isinstance(config.inner, MuonInner):
+        return None, torch.float32
+    muon = config.inner.muon
+    auto = "bf16" if torch.cuda.is_available() else "fp32"
+    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    compute = auto if muon.ns_dtype == "auto" else muon.ns_dtype
+    wire = compute if muon.exchange_dtype == "auto" else muon.exchange_dtype
+    settings = MuonSettings(
+        momentum=muon.momentum,
+        accumulation=muon.accumulation,
+        nesterov=muon.nesterov,
+        num_ns_steps=muon.num_ns_steps,
+        coefficient_type=muon.coefficient_type,
+        scale_mode=muon.scale_mode,
+        ns_dtype=dtypes[compute],
+        eps=muon.eps,
+    )
+    return settings, dtypes[wire]
+
+
+def _exchange(
+    view: MasterView, table: ParameterTable, groups: Groups, wire_dtype: torch.dtype
+) -> ShardExchange:
+    """Build the shards <-> owners exchange of this pipeline stage."""
+    stage = groups.stage
+    mine = RankShards(
+        tensor_rank=groups.coords.tp,
+        ranges={shard.name: (shard.start, shard.end) for shard in view.shards},
+    )
+    layout: list[Any] = [None] * stage.size()
+    torch.distributed.all_gather_object(layout, mine, group=stage)
+    return ShardExchange(
+        table.units,
+        table.assignment.owners,
+        layout,
+        rank=stage.rank(),
+        transport=AllToAll(stage) if stage.size() > 1 else None,
+        wire_dtype=wire_dtype,
+        device=training_device(),
+    )
+
+
+def _synchronizer(
+    view: MasterView, config: RunConfig, derived: Derived, groups: Groups
+) -> Synchronizer:
+    """Build the outer step over this rank's masters."""
+    outer = config.outer
+    if isinstance(outer, NoOuter):
+        raise RuntimeMismatch("plain data parallelism has no outer step to build")
+    device = training_device()
+    tied = None if config.model.untie_embeddings_and_output_weights else EMBEDDING
+    port = ReplicaPort(
+        device=device,
+        shards=view.shards,
+        masters=view.masters,
+        total=ReplicaSum(groups.replica),
+        broadcast_duplicates=DuplicateBroadcast(
+            groups, view.shards, view.masters, tied_name=tied
+        ),
+        publish=view.publish,
+    )
+    plan = FragmentPlan.by_layer(
+        view.infos,
+        num_layers=config.model.num_layers,
+        count=outer.fragments.count,
+        pattern=outer.fragments.pattern,
+    )
+    schedule = SyncSchedule(
+        sync_interval=outer.sync_interval,
+        train_iters=derived.train_iters,
+        fragment_count=outer.fragments.count,
+        overlap_steps=outer.overlap_steps,
+    )
+    return Synchronizer(
+        port,
+        plan,
+        schedule,
+        OuterNesterov(lr=outer.lr, momentum=outer.momentum),
+        Additive() if outer.apply == "additive" else Mix(outer.effective_mixing_weight),
+        mean_reducer(groups.outer, device, wire_dtype=outer.compression.wire_dtype),
+        mean_reducer(groups.outer, device),
+        Guard(
+            num_replicas=groups.topology.num_replicas,
+            norm_factor=outer.guard.max_norm_ratio or float("inf"),
+        ),
+        state_device=torch.device("cpu") if outer.state_device == "cpu" else None,
+    )
