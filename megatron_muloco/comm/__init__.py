@@ -1,0 +1,4 @@
+"""The only package that calls collectives: groups, reducers, digests.
+
+Everything across replicas goes through ``deepspeed.comm``.
+"""

@@ -1,0 +1,263 @@
+"""Weighted means over the outer group, in two shapes of traffic.
+
+`AllReduceMean` sums one flat fp32 buffer with the library's all-reduce::
+
+    [ w * tensors | row 0 | row 1 | ... | row K-1 | padding ]    row k = [w_k, riders of replica k]
+
+Every replica fills its own row and zeros the others, so one sum carries the weights as well.
+
+`ChunkOwnerMean` cuts the fragment into K chunks; the k-th rank of the group receives everybody's
+k-th chunk, sums it in fp32 in a fixed order and sends the mean to all::
+
+    all-to-all   [row | chunk 0] [row | chunk 1] ... [row | chunk K-1]      as bytes, one to each
+    all-gather   mean of chunk k
+
+Both give bitwise equal results on all ranks of the group. The second gives the same bits in every
+run and over any network, may travel in bf16, and is where codecs will encode chunks.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import deepspeed.comm as dist
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup, Work, get_process_group_ranks
+
+from megatron_muloco.comm.buffers import BufferPool, Layout
+from megatron_muloco.errors import SyncError
+from megatron_muloco.outer.reducer import Reduced, Reducer, ReductionStats
+
+__all__ = ["AllReduceMean", "ChunkOwnerMean", "ReplicaSum", "mean_reducer"]
+
+WireDtype = Literal["fp32", "bf16"]
+
+
+def mean_reducer(
+    group: ProcessGroup | None,
+    device: torch.device,
+    *,
+    wire_dtype: WireDtype = "fp32",
+    deterministic: bool = False,
+) -> Reducer:
+    """Return the reducer for uncompressed means.
+
+    Args:
+        group: The outer group, in replica order; ``None`` for a single replica.
+        device: Where the tensors are and what the group's backend sends from.
+        wire_dtype: Of the values that travel; sums are fp32 either way.
+        deterministic: The same bits for any network, library and arrival order. An all-reduce is
+            bitwise equal over ranks, but its order of summation belongs to the library.
+    """
+    if wire_dtype == "bf16" or deterministic:
+        # gloo's own bf16 all-reduce would round at every hop.
+        dtype = torch.bfloat16 if wire_dtype == "bf16" else torch.float32
+        return ChunkOwnerMean(group, device, wire_dtype=dtype)
+    return AllReduceMean(group, device)
+
+
+class ReplicaSum:
+    """Sums a small tensor over all ranks of a replica: what the guard and the norms need.
+
+    Collectives: a blocking all-reduce over ``group``; all its ranks call it in the same order.
+    """
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self._group = group
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """Return the sum over the group, bitwise equal on all its ranks; the input is kept."""
+        total = tensor.clone()
+        if dist.get_world_size(self._group) > 1:
+            dist.all_reduce(total, group=self._group)
+        return total
+
+
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    """A reduction under way: what `wait` needs, and what a message names."""
+
+    fragment: int
+    round_index: int
+    layout: Layout
+    rider_count: int
+    buffers: tuple[Tensor, ...]
+    work: Work | None
+
+
+class _OuterGroupReducer:
+    """What both shapes share: the group, its size, the buffers, and errors that name things."""
+
+    def __init__(self, group: ProcessGroup | None, device: torch.device) -> None:
+        self._group, self._device = group, device
+        self._ranks = get_process_group_ranks(group) if group is not None else [0]
+        self._index = dist.get_rank(group) if group is not None else 0
+        self._size = len(self._ranks)
+        self._pool = BufferPool(device)
+
+    def _row(self, weight: float, riders: Tensor) -> Tensor:
+        assert weight in (0.0, 1.0), weight
+        head = torch.tensor([weight], dtype=torch.float32)
+        return torch.cat([head.to(riders.device), riders.float()]).to(self._device)
+
+    @contextmanager
+    def _named_errors(self, verb: str, fragment: int, round_index: int) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise SyncError(
+                f"round {round_index}: the {verb} of fragment {fragment} failed on rank "
+                f"{self._ranks[self._index]} of outer group {self._ranks}: {error}. A rank of that "
+                "group ended or was late; the first error in its log is the cause."
+            ) from error
+
+
+class AllReduceMean(_OuterGroupReducer):
+    """fp32 mean by one all-reduce; the default.
+
+    Collectives: `launch` starts an all-reduce (sum) over the outer group, `wait` finishes it.
+    Wire bytes a rank: ``2 * (K - 1) / K`` of the padded buffer, what a ring sends.
+    """
+
+    def launch(
+        self,
+        fragment: int,
+        tensors: Mapping[str, Tensor],
+        weight: float,
+        riders: Tensor,
+        *,
+        round_index: int,
+    ) -> _Launched:
+        """See `Reducer.launch`."""
+        layout = Layout.of(tensors)
+        row = self._row(weight, riders)
+        size = _round_up(layout.numel + self._size * row.numel(), self._size)
+        buffer = self._pool.take(size, torch.float32)
+        buffer.zero_()  # and nothing else with weight 0: 0 * NaN is NaN
+        if weight:
+            layout.pack(tensors, buffer)
+        start = layout.numel + self._index * row.numel()
+        buffer[start : start + row.numel()] = row
+        work = None
+        if self._size > 1:
+            with self._named_errors("launch", fragment, round_index):
+                work = dist.all_reduce(buffer, group=self._group, async_op=True)
+        return _Launched(fragment, round_index, layout, riders.numel(), (buffer,), work)
+
+    def wait(self, handle: Any) -> Reduced:
+        """See `Reducer.wait`."""
+        assert isinstance(handle, _Launched)
+        (buffer,) = handle.buffers
+        with self._named_errors("apply", handle.fragment, handle.round_index):
+            _finish(handle.work)
+        numel, columns = handle.layout.numel, 1 + handle.rider_count
+        rows = buffer[numel : numel + self._size * columns].view(self._size, columns).cpu()
+        _divide(buffer[:numel], rows)
+        self._pool.give(buffer)
+        wire_bytes = 2 * (self._size - 1) * (buffer.numel() // self._size) * buffer.element_size()
+        stats = ReductionStats(rows[:, 0].clone(), rows[:, 1:].clone(), wire_bytes)
+        return Reduced(handle.layout.unpack(buffer), stats)
+
+
+class ChunkOwnerMean(_OuterGroupReducer):
+    """Mean by all-to-all, a sum at each chunk's owner in a fixed order, and all-gather.
+
+    The owner adds neighbours pairwise in replica order, so K equal values give K times the value
+    exactly for every power of two. With a bf16 wire the pseudogradients are rounded once, and the
+    mean once more; the owner uses the rounded mean like everyone else.
+
+    Collectives: `launch` starts an all-to-all over the outer group; `wait` finishes it and does a
+    blocking all-gather.
+    Wire bytes a rank: ``K - 1`` payloads (row and chunk) and ``K - 1`` chunks.
+    """
+
+    def __init__(
+        self, group: ProcessGroup | None, device: torch.device, *, wire_dtype: torch.dtype
+    ) -> None:
+        super().__init__(group, device)
+        self._wire_dtype = wire_dtype
+
+    def launch(
+        self,
+        fragment: int,
+        tensors: Mapping[str, Tensor],
+        weight: float,
+        riders: Tensor,
+        *,
+        round_index: int,
+    ) -> _Launched:
+        """See `Reducer.launch`."""
+        layout = Layout.of(tensors)
+        row = self._row(weight, riders).view(torch.uint8)
+        # Even chunks: the fp32 row of the next payload stays aligned also behind bf16 values.
+        chunk = _round_up(math.ceil(layout.numel / self._size), 2)
+        values = self._pool.take(self._size * chunk, self._wire_dtype)
+        values.zero_()  # and nothing else with weight 0: 0 * NaN is NaN
+        if weight:
+            layout.pack(tensors, values)
+        chunk_bytes = chunk * values.element_size()
+        payloads = self._pool.take(self._size * (row.numel() + chunk_bytes), torch.uint8)
+        table = payloads.view(self._size, -1)
+        table[:, : row.numel()] = row
+        table[:, row.numel() :] = values.view(torch.uint8).view(self._size, -1)
+        received, work = payloads, None
+        if self._size > 1:
+            received = self._pool.take(payloads.numel(), torch.uint8)
+            with self._named_errors("launch", fragment, round_index):
+                work = dist.all_to_all_single(received, payloads, group=self._group, async_op=True)
+        buffers = (values, payloads, received)
+        return _Launched(fragment, round_index, layout, riders.numel(), buffers, work)
+
+    def wait(self, handle: Any) -> Reduced:
+        """See `Reducer.wait`."""
+        assert isinstance(handle, _Launched)
+        values, payloads, received = handle.buffers
+        with self._named_errors("apply", handle.fragment, handle.round_index):
+            _finish(handle.work)
+        table = received.view(self._size, -1)
+        row_bytes = 4 * (1 + handle.rider_count)
+        rows = table[:, :row_bytes].contiguous().view(torch.float32).cpu()
+        chunks = table[:, row_bytes:].view(self._wire_dtype)
+        mean = _pairwise_sum(list(chunks.float().unbind()))
+        _divide(mean, rows)
+        with self._named_errors("apply", handle.fragment, handle.round_index):
+            self._gather(values, mean.to(self._wire_dtype))
+        for buffer in {id(b): b for b in handle.buffers}.values():
+            self._pool.give(buffer)
+        sent = payloads.numel() // self._size + mean.numel() * values.element_size()
+        stats = ReductionStats(rows[:, 0].clone(), rows[:, 1:].clone(), (self._size - 1) * sent)
+        return Reduced(handle.layout.unpack(values.float()), stats)
+
+    def _gather(self, into: Tensor, chunk: Tensor) -> None:
+        if self._size > 1:
+            dist.all_gather_into_tensor(into, chunk, group=self._group)
+        else:
+            into.copy_(chunk)
+
+
+def _finish(work: Work | None) -> None:
+    # Only wait() raises: a failed operation counts as completed.
+    if work is not None:
+        work.wait()
+
+
+def _divide(total: Tensor, rows: Tensor) -> None:
+    """Turn a weighted sum into a mean, in place; a sum of nothing stays zero."""
+    weight_sum = float(rows[:, 0].sum())
+    if weight_sum:
+        total.div_(weight_sum)
+
+
+def _pairwise_sum(terms: list[Tensor]) -> Tensor:
+    """Return the sum of ``terms``, adding neighbours until one is left."""
+    while len(terms) > 1:
+        odd = terms[-1:] if len(terms) % 2 else []
+        terms = [a + b for a, b in zip(terms[::2], terms[1::2], strict=False)] + odd
+    return terms[0]
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

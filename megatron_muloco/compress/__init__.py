@@ -1,0 +1,1 @@
+"""Codecs for pseudogradients: encoders, decoders and their packed payloads."""

@@ -1,0 +1,114 @@
+"""A fragment between its launch and its apply, in memory and in a checkpoint."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_muloco.errors import CheckpointError
+from megatron_muloco.outer.guard import Verdict
+from megatron_muloco.outer.reducer import Handle, Reduced, Reducer, ReductionStats
+from megatron_muloco.outer.schedule import Apply
+
+__all__ = ["InFlight", "check_in_flight"]
+
+
+@dataclass
+class InFlight:
+    """A launched fragment.
+
+    Attributes:
+        fragment: Index of the fragment.
+        launched_at: Inner step after which it was launched.
+        verdict: The guard's word on this replica.
+        norm: Norm of this replica's pseudogradient; NaN if not finite.
+        at_launch: Copy of the local parameters at the launch; ``None`` without overlap, where they
+            cannot change before the apply.
+        handle: The running reduction; ``None`` once it was waited for.
+        reduced: Its result, once it was waited for.
+        exposed_ms: Host time spent on it so far.
+    """
+
+    fragment: int
+    launched_at: int
+    verdict: Verdict
+    norm: float
+    at_launch: dict[str, Tensor] | None
+    handle: Handle | None
+    reduced: Reduced | None = None
+    exposed_ms: float = 0.0
+
+    def wait(self, reducer: Reducer) -> Reduced:
+        """Return the result; the first call waits for it, and borrows the reducer's memory."""
+        if self.reduced is None:
+            assert self.handle is not None
+            started = time.perf_counter()
+            self.reduced = reducer.wait(self.handle)
+            self.exposed_ms += (time.perf_counter() - started) * 1e3
+            self.handle = None
+        return self.reduced
+
+    def settle(self, reducer: Reducer) -> Reduced:
+        """Return the result in memory of its own, so that it outlives later launches."""
+        if self.handle is None:
+            assert self.reduced is not None
+            return self.reduced
+        reduced = self.wait(reducer)
+        own = {name: tensor.clone() for name, tensor in reduced.mean.items()}
+        self.reduced = Reduced(own, reduced.stats)
+        return self.reduced
+
+    def scalars(self) -> dict[str, Any]:
+        """Return everything but the tensors, as plain numbers; settled fragments only.
+
+        Bytes and times are left out: the run that sent them has counted them.
+        """
+        assert self.reduced is not None
+        return {
+            "fragment": self.fragment,
+            "launched_at": self.launched_at,
+            "verdict": self.verdict.name,
+            "norm": self.norm,
+            "weights": self.reduced.stats.weights.tolist(),
+            "riders": self.reduced.stats.riders.tolist(),
+        }
+
+    @classmethod
+    def restore(
+        cls,
+        scalars: Mapping[str, Any],
+        names: Sequence[str],
+        mean: Mapping[str, Tensor],
+        at_launch: Mapping[str, Tensor],
+    ) -> "InFlight":
+        """Return the fragment that `scalars` described, with copies of its tensors."""
+        weights = torch.tensor(scalars["weights"], dtype=torch.float32)
+        riders = torch.tensor(scalars["riders"], dtype=torch.float32)
+        stats = ReductionStats(weights, riders.view(len(weights), -1), wire_bytes=0)
+        return cls(
+            fragment=int(scalars["fragment"]),
+            launched_at=int(scalars["launched_at"]),
+            verdict=Verdict[scalars["verdict"]],
+            norm=float(scalars["norm"]),
+            at_launch={name: at_launch[name].clone() for name in names},
+            handle=None,
+            reduced=Reduced({name: mean[name].clone() for name in names}, stats),
+        )
+
+
+def check_in_flight(
+    entries: Sequence[Mapping[str, Any]], expected: Sequence[Apply], step: int
+) -> None:
+    """Raise `CheckpointError` unless the fragments saved are those that the schedule wants."""
+    saved = sorted((entry["fragment"], entry["launched_at"]) for entry in entries)
+    wanted = sorted((apply.fragment, apply.launched_at) for apply in expected)
+    if saved != wanted:
+        raise CheckpointError(
+            f"outer state of inner step {step}: the fragments in flight, as (fragment, launched "
+            f"at), are {saved}, where this schedule has {wanted}. Their results could not be "
+            "applied in time. Resume with the sync_interval, fragments and overlap_steps of"
+            " the saved run."
+        )

@@ -1,0 +1,368 @@
+"""The outer step of one rank: launches and applies fragments when the schedule says so.
+
+Each rank works on exactly the shards whose masters it holds and meets only the ranks at the same
+position of the other replicas. The order of an inner step is
+
+    optimizer.step() -> synchronizer.after_inner_step(t) -> next forward
+
+and inside it, for each due event (`reference.py` has the same lines for whole replicas)::
+
+    launch   D_k = anchor - local;  w_k = guard(D_k);  reducer.launch(w_k, D_k)
+    apply    D = reducer.wait();  u, anchor = optimizer(u, anchor, D);  local = merge(local, anchor)
+
+then, once for all events: duplicates take their owners' values, masters go to model parameters.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_muloco.errors import ConfigError
+from megatron_muloco.outer.anchor import AnchorState, check_names, copy_to
+from megatron_muloco.outer.fragments import FragmentPlan
+from megatron_muloco.outer.guard import Guard, Verdict, local_statistics
+from megatron_muloco.outer.in_flight import InFlight, check_in_flight
+from megatron_muloco.outer.merge import MergeRule
+from megatron_muloco.outer.optimizer import OuterNesterov
+from megatron_muloco.outer.reducer import Reduced, Reducer
+from megatron_muloco.outer.replica import ReplicaPort
+from megatron_muloco.outer.report import FragmentReport, OuterReport
+from megatron_muloco.outer.schedule import Apply, Average, Launch, SyncSchedule
+from megatron_muloco.shards import coverage
+
+__all__ = ["Synchronizer"]
+
+
+class Synchronizer:
+    """Owns anchor and outer momentum of this rank's shards, and the fragments in flight.
+
+    Invariant: between two calls, the anchor of every shard is bitwise the same at this position of
+    all replicas, and ``step`` inner steps have been seen.
+
+    Args:
+        replica: Masters, and the collectives inside the replica.
+        plan: Which names travel together; may also name parameters that other ranks hold.
+        schedule: When.
+        optimizer: The outer optimizer.
+        merge: How local parameters take a new anchor.
+        reducer: How pseudogradients are averaged over replicas.
+        plain_reducer: An fp32 mean without codec, for the flush; may be the same object.
+        guard: Weighs replicas.
+        state_device: Where anchor and momentum live; the masters' device by default. Host memory
+            is pinned where the masters are on an accelerator, and visits it one shard at a time.
+
+    Collectives: `after_inner_step`, `flush`, `state_dict` and `anchor_loaded` are called by all
+    ranks of all replicas (the last one: of a replica) after the same inner step.
+    """
+
+    def __init__(
+        self,
+        replica: ReplicaPort,
+        plan: FragmentPlan,
+        schedule: SyncSchedule,
+        optimizer: OuterNesterov,
+        merge: MergeRule,
+        reducer: Reducer,
+        plain_reducer: Reducer,
+        guard: Guard,
+        *,
+        state_device: torch.device | None = None,
+    ) -> None:
+        self._replica, self._plan, self._schedule = replica, plan, schedule
+        self._optimizer, self._merge, self._guard = optimizer, merge, guard
+        self._reducer, self._plain_reducer = reducer, plain_reducer
+        self._owned = _owned_by_fragment(replica, plan, schedule)
+        masters = {name: replica.masters[name] for name in replica.owned_names()}
+        self._state = AnchorState(masters, state_device or replica.device)
+        self._in_flight: dict[int, InFlight] = {}
+        self.step = 0
+
+    # ---- time -------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def after_inner_step(self, step: int, riders: Tensor | None = None) -> OuterReport | None:
+        """Do what is due after inner step ``step``; return what happened, ``None`` if nothing was.
+
+        Args:
+            step: The inner step that has just been made, 1-based; one more than at the last call.
+            riders: 1-D fp32 numbers to show to the other replicas with every launch of this step,
+                for instance the loss; always the same count.
+        """
+        assert step == self.step + 1, f"inner step {step} follows {self.step}"
+        self.step = step
+        events = self._schedule.events(step)
+        if not events:
+            return None
+        launched: list[InFlight] = []
+        applied: list[FragmentReport] = []
+        for event in events:
+            if isinstance(event, Launch):
+                launched.append(self._launch(event.fragment, riders))
+            else:
+                applied.append(self._apply(event))
+        quarantined = any(flight.verdict is Verdict.NON_FINITE for flight in launched)
+        changed = self._plan.names() if quarantined else self._names_of(applied)
+        if changed:
+            self._publish(changed)
+        return OuterReport(
+            step=step,
+            round_index=self._schedule.round(step),
+            launched=tuple(flight.fragment for flight in launched),
+            applied=tuple(applied),
+            quarantined=quarantined,
+        )
+
+    @torch.no_grad()
+    def flush(self) -> OuterReport:
+        """Bring the replicas together after the last inner step of the run; see the schedule."""
+        assert self.step == self._schedule.train_iters, f"flush after inner step {self.step}"
+        applied = [
+            self._average(event.fragment) if isinstance(event, Average) else self._apply(event)
+            for event in self._schedule.flush_events()
+        ]
+        if applied:
+            self._publish(self._names_of(applied))
+        return OuterReport(
+            step=self.step,
+            round_index=self._schedule.round(self.step),
+            launched=(),
+            applied=tuple(applied),
+            quarantined=any(report.verdict is Verdict.NON_FINITE for report in applied),
+        )
+
+    # ---- events -----------------------------------------------------------------------------
+
+    def _launch(self, fragment: int, riders: Tensor | None) -> InFlight:
+        deltas = self._pseudogradients(fragment)
+        verdict, norm = self._judge(fragment, deltas)
+        started = time.perf_counter()
+        handle = self._reducer.launch(
+            fragment,
+            deltas,
+            verdict.weight,
+            _with_norm(norm, riders),
+            round_index=self._schedule.round(self.step),
+        )
+        flight = InFlight(
+            fragment=fragment,
+            launched_at=self.step,
+            verdict=verdict,
+            norm=norm,
+            at_launch=self._snapshot(fragment) if self._schedule.overlap_steps else None,
+            handle=handle,
+            exposed_ms=(time.perf_counter() - started) * 1e3,
+        )
+        self._in_flight[fragment] = flight
+        if verdict is Verdict.NON_FINITE:
+            self._take_anchor()
+        return flight
+
+    def _apply(self, event: Apply) -> FragmentReport:
+        flight = self._in_flight.pop(event.fragment)
+        assert flight.launched_at == event.launched_at, (flight, event)
+        reduced = flight.wait(self._reducer)
+        if self._schedule.is_full_interval(flight.launched_at):
+            self._guard.observe(flight.fragment, reduced.stats.riders[:, 0].tolist())
+        usable = bool(reduced.stats.weights.any())
+        round_index = self._schedule.round(flight.launched_at)
+        sums = torch.zeros(3, dtype=torch.float64, device=self._replica.device)
+        for name in self._owned[flight.fragment]:
+            local = self._replica.masters[name]
+            at_launch = local if flight.at_launch is None else flight.at_launch[name]
+            mean = reduced.mean[name]
+            own = self._state.pseudogradient(name, at_launch)
+            dot, mean_square = torch.dot(own, mean), torch.dot(mean, mean)
+            if usable:  # leaves in ``mean`` what it takes off the anchor
+                self._state.step(name, mean, self._optimizer, round_index)
+            sums += torch.stack([dot, mean_square, torch.dot(mean, mean)]).double()
+            self._merge.merge(local, self._state.anchor_on(local.device, name), at_launch)
+        return self._report(flight, reduced, sums)
+
+    def _average(self, fragment: int) -> FragmentReport:
+        """Set anchor and local parameters of a fragment to the mean of the local parameters."""
+        deltas = self._pseudogradients(fragment)
+        # The band is about whole intervals; what is left to flush may be a single step.
+        verdict, norm = self._judge(fragment, deltas, use_band=False)
+        flight = InFlight(
+            fragment=fragment,
+            launched_at=self.step,
+            verdict=verdict,
+            norm=norm,
+            at_launch=None,
+            handle=self._plain_reducer.launch(
+                fragment,
+                {name: self._replica.masters[name] for name in self._owned[fragment]},
+                verdict.weight,
+                _with_norm(norm, None),
+                round_index=self._schedule.round(self.step),
+            ),
+        )
+        reduced = flight.wait(self._plain_reducer)
+        sums = torch.zeros(3, dtype=torch.float64, device=self._replica.device)
+        for name in self._owned[fragment]:
+            if reduced.stats.weights.any():
+                mean = reduced.mean[name]
+                update = self._state.pseudogradient(name, mean)
+                square = torch.dot(update, update)
+                sums += torch.stack([torch.dot(deltas[name], update), square, square]).double()
+                self._state.anchor[name].copy_(mean)
+            self._replica.masters[name].copy_(self._state.anchor[name])
+        return self._report(flight, reduced, sums)
+
+    # ---- parts of events --------------------------------------------------------------------
+
+    def _pseudogradients(self, fragment: int) -> dict[str, Tensor]:
+        return {
+            name: self._state.pseudogradient(name, self._replica.masters[name])
+            for name in self._owned[fragment]
+        }
+
+    def _judge(
+        self, fragment: int, deltas: Mapping[str, Tensor], *, use_band: bool = True
+    ) -> tuple[Verdict, float]:
+        """Return the guard's verdict and the norm, both the same on all ranks of the replica."""
+        own = local_statistics(list(deltas.values()), self._replica.device)
+        bad, square = self._replica.total(own).tolist()
+        norm = math.nan if bad else math.sqrt(square)
+        if use_band:
+            return self._guard.judge(fragment, non_finite=bad > 0, norm=norm), norm
+        return (Verdict.NON_FINITE if bad else Verdict.GOOD), norm
+
+    def _snapshot(self, fragment: int) -> dict[str, Tensor]:
+        return {name: self._replica.masters[name].clone() for name in self._owned[fragment]}
+
+    def _take_anchor(self) -> None:
+        """Restart this replica from the anchor everywhere; progress in flight is forgotten."""
+        _overwrite(self._replica.masters, self._state.anchor)
+        for flight in self._in_flight.values():
+            for name, tensor in (flight.at_launch or {}).items():
+                tensor.copy_(self._state.anchor[name])
+
+    def _publish(self, names: tuple[str, ...]) -> None:
+        self._replica.broadcast_duplicates(names)
+        self._replica.publish()
+
+    def _names_of(self, applied: list[FragmentReport]) -> tuple[str, ...]:
+        fragments = self._plan.fragments
+        return tuple(name for report in applied for name in fragments[report.fragment])
+
+    def _report(self, flight: InFlight, reduced: Reduced, sums: Tensor) -> FragmentReport:
+        dot, mean_square, update_square = self._replica.total(sums).unbind()
+        return FragmentReport(
+            fragment=flight.fragment,
+            launched_at=flight.launched_at,
+            verdict=flight.verdict,
+            weights=reduced.stats.weights,
+            riders=reduced.stats.riders[:, 1:],
+            pseudogradient_norm=flight.norm,
+            update_norm=update_square.sqrt(),
+            cosine_to_mean=dot / (mean_square.sqrt() * flight.norm),
+            wire_bytes=reduced.stats.wire_bytes,
+            exposed_ms=flight.exposed_ms,
+        )
+
+    # ---- state ------------------------------------------------------------------------------
+
+    def anchors(self) -> Mapping[str, Tensor]:
+        """Return the anchor by name, flat, for the shards that this rank owns; read only."""
+        return self._state.anchor
+
+    @contextmanager
+    def anchor_loaded(self) -> Iterator[None]:
+        """Let the model hold the anchor, then put every local parameter back bit for bit.
+
+        Inside, the masters hold the anchor as well. After an exception only the masters are put
+        back, without a collective: the other ranks may not be in the same place.
+        """
+        masters = self._replica.masters
+        kept = {name: copy_to(self._state.device, local) for name, local in masters.items()}
+        try:
+            _overwrite(masters, self._state.anchor)
+            self._publish(self._plan.names())
+            yield
+        finally:
+            _overwrite(masters, kept)
+        self._replica.publish()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return ``{"tensors": {kind: {name: flat tensor}}, "scalars": plain numbers}``.
+
+        Kinds: ``anchor`` and ``momentum`` of every shard owned here; ``mean`` and ``at_launch`` of
+        fragments in flight, for which this call waits. The tensors are the live ones.
+        """
+        mean: dict[str, Tensor] = {}
+        at_launch: dict[str, Tensor] = {}
+        for _, flight in sorted(self._in_flight.items()):
+            mean.update(flight.settle(self._reducer).mean)
+            at_launch.update(flight.at_launch or {})
+        return {
+            "tensors": {
+                "anchor": dict(self._state.anchor),
+                "momentum": dict(self._state.momentum),
+                "mean": mean,
+                "at_launch": at_launch,
+            },
+            "scalars": {
+                "step": self.step,
+                "guard": self._guard.state_dict(),
+                "in_flight": [flight.scalars() for _, flight in sorted(self._in_flight.items())],
+            },
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned, into this object's own memory.
+
+        Raises:
+            CheckpointError: Names differ, or the fragments in flight are not those that this
+                schedule has in flight after the saved step.
+        """
+        tensors, scalars = state["tensors"], state["scalars"]
+        step = int(scalars["step"])
+        expected = self._schedule.in_flight(step)
+        check_in_flight(scalars["in_flight"], expected, step)
+        self._state.load(tensors["anchor"], tensors["momentum"])
+        travelling = [name for apply in expected for name in self._owned[apply.fragment]]
+        check_names("mean", tensors["mean"], travelling)
+        check_names("at_launch", tensors["at_launch"], travelling)
+        self._in_flight = {
+            entry["fragment"]: InFlight.restore(
+                entry, self._owned[entry["fragment"]], tensors["mean"], tensors["at_launch"]
+            )
+            for entry in scalars["in_flight"]
+        }
+        self._guard.load_state_dict(scalars["guard"])
+        self.step = step
+
+
+def _owned_by_fragment(
+    replica: ReplicaPort, plan: FragmentPlan, schedule: SyncSchedule
+) -> tuple[tuple[str, ...], ...]:
+    """Return the names that this rank synchronises, by fragment, in the order of its shards."""
+    if plan.count != schedule.fragment_count:
+        raise ConfigError(
+            f"the plan has {plan.count} fragments and the schedule {schedule.fragment_count}"
+        )
+    missing, _ = coverage(plan.names(), (shard.name for shard in replica.shards))
+    if missing:
+        raise ConfigError(
+            f"no fragment for {', '.join(missing)}; these parameters would never be synchronised"
+        )
+    owned = replica.owned_names()
+    members = [frozenset(group) for group in plan.fragments]
+    return tuple(tuple(name for name in owned if name in group) for group in members)
+
+
+@torch.no_grad()
+def _overwrite(masters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    for name, value in values.items():
+        masters[name].copy_(value)
+
+
+def _with_norm(norm: float, riders: Tensor | None) -> Tensor:
+    own = torch.tensor([norm], dtype=torch.float32)
+    return own if riders is None else torch.cat([own.to(riders.device), riders])
