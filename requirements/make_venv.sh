@@ -20,8 +20,6 @@ if [ ! -x "$venv/bin/python" ] || ! "$venv/bin/python" -c "import sys; assert sy
     "$python" -m venv --clear "$venv"
 fi
 pip=("$venv/bin/python" -m pip --disable-pip-version-check install -qq)
-# setuptools first: DeepSpeed's source package and ours are built with it, without a second,
-# temporary environment for each.
-"${pip[@]}" "$(grep '^setuptools==' "$pins")" wheel
-DS_BUILD_OPS=0 "${pip[@]}" -r "$pins"
+"${pip[@]}" -r "$pins"
+# The pinned setuptools builds this package; no second, temporary environment is fetched for it.
 "${pip[@]}" --no-deps --no-build-isolation --editable .

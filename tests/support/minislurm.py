@@ -86,9 +86,7 @@ class MiniSlurm:
             check=False,
         )
 
-    def submit(
-        self, *arguments: str, cwd: Path, env: Mapping[str, str] | None = None
-    ) -> str:
+    def submit(self, *arguments: str, cwd: Path, env: Mapping[str, str] | None = None) -> str:
         """Run ``sbatch`` and return the job id."""
         done = self.run("sbatch", "--parsable", *arguments, cwd=cwd, env=env)
         assert done.returncode == 0, f"sbatch refused {arguments}: {done.stderr}"
@@ -110,6 +108,10 @@ class MiniSlurm:
                 raise AssertionError(f"waited {timeout_s:g} s for {what}; {log} holds:\n{text}")
             time.sleep(0.5)
 
+    def idle(self) -> bool:
+        """Return whether no node runs or finishes anything."""
+        return self.run("sinfo", "-h", "-t", "idle", "-o", "%D").stdout.strip() == str(self._nodes)
+
     def _write_files(self, ports: Sequence[int]) -> None:
         for name in ("ctld", "spool", "log", "run", "munge", "dev"):
             (self._directory / name).mkdir()
@@ -120,7 +122,8 @@ class MiniSlurm:
         for number in range(self._gpus_per_node):
             (self._directory / f"dev/gpu{number}").touch()
         if self._gpus_per_node:
-            gpus = f"NodeName=n[1-{self._nodes}] Name=gpu File={self._directory}/dev/gpu[0-{self._gpus_per_node - 1}]\n"
+            files = f"{self._directory}/dev/gpu[0-{self._gpus_per_node - 1}]"
+            gpus = f"NodeName=n[1-{self._nodes}] Name=gpu File={files}\n"
         (self._directory / "gres.conf").write_text(gpus)
         (self._directory / "cgroup.conf").touch()
         (self._directory / "slurm.conf").write_text(self._slurm_conf(ports))
@@ -178,10 +181,7 @@ PartitionName=debug Nodes=ALL Default=YES MaxTime=2-00:00:00 State=UP
         for number in range(1, self._nodes + 1):
             self._daemon(stack, "slurmd", "-D", "-N", f"n{number}")
         stack.callback(self._cancel_all)
-        self._await(f"{self._nodes} idle nodes", self._all_idle)
-
-    def _all_idle(self) -> bool:
-        return self.run("sinfo", "-h", "-t", "idle", "-o", "%D").stdout.strip() == str(self._nodes)
+        self._await(f"{self._nodes} idle nodes", self.idle)
 
     def _cancel_all(self) -> None:
         self.run("scancel", "--full", "--signal=KILL", "-u", "root")

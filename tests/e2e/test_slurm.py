@@ -1,0 +1,204 @@
+"""The SLURM template on a real, small SLURM: what it asks for, and stop, requeue, resume."""
+
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.minislurm import MiniSlurm, why_unavailable
+from tests.support.ports import held_port
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.slurm,
+    pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable())),
+]
+
+ROOT = Path(__file__).parents[2]
+TEMPLATE = "launch/slurm/pretrain.sbatch"
+OVER = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
+
+# Plays the trainer's part of the contract (exit codes, signals) without training. Rank 1 leaves
+# later than rank 0: a template that shoots the slower node would lose its file.
+STAND_IN = """
+import os, pathlib, signal, sys, time
+
+signal.signal(signal.SIGUSR1, lambda *_: stop.append(1))
+stop = []
+rank, here = int(os.environ["RANK"]), pathlib.Path(__file__).parent
+assert os.environ["WORLD_SIZE"] == "2", os.environ["WORLD_SIZE"]
+saved = here / f"saved{rank}"
+print(f"rank {rank} sees {sys.argv[-2:]}", flush=True)
+if "fail" in sys.argv[-1]:
+    sys.exit(3)
+if saved.exists():
+    sys.exit(0)
+while not stop:
+    time.sleep(0.1)
+time.sleep(3 * rank)
+saved.touch()
+sys.exit(85)
+"""
+
+
+BOTH_RANKS_RUN = r"rank 0 sees[\s\S]*rank 1 sees|rank 1 sees[\s\S]*rank 0 sees"
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[MiniSlurm]:
+    """Sixteen nodes of eight GPUs: what the 15B run asks for."""
+    with MiniSlurm(nodes=16, gpus_per_node=8) as slurm:
+        yield slurm
+
+
+class Job:
+    """One submission of the template on two one-rank CPU nodes, under ``directory``."""
+
+    OPTIONS = ("--nodes=2", "--gpus-per-node=0", "--mem=100", "--no-kill")
+
+    def __init__(
+        self, cluster: MiniSlurm, directory: Path, *arguments: str, env: dict[str, str]
+    ) -> None:
+        self._cluster = cluster
+        self.log = directory / "job.log"
+        self.id = cluster.submit(
+            *self.OPTIONS,
+            f"--output={self.log}",
+            TEMPLATE,
+            *arguments,
+            cwd=ROOT,
+            env={
+                "MASTER_ADDR": "127.0.0.1",  # n1, n2, ... are no names that anything can resolve
+                "MULOCO_SLOTS_PER_NODE": "1",
+                # The environment of this test run, which need not be .venv.
+                "MULOCO_ACTIVATE": "/dev/null",
+                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+                **env,
+            },
+        )
+
+    def signal_when(self, pattern: str, *, timeout_s: float) -> None:
+        """Warn the job, as SLURM does before the time limit, once its log matches ``pattern``."""
+
+        def written() -> bool:
+            return bool(re.search(pattern, self.text())) or self._state() in OVER
+
+        self._wait(f"{pattern!r} in the log", written, timeout_s)
+        assert self._state() not in OVER, f"the job ended before its signal:\n{self.text()}"
+        done = self._cluster.run("scancel", f"--signal={signal.SIGUSR1.name[3:]}", self.id)
+        assert done.returncode == 0, done.stderr
+
+    def restart_now(self, *, timeout_s: float) -> None:
+        """Wait until the job is requeued and let it start without SLURM's two minutes of delay."""
+
+        def requeued() -> bool:
+            # Idle: starting while the first attempt is still being cleaned up fails. SLURM's delay
+            # is there for that.
+            return (
+                self._field("Restarts") == "1"
+                and self._state() == "PENDING"
+                and self._cluster.idle()
+            )
+
+        self._wait("the requeue", requeued, timeout_s)
+        done = self._cluster.run("scontrol", "update", f"JobId={self.id}", "StartTime=now")
+        assert done.returncode == 0, done.stderr
+
+    def wait_for_end(self, *, timeout_s: float) -> tuple[str, str]:
+        """Return the final state and exit code."""
+        self._wait("the end", lambda: self._state() in OVER, timeout_s)
+        return self._state(), self._field("ExitCode").split(":")[0]
+
+    def text(self) -> str:
+        """Return the log so far."""
+        return self.log.read_text() if self.log.exists() else ""
+
+    def _state(self) -> str:
+        return self._field("JobState")
+
+    def _field(self, name: str) -> str:
+        return self._cluster.job(self.id).get(name, "")
+
+    def _wait(self, what: str, condition: Callable[[], bool], timeout_s: float) -> None:
+        self._cluster.wait_for(what, condition, timeout_s=timeout_s, log=self.log)
+
+
+@pytest.fixture
+def port() -> Iterator[str]:
+    with held_port() as number:
+        yield str(number)
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, port: str) -> dict[str, str]:
+    script = tmp_path / "stand_in.py"
+    script.write_text(STAND_IN)
+    return {"MULOCO_PRETRAIN": str(script), "MASTER_PORT": port}
+
+
+def submission(cluster: MiniSlurm, *options: str) -> tuple[int, str]:
+    done = cluster.run(
+        "sbatch", "--test-only", *options, TEMPLATE, "configs/15b_k16.yaml", cwd=ROOT
+    )
+    return done.returncode, done.stderr
+
+
+def test_the_15b_submission_is_accepted(cluster: MiniSlurm) -> None:
+    code, said = submission(cluster)
+    assert code == 0, said
+    assert "nodes n[1-16]" in said
+
+
+@pytest.mark.parametrize("impossible", ["--nodes=17", "--gpus-per-node=9"])
+def test_an_impossible_submission_is_rejected(cluster: MiniSlurm, impossible: str) -> None:
+    code, said = submission(cluster, impossible)
+    assert code != 0
+    assert "not available" in said
+
+
+def test_a_stopped_job_is_requeued_with_its_arguments(
+    cluster: MiniSlurm, tmp_path: Path, stand_in: dict[str, str]
+) -> None:
+    job = Job(cluster, tmp_path, "configs/cpu_k2.yaml", "--set", "a.b=[1, 2]", env=stand_in)
+    job.signal_when(BOTH_RANKS_RUN, timeout_s=60)
+    job.restart_now(timeout_s=60)
+    assert job.wait_for_end(timeout_s=60) == ("COMPLETED", "0"), job.text()
+    assert (tmp_path / "saved0").exists()
+    assert (tmp_path / "saved1").exists()
+    assert job.text().count("rank 0 sees ['--set', 'a.b=[1, 2]']") == 2, job.text()
+    assert "requeue 1 of at most 30" in job.text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "extra", "code", "said"),
+    [
+        pytest.param(("--set", "fail=1"), {}, "3", "ended with code 3", id="fault"),
+        pytest.param((), {"MULOCO_MAX_RESTARTS": "0"}, "85", "not requeued", id="cap"),
+    ],
+)
+def test_a_job_is_not_requeued(
+    cluster: MiniSlurm,
+    tmp_path: Path,
+    stand_in: dict[str, str],
+    arguments: tuple[str, ...],
+    extra: dict[str, str],
+    code: str,
+    said: str,
+) -> None:
+    job = Job(cluster, tmp_path, "configs/cpu_k2.yaml", *arguments, env=stand_in | extra)
+    if extra:
+        job.signal_when(BOTH_RANKS_RUN, timeout_s=60)
+    assert job.wait_for_end(timeout_s=60) == ("FAILED", code), job.text()
+    assert said in job.text()
+
+
+def test_a_missing_config_ends_the_job_before_anything_starts(
+    cluster: MiniSlurm, tmp_path: Path
+) -> None:
+    job = Job(cluster, tmp_path, "configs/no_such.yaml", env={})
+    assert job.wait_for_end(timeout_s=30) == ("FAILED", "2")
+    assert "no_such.yaml" in job.text()
