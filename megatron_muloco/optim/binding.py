@@ -50,13 +50,15 @@ def bind_shards(
     """
     by_id = {id(tensor): shard for tensor, shard in shards}
     bound = [[_bind(tensor, by_id, table) for tensor in group] for group in groups]
-    missing, surplus = coverage(
-        (b.name for b in chain.from_iterable(bound)), (shard.name for shard in by_id.values())
-    )
-    if missing or surplus:
+    flat = list(chain.from_iterable(bound))
+    held = {id(b.tensor) for b in flat}
+    missing = sorted(shard.name for key, shard in by_id.items() if key not in held)
+    names = [b.name for b in flat]
+    _, repeated = coverage(names, names)
+    if missing or repeated:
         raise RuntimeMismatch(
             "the inner optimizer's param groups do not hold each shard of this rank once: missing "
-            f"{missing}, twice {surplus}"
+            f"{missing}, more than once {repeated}"
         )
     return bound
 

@@ -104,14 +104,15 @@ def newton_schulz(
     norm = torch.linalg.vector_norm(M, dim=(-2, -1), keepdim=True, dtype=torch.float64)
     X = (M.to(torch.float32) / (norm + eps).to(torch.float32)).to(dtype)
     tall = M.shape[-2] > M.shape[-1]
-    # A contiguous copy, so that the same matrix gives the same bits whichever way it was stored.
-    X = X.mT.contiguous() if tall else X.contiguous()
+    X = X.mT if tall else X
+    # One contiguous batch, so that the same matrix gives the same bits however it was stored.
+    X = X.reshape(-1, *X.shape[-2:]).contiguous()
     for a, b, c in coefficient_triples(coefficients, steps):
         A = X @ X.mT
-        B = b * A + c * (A @ A)
-        X = a * X + B @ X
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)  # b A + c A A, rounded once
+        X = torch.baddbmm(X, B, X, beta=a)  # a X + B X
     result: Tensor = X.mT if tall else X
-    return result.to(torch.float32).contiguous()
+    return result.reshape(M.shape).to(torch.float32).contiguous()
 
 
 def _unit_rms_norm(fan_out: int, fan_in: int) -> float:

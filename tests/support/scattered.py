@@ -1,0 +1,224 @@
+"""A tiny decoder layer, scattered over tensor and data ranks the way Megatron scatters it."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from threading import Barrier
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_muloco.optim.assignment import Assignment
+from megatron_muloco.optim.exchange import ShardExchange, Transport
+from megatron_muloco.optim.muon import MuonAdamW, StepReport
+from megatron_muloco.optim.parameter_table import (
+    InnerKind,
+    ParameterTable,
+    build_parameter_table,
+)
+from megatron_muloco.optim.segments import RankShards
+from megatron_muloco.optim.units import LayerShape, Unit
+from megatron_muloco.shards import ParamInfo, Shard
+
+Pieces = dict[tuple[str, int], Tensor]  # (parameter, tensor rank) -> local tensor
+Run = tuple[dict[str, Tensor], StepReport]
+
+PREFIX = "decoder.layers.0."
+VECTOR = PREFIX + "input_layernorm.weight"
+
+
+class Mailbox:
+    """An all-to-all between threads; one `transport` a rank."""
+
+    def __init__(self, size: int) -> None:
+        self._barrier = Barrier(size, timeout=20)
+        self._sent: dict[int, tuple[Tensor, ...]] = {}
+
+    def transport(self, rank: int) -> Callable[..., None]:
+        def all_to_all(
+            received: Tensor,
+            sent: Tensor,
+            *,
+            receive_splits: Sequence[int],
+            send_splits: Sequence[int],
+        ) -> None:
+            self._sent[rank] = sent.split(list(send_splits))
+            self._barrier.wait()
+            for other, place in enumerate(received.split(list(receive_splits))):
+                place.copy_(self._sent[other][rank])
+            self._barrier.wait()
+
+        return all_to_all
+
+    def run(self, fn: Callable[[int], Any], size: int) -> list[Any]:
+        with ThreadPoolExecutor(size) as pool:
+            return list(pool.map(fn, range(size)))
+
+
+def matrix_params(layer: LayerShape, hidden: int, tensor_size: int) -> list[ParamInfo]:
+    d, ffn = layer.kv_channels, layer.ffn_hidden_size // tensor_size
+    heads = layer.num_attention_heads // tensor_size
+    groups = layer.num_query_groups // tensor_size
+    shapes = {
+        "self_attention.linear_qkv.weight": ((heads + 2 * groups) * d, hidden, 0),
+        "self_attention.linear_proj.weight": (hidden, heads * d, 1),
+        "mlp.linear_fc1.weight": (2 * ffn, hidden, 0),
+        "mlp.linear_fc2.weight": (hidden, ffn, 1),
+    }
+    return [ParamInfo(PREFIX + n, (r, c), dim, False) for n, (r, c, dim) in shapes.items()]
+
+
+def norm_param() -> ParamInfo:
+    return ParamInfo(VECTOR, (5,), None, False)
+
+
+def cut(params: Sequence[ParamInfo], tensor_size: int, cuts: list[list[float]]) -> list[RankShards]:
+    """Cut the concatenated local tensors of each tensor rank at fractions, as dp cuts a buffer."""
+    total = sum(param.numel for param in params)
+    layout = []
+    for dp in range(len(cuts[0]) + 1):
+        for tensor_rank in range(tensor_size):
+            bounds = [0, *(round(f * total) for f in sorted(cuts[tensor_rank])), total]
+            ranges, position = {}, 0
+            for param in params:
+                start = max(bounds[dp] - position, 0)
+                end = min(bounds[dp + 1] - position, param.numel)
+                if start < end:
+                    ranges[param.name] = (start, end)
+                position += param.numel
+            layout.append(RankShards(tensor_rank, ranges))
+    return layout
+
+
+def cut_evenly(params: Sequence[ParamInfo], tensor_size: int, dp: int) -> list[RankShards]:
+    return cut(params, tensor_size, [[i / dp for i in range(1, dp)]] * tensor_size)
+
+
+def shards_of(pieces: Pieces, shards: RankShards) -> dict[str, Tensor]:
+    """Return a rank's flat shards of the parameters that ``pieces`` has."""
+    return {
+        name: pieces[name, shards.tensor_rank].reshape(-1)[start:end].clone()
+        for name, (start, end) in shards.ranges.items()
+        if (name, shards.tensor_rank) in pieces
+    }
+
+
+def whole(unit: Unit, pieces: Pieces) -> Tensor:
+    """Assemble a unit the obvious way: rows of each tensor rank's piece, then concatenated."""
+    return torch.cat(
+        [
+            torch.cat([pieces[unit.param, t][a:b] for a, b in unit.local_rows])
+            for t in range(unit.tensor_size)
+        ],
+        dim=unit.partition_dim,
+    )
+
+
+def scatter(matrices: dict[str, Tensor], units: Sequence[Unit]) -> Pieces:
+    """Return the tensor ranks' pieces of whole units; undoes `whole`."""
+    pieces: Pieces = {}
+    for param in {unit.param: None for unit in units}:
+        mine = [unit for unit in units if unit.param == param]
+        rows = sum(unit.local_shape[0] for unit in mine)
+        for t in range(mine[0].tensor_size):
+            piece = torch.empty(rows, mine[0].local_columns)
+            for unit in mine:
+                local = matrices[unit.name].chunk(unit.tensor_size, dim=unit.partition_dim)[t]
+                sizes = [b - a for a, b in unit.local_rows]
+                for (a, b), part in zip(unit.local_rows, local.split(sizes), strict=True):
+                    piece[a:b] = part
+            pieces[param, t] = piece
+    return pieces
+
+
+def gather(layout: Sequence[RankShards], held: Sequence[dict[str, Tensor]], like: Pieces) -> Pieces:
+    """Return whole local tensors from every rank's flat shards."""
+    pieces = {key: torch.full_like(piece, torch.nan) for key, piece in like.items()}
+    for shards, tensors in zip(layout, held, strict=True):
+        for name, (start, end) in shards.ranges.items():
+            pieces[name, shards.tensor_rank].view(-1)[start:end] = tensors[name]
+    return pieces
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One pipeline stage: a decoder layer and a norm, over a layout."""
+
+    layer: LayerShape
+    hidden: int
+    tensor_size: int
+    layout: list[RankShards]
+    table: ParameterTable
+
+    @classmethod
+    def even(
+        cls, layer: LayerShape, hidden: int, tensor_size: int, dp: int, kind: InnerKind = "muon"
+    ) -> "Stage":
+        params = [*matrix_params(layer, hidden, tensor_size), norm_param()]
+        layout = cut_evenly(params, tensor_size, dp)
+        table = build_parameter_table(
+            params, layer, kind=kind, tensor_size=tensor_size, group_size=len(layout)
+        )
+        return cls(layer, hidden, tensor_size, layout, table)
+
+    def owned_by_one(self) -> "Stage":
+        """The same with every unit on rank 0, so that batches are the same for every layout."""
+        units = self.table.units
+        everything = Assignment((0,) * len(units), (1,) + (0,) * (len(self.layout) - 1))
+        return replace(self, table=replace(self.table, assignment=everything))
+
+    @property
+    def params(self) -> dict[str, ParamInfo]:
+        params = [*matrix_params(self.layer, self.hidden, self.tensor_size), norm_param()]
+        return {param.name: param for param in params}
+
+    def random(self, seed: int) -> Pieces:
+        """Return pieces whose whole units and norm depend on the seed alone, not on the layout."""
+        generator = torch.Generator().manual_seed(seed)
+        units = {u.name: torch.randn(u.shape, generator=generator) for u in self.table.units}
+        norm = torch.randn(5, generator=generator)
+        norms = {(VECTOR, t): norm.clone() for t in range(self.tensor_size)}
+        return scatter(units, self.table.units) | norms
+
+    def optimizer(
+        self, rank: int, masters: dict[str, Tensor], transport: Transport | None, **options: Any
+    ) -> MuonAdamW:
+        """Return a bound optimizer, built in the steps in which Megatron's builds it."""
+        model = [torch.nn.Parameter(torch.zeros(p.local_shape)) for p in self.params.values()]
+        optimizer = MuonAdamW([{"params": model}], **options)
+        optimizer.param_groups = [optimizer.param_groups[0] | {"params": list(masters.values())}]
+        optimizer.load_state_dict(optimizer.state_dict())
+        exchange = None
+        if self.table.units:
+            exchange = ShardExchange(
+                self.table.units, self.table.owners, self.layout, rank=rank, transport=transport
+            )
+        shards = [
+            (tensor, Shard(self.params[name], *self.layout[rank].ranges[name]))
+            for name, tensor in masters.items()
+        ]
+        optimizer.bind(shards, self.table, exchange)
+        return optimizer
+
+
+def train(stage: Stage, rank: int, transport: Transport | None, steps: int, **options: Any) -> Run:
+    """Run some steps of one rank on gradients that depend on the step alone."""
+    masters = shards_of(stage.random(0), stage.layout[rank])
+    optimizer = stage.optimizer(rank, masters, transport, **options)
+    for step in range(1, steps + 1):
+        gradients = shards_of(stage.random(step), stage.layout[rank])
+        for name, master in masters.items():
+            master.grad = gradients[name]
+        optimizer.step()
+    return masters, optimizer.last_step
+
+
+def train_in_threads(stage: Stage, steps: int, **options: Any) -> Pieces:
+    """Run every rank of a stage and return the trained pieces."""
+    size = len(stage.layout)
+    mailbox = Mailbox(size)
+    runs = mailbox.run(
+        lambda rank: train(stage, rank, mailbox.transport(rank), steps, **options), size
+    )
+    return gather(stage.layout, [masters for masters, _ in runs], stage.random(0))

@@ -1,0 +1,345 @@
+"""MuonAdamW: what it equals, and what it refuses. Ranks are threads here."""
+
+from dataclasses import replace
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_muloco.errors import CheckpointError, RuntimeMismatch
+from megatron_muloco.optim.exchange import ShardExchange
+from megatron_muloco.optim.muon import MuonAdamW, MuonSettings
+from megatron_muloco.optim.newton_schulz import newton_schulz, scale_factor
+from megatron_muloco.optim.units import LayerShape
+from megatron_muloco.shards import Shard
+from tests.support.scattered import (
+    VECTOR,
+    Pieces,
+    Stage,
+    shards_of,
+    train_in_threads,
+    whole,
+)
+from tests.support.tensors import assert_equal
+
+GQA = LayerShape(8, 4, 3, 20)  # no matrix is square: q [24 x 7], k and v [12 x 7], gate [20 x 7]
+SQUARE = LayerShape(4, 4, 3, 12)  # with hidden 12 every unit is square and scaled by 1
+HIDDEN = 7
+FP32 = MuonSettings(ns_dtype=torch.float32)
+LAYOUTS = [(1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2), (2, 3), (4, 1), (4, 2)]
+OPTIONS: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.3}
+
+
+def plain_muon(stage: Stage, steps: int, *, lr: float, weight_decay: float) -> dict[str, Tensor]:
+    """Muon on whole matrices in one process, as the paper writes it."""
+    trained = {}
+    for unit in stage.table.units:
+        theta = whole(unit, stage.random(0))
+        M = torch.zeros_like(theta)
+        for t in range(1, steps + 1):
+            M = 0.9 * M + whole(unit, stage.random(t))
+            U, S, Vh = torch.linalg.svd(M.double(), full_matrices=False)
+            s = S / (S.norm() + 1e-8)
+            for a, b, c in QUINTIC:
+                s = a * s + b * s**3 + c * s**5
+            fan_out, fan_in = theta.shape
+            update = (fan_out / fan_in) ** 0.5 * (U * s) @ Vh
+            theta = (1 - lr * weight_decay) * theta - lr * update.float()
+        trained[unit.name] = theta
+    return trained
+
+
+QUINTIC = [
+    (4.0848, -6.8946, 2.9270),
+    (3.9505, -6.3029, 2.6377),
+    (3.7418, -5.5913, 2.3037),
+    (2.8769, -3.1427, 1.2046),
+    (2.8366, -3.0525, 1.2012),
+]
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize(("tensor_size", "dp"), LAYOUTS)
+def test_agrees_with_plain_muon_on_every_layout(tensor_size: int, dp: int) -> None:
+    stage = Stage.even(GQA, HIDDEN, tensor_size, dp)
+    trained = train_in_threads(stage, 3, muon=FP32, **OPTIONS)
+    expected = plain_muon(stage, 3, **OPTIONS)
+    for unit in stage.table.units:
+        # Newton-Schulz is within 1e-4 of the polynomial; parameters are larger than updates.
+        assert relative_error(whole(unit, trained), expected[unit.name]) <= 1e-4, unit.name
+
+
+@pytest.mark.parametrize(("tensor_size", "dp"), LAYOUTS)
+def test_the_update_does_not_depend_on_the_layout(tensor_size: int, dp: int) -> None:
+    alone = Stage.even(GQA, HIDDEN, 1, 1)
+    spread = Stage.even(GQA, HIDDEN, tensor_size, dp)
+    expected = train_in_threads(alone, 2, **OPTIONS)
+    same_batches = train_in_threads(spread.owned_by_one(), 2, **OPTIONS)
+    balanced = train_in_threads(spread, 2, muon=FP32, **OPTIONS)
+    expected_fp32 = train_in_threads(alone, 2, muon=FP32, **OPTIONS)
+    for mine, reference in zip(spread.table.units, alone.table.units, strict=True):
+        assert_equal(whole(mine, same_batches), whole(reference, expected), mine.name)
+        error = relative_error(whole(mine, balanced), whole(reference, expected_fp32))
+        assert error <= 1e-4, mine.name
+    assert_equal(same_batches[VECTOR, 0], expected[VECTOR, 0])
+
+
+@pytest.mark.parametrize(("tensor_size", "dp"), LAYOUTS)
+def test_muon_with_identity_is_sgd_with_momentum_bit_for_bit(tensor_size: int, dp: int) -> None:
+    stage = Stage.even(SQUARE, 12, tensor_size, dp)
+    trained = train_in_threads(stage, 3, orthogonalise=lambda batch: batch, **OPTIONS)
+    for unit in stage.table.units:
+        theta = torch.nn.Parameter(whole(unit, stage.random(0)))
+        sgd = torch.optim.SGD([theta], lr=OPTIONS["lr"], momentum=0.9)
+        for step in (1, 2, 3):
+            theta.grad = whole(unit, stage.random(step))
+            theta.data.mul_(1 - OPTIONS["lr"] * OPTIONS["weight_decay"])
+            sgd.step()
+        assert_equal(whole(unit, trained), theta.data, unit.name)
+
+
+@pytest.mark.parametrize("accumulation", ["heavy_ball", "ema"])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_momentum_variants(accumulation: Literal["heavy_ball", "ema"], nesterov: bool) -> None:
+    stage = Stage.even(SQUARE, 12, 2, 2)
+    settings = MuonSettings(accumulation=accumulation, nesterov=nesterov, momentum=0.5)
+    options = {"lr": 1.0, "weight_decay": 0.0, "muon": settings}
+    trained = train_in_threads(stage, 2, orthogonalise=lambda batch: batch, **options)
+    fresh = 0.5 if accumulation == "ema" else 1.0
+    for unit in stage.table.units:
+        theta, M = whole(unit, stage.random(0)), torch.tensor(0.0)
+        for step in (1, 2):
+            G = fresh * whole(unit, stage.random(step))
+            M = 0.5 * M + G
+            theta = theta - (0.5 * M + G if nesterov else M)
+        # Factors 0.5 and 1 are exact, so only the order of two additions could differ: it does not.
+        assert_equal(whole(unit, trained), theta, unit.name)
+
+
+def test_settings_reach_newton_schulz_and_the_scale() -> None:
+    stage = Stage.even(GQA, HIDDEN, 1, 1)
+    settings = MuonSettings(
+        num_ns_steps=3, coefficient_type="simple", scale_mode="match_rms", ns_dtype=torch.float32
+    )
+    trained = train_in_threads(stage, 1, lr=1.0, muon=settings)
+    for unit in stage.table.units:
+        G = whole(unit, stage.random(1))
+        update = newton_schulz(G, steps=3, coefficients="simple", dtype=torch.float32)
+        update *= scale_factor("match_rms", *unit.shape)
+        expected = whole(unit, stage.random(0)) - update
+        assert relative_error(whole(unit, trained), expected) <= 1e-4
+
+
+@pytest.mark.parametrize(("tensor_size", "dp"), [(1, 1), (2, 3)])
+def test_kind_adamw_is_torch_adamw_bit_for_bit(tensor_size: int, dp: int) -> None:
+    stage = Stage.even(GQA, HIDDEN, tensor_size, dp, kind="adamw")
+    assert set(stage.table.routes.values()) == {"vector"}
+    start, gradients = random_pieces(stage, 0), [random_pieces(stage, s) for s in (1, 2, 3)]
+    for rank, shards in enumerate(stage.layout):
+        ours = shards_of(start, shards)
+        theirs = [torch.nn.Parameter(shard.clone()) for shard in ours.values()]
+        optimizer = stage.optimizer(rank, ours, None, betas=(0.9, 0.95), **OPTIONS)
+        reference = torch.optim.AdamW(theirs, betas=(0.9, 0.95), foreach=True, **OPTIONS)
+        for gradient in gradients:
+            for (name, tensor), other in zip(ours.items(), theirs, strict=True):
+                tensor.grad = shards_of(gradient, shards)[name]
+                other.grad = tensor.grad.clone()
+            optimizer.step()
+            reference.step()
+        for (name, tensor), other in zip(ours.items(), theirs, strict=True):
+            assert_equal(tensor, other.data, name)
+        assert optimizer.last_step.newton_schulz_calls == 0
+
+
+def random_pieces(stage: Stage, seed: int) -> Pieces:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        (name, t): torch.randn(param.local_shape, generator=generator)
+        for name, param in stage.params.items()
+        for t in range(stage.tensor_size)
+    }
+
+
+def lone_optimizer(**options: Any) -> tuple[MuonAdamW, dict[str, Tensor], Stage]:
+    stage = Stage.even(GQA, HIDDEN, 1, 1)
+    masters = shards_of(stage.random(0), stage.layout[0])
+    optimizer = stage.optimizer(0, masters, None, **({"lr": 0.1, "muon": FP32} | options))
+    return optimizer, masters, stage
+
+
+def step(optimizer: MuonAdamW, masters: dict[str, Tensor], stage: Stage, seed: int) -> None:
+    gradients = shards_of(stage.random(seed), stage.layout[0])
+    for name, master in masters.items():
+        master.grad = gradients[name]
+    optimizer.step()
+
+
+def test_learning_rate_and_weight_decay_are_read_in_every_step() -> None:
+    optimizer, masters, stage = lone_optimizer()
+    before = {name: master.clone() for name, master in masters.items()}
+    optimizer.param_groups[0]["lr"] = 0.0
+    step(optimizer, masters, stage, 1)
+    for name, master in masters.items():
+        assert_equal(master, before[name], name)
+    # 1 - lr * wd = 0 forgets the parameters, so what they were no longer matters.
+    other, others, _ = lone_optimizer(lr=0.0)
+    step(other, others, stage, 1)
+    for master in others.values():
+        master.fill_(3.0)
+    for tuned, tensors in ((optimizer, masters), (other, others)):
+        tuned.param_groups[0].update(lr=0.5, weight_decay=2.0)
+        step(tuned, tensors, stage, 2)
+    for name, master in masters.items():
+        assert_equal(others[name] + 0.0, master + 0.0, name)
+
+
+def test_all_zero_gradients_change_nothing_but_the_decay() -> None:
+    optimizer, masters, _ = lone_optimizer(weight_decay=0.5)
+    before = {name: master.clone() for name, master in masters.items()}
+    for master in masters.values():
+        master.grad = torch.zeros_like(master)
+    optimizer.step()
+    for name, master in masters.items():
+        assert_equal(master, before[name] * (1 - 0.1 * 0.5), name)
+
+
+def test_named_state_round_trips_into_an_equal_continuation() -> None:
+    first, masters, stage = lone_optimizer()
+    step(first, masters, stage, 1)
+    state = {
+        key: {name: t.clone() for name, t in named.items()}
+        for key, named in first.named_state().items()
+    }
+    assert set(state["momentum_buffer"]) == {row.name for row in stage.table.rows if row.units}
+    assert set(state["exp_avg"]) == set(state["exp_avg_sq"]) == {VECTOR}
+    second, copies, _ = lone_optimizer()
+    for name, master in masters.items():
+        copies[name].copy_(master)
+    second.load_named_state(state, step=first.step_count)
+    step(first, masters, stage, 2)
+    step(second, copies, stage, 2)
+    for name, master in masters.items():
+        assert_equal(copies[name], master, name)
+
+
+def test_state_that_does_not_fit_is_refused_and_changes_nothing() -> None:
+    optimizer, masters, stage = lone_optimizer()
+    step(optimizer, masters, stage, 1)
+    state = optimizer.named_state()
+    kept = state["exp_avg"][VECTOR].clone()
+    with pytest.raises(CheckpointError, match=r"exp_avg_sq does not fit .* missing"):
+        optimizer.load_named_state(
+            {"momentum_buffer": state["momentum_buffer"], "exp_avg": {VECTOR: 0 * kept}}, step=1
+        )
+    assert_equal(optimizer.named_state()["exp_avg"][VECTOR], kept)
+
+
+def test_zero_moments_gives_a_fresh_optimizer() -> None:
+    used, masters, stage = lone_optimizer()
+    step(used, masters, stage, 1)
+    used.zero_moments()
+    fresh, copies, _ = lone_optimizer()
+    for name, master in masters.items():
+        copies[name].copy_(master)
+    step(used, masters, stage, 2)
+    step(fresh, copies, stage, 2)
+    for name, master in masters.items():
+        assert_equal(copies[name], master, name)
+
+
+def test_masters_may_be_views_and_steps_write_through_them() -> None:
+    stage = Stage.even(GQA, HIDDEN, 1, 1)
+    buffers = {n: s.clone() for n, s in shards_of(stage.random(0), stage.layout[0]).items()}
+    masters = {name: buffer.view(-1)[:] for name, buffer in buffers.items()}
+    optimizer = stage.optimizer(0, masters, None, lr=0.1)
+    step(optimizer, masters, stage, 1)
+    start = shards_of(stage.random(0), stage.layout[0])
+    assert all(not torch.equal(buffers[name], start[name]) for name in buffers)
+
+
+def test_step_before_bind_is_refused() -> None:
+    optimizer = MuonAdamW([torch.nn.Parameter(torch.zeros(3))], lr=0.1)
+    with pytest.raises(RuntimeMismatch, match="not bound to its shards yet"):
+        optimizer.step()
+
+
+def test_megatrons_state_dicts_are_refused_after_bind() -> None:
+    optimizer, _, _ = lone_optimizer()
+    with pytest.raises(RuntimeMismatch, match="state_dict was called on bound shards"):
+        optimizer.state_dict()
+    with pytest.raises(RuntimeMismatch, match="load_state_dict was called on bound shards"):
+        optimizer.load_state_dict({})
+
+
+def test_a_shard_without_gradient_is_refused() -> None:
+    optimizer, masters, stage = lone_optimizer()
+    step(optimizer, masters, stage, 1)
+    masters[VECTOR].grad = None
+    with pytest.raises(RuntimeMismatch, match=f"1 shards have no gradient, the first is {VECTOR}"):
+        optimizer.step()
+
+
+def test_a_unit_taken_out_of_the_exchange_makes_bind_refuse() -> None:
+    stage = Stage.even(GQA, HIDDEN, 1, 1)
+    masters = shards_of(stage.random(0), stage.layout[0])
+    optimizer = MuonAdamW([{"params": list(masters.values())}], lr=0.1)
+    units = [unit for unit in stage.table.units if unit.kind != "down"]
+    exchange = ShardExchange(units, [0] * len(units), stage.layout, rank=0, transport=None)
+    shards = [
+        (tensor, Shard(stage.params[name], *stage.layout[0].ranges[name]))
+        for name, tensor in masters.items()
+    ]
+    with pytest.raises(RuntimeMismatch, match="a matrix would be left without Muon"):
+        optimizer.bind(shards, stage.table, exchange)
+    with pytest.raises(RuntimeMismatch, match="a matrix would be left without Muon"):
+        optimizer.bind(shards, stage.table, None)
+
+
+def test_a_unit_that_is_not_orthogonalised_makes_the_step_refuse() -> None:
+    optimizer, masters, stage = lone_optimizer()
+    step(optimizer, masters, stage, 1)
+    optimizer._planned = (*optimizer._planned, "w::lost")
+    with pytest.raises(RuntimeMismatch, match=r"7 units, planned were 8: missing \['w::lost'\]"):
+        step(optimizer, masters, stage, 2)
+
+
+def test_tensors_and_shards_must_fit() -> None:
+    stage = Stage.even(GQA, HIDDEN, 1, 1)
+    norm = stage.params[VECTOR]
+    table = replace(stage.table, rows=tuple(r for r in stage.table.rows if not r.units))
+    tensor, stray = torch.zeros(5), torch.zeros(5)
+    cases = [
+        ([tensor], [], "has no shard"),
+        ([tensor], [(tensor, Shard(norm, 0, 4))], "flat float32 tensor of 4 elements"),
+        ([tensor], [(tensor, Shard(norm, 0, 5)), (stray, Shard(norm, 0, 5))], "missing"),
+        ([tensor, stray], [(t, Shard(norm, 0, 5)) for t in (tensor, stray)], "more than once"),
+        ([tensor], [(tensor, Shard(replace(norm, name="x"), 0, 5))], "x is not in the parameter"),
+    ]
+    for params, shards, message in cases:
+        optimizer = MuonAdamW([{"params": [stray]}], lr=0.1)
+        optimizer.param_groups[0]["params"] = params
+        with pytest.raises(RuntimeMismatch, match=message):
+            optimizer.bind(shards, table, None)
+
+
+def test_a_rank_without_any_shard_steps() -> None:
+    stage = Stage.even(GQA, HIDDEN, 1, 1)
+    layout = [*stage.layout, type(stage.layout[0])(0, {})]
+    stage = replace(stage, layout=layout).owned_by_one()
+    expected = train_in_threads(Stage.even(GQA, HIDDEN, 1, 1), 2, **OPTIONS)
+    trained = train_in_threads(stage, 2, **OPTIONS)
+    for key, piece in expected.items():
+        assert_equal(trained[key], piece)
+
+
+def test_no_nan_from_tiny_or_rank_deficient_momentum() -> None:
+    optimizer, masters, _ = lone_optimizer(muon=MuonSettings())
+    for scale in (1e-38, 1e-20, 1e20):
+        for master in masters.values():
+            master.grad = torch.full_like(master, scale)
+        optimizer.step()
+        assert all(master.isfinite().all() for master in masters.values())

@@ -1,0 +1,173 @@
+"""Units: Megatron's fused tensors come apart into q, k, v, gate and up, at every tensor size."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_muloco.errors import RuntimeMismatch, TopologyError
+from megatron_muloco.optim.assignment import assign
+from megatron_muloco.optim.units import (
+    LayerShape,
+    Unit,
+    check_rows,
+    newton_schulz_flops,
+    route,
+    split,
+)
+from megatron_muloco.shards import ParamInfo
+
+HIDDEN = 6
+QKV = "decoder.layers.3.self_attention.linear_qkv.weight"
+PROJ = "decoder.layers.3.self_attention.linear_proj.weight"
+FC1 = "decoder.layers.3.mlp.linear_fc1.weight"
+FC2 = "decoder.layers.3.mlp.linear_fc2.weight"
+MHA = LayerShape(4, 4, 3, 8)
+GQA = LayerShape(8, 4, 3, 12)
+
+
+def local_pieces(name: str, layer: LayerShape, tensor_size: int) -> tuple[ParamInfo, list[Tensor]]:
+    """Build what Megatron holds, from separate matrices whose elements say who they are."""
+    d, ffn = layer.kv_channels, layer.ffn_hidden_size
+    nq, nkv = layer.num_attention_heads, layer.num_query_groups
+    whole = whole_matrices(name, layer)
+    if name == QKV:
+        q, k, v = (whole[kind].view(nkv, -1, HIDDEN) for kind in "qkv")
+        fused = torch.cat([q, k, v], dim=1).reshape((nq + 2 * nkv) * d, HIDDEN)
+        pieces = fused.chunk(tensor_size, dim=0)
+    elif name == FC1:
+        gates, ups = (whole[kind].view(tensor_size, -1, HIDDEN) for kind in ("gate", "up"))
+        pieces = tuple(torch.cat([gate, up]) for gate, up in zip(gates, ups, strict=True))
+        assert pieces[0].shape[0] == 2 * ffn // tensor_size
+    else:
+        (matrix,) = whole.values()
+        pieces = matrix.chunk(tensor_size, dim=1)
+    dim = 0 if name in (QKV, FC1) else 1
+    return ParamInfo(name, tuple(pieces[0].shape), dim, False), list(pieces)
+
+
+def whole_matrices(name: str, layer: LayerShape) -> dict[str, Tensor]:
+    d, ffn = layer.kv_channels, layer.ffn_hidden_size
+    nq, nkv = layer.num_attention_heads, layer.num_query_groups
+    shapes = {
+        QKV: {"q": (nq * d, HIDDEN), "k": (nkv * d, HIDDEN), "v": (nkv * d, HIDDEN)},
+        PROJ: {"proj": (HIDDEN, nq * d)},
+        FC1: {"gate": (ffn, HIDDEN), "up": (ffn, HIDDEN)},
+        FC2: {"down": (HIDDEN, ffn)},
+    }[name]
+    return {
+        kind: (1000.0 * i + torch.arange(rows * columns)).view(rows, columns)
+        for i, (kind, (rows, columns)) in enumerate(shapes.items())
+    }
+
+
+@pytest.mark.parametrize("tensor_size", [1, 2, 4])
+@pytest.mark.parametrize("layer", [MHA, GQA], ids=["mha", "gqa"])
+@pytest.mark.parametrize("name", [QKV, PROJ, FC1, FC2])
+def test_units_are_the_separate_matrices(name: str, layer: LayerShape, tensor_size: int) -> None:
+    param, pieces = local_pieces(name, layer, tensor_size)
+    units = split(param, layer, tensor_size=tensor_size)
+    expected = whole_matrices(name, layer)
+    assert [unit.kind for unit in units] == list(expected)
+    for unit in units:
+        per_rank = [torch.cat([piece[a:b] for a, b in unit.local_rows]) for piece in pieces]
+        whole = torch.cat(per_rank, dim=unit.partition_dim)
+        assert unit.shape == tuple(whole.shape)
+        assert torch.equal(whole, expected[unit.kind])
+        assert unit.name == f"{name}::{unit.kind}"
+
+
+@pytest.mark.parametrize("tensor_size", [1, 2, 4])
+@pytest.mark.parametrize("name", [QKV, PROJ, FC1, FC2])
+def test_units_partition_the_rows(name: str, tensor_size: int) -> None:
+    param, _ = local_pieces(name, GQA, tensor_size)
+    units = split(param, GQA, tensor_size=tensor_size)
+    rows = [row for unit in units for a, b in unit.local_rows for row in range(a, b)]
+    assert sorted(rows) == list(range(param.local_shape[0]))
+    assert sum(unit.numel for unit in units) == param.numel * tensor_size
+
+
+def test_a_parameter_without_partition_dim_is_whole_on_one_tensor_rank_only() -> None:
+    param = ParamInfo(PROJ, (6, 12), None, False)
+    (unit,) = split(param, MHA, tensor_size=1)
+    assert unit.shape == (6, 12)
+    with pytest.raises(RuntimeMismatch, match="the same on all 2 tensor-parallel ranks"):
+        split(param, MHA, tensor_size=2)
+
+
+def test_query_groups_must_divide_over_tensor_ranks() -> None:
+    with pytest.raises(TopologyError, match=r"the 4 query groups of .* do not divide over 3"):
+        split(ParamInfo(QKV, (12, HIDDEN), 0, False), MHA, tensor_size=3)
+
+
+def test_a_module_of_other_size_is_refused() -> None:
+    with pytest.raises(RuntimeMismatch, match="has 35 local rows"):
+        split(ParamInfo(QKV, (35, HIDDEN), 0, False), MHA, tensor_size=1)
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [[((0, 2),), ((3, 4),)], [((0, 3),), ((2, 4),)], [((0, 3),)], [((0, 5),)], []],
+    ids=["gap", "overlap", "short", "long", "none"],
+)
+def test_rows_that_are_no_partition_are_refused(pieces: list[tuple[tuple[int, int], ...]]) -> None:
+    with pytest.raises(RuntimeMismatch, match="do not contain each of them once"):
+        check_rows(ParamInfo(PROJ, (4, 2), 1, False), pieces)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [
+        (QKV, (8, 8), "matrix"),
+        (FC2, (8, 8), "matrix"),
+        ("embedding.word_embeddings.weight", (8, 8), "vector"),
+        ("output_layer.weight", (8, 8), "vector"),
+        ("decoder.layers.0.input_layernorm.weight", (8,), "vector"),
+        ("decoder.layers.0.self_attention.q_layernorm.weight", (2,), "vector"),
+        ("decoder.layers.0.self_attention.linear_proj.post_norm.weight", (8,), "vector"),
+        ("decoder.layers.0.mlp.linear_fc1.bias", (8,), "vector"),
+    ],
+)
+def test_routes(name: str, shape: tuple[int, ...], expected: str) -> None:
+    to, reason = route(ParamInfo(name, shape, None, False))
+    assert to == expected
+    assert reason
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("embedding.position_embeddings.weight", (8, 8)),
+        ("decoder.layers.0.mlp.router.weight", (4, 8)),
+        ("decoder.layers.0.mlp.linear_fc1.weight.extra", (4, 8)),
+        (FC1, (2, 4, 8)),
+    ],
+)
+def test_an_unknown_matrix_is_refused_and_never_given_to_adamw(
+    name: str, shape: tuple[int, ...]
+) -> None:
+    with pytest.raises(RuntimeMismatch, match="neither a known decoder matrix nor"):
+        route(ParamInfo(name, shape, None, False))
+
+
+def test_cost_is_that_of_the_products() -> None:
+    # (20 r + 10) m^3 for five steps with r = n / m, the count for square and for ratio 3
+    assert newton_schulz_flops(4, 4, 5) == 30 * 4**3
+    assert newton_schulz_flops(12, 4, 5) == newton_schulz_flops(4, 12, 5) == 70 * 4**3
+
+
+def units_of_cost(*costs: int) -> list[Unit]:
+    return [Unit(f"p{i}::x", f"p{i}", "x", ((0, 1),), 1, 0, 1, c) for i, c in enumerate(costs)]
+
+
+def test_assignment_takes_the_heaviest_first_and_breaks_ties_by_order() -> None:
+    assignment = assign(units_of_cost(3, 5, 5, 4, 3), 2)
+    # 5 -> 0, 5 -> 1, 4 -> 0, 3 -> 1, 3 -> 1
+    assert assignment.owners == (1, 0, 1, 0, 1)
+    assert assignment.loads == (9, 11)
+    assert assignment.balance == pytest.approx(1.1)
+
+
+def test_assignment_with_fewer_units_than_ranks_leaves_ranks_idle() -> None:
+    assignment = assign(units_of_cost(1), 3)
+    assert assignment.loads == (1, 0, 0)
+    assert assign([], 2).balance == 1.0
