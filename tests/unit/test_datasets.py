@@ -1,0 +1,285 @@
+"""Megatron's datasets over prepared text, microbatches, start-up checks and statistics."""
+
+import json
+import math
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_muloco.data.batches import BatchSource, collate, document_ids
+from megatron_muloco.data.checks import check_data
+from megatron_muloco.data.datasets import build_datasets
+from megatron_muloco.data.indexed import open_indexed
+from megatron_muloco.data.prepare import PrepareOptions, prepare
+from megatron_muloco.data.sampler import BatchLayout
+from megatron_muloco.data.statistics import token_counts, unigram_cross_entropy
+from megatron_muloco.data.tokenizer import load_tokenizer
+from megatron_muloco.errors import ConfigError
+
+SEQ_LENGTH = 8
+
+
+def source(prefix, weight=1.0):
+    return SimpleNamespace(path=str(prefix), weight=weight)
+
+
+def make(directory, name, texts):
+    """A byte-level dataset of some documents."""
+    path = directory / f"{name}.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    prefix = str(directory / name)
+    prepare([str(path)], prefix, PrepareOptions("byte-level", workers=1, overwrite=True))
+    return prefix
+
+
+@pytest.fixture
+def prefixes(tmp_path):
+    """Two datasets with letters of their own."""
+    lower = make(tmp_path, "lower", ["abcdefghij" * (1 + i % 3) for i in range(30)])
+    upper = make(tmp_path, "upper", ["KLMNOPQRST" * (1 + i % 2) for i in range(20)])
+    return lower, upper
+
+
+def build(train, valid=(), *, train_samples=40, valid_samples=0, seed=1, cache=None):
+    return build_datasets(
+        train=train,
+        valid=valid,
+        train_samples=train_samples,
+        valid_samples=valid_samples,
+        seq_length=SEQ_LENGTH,
+        seed=seed,
+        tokenizer=load_tokenizer("byte-level"),
+        cache_dir=str(cache) if cache else None,
+    )
+
+
+def tokens_of(dataset, count):
+    return torch.stack([dataset[i]["tokens"] for i in range(count)])
+
+
+def test_samples_are_shifted_text_with_every_position_counted(prefixes):
+    datasets = build([source(prefixes[0])], [source(prefixes[1])], valid_samples=4)
+    for dataset, letters in ((datasets.train, b"abcdefghij"), (datasets.valid, b"KLMNOPQRST")):
+        sample = dataset[0]
+        assert torch.equal(sample["tokens"][1:], sample["labels"][:-1])
+        assert set(sample["tokens"].tolist()) <= {0, *letters}
+        assert sample["loss_mask"].tolist() == [1.0] * SEQ_LENGTH
+        assert sample["position_ids"].tolist() == list(range(SEQ_LENGTH))
+        assert "attention_mask" not in sample
+
+
+def test_one_epoch_reads_every_token_about_once(prefixes):
+    """All samples of an epoch are consecutive pieces, so only the last partial one is left out."""
+    files = open_indexed(prefixes[0])
+    whole = (len(files.tokens) - 1) // SEQ_LENGTH
+    dataset = build([source(prefixes[0])], train_samples=whole).train
+    read = Counter(tokens_of(dataset, whole).flatten().tolist())
+    there = Counter(files.tokens.tolist())
+    assert not read - there
+    assert sum((there - read).values()) <= SEQ_LENGTH
+
+
+def test_order_depends_on_the_seed_alone(prefixes, tmp_path):
+    one, again, other = (
+        tokens_of(build([source(prefixes[0])], seed=seed, cache=tmp_path / cache).train, 40)
+        for seed, cache in ((1, "a"), (1, "b"), (2, "a"))
+    )
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+
+
+def test_blend_follows_the_weights_without_a_process_group(prefixes):
+    blend = [source(prefixes[0], 3.0), source(prefixes[1], 1.0)]
+    tokens = tokens_of(build(blend, train_samples=80).train, 80)
+    from_upper = ((tokens > 0) & (tokens < ord("a"))).any(dim=1)
+    assert from_upper.sum() == 20
+    assert not torch.distributed.is_initialized()
+
+
+def test_dataset_prepared_again_does_not_use_the_old_index(tmp_path):
+    prefix = make(tmp_path, "set", ["aaaaaaaaaaaa"] * 20)
+    build([source(prefix)])
+    make(tmp_path, "set", ["bb", "c" * 50] * 8)
+    dataset = build([source(prefix)]).train
+    assert set(tokens_of(dataset, 40).flatten().tolist()) == {0, ord("b"), ord("c")}
+
+
+def test_text_is_repeated_when_more_is_asked_than_there_is(prefixes):
+    there = len(open_indexed(prefixes[0]).tokens) // SEQ_LENGTH
+    assert len(build([source(prefixes[0])], train_samples=5 * there).train) >= 5 * there
+
+
+def test_cache_that_cannot_be_written_is_named(prefixes, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"data\.cache_dir: .* cannot be written"):
+        build([source(prefixes[0])], cache=tmp_path / "file")
+
+
+def test_batches_of_all_ranks_are_the_samples_of_the_step(prefixes):
+    dataset = build([source(prefixes[0])], train_samples=36).train
+    layout = BatchLayout(12, 2, 3, 1)
+    step = torch.cat(
+        [
+            BatchSource(dataset, layout, replica=r, dp_rank=d, steps=3).microbatch(3, i)["tokens"]
+            for r in range(2) for d in range(3) for i in range(layout.num_microbatches)
+        ]
+    )  # fmt: skip
+    assert torch.equal(step, tokens_of(dataset, 36)[24:])
+
+
+def test_batch_source_is_a_function_of_the_step(prefixes):
+    dataset = build([source(prefixes[0])]).train
+    batches = BatchSource(dataset, BatchLayout(4, 1, 1, 2), replica=0, dp_rank=0, steps=10)
+    forward = [batches.microbatch(step, 1)["labels"] for step in range(1, 11)]
+    backward = [batches.microbatch(step, 1)["labels"] for step in range(10, 0, -1)]
+    assert all(torch.equal(a, b) for a, b in zip(forward, reversed(backward), strict=True))
+    assert forward[0].shape == (2, SEQ_LENGTH)
+
+
+def test_more_steps_than_samples_are_refused(prefixes):
+    dataset = build([source(prefixes[0])], train_samples=4).train
+    steps = len(dataset) // 4 + 1
+    with pytest.raises(ValueError, match=f"{steps} steps need {steps * 4} samples"):
+        BatchSource(dataset, BatchLayout(4, 1, 1, 2), replica=0, dp_rank=0, steps=steps)
+
+
+def test_collate_stacks_what_the_model_takes():
+    sample = {key: torch.arange(3) for key in ("tokens", "labels", "loss_mask", "position_ids")}
+    batch = collate([{**sample, "dataset_id": 0}, {**sample, "dataset_id": 1}])
+    assert set(batch) == set(sample)
+    assert all(value.shape == (2, 3) for value in batch.values())
+
+
+def test_end_of_document_belongs_to_the_document_it_ends():
+    tokens = torch.tensor([[5, 9, 5, 5, 9, 9, 5], [9, 5, 5, 5, 5, 5, 9], [5, 5, 5, 5, 5, 5, 5]])
+    assert document_ids(tokens, eod=9).tolist() == [
+        [0, 0, 1, 1, 1, 2, 3],
+        [0, 1, 1, 1, 1, 1, 1],
+        [0, 0, 0, 0, 0, 0, 0],
+    ]
+
+
+# Start-up checks
+
+
+def problems(train, **changes):
+    arguments = {"tokenizer_type": "byte-level", "tokenizer_model": None, **changes}
+    return check_data(train=[source(prefix) for prefix in train], valid=[], **arguments)
+
+
+def test_good_data_has_no_problems(prefixes):
+    assert problems(prefixes, model_vocab_size=512, seq_length=SEQ_LENGTH) == []
+
+
+def cut_bin(prefix):
+    Path(f"{prefix}.bin").write_bytes(Path(f"{prefix}.bin").read_bytes()[:-1])
+
+
+def cut_idx(prefix):
+    Path(f"{prefix}.idx").write_bytes(Path(f"{prefix}.idx").read_bytes()[:-1])
+
+
+def empty_dataset(prefix):
+    header = Path(f"{prefix}.idx").read_bytes()[:18]
+    Path(f"{prefix}.idx").write_bytes(header + bytes([0] * 8 + [1] + [0] * 7 + [0] * 8))
+    Path(f"{prefix}.bin").write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda p: [Path(f"{p}{s}").unlink() for s in (".bin", ".idx")], "neither .* exists"),
+        (lambda p: Path(f"{p}.bin").unlink(), "is there but .*lower.bin is not"),
+        (lambda p: Path(f"{p}.idx").unlink(), "is there but .*lower.idx is not"),
+        (
+            lambda p: Path(f"{p}.idx").write_bytes(b"MMIDIDX"),
+            "does not start like a Megatron index",
+        ),
+        (
+            lambda p: Path(f"{p}.idx").write_bytes(b"x" * 100),
+            "does not start like a Megatron index",
+        ),
+        (cut_bin, "do not belong together"),
+        (cut_idx, "is shorter than its 30 sequences"),
+        (empty_dataset, "holds no tokens"),
+    ],
+    ids=["none", "no-bin", "no-idx", "tiny", "magic", "cut-bin", "cut-idx", "empty"],
+)
+def test_damaged_dataset_is_one_problem_that_says_what_to_do(prefixes, damage, reason):
+    damage(prefixes[0])
+    (problem,) = problems(prefixes)
+    assert f"dataset {prefixes[0]}: " in problem
+    assert "Run: python tools/prepare_data.py" in problem
+    with pytest.raises(ConfigError, match=reason):
+        build([source(prefixes[0])])
+
+
+def test_prefix_with_suffix_is_recognised(prefixes):
+    (problem,) = problems([prefixes[0] + ".bin"])
+    assert "without .bin" in problem
+
+
+def test_all_problems_are_reported_at_once(prefixes, tmp_path):
+    found = problems(
+        ["missing", *prefixes], tokenizer_type="sentencepiece",
+        tokenizer_model=str(tmp_path / "absent"), seq_length=10_000,
+    )  # fmt: skip
+    assert len(found) == 4  # the missing dataset, the tokenizer, and two that are too short
+    assert sum("fewer than the 10001 of one sample" in problem for problem in found) == 2
+
+
+def test_other_tokenizer_than_the_one_it_was_made_with_is_a_problem(prefixes):
+    path = Path(f"{prefixes[0]}.json")
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({**manifest, "tokenizer_digest": "0" * 64}))
+    (problem,) = problems(prefixes)
+    assert "its tokens were made by a byte-level tokenizer of 512 ids" in problem
+    path.write_text("[]")
+    assert "is not a manifest" in problems(prefixes)[0]
+    path.unlink()  # as prepared by another tool
+    assert problems(prefixes) == []
+
+
+def test_vocabulary_larger_than_the_model_is_a_problem(prefixes):
+    (problem,) = problems(prefixes, model_vocab_size=256)
+    assert "model.vocab_size: 256 is smaller than the 512 ids" in problem
+
+
+def test_checks_and_sampler_import_neither_torch_nor_megatron():
+    code = (
+        "import sys, megatron_muloco.data.checks, megatron_muloco.data.sampler, "
+        "megatron_muloco.data.corpus, megatron_muloco.data.prepare, "
+        "megatron_muloco.data.statistics, megatron_muloco.data.tokenizer_training; "
+        "print([name for name in ('torch', 'megatron', 'sentencepiece') if name in sys.modules])"
+    )
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+# Statistics
+
+
+def test_unigram_cross_entropy_is_the_formula(tmp_path):
+    train = make(tmp_path, "train", ["aab"])  # a: 2, b: 1, end: 1
+    held_out = make(tmp_path, "held_out", ["abc"])  # and c, which was never seen
+    size = 512
+    probabilities = [n / (4 + size) for n in (3, 2, 1, 2)]
+    expected = -sum(map(math.log, probabilities)) / 4
+    assert unigram_cross_entropy([train], [held_out], size) == pytest.approx(expected, rel=1e-12)
+
+
+def test_counts_add_up_over_datasets_and_refuse_another_vocabulary(prefixes):
+    counts = token_counts(list(prefixes), 512)
+    assert counts.sum() == sum(len(open_indexed(prefix).tokens) for prefix in prefixes)
+    assert counts[0] == 50  # one end per document
+    assert np.flatnonzero(counts).tolist() == [0, *b"KLMNOPQRST", *b"abcdefghij"]
+    with pytest.raises(ConfigError, match="holds id 106, but the vocabulary has 100"):
+        token_counts([prefixes[0]], 100)

@@ -1,0 +1,418 @@
+"""Text to indexed datasets: readers, tokenizer, order, errors and interruptions."""
+
+import gzip
+import importlib.util
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from megatron_muloco.data import prepare as prepare_module
+from megatron_muloco.data.documents import BadRecord, layout_of, raw_records, text_of
+from megatron_muloco.data.indexed import check_indexed, open_indexed, read_manifest
+from megatron_muloco.data.prepare import PrepareOptions, prepare
+from megatron_muloco.data.tokenizer import (
+    check_vocab_size,
+    load_encoder,
+    load_tokenizer,
+    tokenizer_digest,
+)
+from megatron_muloco.data.tokenizer_training import train_tokenizer
+from megatron_muloco.errors import ConfigError
+
+REPOSITORY = Path(__file__).parents[2]
+WORDS = ["the", "replica", "anchor", "takes", "mean", "of", "pseudogradients", "naïve", "数", "42"]
+BYTES = PrepareOptions("byte-level", workers=1)
+
+
+def sentences(count, seed=0):
+    rng = random.Random(seed)
+    return [" ".join(rng.choices(WORDS, k=rng.randint(3, 40))) + ".\n" for _ in range(count)]
+
+
+def write_jsonl(path, texts, **extra):
+    lines = [json.dumps({"text": text, **extra}) + "\n" for text in texts]
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "wt", encoding="utf-8") as file:
+        file.writelines(lines)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    path.write_bytes(train_tokenizer(sentences(300), vocab_size=320))
+    return str(path)
+
+
+def documents(prefix):
+    """The token lists of a dataset, read without Megatron."""
+    files = open_indexed(prefix)
+    found, start = [], 0
+    for length in files.lengths.tolist():
+        found.append(files.tokens[start : start + length].tolist())
+        start += length
+    return found
+
+
+def contents(prefix):
+    return [Path(f"{prefix}{suffix}").read_bytes() for suffix in (".bin", ".idx")]
+
+
+# Readers
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [("a.jsonl", "jsonl"), ("a.json.gz", "jsonl"), ("a.txt", "text"), ("a.v2.gz", "text")],
+)
+def test_layout_follows_the_name(name, layout):
+    assert layout_of(name) == layout
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_paragraphs_and_whole_files_lose_nothing(tmp_path, suffix):
+    data = "\ufeffone\ntwo\n\n\n  three\n \nfour".encode()
+    path = str(tmp_path / f"a.txt{suffix}")
+    Path(path).write_bytes(gzip.compress(data) if suffix else data)
+    paragraphs = [(r.line, text_of(r, "")) for r in raw_records(path, "paragraphs")]
+    assert paragraphs == [(1, "one\ntwo\n"), (5, "  three\n"), (7, "four")]
+    (whole,) = raw_records(path, "text")
+    assert text_of(whole, "") == data.decode("utf-8-sig")
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"text": "x"', "not valid JSON"),
+        (b'["text"]', "a JSON list where an object"),
+        (b'{"body": "x"}', "no key 'text'; the keys are 'body'"),
+        (b'{"text": 7}', "'text' is a int, not a string"),
+        (b'{"text": "\\ud800"}', "half a surrogate pair"),
+        (b'{"text": "\xff"}', "not valid UTF-8"),
+    ],
+    ids=["cut", "list", "key", "number", "surrogate", "encoding"],
+)
+def test_bad_line_is_named_by_file_and_line(tmp_path, line, reason):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "fine"}\n\n' + line + b"\n")
+    good, bad = raw_records(str(path), "jsonl")
+    assert text_of(good, "text") == "fine"
+    with pytest.raises(BadRecord, match=reason) as error:
+        text_of(bad, "text")
+    assert f"{path}:3: " in str(error.value)
+
+
+def test_bad_encoding_in_a_whole_file_is_named_by_its_line(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"one\ntwo\nthr\xffee\n")
+    with pytest.raises(BadRecord, match=r"a\.txt:3: not valid UTF-8"):
+        text_of(next(iter(raw_records(str(path), "text"))), "")
+
+
+def test_damaged_gzip_is_refused_even_when_lines_are_skipped(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    write_jsonl(path, sentences(50))
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ConfigError, match=r"a\.jsonl\.gz: damaged gzip"):
+        list(raw_records(str(path), "jsonl"))
+
+
+# Tokenizer
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        " leading and trailing \n",
+        "\n\n\ttabs\r\n  and    runs of blanks\n",
+        "<s> </s> <unk> <0x41> are text",
+        "数学 naïve e\u0301 \ufb01 \u00a0 🙂 \x00\x01\x7f",
+        "0123456789" * 30,
+        "",
+    ],
+    ids=["blanks", "lines", "controls", "unicode", "digits", "empty"],
+)
+def test_tokenizer_returns_every_text_exactly(model, text):
+    (ids,) = load_encoder("sentencepiece", model).encode_batch([text])
+    assert load_tokenizer("sentencepiece", model).detokenize(ids) == text
+    assert not {0, 1, 2, 3} & set(ids)  # unk, bos, eos and pad never come from text
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "byte-level"])
+def test_encoder_agrees_with_megatron(model, kind):
+    path = model if kind == "sentencepiece" else None
+    encoder, tokenizer = load_encoder(kind, path), load_tokenizer(kind, path)
+    assert (encoder.vocab_size, encoder.eod) == (tokenizer.vocab_size, tokenizer.eod)
+    texts = sentences(20, seed=1)
+    assert encoder.encode_batch(texts) == [tokenizer.tokenize(text) for text in texts]
+
+
+def test_training_is_deterministic():
+    assert train_tokenizer(sentences(200), vocab_size=300) == train_tokenizer(
+        iter(sentences(200)), vocab_size=300
+    )
+
+
+@pytest.mark.parametrize(
+    ("texts", "size", "reason"),
+    [
+        (["abc"], 100, "leaves no room"),
+        (["abc"], 5000, "cannot build it from 1 lines"),
+        ([], 300, "no text"),
+    ],
+    ids=["small", "large", "empty"],
+)
+def test_impossible_vocabulary_is_explained(texts, size, reason):
+    with pytest.raises(ConfigError, match=reason):
+        train_tokenizer(texts, vocab_size=size)
+
+
+def test_line_longer_than_the_trainer_takes_is_used(model):
+    text = "".join(random.Random(0).choices("abcdefghij ", k=100_000))
+    assert len(train_tokenizer([text], vocab_size=300)) > 0
+
+
+def test_unusable_tokenizers_are_refused(model, tmp_path):
+    foreign = tmp_path / "foreign.model"
+    foreign.write_bytes(b"not a model")
+    for load in (load_encoder, load_tokenizer):
+        with pytest.raises(ConfigError, match="not a usable sentencepiece tokenizer"):
+            load("sentencepiece", str(foreign))
+        with pytest.raises(ConfigError, match="does not exist"):
+            load("sentencepiece", str(tmp_path / "absent.model"))
+        with pytest.raises(ConfigError, match="is not one of"):
+            load("wordpiece", str(foreign))
+    with pytest.raises(ConfigError, match="smaller than the 320 ids"):
+        load_tokenizer("sentencepiece", model, model_vocab_size=319)
+    assert load_tokenizer("sentencepiece", model, model_vocab_size=320).vocab_size == 320
+    assert check_vocab_size(320, 320) == []
+
+
+def test_digest_follows_the_content(model, tmp_path):
+    copy = tmp_path / "copy.model"
+    copy.write_bytes(Path(model).read_bytes())
+    assert tokenizer_digest("sentencepiece", model) == tokenizer_digest("sentencepiece", str(copy))
+    copy.write_bytes(copy.read_bytes() + b"\0")
+    assert tokenizer_digest("sentencepiece", model) != tokenizer_digest("sentencepiece", str(copy))
+
+
+# Preparing
+
+
+def test_dataset_holds_every_document_in_order(tmp_path, model):
+    first, second = sentences(30), sentences(20, seed=2)
+    inputs = [
+        write_jsonl(tmp_path / "a.jsonl", [*first, " \n"]),
+        write_jsonl(tmp_path / "b.jsonl.gz", second),
+    ]
+    (tmp_path / "c.txt").write_text("a whole file\n\nis one document\n")
+    prefix = str(tmp_path / "deep" / "er" / "set")
+    manifest = prepare(
+        [*inputs, str(tmp_path / "c.txt")],
+        prefix,
+        PrepareOptions("sentencepiece", model, workers=1),
+    )
+    texts = [*first, *second, "a whole file\n\nis one document\n"]
+    expected = [[*ids, 2] for ids in load_encoder("sentencepiece", model).encode_batch(texts)]
+    assert documents(prefix) == expected
+    assert (manifest.documents, manifest.empty, manifest.skipped) == (51, 1, 0)
+    assert manifest.tokens == sum(map(len, expected))
+    assert manifest.text_bytes == sum(len(text.encode()) for text in texts)
+    assert manifest == read_manifest(prefix)
+    assert check_indexed(prefix) == []
+
+
+def test_megatron_reads_the_dataset(tmp_path):
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    prefix = str(tmp_path / "set")
+    prepare([write_jsonl(tmp_path / "a.jsonl", ["ab", "c"])], prefix, BYTES)
+    dataset = IndexedDataset(prefix)
+    assert [dataset[i].tolist() for i in range(len(dataset))] == [[97, 98, 0], [99, 0]]
+    assert dataset.document_indices.tolist() == [0, 1, 2]
+
+
+def test_documents_do_not_depend_on_the_number_of_workers(tmp_path, model, monkeypatch):
+    monkeypatch.setattr(prepare_module, "_BATCH_BYTES", 300)  # many batches out of a small file
+    inputs = [write_jsonl(tmp_path / f"{i}.jsonl", sentences(60, seed=i)) for i in range(2)]
+    results = []
+    for workers in (1, 3):
+        prefix = str(tmp_path / f"set{workers}")
+        prepare(inputs, prefix, PrepareOptions("sentencepiece", model, workers=workers))
+        results.append(contents(prefix))
+    assert results[0] == results[1]
+
+
+def test_bad_records_fail_or_are_counted(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "x"}\n{"text"\n{"text": "y"}\nnull\n')
+    prefix = str(tmp_path / "set")
+    with pytest.raises(ConfigError, match=r"a\.jsonl:2: not valid JSON.*--on-error skip"):
+        prepare([str(path)], prefix, BYTES)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl"]
+    reported = []
+    options = PrepareOptions("byte-level", workers=1, on_error="skip")
+    manifest = prepare([str(path)], prefix, options, report_bad=reported.append)
+    assert documents(prefix) == [[120, 0], [121, 0]]
+    assert manifest.skipped == 2
+    assert [message.split(": ")[0][-2:] for message in reported] == [":2", ":4"]
+
+
+def test_without_eod_documents_are_only_text(tmp_path):
+    prefix = str(tmp_path / "set")
+    options = PrepareOptions("byte-level", workers=1, append_eod=False, json_key="body")
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"body": "ab"}\n')
+    prepare([str(path)], prefix, options)
+    assert documents(prefix) == [[97, 98]]
+
+
+def test_input_without_text_makes_no_dataset(tmp_path):
+    with pytest.raises(ConfigError, match="no text in 1 inputs"):
+        prepare([write_jsonl(tmp_path / "a.jsonl", ["", "\n"])], str(tmp_path / "set"), BYTES)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl"]
+
+
+def test_existing_dataset_is_kept_unless_told(tmp_path):
+    prefix = str(tmp_path / "set")
+    path = write_jsonl(tmp_path / "a.jsonl", ["old"])
+    prepare([path], prefix, BYTES)
+    write_jsonl(tmp_path / "a.jsonl", ["new text"])
+    with pytest.raises(ConfigError, match="exists already"):
+        prepare([path], prefix, BYTES)
+    prepare([path], prefix, PrepareOptions("byte-level", workers=1, overwrite=True))
+    assert documents(prefix) == [[*b"new text", 0]]
+
+
+@pytest.mark.parametrize("steps_done", [0, 1, 2, 3])
+def test_publishing_stopped_anywhere_leaves_a_whole_dataset_or_none(
+    tmp_path, monkeypatch, steps_done
+):
+    """Replacing an old dataset takes an unlink and three renames; stop before each of them."""
+    prefix = str(tmp_path / "set")
+    path = write_jsonl(tmp_path / "a.jsonl", ["old"])
+    prepare([path], prefix, BYTES)
+    write_jsonl(tmp_path / "a.jsonl", ["other text"])
+    calls = []
+    for name in ("unlink", "replace"):
+        real = getattr(Path, name)
+
+        def stop_after(self, *args, real=real, **kwargs):
+            if self.name.endswith(".idx") or not kwargs:  # not the clean-up, which a kill prevents
+                if len(calls) == steps_done:
+                    raise KeyboardInterrupt
+                calls.append(self.name)
+            return real(self, *args, **kwargs)
+
+        monkeypatch.setattr(Path, name, stop_after)
+    with pytest.raises(KeyboardInterrupt):
+        prepare([path], prefix, PrepareOptions("byte-level", workers=1, overwrite=True))
+    monkeypatch.undo()
+    if Path(f"{prefix}.idx").exists():
+        assert check_indexed(prefix) == []
+        assert documents(prefix) == [[*b"old", 0]]
+    else:
+        assert "interrupted" in check_indexed(prefix)[0]
+
+
+def test_killed_run_leaves_nothing_that_looks_complete(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", sentences(2000))
+    script = textwrap.dedent("""
+        import multiprocessing, os, signal
+        from megatron_muloco.data import prepare as module
+
+        def kill(read, tokens):
+            if tokens:
+                pids = [child.pid for child in multiprocessing.active_children()]
+                print(*pids, flush=True)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        if __name__ == "__main__":
+            module._BATCH_BYTES = 10_000
+            options = module.PrepareOptions("byte-level", workers=2)
+            module.prepare(["a.jsonl"], "set", options, progress=kill)
+    """)
+    (tmp_path / "script.py").write_text(script)
+    killed = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, check=False,
+    )  # fmt: skip
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    # The pipes were shared with the workers, so reading to their end has waited for both to leave.
+    workers = [int(pid) for pid in killed.stdout.split()]
+    assert len(workers) == 2
+    assert not any(Path(f"/proc/{pid}/cmdline").exists() and b"script.py" in
+                   Path(f"/proc/{pid}/cmdline").read_bytes() for pid in workers)  # fmt: skip
+    assert (tmp_path / "set.bin.partial").exists()
+    assert (
+        not list(tmp_path.glob("*.idx"))
+        + list(tmp_path.glob("*.bin"))
+        + list(tmp_path.glob("set.json"))
+    )
+    prefix = str(tmp_path / "set")
+    assert "neither" in check_indexed(prefix)[0]
+    prepare([str(tmp_path / "a.jsonl")], prefix, BYTES)
+    assert open_indexed(prefix).documents == 2000
+    assert not list(tmp_path.glob("*.partial"))
+
+
+# Command lines
+
+
+def tool(name):
+    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+PREPARE = ["prepare_data", "--output-prefix", "set", "--input"]
+TRAIN = ["train_tokenizer", "--input", "a.jsonl", "--output"]
+
+
+@pytest.mark.parametrize(
+    ("command", "reason"),
+    [
+        ([*PREPARE, "no.txt", "a.jsonl"], "input no.txt does not exist"),
+        ([*PREPARE, "."], "input . is a directory"),
+        ([*PREPARE, "a.jsonl"], "data.tokenizer_model is not set"),
+        ([*PREPARE, "a.jsonl", "--json-keys", "a", "b"], "once per key"),
+        ([*PREPARE, "a.jsonl", "--tokenizer-type", "byte-level"], "a.jsonl:1: not valid JSON"),
+        ([*TRAIN, "t.model"], "a.jsonl:1: not valid JSON"),
+        ([*TRAIN, "a.jsonl"], "a.jsonl exists already"),
+        ([*TRAIN, "t.model", "--sample-fraction", "0"], "not in (0, 1]"),
+        (["demo_corpus", "--packages", "no_such_package"], "no_such_package not installed"),
+        (["fetch_corpus"], "apt-get, apt-cache, dpkg-deb not found"),
+    ],
+)
+def test_tools_report_bad_input_and_write_nothing(tmp_path, monkeypatch, capsys, command, reason):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "a.jsonl").write_text("nonsense\n")
+    assert tool(command[0]).main([*command[1:]]) == 2
+    errors = capsys.readouterr().err
+    assert "error: " in errors
+    assert reason in errors
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl"]
+
+
+def test_train_tokenizer_as_a_command_writes_what_the_function_makes(tmp_path):
+    texts = sentences(200)
+    write_jsonl(tmp_path / "a.jsonl", texts)
+    script = str(REPOSITORY / "tools" / "train_tokenizer.py")
+    arguments = ["--input", "a.jsonl", "--output", "t.model", "--vocab-size", "300"]
+    result = subprocess.run(
+        [sys.executable, script, *arguments],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "t.model: 300 ids" in result.stdout
+    assert (tmp_path / "t.model").read_bytes() == train_tokenizer(texts, vocab_size=300)

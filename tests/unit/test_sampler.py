@@ -1,0 +1,83 @@
+"""Every sample of a step is read once, however the step is cut."""
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_muloco.data.sampler import BatchLayout, consumed_samples, samples_of_step
+from megatron_muloco.errors import ConfigError
+
+SIZES = st.sampled_from([1, 2, 3, 4, 8])
+
+
+@st.composite
+def layouts(draw, batch=None):
+    """A layout; with ``batch``, one of those that the batch can be cut into."""
+    if batch is None:
+        cut = [draw(SIZES) for _ in range(4)]
+        return BatchLayout(cut[0] * cut[1] * cut[2] * cut[3], *cut[:3])
+    divisors = [d for d in range(1, batch + 1) if batch % d == 0]
+    replicas = draw(st.sampled_from(divisors))
+    ranks = draw(st.sampled_from([d for d in divisors if (batch // replicas) % d == 0]))
+    micro = draw(st.sampled_from([d for d in divisors if (batch // replicas // ranks) % d == 0]))
+    return BatchLayout(batch, replicas, ranks, micro)
+
+
+def read(layout, step):
+    """Everything all ranks read at a step, in the order of ranks and microbatches."""
+    return [
+        index
+        for replica in range(layout.num_replicas)
+        for dp_rank in range(layout.data_parallel_size)
+        for microbatch in range(layout.num_microbatches)
+        for index in layout.indices(step, replica, dp_rank, microbatch)
+    ]
+
+
+@given(layouts(), st.integers(1, 1000))
+def test_ranks_partition_the_samples_of_a_step(layout, step):
+    assert read(layout, step) == list(samples_of_step(step, layout.global_batch_size))
+
+
+@given(st.data(), st.sampled_from([8, 12, 16]))
+def test_changing_the_cut_between_steps_neither_repeats_nor_skips(data, batch):
+    steps = data.draw(st.lists(layouts(batch), min_size=1, max_size=6))
+    samples = [index for step, layout in enumerate(steps, 1) for index in read(layout, step)]
+    assert samples == list(range(consumed_samples(len(steps), batch)))
+
+
+@given(layouts(), st.integers(1, 100))
+def test_each_replica_and_each_rank_reads_one_block(layout, step):
+    for replica in range(layout.num_replicas):
+        for dp_rank in range(layout.data_parallel_size):
+            passes = [
+                layout.indices(step, replica, dp_rank, microbatch)
+                for microbatch in range(layout.num_microbatches)
+            ]
+            assert all(len(indices) == layout.micro_batch_size for indices in passes)
+            assert all(a.stop == b.start for a, b in pairwise(passes))
+
+
+def test_k_replicas_read_what_one_replica_with_k_times_the_ranks_reads():
+    many, one = BatchLayout(32, 4, 2, 2), BatchLayout(32, 1, 8, 2)
+    for rank in range(8):
+        for microbatch in range(2):
+            assert many.indices(7, rank // 2, rank % 2, microbatch) == one.indices(
+                7, 0, rank, microbatch
+            )
+
+
+@pytest.mark.parametrize("sizes", [(10, 4, 1, 1), (8, 2, 2, 4), (0, 1, 1, 1), (8, 0, 1, 1)])
+def test_uneven_batch_is_refused_with_the_whole_product(sizes):
+    with pytest.raises(ConfigError, match=f"global_batch_size {sizes[0]} is not a multiple of"):
+        BatchLayout(*sizes)
+
+
+@pytest.mark.parametrize(
+    "place", [(0, 0, 0, 0), (1, 2, 0, 0), (1, 0, 2, 0), (1, 0, 0, 2), (1, -1, 0, 0)]
+)
+def test_places_outside_the_layout_are_refused(place):
+    with pytest.raises(ValueError, match=r"counted from 1|is not in"):
+        BatchLayout(8, 2, 2, 1).indices(*place)
