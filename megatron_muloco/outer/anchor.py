@@ -70,7 +70,7 @@ def copy_to(device: torch.device, tensor: Tensor) -> Tensor:
 
 def check_names(kind: str, given: Iterable[str], wanted: Iterable[str]) -> None:
     """Raise `CheckpointError` unless saved tensors are exactly those that this rank holds."""
-    missing, surplus = coverage(given, wanted)
+    missing, surplus = coverage(list(given), wanted)
     if missing or surplus:
         raise CheckpointError(
             f"outer state '{kind}': missing {', '.join(missing) or 'none'}; not held by this rank: "

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-__all__ = ["Reference", "Settings", "identity"]
+__all__ = ["Parameters", "Reference", "Settings", "identity"]
 
 Parameters = dict[str, Tensor]
 
