@@ -3,9 +3,11 @@
 import os
 import re
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
 
@@ -23,12 +25,13 @@ TEMPLATE = "launch/slurm/pretrain.sbatch"
 OVER = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
 
 # Plays the trainer's part of the contract (exit codes, signals) without training. Rank 1 leaves
-# later than rank 0: a template that shoots the slower node would lose its file.
+# later than rank 0 and would die of the signal that SLURM sends to what is left after a fault.
 STAND_IN = """
 import os, pathlib, signal, sys, time
 
-signal.signal(signal.SIGUSR1, lambda *_: stop.append(1))
 stop = []
+signal.signal(signal.SIGUSR1, lambda *_: stop.append(1))
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
 rank, here = int(os.environ["RANK"]), pathlib.Path(__file__).parent
 assert os.environ["WORLD_SIZE"] == "2", os.environ["WORLD_SIZE"]
 saved = here / f"saved{rank}"
@@ -202,3 +205,59 @@ def test_a_missing_config_ends_the_job_before_anything_starts(
     job = Job(cluster, tmp_path, "configs/no_such.yaml", env={})
     assert job.wait_for_end(timeout_s=30) == ("FAILED", "2")
     assert "no_such.yaml" in job.text()
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The CPU config on a dataset of bytes, small enough that starting up is most of the time."""
+    directory = tmp_path_factory.mktemp("bytes")
+    text = directory / "text.txt"
+    text.write_text("\n\n".join(topics.values())[:200_000])
+    command = [sys.executable, "tools/prepare_data.py", "--tokenizer-type=byte-level"]
+    command += ["--format=paragraphs", f"--input={text}", f"--output-prefix={directory}/train"]
+    subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
+    overrides = {
+        "model.num_layers": 2,
+        "model.hidden_size": 64,
+        "model.ffn_hidden_size": 128,
+        "model.num_attention_heads": 1,
+        "model.seq_length": 64,
+        "model.vocab_size": 512,
+        "data.train": f"[{{path: {directory / 'train'}}}]",
+        "data.valid": "[]",
+        "data.tokenizer_type": "byte-level",
+        "data.tokenizer_model": "null",
+        "training.micro_batch_size": 2,
+        "training.global_batch_size": 4,
+        "training.train_iters": 200,
+        "training.eval_interval": 0,
+        "outer.sync_interval": 5,
+        "checkpoint.save_interval": 0,
+        "monitor.log_interval": 1,
+    }
+    return [f"{key}={value}" for key, value in overrides.items()]
+
+
+def test_a_stopped_and_requeued_run_ends_where_an_undisturbed_one_does(
+    cluster: MiniSlurm, tmp_path: Path, small_run: list[str]
+) -> None:
+    digests = {}
+    for name in ("undisturbed", "stopped"):
+        directory = tmp_path / name
+        directory.mkdir()
+        own = [f"checkpoint.dir={directory}/saved", f"monitor.dir={directory}/tensorboard"]
+        with held_port() as port:
+            job = Job(
+                cluster,
+                directory,
+                "configs/cpu_k2.yaml",
+                *(part for override in small_run + own for part in ("--set", override)),
+                env={"MASTER_PORT": str(port), "PYTHONPATH": str(ROOT)},
+            )
+            if name == "stopped":
+                job.signal_when(r"iteration +7/", timeout_s=120)
+                job.restart_now(timeout_s=60)
+            assert job.wait_for_end(timeout_s=180) == ("COMPLETED", "0"), job.text()
+        (digests[name],) = re.findall(r"final anchor digest: (\w+)", job.text())
+    assert "requeue 1 of" in job.text()
+    assert digests["stopped"] == digests["undisturbed"]
