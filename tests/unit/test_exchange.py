@@ -1,5 +1,7 @@
 """The exchange: shards become whole matrices at their owners and come back, for any cut."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -144,6 +146,15 @@ def test_elements_held_by_nobody_or_twice_are_refused() -> None:
         check_coverage(units, layout[:1])
     with pytest.raises(RuntimeMismatch, match="is held twice"):
         check_coverage(units, [*layout, layout[1]])
+    halved = replace(layout[1], ranges=dict(list(layout[1].ranges.items())[1:]))
+    with pytest.raises(RuntimeMismatch, match="is held by no rank"):
+        ShardExchange(
+            units,
+            [0] * len(units),
+            [layout[0], halved],
+            rank=0,
+            transport=lambda *args, **kwargs: None,
+        )
 
 
 def test_an_exchange_of_only_some_units_of_a_parameter_is_refused() -> None:
