@@ -114,8 +114,8 @@ def _one_line(error: Exception) -> str:
 
 def _read_node(text: str, label: str, prefix: str = "") -> Document:
     """Parse ``text``; raise one ConfigError with every problem in it."""
-    loader = _Loader(text)
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)

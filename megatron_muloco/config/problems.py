@@ -112,8 +112,8 @@ def _wrong_value(detail: ErrorDetails, location: Location) -> str:
 
 def _shown(value: Any) -> str:
     """Return a value as the reader wrote it, shortened."""
-    text = {True: "true", False: "false"}.get(value) if isinstance(value, bool) else repr(value)
-    return text if text and len(text) <= 60 else f"{str(text)[:57]}..."
+    text = str(value).lower() if isinstance(value, bool) else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _about(location: Location) -> str:
@@ -137,15 +137,15 @@ def _unknown_key(location: Location) -> str:
     for entry in schema_fields():
         if entry.key == location.key:
             return f"belongs to {entry.variant} only.\nRemove it (null does) or change the kind."
-    near = difflib.get_close_matches(name, location.owner.model_fields, n=1)
-    if near:
-        return f"unknown key. Did you mean {section + '.' if section else ''}{near[0]}?"
-    for entry in schema_fields():
-        if entry.key.rpartition(".")[2] == name:
-            only = f" (only with {entry.variant})" if entry.variant else ""
-            return f"unknown key here. It exists as {entry.key}{only}."
-    leaves = {entry.key.rpartition(".")[2]: entry.key for entry in schema_fields()}
-    elsewhere = difflib.get_close_matches(name, leaves, n=1, cutoff=0.75)
-    if elsewhere:
-        return f"unknown key. Did you mean {leaves[elsewhere[0]]}?"
+    leaves = {entry.key.rpartition(".")[2]: entry for entry in schema_fields()}
+    if name in leaves:
+        entry = leaves[name]
+        only = f" (only with {entry.variant})" if entry.variant else ""
+        return f"unknown key here. It exists as {entry.key}{only}."
+    siblings = {key: f"{section}.{key}".lstrip(".") for key in location.owner.model_fields}
+    others = {key: entry.key for key, entry in leaves.items()}
+    for candidates, cutoff in ((siblings, 0.75), (others, 0.75), (siblings, 0.6)):
+        near = difflib.get_close_matches(name, candidates, n=1, cutoff=cutoff)
+        if near:
+            return f"unknown key. Did you mean {candidates[near[0]]}?"
     return f"unknown key. This section has {', '.join(location.owner.model_fields)}."

@@ -1,0 +1,313 @@
+"""Every refusal: the message names the place, the key, the value, the reason and the remedy."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_muloco.config import RULES, Problem, RunConfig, check, find_problems, load_config
+from megatron_muloco.config.support import REFUSED_KEYS, UNSUPPORTED
+from megatron_muloco.errors import ConfigError
+from megatron_muloco.topology import Topology
+
+CPU = Path(__file__).parents[2] / "configs" / "cpu_k2.yaml"
+
+# name of the rule -> overrides of cpu_k2.yaml and what the report must say
+RULE_CASES: dict[str, tuple[list[str], list[str]]] = {
+    "one_length": (
+        ["training.train_tokens=1e6"],
+        ["training.train_tokens: 1000000, but train_iters is set as well."],
+    ),
+    "one_weight_decay": (
+        ["inner.weight_decay_base=0.1"],
+        ["inner.weight_decay: 0.01, but weight_decay_base is 0.1 as well."],
+    ),
+    "warmup_is_shorter_than_the_run": (
+        ["inner.lr_warmup_iters=250"],
+        ["inner.lr_warmup_iters: 250 is not shorter than the run of 250 steps"],
+    ),
+    "heads_divide": (
+        ["parallel.tensor_model_parallel_size=2"],
+        ["parallel.tensor_model_parallel_size: 2 does not divide the 3 attention heads"],
+    ),
+    "head_width_is_even": (["model.kv_channels=63"], ["model.kv_channels: 63 is odd"]),
+    "ffn_divides": (
+        ["parallel.tensor_model_parallel_size=3", "model.ffn_hidden_size=500"],
+        ["model.ffn_hidden_size: 500 is not divisible by tensor_model_parallel_size 3"],
+    ),
+    "vocabulary_divides": (
+        ["parallel.tensor_model_parallel_size=3"],
+        ["make_vocab_size_divisible_by: 128 pads the vocabulary to 4096, which", "multiple of 3"],
+    ),
+    "layers_divide": (
+        ["parallel.pipeline_model_parallel_size=3"],
+        ["pipeline_model_parallel_size: 3 does not divide the 4 layers", "one of 1, 2, 4."],
+    ),
+    "sequence_divides": (
+        [
+            "parallel.tensor_model_parallel_size=3",
+            "parallel.sequence_parallel=true",
+            "model.make_vocab_size_divisible_by=3",
+        ],
+        ["model.seq_length: 256 is not divisible by tensor_model_parallel_size 3"],
+    ),
+    "batch_divides": (
+        ["training.global_batch_size=24"],
+        [
+            "training.global_batch_size: 24 is not divisible by 2 replicas x dp 1 x "
+            "micro_batch_size 8 = 16.",
+            "Use 16 or 32.",
+        ],
+    ),
+    "data_parallelism_has_one_replica": (
+        ["outer=null", "outer.kind=none"],
+        ["parallel.num_replicas: 2, but outer.kind is none"],
+    ),
+    "overlap_is_shorter_than_the_spacing": (
+        ["outer.overlap_steps=5", "outer.fragments.count=2"],
+        ["outer.overlap_steps: 5 is not shorter than the 5 steps between two launches"],
+    ),
+    "run_has_a_round": (
+        ["outer.sync_interval=251"],
+        ["outer.sync_interval: 251 is longer than the run of 250 steps"],
+    ),
+    "recompute_is_complete": (
+        ["training.recompute_granularity=full"],
+        ["training.recompute_num_layers: not set, and recompute_granularity full needs it."],
+    ),
+    "gather_overlap_needs_reduce_overlap": (
+        ["training.overlap_param_gather=true"],
+        ["training.overlap_param_gather: true, but overlap_grad_reduce is false"],
+    ),
+    "evaluation_has_data": (
+        ["data.valid=[]"],
+        ["training.eval_interval: 50, but data.valid names no dataset."],
+    ),
+    "tokenizer_is_named": (
+        ["data.tokenizer_model=null"],
+        ["data.tokenizer_model: not set, and tokenizer_type sentencepiece needs it."],
+    ),
+    "saving_has_a_place": (
+        ["checkpoint.dir=null"],
+        ["checkpoint.save_interval: 100, but checkpoint.dir is not set."],
+    ),
+    "precision_of_gradients_fits": (
+        ["training.accumulate_dtype=bf16"],
+        ["training.accumulate_dtype: bf16, but precision is fp32"],
+    ),
+    "supported": (["checkpoint.async_save=true"], ["checkpoint.async_save: true is not available"]),
+}
+
+UNSUPPORTED_CASES: dict[str, tuple[list[str], str]] = {
+    "context_parallel": (
+        ["parallel.context_parallel_size=2"],
+        "parallel.context_parallel_size: 2 is not available: attention here runs on whole "
+        "sequences (context parallelism needs Transformer Engine).",
+    ),
+    "compression": (
+        ["outer.compression={kind: statistical, bits: 4}"],
+        "outer.compression.kind: statistical is not available yet.",
+    ),
+    "fragments": (["outer.fragments.count=3"], "outer.fragments.count: 3 is not available yet."),
+    "overlap": (["outer.overlap_steps=1"], "outer.overlap_steps: 1 is not available yet."),
+    "host_transport": (["outer.transport=host"], "outer.transport: host is not available yet."),
+    "norm_band": (
+        ["outer.guard.max_norm_ratio=10"],
+        "outer.guard.max_norm_ratio: 10.0 is not available yet.",
+    ),
+    "async_save": (
+        ["checkpoint.async_save=true"],
+        "checkpoint.async_save: true is not available yet.",
+    ),
+}
+
+OTHER_CASES = [
+    (["training.train_iters=null"], "training.train_iters: no length is given."),
+    (
+        ["training.train_tokens=1e6", "training.tokens_per_parameter=20"],
+        "training.tokens_per_parameter: 20.0, but train_iters and train_tokens are set as well.",
+    ),
+    (["inner.weight_decay=null"], "inner.weight_decay: not set, nor is inner.weight_decay_base."),
+    (["model.num_query_groups=2"], "model.num_query_groups: 2 does not divide the 3 attention"),
+    (
+        ["model.num_query_groups=1", "parallel.tensor_model_parallel_size=3"],
+        "tensor_model_parallel_size: 3 does not divide the 1 query groups",
+    ),
+    (["outer.overlap_steps=10"], "outer.overlap_steps: 10 is not shorter than sync_interval 10"),
+    (["outer.fragments.count=11"], "outer.fragments.count: 11 is more than sync_interval 10"),
+    (["outer.mixing_weight=0.5"], "outer.mixing_weight: 0.5 is not available yet."),
+    (["outer.apply=additive"], "outer.apply: additive is not available yet"),
+    (["training.recompute_num_layers=1"], "has no meaning with recompute_granularity none"),
+    (
+        ["training.recompute_granularity=full", "training.recompute_num_layers=5"],
+        "training.recompute_num_layers: 5 is more than the 4 layers of a pipeline stage.",
+    ),
+    (["training.global_batch_size=8"], "Use 16."),
+]
+
+VALUE_CASES = [
+    (["inner.lrr=3"], "inner.lrr: unknown key. Did you mean inner.lr?"),
+    (["modle.num_layers=3"], "modle: unknown key. Did you mean model?"),
+    (["inner.muon.momentun=0.9"], "unknown key. Did you mean inner.muon.momentum?"),
+    (["data.train=[{path: x, wieght: 3}]"], "data.train.0.wieght: unknown key. Did you mean"),
+    (["training.sync_interval=3"], "It exists as outer.sync_interval (only with outer.kind: "),
+    (["training.sink_interval=3"], "unknown key. Did you mean outer.sync_interval?"),
+    (["monitor.zzzz=3"], "monitor.zzzz: unknown key. This section has dir, log_interval,"),
+    (["outer.kind=average"], "outer.lr: belongs to outer.kind: nesterov only."),
+    (["inner.kind=adamw", "inner.muon.nesterov=true"], "inner.muon: belongs to inner.kind: muon"),
+    (["inner.kind=lion"], "inner.kind: 'lion' is not one of muon, adamw."),
+    (["outer.compression={bits: 4}"], "outer.compression: has no kind."),
+    (["outer.compression={kind: zip}"], "'zip' is not one of none, linear, statistical, topk."),
+    (["inner.kind=null"], "inner: has no kind."),
+    (["inner=null"], "inner: not set, and it has no default."),
+    (["model.hidden_size=null"], "model.hidden_size: not set, and it has no default."),
+    (["model.num_layers=four"], "model.num_layers: 'four' is not a whole number."),
+    (["model.num_layers=4.5"], "model.num_layers: 4.5 is not a whole number."),
+    (["model.num_layers=true"], "model.num_layers: true is not a whole number."),
+    (["model.num_layers=0"], "model.num_layers: 0 is out of range: it must be at least 1."),
+    (["inner.lr=0"], "inner.lr: 0 is out of range: it must be above 0"),
+    (["inner.lr='0.1'"], "inner.lr: '0.1' is not a number."),
+    (["inner.lr=.nan"], "inner.lr: nan is not a finite number."),
+    (["outer.momentum=1"], "outer.momentum: 1 is out of range: it must be below 1"),
+    (["inner.min_lr_ratio=2"], "it must be at most 1"),
+    (["model.qk_layernorm=1"], "model.qk_layernorm: 1 is not true or false."),
+    (["checkpoint.dir=3"], "checkpoint.dir: 3 is not text."),
+    (["data.train=x"], "data.train: 'x' is not a list."),
+    (["data.train=[]"], "data.train: [] is empty."),
+    (["data.train=[{path: ''}]"], "data.train.0.path: '' is empty."),
+    (["training.precision=tf32"], "training.precision: 'tf32' is not one of bf16, fp32."),
+    (["training.precision=fp16"], "training.precision: fp16 is not offered: fp16 needs loss scal"),
+    (["model=3"], "model: 3 is not a section. It has the keys num_layers,"),
+    (["outer.compression={kind: linear, bits: 3}"], "3 is not one of 8, 4, 2, 1."),
+]
+
+
+def report(*overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(CPU, overrides)
+    return str(caught.value)
+
+
+def test_every_rule_has_a_case() -> None:
+    assert [rule.__name__ for rule in RULES] == list(RULE_CASES)
+    assert [rule.__name__ for rule in UNSUPPORTED] == list(UNSUPPORTED_CASES)
+
+
+@pytest.mark.parametrize("name", RULE_CASES)
+def test_rules(name: str) -> None:
+    overrides, expected = RULE_CASES[name]
+    message = report(*overrides)
+    for text in expected:
+        assert text in message
+    # and it is this rule that says so
+    rule = next(rule for rule in RULES if rule.__name__ == name)
+    assert find_problems(unchecked(*overrides), rules=[rule])
+
+
+def unchecked(*overrides: str) -> RunConfig:
+    """Return a parsed config without asking the rules."""
+    from megatron_muloco.config.document import without_nulls
+    from megatron_muloco.config.load import load_document
+
+    return RunConfig.model_validate(without_nulls(load_document(CPU, overrides).values))
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED_CASES)
+def test_what_is_not_available_yet_is_refused(name: str) -> None:
+    overrides, expected = UNSUPPORTED_CASES[name]
+    assert expected in report(*overrides)
+
+
+@pytest.mark.parametrize(("overrides", "expected"), OTHER_CASES, ids=lambda value: str(value)[:60])
+def test_other_ways_to_break_a_rule(overrides: list[str], expected: str) -> None:
+    assert expected in report(*overrides)
+
+
+@pytest.mark.parametrize(("overrides", "expected"), VALUE_CASES, ids=lambda value: str(value)[:60])
+def test_wrong_keys_and_values(overrides: list[str], expected: str) -> None:
+    assert expected in report(*overrides)
+
+
+@pytest.mark.parametrize("name", REFUSED_KEYS)
+@pytest.mark.parametrize("section", ["model", "training", "parallel"])
+def test_well_known_keys_get_a_reason(section: str, name: str) -> None:
+    message = report(f"{section}.{name}=1")
+    assert f"{section}.{name}: not offered: " in message
+    assert "unknown key" not in message
+
+
+def test_messages_name_file_and_line(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"extends: {CPU}\n\nouter:\n  momentum: 0.7\n  overlap_steps: 12\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert str(caught.value).startswith(f"{path}:5  outer.overlap_steps: 12 is not shorter")
+    # later lines are indented
+    assert all(line.startswith("  ") for line in caught.value.problems[0].splitlines()[1:])
+
+
+def test_a_missing_key_is_placed_at_its_section(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("outer:\n  kind: nesterov\n  lr: 1.0\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    message = str(caught.value)
+    assert f"{path}:1  outer.momentum: not set" in message
+    assert f"{path}  model: not set" in message
+
+
+def test_all_problems_come_at_once() -> None:
+    message = report(
+        "inner.lrr=3", "training.micro_batch_size=four", "training.precision=fp16", "model.fp8=e4m3"
+    )
+    for key in ("inner.lrr", "training.micro_batch_size", "training.precision", "model.fp8"):
+        assert f"{key}: " in message
+    message = report("training.global_batch_size=24", "outer.sync_interval=300", "inner.lrr=1")
+    for key in ("training.global_batch_size", "outer.sync_interval", "inner.lrr"):
+        assert f"{key}: " in message
+
+
+def test_a_misspelling_of_a_required_key_is_pointed_out(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"extends: {CPU}\nmodel: {{hidden_size: null, hiden_size: 192}}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert "hiden_size looks like a misspelling of it." in str(caught.value)
+
+
+def test_the_real_world_is_checked_too() -> None:
+    config = load_config(CPU)
+    check(config, Topology(2, 1, 1, 1))
+    with pytest.raises(ConfigError) as caught:
+        check(config, Topology(2, 1, 1, 3))
+    assert "16 is not divisible by 2 replicas x dp 3 x micro_batch_size 8 = 48." in str(
+        caught.value
+    )
+    assert str(caught.value).startswith(f"{CPU}:")
+
+
+def test_other_packages_add_their_rules() -> None:
+    def disk_is_full(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
+        yield Problem("checkpoint.dir", f"{config.checkpoint.dir} is full.\nDelete something.")
+
+    with pytest.raises(ConfigError, match=r"checkpoint.dir: runs/demo is full\.\n  Delete"):
+        check(load_config(CPU), rules=(*RULES, disk_is_full))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["outer.state_device=cpu", "outer.transport=device"],
+        ["outer.compression={wire_dtype: bf16, kind: none}"],
+        ["parallel.sequence_parallel=true"],
+        ["outer.lr=null", "outer.momentum=null", "outer.kind=average"],
+        ["inner.kind=adamw", "inner.lr_decay_style=constant", "inner.lr_warmup_iters=0"],
+        ["training.recompute_granularity=full", "training.recompute_num_layers=1"],
+        ["training.train_iters=251"],
+        ["data.tokenizer_type=byte-level", "data.tokenizer_model=null"],
+        ["model.num_query_groups=1"],
+    ],
+    ids=str,
+)
+def test_what_is_allowed(overrides: list[str]) -> None:
+    load_config(CPU, overrides)

@@ -1,0 +1,227 @@
+"""Reading: files merge in order, values keep their places, and broken files are named."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from megatron_muloco.config import RunConfig, load_config
+from megatron_muloco.config.document import Document, merge, parse_override, read_document
+from megatron_muloco.config.load import load_document
+from megatron_muloco.errors import ConfigError
+
+SHIPPED = Path(__file__).parents[2] / "configs"
+CPU = SHIPPED / "cpu_k2.yaml"
+
+
+def write(directory: Path, name: str, text: str) -> Path:
+    path = directory / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def problems_of(path: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    return str(caught.value)
+
+
+def test_later_files_win_and_the_file_itself_wins_over_them(tmp_path: Path) -> None:
+    write(tmp_path, "a.yaml", "x: {one: 1, two: 1, three: 1}\nlist: [1, 2, 3]\n")
+    write(tmp_path, "deep/b.yaml", "extends: ../a.yaml\nx: {two: 2, three: 2}\n")
+    run = write(tmp_path, "run.yaml", "extends: [a.yaml, deep/b.yaml]\nx: {three: 3}\nlist: [9]\n")
+    document = load_document(run, ["x.four=4"])
+    assert document.values == {"x": {"one": 1, "two": 2, "three": 3, "four": 4}, "list": [9]}
+    assert document.places["x.one"].endswith("a.yaml:1")
+    assert document.places["x.two"].endswith("b.yaml:2")
+    assert document.places["x.three"].endswith("run.yaml:2")
+    assert document.places["x.four"] == "--set x.four=4"
+    assert "list.1" not in document.places
+
+
+def test_null_takes_a_key_back_to_its_default(tmp_path: Path) -> None:
+    run = write(tmp_path, "run.yaml", f"extends: {CPU}\ntraining: {{seed: 7}}\n")
+    assert load_config(run).training.seed == 7
+    default = RunConfig.model_fields["training"].annotation.model_fields["seed"].default
+    assert load_config(run, ["training.seed=null"]).training.seed == default
+    assert load_config(run, ["training.seed="]).training.seed == default
+
+
+def test_a_nulled_section_can_be_built_anew() -> None:
+    config = load_config(CPU, ["outer=null", "outer.kind=none", "parallel.num_replicas=1"])
+    assert config.outer.kind == "none"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-4", 1e-4), ("2.5e-4", 2.5e-4), ("1E-4", 1e-4), ("+1e-4", 1e-4), (".5", 0.5), ("1", 1.0)],
+)
+def test_numbers_as_people_write_them(text: str, value: float) -> None:
+    assert load_config(CPU, [f"inner.lr={text}"]).inner.lr == value
+
+
+def test_counts_may_be_written_as_floats() -> None:
+    config = load_config(CPU, ["training.train_iters=null", "training.train_tokens=2.5e6"])
+    assert config.training.train_tokens == 2_500_000
+
+
+def test_values_of_overrides_are_yaml() -> None:
+    config = load_config(CPU, ["data.train=[{path: a, weight: 2}, {path: b}]"])
+    assert [(source.path, source.weight) for source in config.data.train] == [("a", 2), ("b", 1)]
+
+
+def test_configs_are_frozen_and_remember_their_places() -> None:
+    config = load_config(CPU, ["inner.lr=0.5"])
+    with pytest.raises(ValidationError, match="frozen"):
+        config.inner.lr = 1.0  # type: ignore[misc]
+    assert config.where("inner.lr") == "--set inner.lr=0.5"
+    assert config.where("outer.guard.enabled") == config.where("outer")
+    assert config.where("outer").startswith(str(CPU))
+    assert config.where("nothing.like.this") == ""
+
+
+def test_values_survive_being_saved() -> None:
+    config = load_config(CPU)
+    again = RunConfig.model_validate(config.model_dump(mode="json"))
+    assert again.model_dump() == config.model_dump()
+    assert again.digest() == config.digest() == load_config(CPU).digest()
+    assert load_config(CPU, ["inner.lr=0.5"]).digest() != config.digest()
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    message = problems_of(tmp_path / "absent.yaml")
+    assert "absent.yaml: cannot be read (No such file or directory)" in message
+    assert "cannot be read (Is a directory)" in problems_of(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "\n# only a comment\n", "{}"])
+def test_an_empty_file(tmp_path: Path, text: str) -> None:
+    assert "run.yaml: empty. A config needs the sections" in problems_of(
+        write(tmp_path, "run.yaml", text)
+    )
+
+
+@pytest.mark.parametrize(("text", "kind"), [("- 1\n- 2\n", "list"), ("hello", "str"), ("3", "int")])
+def test_a_file_that_is_not_a_mapping(tmp_path: Path, text: str, kind: str) -> None:
+    message = problems_of(write(tmp_path, "run.yaml", text))
+    assert f"run.yaml:1  a {kind} instead of sections" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [("a: [1, 2\nb: 3\n", 2), ("a: 1\n  b: 2\n", 2), ("a: 'open\n", 2), ("a: *nowhere\n", 1)],
+)
+def test_broken_yaml_is_named_by_line(tmp_path: Path, text: str, line: int) -> None:
+    message = problems_of(write(tmp_path, "run.yaml", text))
+    assert f"run.yaml:{line}  not valid YAML: " in message
+
+
+def test_a_file_that_is_not_text(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    assert "run.yaml: not text in UTF-8" in problems_of(path)
+    path.write_bytes(b"a: \x00")
+    assert "run.yaml  not valid YAML" in problems_of(path)
+
+
+def test_repeated_keys_are_refused_with_both_lines(tmp_path: Path) -> None:
+    path = write(tmp_path, "run.yaml", "model:\n  seq_length: 1\n  seq_length: 2\nmodel: {}\n")
+    message = problems_of(path)
+    assert f"{path}:3  model.seq_length: repeated; first written at {path}:2." in message
+    assert f"{path}:4  model: repeated; first written at {path}:1." in message
+
+
+@pytest.mark.parametrize("text", ["a: &x {b: 1}\nc: {<<: *x}\n", "? [1, 2]\n: 3\n"])
+def test_keys_are_plain_words(tmp_path: Path, text: str) -> None:
+    assert "keys are plain words here" in problems_of(write(tmp_path, "run.yaml", text))
+
+
+def test_an_alias_that_contains_itself(tmp_path: Path) -> None:
+    path = write(tmp_path, "run.yaml", "a: &x\n  b: *x\n")
+    assert "a.b: an alias that contains itself" in problems_of(path)
+
+
+def test_unreadable_values_are_named(tmp_path: Path) -> None:
+    path = write(tmp_path, "run.yaml", "a: !!python/object:os.system {}\nb: 2026-13-77\n")
+    message = problems_of(path)
+    assert f"{path}:2  b: month must be in 1..12" in message
+
+
+def test_extends_of_a_missing_file_is_named_where_it_is_written(tmp_path: Path) -> None:
+    path = write(tmp_path, "run.yaml", "model: {}\nextends: models/none.yaml\n")
+    message = problems_of(path)
+    assert f"{path}:2  extends: models/none.yaml does not exist" in message
+    assert str(tmp_path / "models/none.yaml") in message
+
+
+@pytest.mark.parametrize("text", ["extends: 3\n", "extends: [1]\n", "extends: {a: b}\n"])
+def test_extends_is_a_name_or_names(tmp_path: Path, text: str) -> None:
+    path = write(tmp_path, "run.yaml", text)
+    assert f"{path}:1  extends: expected a file name" in problems_of(path)
+
+
+def test_a_circle_of_extends(tmp_path: Path) -> None:
+    a = write(tmp_path, "a.yaml", "extends: b.yaml\nx: 1\n")
+    write(tmp_path, "b.yaml", "extends: a.yaml\n")
+    message = problems_of(a)
+    assert "extends itself" in message
+    assert "a.yaml extends " in message
+    assert "b.yaml extends " in message
+
+
+def test_one_file_may_be_reached_twice(tmp_path: Path) -> None:
+    write(tmp_path, "base.yaml", "x: 1\n")
+    write(tmp_path, "a.yaml", "extends: base.yaml\n")
+    write(tmp_path, "b.yaml", "extends: base.yaml\ny: 2\n")
+    run = write(tmp_path, "run.yaml", "extends: [a.yaml, b.yaml]\nz: 3\n")
+    assert load_document(run).values == {"x": 1, "y": 2, "z": 3}
+
+
+@pytest.mark.parametrize("text", ["nonsense", "=3", "a..b=3", "a.=3"])
+def test_overrides_have_a_form(text: str) -> None:
+    assert f"--set {text}: not of the form section.key=value" in problems_of(CPU, text)
+
+
+def test_all_broken_overrides_are_reported() -> None:
+    message = problems_of(CPU, "one", "inner.lr=[1", "two")
+    assert message.count("not of the form") == 2
+    assert "--set inner.lr=[1:1  not valid YAML" in message
+
+
+values = st.recursive(
+    st.integers() | st.text(max_size=3),
+    lambda inner: st.dictionaries(st.sampled_from("abc"), inner, max_size=3),
+    max_leaves=8,
+)
+mappings = st.dictionaries(st.sampled_from("abc"), values, max_size=3)
+
+
+@given(mappings, mappings, mappings)
+def test_merging_is_associative_and_the_last_word_stays(
+    one: dict[str, object], two: dict[str, object], three: dict[str, object]
+) -> None:
+    a, b, c = Document(one), Document(two), Document(three)
+    assert merge(merge(a, b), c).values == merge(a, merge(b, c)).values or _changes_shape(two)
+    merged = merge(a, b).values
+    for key, value in two.items():
+        if not isinstance(value, dict):
+            assert merged[key] == value
+    assert merge(a, a).values == a.values
+
+
+def _changes_shape(mapping: dict[str, object]) -> bool:
+    # {x: {..}} over 1 over {x: {..}}: a scalar between two mappings hides the first one only when
+    # it is applied first, so grouping matters there; files are always merged left to right.
+    return any(not isinstance(value, dict) or _changes_shape(value) for value in mapping.values())
+
+
+def test_reading_leaves_extends_alone() -> None:
+    document = read_document(str(SHIPPED / "15b_k16.yaml"))
+    assert document.values["extends"] == ["models/15b.yaml", "methods/muloco_k16.yaml"]
+
+
+def test_an_override_is_one_key() -> None:
+    assert parse_override("a.b=[1, {c: 2}]").values == {"a": {"b": [1, {"c": 2}]}}

@@ -1,0 +1,241 @@
+"""The plan's bytes add up, follow the sharding rules, and the report says what it assumes."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_muloco.config import RunConfig, load_config, topology_of
+from megatron_muloco.config.counts import parameter_counts
+from megatron_muloco.planning import memory_plan, render_plan, traffic_plan
+from megatron_muloco.planning.report import human_bytes, human_count
+from megatron_muloco.planning.slices import stage_slices
+from megatron_muloco.planning.traffic import mean_wire_bytes
+from megatron_muloco.topology import Topology
+from tools import plan as plan_tool
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+CPU = CONFIGS / "cpu_k2.yaml"
+HEADS = ["model.num_attention_heads=4", "training.global_batch_size=64"]
+
+
+def config_of(*overrides: str) -> RunConfig:
+    return load_config(CPU, [*HEADS, *overrides])
+
+
+@given(
+    tp=st.sampled_from([1, 2, 4]),
+    pp=st.sampled_from([1, 2, 4]),
+    untied=st.booleans(),
+)
+@settings(deadline=None)
+def test_slices_hold_the_model_once(tp: int, pp: int, untied: bool) -> None:
+    model = config_of(f"model.untie_embeddings_and_output_weights={str(untied).lower()}").model
+    slices = stage_slices(model, Topology(1, tp, pp, 1))
+    counts = parameter_counts(model)
+    assert len(slices) == pp
+    assert tp * sum(part.matrices for part in slices) == counts.matrices
+    assert tp * sum(part.tables - part.tied_copy for part in slices) == (
+        counts.embedding + counts.output
+    )
+    assert sum(part.norms for part in slices) == counts.norms
+    # what the outer groups exchange covers every parameter exactly once
+    exchanged = sum(part.synchronised(rank) for part in slices for rank in range(tp))
+    assert exchanged == counts.total
+    # a tied head is copied to the last stage only where that is another rank
+    copies = sum(part.tied_copy for part in slices)
+    assert (copies > 0) == (not untied and pp > 1)
+
+
+def test_one_rank_holds_everything() -> None:
+    config = config_of("parallel.num_replicas=1")
+    memory = memory_plan(config, Topology(1, 1, 1, 1))
+    counts = parameter_counts(config.model)
+    assert memory.weights == memory.gradients == 4 * counts.total
+    assert memory.masters == 0  # fp32 parameters are their own masters
+    assert memory.inner_state == 4 * (counts.matrices + 2 * counts.vectors)
+    assert memory.anchor == memory.outer_momentum == 4 * counts.total
+    assert memory.pseudogradient == 0  # nobody to send it to
+    assert memory.device == (
+        memory.weights + memory.gradients + memory.inner_state + memory.outer_state
+    )
+
+
+def test_bf16_halves_weights_and_adds_masters() -> None:
+    topology = Topology(2, 1, 1, 1)
+    full = memory_plan(config_of(), topology)
+    half = memory_plan(config_of("training.precision=bf16"), topology)
+    assert 2 * half.weights == full.weights
+    assert half.masters == full.weights
+    assert half.gradients == full.gradients
+    thin = memory_plan(
+        config_of("training.precision=bf16", "training.accumulate_dtype=bf16"), topology
+    )
+    assert 2 * thin.gradients == full.gradients
+
+
+def test_adamw_has_a_second_moment_for_matrices() -> None:
+    muon = config_of()
+    adamw = config_of("inner.kind=adamw")
+    topology = Topology(2, 1, 1, 1)
+    difference = memory_plan(adamw, topology).inner_state - memory_plan(muon, topology).inner_state
+    assert difference == 4 * parameter_counts(muon.model).matrices
+
+
+@pytest.mark.parametrize("data", [1, 2, 4])
+def test_data_parallel_ranks_share_state_but_not_weights(data: int) -> None:
+    config = config_of("training.precision=bf16", "training.micro_batch_size=1")
+    alone = memory_plan(config, Topology(2, 1, 1, 1))
+    shared = memory_plan(config, Topology(2, 1, 1, data))
+    assert (shared.weights, shared.gradients) == (alone.weights, alone.gradients)
+    for name in ("masters", "inner_state", "anchor", "outer_momentum", "pseudogradient"):
+        assert getattr(shared, name) == -(-getattr(alone, name) // 4 // data) * 4
+
+
+def test_outer_state_can_live_on_the_host() -> None:
+    topology = Topology(2, 1, 1, 1)
+    device = memory_plan(config_of(), topology)
+    host = memory_plan(config_of("outer.state_device=cpu"), topology)
+    assert host.host == device.outer_state
+    assert host.device + host.host == device.device
+    assert device.host == 0
+
+
+def test_what_has_no_outer_step_or_no_momentum_needs_no_state() -> None:
+    none = memory_plan(
+        config_of("outer=null", "outer.kind=none", "parallel.num_replicas=1"), Topology(1, 1, 1, 1)
+    )
+    assert (none.anchor, none.outer_momentum, none.pseudogradient) == (0, 0, 0)
+    average = memory_plan(config_of("outer=null", "outer.kind=average"), Topology(2, 1, 1, 1))
+    assert average.anchor > 0
+    assert average.outer_momentum == 0
+
+
+def test_one_rank_per_replica_sends_nothing_inside() -> None:
+    traffic = traffic_plan(config_of(), Topology(2, 1, 1, 1))
+    assert traffic.inner_step == 0
+    assert traffic.outer_per_rank == traffic.outer_per_replica > 0
+
+
+def test_data_parallel_traffic_follows_the_ring() -> None:
+    config = config_of("training.precision=bf16", "training.micro_batch_size=1")
+    elements = stage_slices(config.model, Topology(2, 1, 1, 4))[0].total
+    traffic = traffic_plan(config, Topology(2, 1, 1, 4))
+    assert traffic.gradient_reduce == elements * 4 * 3 // 4
+    assert traffic.parameter_gather == elements * 2 * 3 // 4
+    matrices = parameter_counts(config.model).matrices
+    # collect and return, each rank's quarter in bf16, three quarters of it to others
+    assert traffic.muon_exchange == 2 * (matrices // 4) * 2 * 3 // 4
+    assert (traffic.tensor_parallel, traffic.pipeline) == (0, 0)
+
+
+def test_adamw_exchanges_no_matrices() -> None:
+    config = config_of("inner.kind=adamw", "training.micro_batch_size=1")
+    assert traffic_plan(config, Topology(2, 1, 1, 4)).muon_exchange == 0
+
+
+def test_exchange_dtype_is_what_is_asked_for() -> None:
+    topology = Topology(2, 1, 1, 4)
+    narrow = config_of("inner.muon.exchange_dtype=bf16", "training.micro_batch_size=1")
+    wide = config_of("training.micro_batch_size=1")
+    assert (
+        2 * traffic_plan(narrow, topology).muon_exchange
+        == traffic_plan(wide, topology).muon_exchange
+    )
+
+
+@given(st.integers(1, 10_000), st.integers(2, 16), st.integers(0, 5))
+def test_a_mean_sends_two_copies_less_two_shares(elements: int, replicas: int, riders: int) -> None:
+    ideal = 2 * (replicas - 1) / replicas * elements
+    row = 1 + riders
+    full = mean_wire_bytes(elements, replicas, "fp32", riders)
+    half = mean_wire_bytes(elements, replicas, "bf16", riders)
+    # at most one element of padding per chunk, three in bf16, and a row per replica, both ways
+    assert 4 * ideal <= full <= 4 * ideal + 2 * (replicas - 1) * 4 * (row + 1)
+    assert 2 * ideal <= half <= 2 * ideal + (replicas - 1) * (4 * row + 3 * 4)
+    assert mean_wire_bytes(elements, 1, "fp32", riders) == 0
+
+
+def test_replicas_send_the_model_whatever_the_layout() -> None:
+    config = config_of("training.micro_batch_size=1")
+    total = parameter_counts(config.model).total
+    for topology in (Topology(2, 1, 1, 1), Topology(2, 2, 1, 1), Topology(2, 2, 2, 2)):
+        sent = traffic_plan(config, topology).outer_per_replica
+        # K = 2: each replica sends its parameters once, and a few padding bytes per rank
+        assert 4 * total <= sent <= 4 * total + topology.replica_size * 2 * 4 * 3
+
+
+def test_the_15b_plan_says_what_the_paper_says() -> None:
+    config = load_config(CONFIGS / "15b_k16.yaml")
+    text = render_plan(config, topology_of(config, 1024))
+    for words in (
+        "16 replicas x tp 4 x pp 2 x dp 8 = 1024 ranks",
+        "15.23B",
+        "15,229,089,792",
+        "36,330",
+        "304.8B",
+        "5e-05",
+        "1,211",
+        "500 steps of warm-up",
+    ):
+        assert words in text
+    assert "smallest world" not in text
+    assert max(len(line) for line in text.splitlines()) <= 110
+    assert len(text.splitlines()) <= 50
+
+
+def test_an_assumed_world_is_said() -> None:
+    assert "the smallest world of this config" in render_plan(load_config(CPU))
+
+
+def test_steps_after_the_last_round_are_a_warning() -> None:
+    text = render_plan(load_config(CPU, ["training.train_iters=257"]))
+    assert "7 steps" in text
+    assert "plain mean of the replicas" in text
+    assert "warning" not in render_plan(load_config(CPU))
+
+
+def test_plain_data_parallelism_has_no_rounds() -> None:
+    text = render_plan(load_config(CONFIGS / "15b_dp_muon.yaml"))
+    assert "data parallelism, no outer step" in text
+    assert "each round" not in text
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(15_229_089_792, "15.23B"), (304_758_128_640, "304.8B"), (999, "999"), (1_500, "1.50k")],
+)
+def test_counts_are_readable(number: int, text: str) -> None:
+    assert human_count(number) == text
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(0, "0 B"), (999, "999 B"), (1_500, "1.50 kB"), (3.81e9, "3.81 GB")]
+)
+def test_sizes_are_readable(number: float, text: str) -> None:
+    assert human_bytes(number) == text
+
+
+def test_the_tool_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--config", str(CPU), "--set", "training.micro_batch_size=1", "--world-size", "4"]
+    assert plan_tool.main(arguments) == 0
+    assert "2 replicas x tp 1 x pp 1 x dp 2 = 4 ranks" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--config", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
+        (["--config", str(CPU), "--world-size", "3"], "but the launcher started 3."),
+        (["--config", str(CPU), "--world-size", "6"], "dp 3 x micro_batch_size 8 = 48"),
+        (["--config", str(CPU), "--set", "inner.lrr=3"], "Did you mean inner.lr?"),
+    ],
+)
+def test_the_tool_refuses_bad_input(
+    arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan_tool.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert expected in captured.err
+    assert captured.out == ""
