@@ -10,21 +10,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-__all__ = ["SDPACoreAttention", "document_ids", "document_mask"]
-
-
-def document_ids(tokens: Tensor, end_of_document: int) -> Tensor:
-    """Number the documents of each packed sequence.
-
-    Args:
-        tokens: [b, s] token ids.
-        end_of_document: Token that closes a document; it still belongs to the one it closes.
-
-    Returns:
-        [b, s] integers, 0 for the first document of a sequence.
-    """
-    ends = (tokens == end_of_document).int()
-    return ends.cumsum(dim=1) - ends
+__all__ = ["SDPACoreAttention", "document_mask"]
 
 
 def document_mask(document_ids: Tensor) -> Tensor:

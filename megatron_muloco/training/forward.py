@@ -11,7 +11,8 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
 from megatron_muloco.comm.groups import Groups
-from megatron_muloco.model.attention import document_ids, document_mask
+from megatron_muloco.data.batches import document_ids
+from megatron_muloco.model.attention import document_mask
 
 __all__ = ["ForwardBackward"]
 
@@ -56,6 +57,7 @@ class ForwardBackward:
         self._seq_length = seq_length
         self._end_of_document = end_of_document
         self._schedule = get_forward_backward_func_for(groups)
+        self.device = next(model.parameters()).device
 
     def __call__(
         self, batches: Iterator[Batch], num_microbatches: int, *, forward_only: bool = False
@@ -77,16 +79,15 @@ class ForwardBackward:
             micro_batch_size=self._micro_batch_size,
             forward_only=forward_only,
         )
-        device = next(self._model.parameters()).device
         if not losses:
-            return torch.zeros((), device=device)
+            return torch.zeros((), device=self.device)
         return torch.stack([entry["lm loss"] for entry in losses]).sum()
 
     def _forward_step(
         self, batches: Iterator[Batch], model: torch.nn.Module
     ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]]:
         """Megatron's forward step: take a microbatch, return the output and the loss function."""
-        batch = next(batches)
+        batch = {name: value.to(self.device) for name, value in next(batches).items()}
         tokens = batch["tokens"]
         mask = None
         if self._end_of_document is not None:

@@ -1,0 +1,7 @@
+#!/usr/bin/env python
+"""Starts `megatron_muloco.training.main`; everything is in the installed package."""
+
+from megatron_muloco.training.main import main
+
+if __name__ == "__main__":  # saving a checkpoint spawns a process that imports this file
+    main()

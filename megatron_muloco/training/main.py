@@ -1,0 +1,160 @@
+"""The command line: ``deepspeed launch/pretrain.py --config F [--set a.b=c ...] [--dry-run]``.
+
+Exit codes: 0 done; 2 bad input, nothing was started; 85 stopped on request with the state saved, start
+the same command again; anything else is a fault.
+"""
+
+import argparse
+import os
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+from megatron_muloco.config import RunConfig, load_config
+from megatron_muloco.config.checks import check
+from megatron_muloco.config.derived import smallest_topology, topology_of
+from megatron_muloco.errors import ConfigError, MulocoError, TopologyError
+from megatron_muloco.runtime.ranks import RankInfo, discover_ranks
+
+__all__ = ["main"]
+
+EXIT_DONE = 0
+EXIT_FAULT = 1
+EXIT_BAD_INPUT = 2
+EXIT_STOPPED = 85  # survives the launcher, and no shell or scheduler uses it
+
+# The launcher ends all ranks when it sees the first one gone; the rank that explains must come first.
+_LET_RANK_ZERO_SPEAK_SECONDS = 3.0
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the program and exit."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = _parse(given)
+    try:
+        config = load_config(options.config, options.set)
+        if options.dry_run:
+            _print_plan(config, options.world_size)
+            sys.exit(EXIT_DONE)
+        ranks = discover_ranks(os.environ)
+        _fit_world(config, ranks, given, options.config)
+        _check_inputs(config)
+    except ConfigError as error:
+        _refuse(error)
+    sys.exit(_train(config))
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="pretrain.py",
+        description="Pre-train a language model with MuLoCo, DiLoCo or data parallelism.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, help="YAML file of the run")
+    parser.add_argument(
+        "--set",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="replace a key of the configuration, for instance inner.lr=0.01",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything, print the plan, start nothing"
+    )
+    parser.add_argument(
+        "--world-size", type=int, help="ranks to plan for with --dry-run; default the smallest world"
+    )
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def _print_plan(config: RunConfig, world_size: int | None) -> None:
+    from megatron_muloco.planning.report import render_plan
+
+    topology = None if world_size is None else topology_of(config, world_size)
+    check(config, topology or smallest_topology(config))
+    if int(os.environ.get("RANK", "0")) == 0:
+        sys.stdout.write(render_plan(config, topology) + "\n")
+
+
+def _fit_world(
+    config: RunConfig, ranks: RankInfo, arguments: Sequence[str], config_path: str
+) -> None:
+    """Return when the ranks that were started fit; start the missing ones; or explain.
+
+    Raises:
+        TopologyError: The ranks do not factor, and starting others is not for this program to do.
+    """
+    try:
+        check(config, topology_of(config, ranks.world_size))
+        return
+    except TopologyError as error:
+        needed = smallest_topology(config).world_size
+        if ranks.world_size > 1 or needed == 1:
+            raise
+        if _accelerators():
+            from megatron_muloco.planning.report import render_plan
+
+            raise TopologyError(
+                f"{error}\n{render_plan(config, None)}\nStart it on {needed} or a multiple of "
+                f"{needed} accelerators, for instance:\n  deepspeed --num_gpus {needed} "
+                f"launch/pretrain.py --config {config_path}"
+            ) from error
+    check(config, smallest_topology(config))
+    sys.stdout.write(
+        f"{config_path} needs {needed} ranks ({smallest_topology(config)}) and one was started; "
+        f"there is no accelerator here, so {needed} CPU ranks are started now.\n"
+    )
+    from megatron_muloco.training.relaunch import relaunch
+
+    relaunch(needed, arguments, os.environ)
+
+
+def _accelerators() -> int:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _check_inputs(config: RunConfig) -> None:
+    """Raise one ConfigError with everything that is wrong with the files the run names."""
+    from megatron_muloco.data.checks import check_data
+
+    problems = check_data(config.data)
+    if problems:
+        raise ConfigError(problems)
+
+
+def _train(config: RunConfig) -> int:
+    """Train; return the exit code. An error leaves at once, without collectives: ranks may disagree."""
+    from megatron_muloco.training.loop import run
+
+    try:
+        return EXIT_DONE if run(config) else EXIT_STOPPED
+    except ConfigError as error:
+        _refuse(error)
+    except MulocoError as error:
+        traceback.print_exc()
+        sys.stderr.write(f"\n{type(error).__name__}: {error}\n")
+    except Exception:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(EXIT_FAULT)
+
+
+def _refuse(error: ConfigError) -> NoReturn:
+    """Print what is wrong, once for all ranks, and exit."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        count = len(error.problems)
+        sys.stderr.write(f"{count} problem{'s' if count > 1 else ''} in the input:\n")
+        for problem in error.problems:
+            sys.stderr.write(f"\n{problem}\n")
+        sys.stderr.flush()
+    else:
+        time.sleep(_LET_RANK_ZERO_SPEAK_SECONDS)
+    sys.stdout.flush()
+    os._exit(EXIT_BAD_INPUT)
