@@ -5,6 +5,8 @@ summed over the whole replica, so that all its ranks come to the same verdict, a
 travels with the data as the replica's weight.
 """
 
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from statistics import median
@@ -62,6 +64,30 @@ class Guard:
     norm_factor: float = 10.0
     min_replicas: int = 4
     _medians: dict[int, float] = field(default_factory=dict, init=False)
+
+    def judge_replica(
+        self,
+        fragment: int,
+        deltas: Mapping[str, Tensor],
+        total: Callable[[Tensor], Tensor],
+        device: torch.device,
+        *,
+        use_band: bool = True,
+    ) -> tuple[Verdict, float]:
+        """Return the verdict on a replica and the norm of its pseudogradient, NaN if not finite.
+
+        Args:
+            fragment: Index of the fragment.
+            deltas: This rank's share of the pseudogradient, without duplicates.
+            total: Sums over the ranks of the replica, all of which call this.
+            device: Where ``total`` takes its input; a rank may have no share at all.
+            use_band: The band is about whole intervals; a flush may hold a single step.
+        """
+        bad, square = total(local_statistics(list(deltas.values()), device)).tolist()
+        norm = math.nan if bad else math.sqrt(square)
+        if use_band:
+            return self.judge(fragment, non_finite=bad > 0, norm=norm), norm
+        return (Verdict.NON_FINITE if bad else Verdict.GOOD), norm
 
     def judge(self, fragment: int, *, non_finite: bool, norm: float) -> Verdict:
         """Return the verdict on this replica's pseudogradient of ``fragment``."""

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from megatron_muloco.errors import CheckpointError
+from megatron_muloco.outer.anchor import check_names
 from megatron_muloco.outer.guard import Verdict
 from megatron_muloco.outer.reducer import Handle, Reduced, Reducer, ReductionStats
 from megatron_muloco.outer.schedule import Apply
 
-__all__ = ["InFlight", "check_in_flight"]
+__all__ = ["InFlight", "InFlightTable"]
 
 
 @dataclass
@@ -99,16 +100,71 @@ class InFlight:
         )
 
 
-def check_in_flight(
-    entries: Sequence[Mapping[str, Any]], expected: Sequence[Apply], step: int
-) -> None:
-    """Raise `CheckpointError` unless the fragments saved are those that the schedule wants."""
-    saved = sorted((entry["fragment"], entry["launched_at"]) for entry in entries)
-    wanted = sorted((apply.fragment, apply.launched_at) for apply in expected)
-    if saved != wanted:
-        raise CheckpointError(
-            f"outer state of inner step {step}: the fragments in flight, as (fragment, launched "
-            f"at), are {saved}, where this schedule has {wanted}. Their results could not be "
-            "applied in time. Resume with the sync_interval, fragments and overlap_steps of"
-            " the saved run."
-        )
+class InFlightTable:
+    """The fragments in flight on one rank; a fragment is in it at most once."""
+
+    def __init__(self) -> None:
+        self._flights: dict[int, InFlight] = {}
+
+    def add(self, flight: InFlight) -> None:
+        """Enter a fragment that was just launched."""
+        assert flight.fragment not in self._flights, flight.fragment
+        self._flights[flight.fragment] = flight
+
+    def take(self, event: Apply) -> InFlight:
+        """Remove and return the fragment that is due."""
+        flight = self._flights.pop(event.fragment)
+        assert flight.launched_at == event.launched_at, (flight.launched_at, event)
+        return flight
+
+    def restart_from(self, anchor: Mapping[str, Tensor]) -> None:
+        """Pretend that all were launched from the anchor: this replica's progress is forgotten."""
+        for flight in self._flights.values():
+            for name, tensor in (flight.at_launch or {}).items():
+                tensor.copy_(anchor[name])
+
+    def state_dict(self, reducer: Reducer) -> tuple[dict[str, dict[str, Tensor]], list[Any]]:
+        """Wait for all; return their tensors (``mean``, ``at_launch``) and their plain numbers."""
+        tensors: dict[str, dict[str, Tensor]] = {"mean": {}, "at_launch": {}}
+        flights = [flight for _, flight in sorted(self._flights.items())]
+        for flight in flights:
+            tensors["mean"].update(flight.settle(reducer).mean)
+            tensors["at_launch"].update(flight.at_launch or {})
+        return tensors, [flight.scalars() for flight in flights]
+
+    def load_state_dict(
+        self,
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        entries: Sequence[Mapping[str, Any]],
+        *,
+        expected: Sequence[Apply],
+        names: Sequence[Sequence[str]],
+    ) -> None:
+        """Restore what `state_dict` returned.
+
+        Args:
+            tensors: By kind and name.
+            entries: The plain numbers.
+            expected: What the schedule has in flight at that time.
+            names: This rank's names, by fragment.
+
+        Raises:
+            CheckpointError: The saved fragments are not the expected ones, or hold other names.
+        """
+        saved = sorted((entry["fragment"], entry["launched_at"]) for entry in entries)
+        wanted = sorted((apply.fragment, apply.launched_at) for apply in expected)
+        if saved != wanted:
+            raise CheckpointError(
+                f"outer state: the fragments in flight, as (fragment, launched at), are {saved}, "
+                f"where this schedule has {wanted}. Their results could not be applied in time. "
+                "Resume with the sync_interval, fragments and overlap_steps of the saved run."
+            )
+        travelling = [name for apply in expected for name in names[apply.fragment]]
+        check_names("mean", tensors["mean"], travelling)
+        check_names("at_launch", tensors["at_launch"], travelling)
+        self._flights = {
+            entry["fragment"]: InFlight.restore(
+                entry, names[entry["fragment"]], tensors["mean"], tensors["at_launch"]
+            )
+            for entry in entries
+        }

@@ -13,7 +13,6 @@ and inside it, for each due event (`reference.py` has the same lines for whole r
 then, once for all events: duplicates take their owners' values, masters go to model parameters.
 """
 
-import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,10 +22,10 @@ import torch
 from torch import Tensor
 
 from megatron_muloco.errors import ConfigError
-from megatron_muloco.outer.anchor import AnchorState, check_names, copy_to
+from megatron_muloco.outer.anchor import AnchorState, copy_to
 from megatron_muloco.outer.fragments import FragmentPlan
-from megatron_muloco.outer.guard import Guard, Verdict, local_statistics
-from megatron_muloco.outer.in_flight import InFlight, check_in_flight
+from megatron_muloco.outer.guard import Guard, Verdict
+from megatron_muloco.outer.in_flight import InFlight, InFlightTable
 from megatron_muloco.outer.merge import MergeRule
 from megatron_muloco.outer.optimizer import OuterNesterov
 from megatron_muloco.outer.reducer import Reduced, Reducer
@@ -79,7 +78,7 @@ class Synchronizer:
         self._owned = _owned_by_fragment(replica, plan, schedule)
         masters = {name: replica.masters[name] for name in replica.owned_names()}
         self._state = AnchorState(masters, state_device or replica.device)
-        self._in_flight: dict[int, InFlight] = {}
+        self._in_flight = InFlightTable()
         self.step = 0
 
     # ---- time -------------------------------------------------------------------------------
@@ -139,7 +138,9 @@ class Synchronizer:
 
     def _launch(self, fragment: int, riders: Tensor | None) -> InFlight:
         deltas = self._pseudogradients(fragment)
-        verdict, norm = self._judge(fragment, deltas)
+        verdict, norm = self._guard.judge_replica(
+            fragment, deltas, self._replica.total, self._replica.device
+        )
         started = time.perf_counter()
         handle = self._reducer.launch(
             fragment,
@@ -157,14 +158,13 @@ class Synchronizer:
             handle=handle,
             exposed_ms=(time.perf_counter() - started) * 1e3,
         )
-        self._in_flight[fragment] = flight
+        self._in_flight.add(flight)
         if verdict is Verdict.NON_FINITE:
             self._take_anchor()
         return flight
 
     def _apply(self, event: Apply) -> FragmentReport:
-        flight = self._in_flight.pop(event.fragment)
-        assert flight.launched_at == event.launched_at, (flight, event)
+        flight = self._in_flight.take(event)
         reduced = flight.wait(self._reducer)
         if self._schedule.is_full_interval(flight.launched_at):
             self._guard.observe(flight.fragment, reduced.stats.riders[:, 0].tolist())
@@ -186,8 +186,9 @@ class Synchronizer:
     def _average(self, fragment: int) -> FragmentReport:
         """Set anchor and local parameters of a fragment to the mean of the local parameters."""
         deltas = self._pseudogradients(fragment)
-        # The band is about whole intervals; what is left to flush may be a single step.
-        verdict, norm = self._judge(fragment, deltas, use_band=False)
+        verdict, norm = self._guard.judge_replica(
+            fragment, deltas, self._replica.total, self._replica.device, use_band=False
+        )
         flight = InFlight(
             fragment=fragment,
             launched_at=self.step,
@@ -222,26 +223,13 @@ class Synchronizer:
             for name in self._owned[fragment]
         }
 
-    def _judge(
-        self, fragment: int, deltas: Mapping[str, Tensor], *, use_band: bool = True
-    ) -> tuple[Verdict, float]:
-        """Return the guard's verdict and the norm, both the same on all ranks of the replica."""
-        own = local_statistics(list(deltas.values()), self._replica.device)
-        bad, square = self._replica.total(own).tolist()
-        norm = math.nan if bad else math.sqrt(square)
-        if use_band:
-            return self._guard.judge(fragment, non_finite=bad > 0, norm=norm), norm
-        return (Verdict.NON_FINITE if bad else Verdict.GOOD), norm
-
     def _snapshot(self, fragment: int) -> dict[str, Tensor]:
         return {name: self._replica.masters[name].clone() for name in self._owned[fragment]}
 
     def _take_anchor(self) -> None:
         """Restart this replica from the anchor everywhere; progress in flight is forgotten."""
         _overwrite(self._replica.masters, self._state.anchor)
-        for flight in self._in_flight.values():
-            for name, tensor in (flight.at_launch or {}).items():
-                tensor.copy_(self._state.anchor[name])
+        self._in_flight.restart_from(self._state.anchor)
 
     def _publish(self, names: tuple[str, ...]) -> None:
         self._replica.broadcast_duplicates(names)
@@ -295,24 +283,10 @@ class Synchronizer:
         Kinds: ``anchor`` and ``momentum`` of every shard owned here; ``mean`` and ``at_launch`` of
         fragments in flight, for which this call waits. The tensors are the live ones.
         """
-        mean: dict[str, Tensor] = {}
-        at_launch: dict[str, Tensor] = {}
-        for _, flight in sorted(self._in_flight.items()):
-            mean.update(flight.settle(self._reducer).mean)
-            at_launch.update(flight.at_launch or {})
-        return {
-            "tensors": {
-                "anchor": dict(self._state.anchor),
-                "momentum": dict(self._state.momentum),
-                "mean": mean,
-                "at_launch": at_launch,
-            },
-            "scalars": {
-                "step": self.step,
-                "guard": self._guard.state_dict(),
-                "in_flight": [flight.scalars() for _, flight in sorted(self._in_flight.items())],
-            },
-        }
+        tensors, entries = self._in_flight.state_dict(self._reducer)
+        tensors |= {"anchor": dict(self._state.anchor), "momentum": dict(self._state.momentum)}
+        scalars = {"step": self.step, "guard": self._guard.state_dict(), "in_flight": entries}
+        return {"tensors": tensors, "scalars": scalars}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned, into this object's own memory.
@@ -323,18 +297,13 @@ class Synchronizer:
         """
         tensors, scalars = state["tensors"], state["scalars"]
         step = int(scalars["step"])
-        expected = self._schedule.in_flight(step)
-        check_in_flight(scalars["in_flight"], expected, step)
         self._state.load(tensors["anchor"], tensors["momentum"])
-        travelling = [name for apply in expected for name in self._owned[apply.fragment]]
-        check_names("mean", tensors["mean"], travelling)
-        check_names("at_launch", tensors["at_launch"], travelling)
-        self._in_flight = {
-            entry["fragment"]: InFlight.restore(
-                entry, self._owned[entry["fragment"]], tensors["mean"], tensors["at_launch"]
-            )
-            for entry in scalars["in_flight"]
-        }
+        self._in_flight.load_state_dict(
+            tensors,
+            scalars["in_flight"],
+            expected=self._schedule.in_flight(step),
+            names=self._owned,
+        )
         self._guard.load_state_dict(scalars["guard"])
         self.step = step
 

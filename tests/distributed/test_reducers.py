@@ -76,7 +76,8 @@ def test_the_mean_is_exact_on_integers(kind: str, weights: list[float]) -> None:
                 assert_equal(mean[name], total / max(1, len(terms)), f"{name} on rank {rank}")
             assert seen_weights == weights
             assert [row[0] for row in riders] == list(range(len(weights)))
-            assert math.isnan(riders[1][1]) and riders[0][1] == 0.5
+            assert math.isnan(riders[1][1])
+            assert riders[0][1] == 0.5
 
 
 def reduce_normals(kind: str) -> Tensor:

@@ -1,5 +1,7 @@
 """The calendar of outer steps: every fragment once a round, never twice in flight."""
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -59,7 +61,7 @@ def test_a_fragment_is_launched_once_in_any_interval(schedule: SyncSchedule) -> 
         if schedule.train_iters >= schedule.sync_interval:
             assert steps
             assert steps[0] <= schedule.sync_interval
-        gaps = {later - earlier for earlier, later in zip(steps, steps[1:], strict=False)}
+        gaps = {later - earlier for earlier, later in itertools.pairwise(steps)}
         assert gaps <= {schedule.sync_interval}
         rounds = [schedule.round(step) for step in steps]
         assert len(set(rounds)) == len(rounds)

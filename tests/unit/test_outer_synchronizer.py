@@ -217,7 +217,8 @@ def test_without_a_usable_replica_the_anchor_stays_and_an_alarm_is_raised() -> N
     for anchor, local, reports in train(s, 2, poisoned({0, 1}, at=4)):
         assert_same(anchor, start(), "anchor")
         assert_same(local, start(), "local")
-        assert reports[0].alarm and reports[0].quarantined
+        assert reports[0].alarm
+        assert reports[0].quarantined
         assert reports[0].applied[0].weight_sum == 0.0
         assert reports[0].applied[0].update_norm.item() == 0.0
 
