@@ -7,7 +7,7 @@ takes a key back to its default.
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,14 @@ import yaml
 
 from megatron_muloco.errors import ConfigError
 
-__all__ = ["Document", "merge", "parse_override", "read_document", "without_nulls"]
+__all__ = [
+    "Document",
+    "merge",
+    "parse_override",
+    "place_of",
+    "read_document",
+    "without_nulls",
+]
 
 
 class _Loader(yaml.SafeLoader):
@@ -30,6 +37,9 @@ _FLOAT = re.compile(
     re.VERBOSE,
 )
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+
+
+_OVERRIDE = "--set "
 
 
 @dataclass
@@ -52,7 +62,7 @@ class _Reader:
 
     def place(self, node: yaml.Node) -> str:
         """Return where a node begins."""
-        return f"{self.label}:{node.start_mark.line + 1}"
+        return _place(self.label, node.start_mark.line)
 
     def value(self, node: yaml.Node, key: str) -> Any:
         """Return the node's value, noting the place of everything inside it."""
@@ -106,6 +116,11 @@ class _Reader:
             return None
 
 
+def _place(label: str, line: int) -> str:
+    """Return ``file:line``; an override has no lines."""
+    return label if label.startswith(_OVERRIDE) else f"{label}:{line + 1}"
+
+
 def _one_line(error: Exception) -> str:
     """Return an error's text without line breaks or PyYAML's class prefixes."""
     text = getattr(error, "problem", None) or str(error)
@@ -119,9 +134,9 @@ def _read_node(text: str, label: str, prefix: str = "") -> Document:
         node = loader.get_single_node()
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
+        place = _place(label, mark.line) if mark else label
         raise ConfigError(
-            f"{label}{line}  not valid YAML: {_one_line(error)}.\n"
+            f"{place}  not valid YAML: {_one_line(error)}.\n"
             "  Check indentation, colons and quotes near that line."
         ) from None
     reader = _Reader(label, loader)
@@ -173,7 +188,7 @@ def parse_override(text: str) -> Document:
             f"--set {text}: not of the form section.key=value, for example --set inner.lr=0.01."
         )
     key = ".".join(names)
-    label = f"--set {text}"
+    label = f"{_OVERRIDE}{text}"
     parsed = _read_node(value_text, label, key)
     value: Any = None if parsed.values[""] == {} and not value_text.strip() else parsed.values[""]
     for name in reversed(names):
@@ -210,6 +225,13 @@ def _replaced(base: dict[str, Any], over: dict[str, Any], prefix: str) -> Iterat
             yield from _replaced(below, value, f"{prefix}{name}.")
         elif name in base:
             yield f"{prefix}{name}"
+
+
+def place_of(places: Mapping[str, str], key: str) -> str:
+    """Return the place of a dotted key or of its nearest written parent, else nothing."""
+    while key not in places and "." in key:
+        key = key.rpartition(".")[0]
+    return places.get(key, "")
 
 
 def without_nulls(value: Any) -> Any:

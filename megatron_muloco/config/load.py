@@ -11,6 +11,7 @@ from megatron_muloco.config.document import (
     Document,
     merge,
     parse_override,
+    place_of,
     read_document,
     without_nulls,
 )
@@ -106,11 +107,7 @@ def _delete(values: Any, key: str) -> None:
 
 
 def _formatted(problems: list[Problem], document: Document, path: str) -> list[str]:
-    """Return the messages in the order of the files, each with its place."""
-
-    def where(key: str) -> str:
-        while key not in document.places and "." in key:
-            key = key.rpartition(".")[0]
-        return document.places.get(key, path)
-
-    return [problem.format(where) for problem in problems]
+    """Return the messages, each with its place."""
+    return [
+        problem.format(lambda key: place_of(document.places, key) or path) for problem in problems
+    ]

@@ -10,6 +10,7 @@ from typing import Literal
 
 from pydantic import Field, PrivateAttr
 
+from megatron_muloco.config.document import place_of
 from megatron_muloco.config.inner import InnerConfig
 from megatron_muloco.config.outer import OuterConfig
 from megatron_muloco.config.section import Count, PositiveInt, Section
@@ -234,9 +235,7 @@ class RunConfig(Section):
 
     def where(self, key: str) -> str:
         """Return ``file:line`` of a dotted key or its nearest written parent, else nothing."""
-        while key not in self._sources and "." in key:
-            key = key.rpartition(".")[0]
-        return self._sources.get(key, "")
+        return place_of(self._sources, key)
 
     def with_sources(self, sources: dict[str, str]) -> "RunConfig":
         """Return the same values, remembering where each was written."""

@@ -188,7 +188,10 @@ def test_overrides_have_a_form(text: str) -> None:
 def test_all_broken_overrides_are_reported() -> None:
     message = problems_of(CPU, "one", "inner.lr=[1", "two")
     assert message.count("not of the form") == 2
-    assert "--set inner.lr=[1:1  not valid YAML" in message
+    assert "--set inner.lr=[1  not valid YAML" in message
+    assert "--set inner.muon={eps: 1, eps: 2}  inner.muon.eps: repeated" in problems_of(
+        CPU, "inner.muon={eps: 1, eps: 2}"
+    )
 
 
 values = st.recursive(
@@ -199,23 +202,18 @@ values = st.recursive(
 mappings = st.dictionaries(st.sampled_from("abc"), values, max_size=3)
 
 
-@given(mappings, mappings, mappings)
-def test_merging_is_associative_and_the_last_word_stays(
-    one: dict[str, object], two: dict[str, object], three: dict[str, object]
+@given(mappings, mappings)
+def test_merging_keeps_what_only_one_says_and_the_last_word_on_the_rest(
+    one: dict[str, object], two: dict[str, object]
 ) -> None:
-    a, b, c = Document(one), Document(two), Document(three)
-    assert merge(merge(a, b), c).values == merge(a, merge(b, c)).values or _changes_shape(two)
-    merged = merge(a, b).values
-    for key, value in two.items():
-        if not isinstance(value, dict):
-            assert merged[key] == value
-    assert merge(a, a).values == a.values
-
-
-def _changes_shape(mapping: dict[str, object]) -> bool:
-    # {x: {..}} over 1 over {x: {..}}: a scalar between two mappings hides the first one only when
-    # it is applied first, so grouping matters there; files are always merged left to right.
-    return any(not isinstance(value, dict) or _changes_shape(value) for value in mapping.values())
+    merged = merge(Document(one), Document(two)).values
+    assert merged.keys() == one.keys() | two.keys()
+    for key, value in merged.items():
+        below, above = one.get(key), two.get(key)
+        if isinstance(below, dict) and isinstance(above, dict):
+            assert value == merge(Document(below), Document(above)).values
+        else:
+            assert value == (above if key in two else below)
 
 
 def test_reading_leaves_extends_alone() -> None:
