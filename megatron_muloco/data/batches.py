@@ -37,8 +37,8 @@ class BatchSource:
     Args:
         dataset: Samples in their global order.
         layout: How a step's samples are dealt out.
-        replica: This rank's replica. Held-out data is read by every replica alike: its layout has
-            one replica, and ``replica`` is 0.
+        replica: This rank's replica. Held-out data is read by every replica alike: pass
+            ``layout.held_out()`` and replica 0.
         dp_rank: This rank's data-parallel rank; ranks that differ only in tensor, pipeline or
             context position read the same samples.
         steps: Steps that will be asked for; the dataset must be long enough.

@@ -13,9 +13,11 @@ Source: ``megatron/core/datasets/indexed_dataset.py``, the same in 0.16.1 and 0.
 prepared by other tools have none and are read all the same.
 """
 
+import contextlib
 import json
 import os
 import struct
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,8 @@ __all__ = [
     "idx_path",
     "manifest_path",
     "open_indexed",
+    "partial_files",
+    "publish",
     "read_manifest",
     "write_manifest",
 ]
@@ -173,6 +177,39 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def partial_files(prefix: str) -> Iterator[tuple[Path, Path, Path]]:
+    """Give the temporary names of tokens, index and manifest, and remove what is left of them.
+
+    The suffix comes last, so that no reader of ``*.idx`` takes them for a dataset. A killed process
+    leaves them behind; the next run with this prefix writes over them.
+    """
+    partials = (
+        _partial(bin_path(prefix)),
+        _partial(idx_path(prefix)),
+        _partial(manifest_path(prefix)),
+    )
+    try:
+        yield partials
+    finally:
+        for path in partials:
+            path.unlink(missing_ok=True)
+
+
+def publish(prefix: str) -> None:
+    """Give the temporary files their names; the index is the last, and an old one goes first."""
+    for path in (bin_path(prefix), idx_path(prefix)):
+        with _partial(path).open("rb") as file:
+            os.fsync(file.fileno())
+    idx_path(prefix).unlink(missing_ok=True)  # from here on an old dataset is not complete either
+    for path in (bin_path(prefix), manifest_path(prefix), idx_path(prefix)):
+        _partial(path).replace(path)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
 
 
 def _read_header(prefix: str) -> tuple[type[np.generic], int, int]:

@@ -9,11 +9,10 @@ Records are handed out in batches and results are taken back in the order they w
 the files written do not depend on the number of workers. At most a few batches per worker are in
 flight, which bounds memory for inputs of any size.
 
-Files are written under temporary names. Publishing removes an old ``.idx`` first and puts the new
-one in place last: a dataset that has an ``.idx`` is whole, whatever moment a run was killed at.
+Files are written under temporary names and published at the end, the ``.idx`` last: a dataset that
+has an ``.idx`` is whole, whatever moment a run was killed at.
 """
 
-import contextlib
 import functools
 import multiprocessing
 import os
@@ -43,9 +42,9 @@ from megatron_muloco.data.documents import (
 )
 from megatron_muloco.data.indexed import (
     Manifest,
-    bin_path,
     idx_path,
-    manifest_path,
+    partial_files,
+    publish,
     write_manifest,
 )
 from megatron_muloco.data.tokenizer import Encoder, load_encoder, tokenizer_digest
@@ -136,7 +135,7 @@ def prepare(
     megatron = _indexed_format()
     dtype: type[np.integer[Any]] = megatron.DType.optimal_dtype(encoder.vocab_size)
     Path(prefix).parent.mkdir(parents=True, exist_ok=True)
-    with _partial_files(prefix) as (bin_partial, idx_partial, manifest_partial):
+    with partial_files(prefix) as (bin_partial, idx_partial, manifest_partial):
         builder = megatron.IndexedDatasetBuilder(str(bin_partial), dtype=dtype)
         totals = _Totals()
         for position, batch in _tokenized(inputs, options, dtype):
@@ -158,7 +157,7 @@ def prepare(
         builder.finalize(str(idx_partial))
         manifest = _manifest(inputs, options, encoder, dtype, totals)
         write_manifest(manifest_partial, manifest)
-        _publish(prefix, bin_partial, idx_partial, manifest_partial)
+        publish(prefix)
     return manifest
 
 
@@ -299,28 +298,3 @@ def _indexed_format() -> Any:
         warnings.simplefilter("ignore", UserWarning)
         from megatron.core.datasets import indexed_dataset
     return indexed_dataset
-
-
-@contextlib.contextmanager
-def _partial_files(prefix: str) -> Iterator[tuple[Path, Path, Path]]:
-    """Give temporary names and remove what is left of them, unless the process is killed.
-
-    The suffix comes last, so that no reader of ``*.idx`` takes them for a dataset.
-    """
-    finals = (bin_path(prefix), idx_path(prefix), manifest_path(prefix))
-    bin_partial, idx_partial, manifest_partial = (Path(f"{path}.partial") for path in finals)
-    try:
-        yield bin_partial, idx_partial, manifest_partial
-    finally:
-        for path in (bin_partial, idx_partial, manifest_partial):
-            path.unlink(missing_ok=True)
-
-
-def _publish(prefix: str, bin_partial: Path, idx_partial: Path, manifest_partial: Path) -> None:
-    for path in (bin_partial, idx_partial):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    idx_path(prefix).unlink(missing_ok=True)  # from here on an old dataset is not complete either
-    bin_partial.replace(bin_path(prefix))
-    manifest_partial.replace(manifest_path(prefix))
-    idx_partial.replace(idx_path(prefix))

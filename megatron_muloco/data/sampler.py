@@ -13,7 +13,7 @@ micro-batch size: all of them can change between two steps and no sample is repe
 Resuming needs the step number only.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_muloco.errors import ConfigError
 
@@ -52,6 +52,10 @@ class BatchLayout:
         """Forward passes of one rank in one step."""
         ranks = self.num_replicas * self.data_parallel_size
         return self.global_batch_size // (ranks * self.micro_batch_size)
+
+    def held_out(self) -> "BatchLayout":
+        """Return the layout of evaluation: every replica reads the same samples."""
+        return replace(self, num_replicas=1)
 
     def indices(self, step: int, replica: int, dp_rank: int, microbatch: int) -> range:
         """Return the places in the global order that one forward pass reads.

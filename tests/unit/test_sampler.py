@@ -69,6 +69,12 @@ def test_k_replicas_read_what_one_replica_with_k_times_the_ranks_reads():
             )
 
 
+def test_every_replica_evaluates_on_all_samples():
+    layout = BatchLayout(16, 4, 2, 1)
+    assert read(layout.held_out(), 1) == read(layout, 1) == list(range(16))
+    assert layout.held_out().data_parallel_size == layout.data_parallel_size
+
+
 @pytest.mark.parametrize("sizes", [(10, 4, 1, 1), (8, 2, 2, 4), (0, 1, 1, 1), (8, 0, 1, 1)])
 def test_uneven_batch_is_refused_with_the_whole_product(sizes):
     with pytest.raises(ConfigError, match=f"global_batch_size {sizes[0]} is not a multiple of"):
