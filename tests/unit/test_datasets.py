@@ -110,6 +110,13 @@ def test_dataset_prepared_again_does_not_use_the_old_index(tmp_path):
     assert set(tokens_of(dataset, 40).flatten().tolist()) == {0, ord("b"), ord("c")}
 
 
+def test_longer_run_begins_with_the_same_samples_within_one_epoch(prefixes):
+    blend = [source(prefixes[0], 3.0), source(prefixes[1], 1.0)]
+    for sources in (blend[:1], blend):
+        short, long = (build(sources, train_samples=n).train for n in (10, 40))
+        assert torch.equal(tokens_of(short, 10), tokens_of(long, 10))
+
+
 def test_text_is_repeated_when_more_is_asked_than_there_is(prefixes):
     there = len(open_indexed(prefixes[0]).tokens) // SEQ_LENGTH
     assert len(build([source(prefixes[0])], train_samples=5 * there).train) >= 5 * there
