@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from megatron_muloco.data.indexed import check_indexed, read_manifest
 from megatron_muloco.data.tokenizer import (
@@ -13,6 +13,9 @@ from megatron_muloco.data.tokenizer import (
 )
 from megatron_muloco.errors import ConfigError
 
+if TYPE_CHECKING:
+    from megatron_muloco.config.schema import DataConfig
+
 __all__ = ["check_data", "check_sources"]
 
 # Tokenizers that can be opened without Megatron and the libraries behind it.
@@ -20,28 +23,18 @@ _LIGHT_TOKENIZERS = frozenset({"sentencepiece", "byte-level"})
 
 
 def check_data(
-    *,
-    train: Sequence[Any],
-    valid: Sequence[Any],
-    tokenizer_type: str,
-    tokenizer_model: str | None,
-    model_vocab_size: int | None = None,
-    seq_length: int = 0,
-    cache_dir: str | None = None,
+    data: "DataConfig", *, model_vocab_size: int | None = None, seq_length: int = 0
 ) -> list[str]:
     """Return every problem of the data section as a sentence that says what to do.
 
     Args:
-        train: Entries with a ``path``, the prefix of an indexed dataset.
-        valid: Held-out entries.
-        tokenizer_type: As in the config.
-        tokenizer_model: As in the config.
+        data: The section of the config.
         model_vocab_size: Rows of the embedding; a larger vocabulary is a problem.
         seq_length: Tokens of a sample; a dataset must hold at least one.
-        cache_dir: As in the config; must not be a file.
     """
-    paths = [source.path for source in (*train, *valid)]
+    paths = [source.path for source in (*data.train, *data.valid)]
     problems = check_sources(paths, seq_length)
+    tokenizer_type, tokenizer_model = data.tokenizer_type, data.tokenizer_model
     tokenizer_problems = check_tokenizer(tokenizer_type, tokenizer_model)
     if not tokenizer_problems and tokenizer_type in _LIGHT_TOKENIZERS:
         try:
@@ -54,8 +47,9 @@ def check_data(
     problems += tokenizer_problems
     if not tokenizer_problems:
         problems += _check_same_tokenizer(paths, tokenizer_type, tokenizer_model)
-    if cache_dir is not None and Path(cache_dir).exists() and not Path(cache_dir).is_dir():
-        problems.append(f"data.cache_dir: {cache_dir} is a file. Name a directory.")
+    cache = Path(data.cache_dir) if data.cache_dir else None
+    if cache is not None and cache.exists() and not cache.is_dir():
+        problems.append(f"data.cache_dir: {cache} is a file. Name a directory.")
     return problems
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_muloco.config.schema import DataConfig
 from megatron_muloco.data.batches import BatchSource, collate, document_ids
 from megatron_muloco.data.checks import check_data
 from megatron_muloco.data.datasets import build_datasets
@@ -175,9 +176,10 @@ def test_end_of_document_belongs_to_the_document_it_ends():
 # Start-up checks
 
 
-def problems(train, **changes):
-    arguments = {"tokenizer_type": "byte-level", "tokenizer_model": None, **changes}
-    return check_data(train=[source(prefix) for prefix in train], valid=[], **arguments)
+def problems(train, *, model_vocab_size=None, seq_length=0, **changes):
+    sources = [{"path": prefix} for prefix in train]
+    section = DataConfig(train=sources, **{"tokenizer_type": "byte-level", **changes})
+    return check_data(section, model_vocab_size=model_vocab_size, seq_length=seq_length)
 
 
 def test_good_data_has_no_problems(prefixes):
