@@ -1,0 +1,1 @@
+"""State on disk: one directory per checkpoint, in model space, published atomically."""

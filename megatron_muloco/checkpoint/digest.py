@@ -1,0 +1,114 @@
+"""A 64-bit digest of a set of named fp32 tensors that does not depend on how they are cut.
+
+Every element contributes ``mix(name, index in the whole parameter, bits)`` and the contributions
+are added modulo 2**64, so the order does not matter and partial sums of any cut add up to the same
+number. It tells equal from unequal after a change of layout; it is not meant to resist an
+adversary.
+
+Source: the mixing function is the finaliser of SplitMix64 (Steele, Lea, Flood, "Fast splittable
+pseudorandom number generators", OOPSLA 2014); adding up mixed elements is a multiset hash.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from megatron_muloco.checkpoint.cuts import Cut
+from megatron_muloco.shards import Shard
+
+__all__ = ["digest_sum", "model_digest", "render"]
+
+# Elements hashed at a time: 8 MiB for each of the few int64 temporaries.
+_CHUNK = 1 << 20
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+_GOLDEN = _signed(0x9E3779B97F4A7C15)
+_FIRST = _signed(0xBF58476D1CE4E5B9)
+_SECOND = _signed(0x94D049BB133111EB)
+
+
+def model_digest(
+    pieces: Iterable[tuple[Shard, Tensor]],
+    *,
+    tensor_rank: int,
+    tensor_size: int,
+    all_reduce: Callable[[Tensor], None],
+) -> str:
+    """Return the digest of the whole model as 16 hexadecimal digits, the same on every rank.
+
+    Args:
+        pieces: This rank's shards with their flat fp32 values; duplicates are left out here.
+        tensor_rank: This rank's place among the tensor-parallel ranks.
+        tensor_size: Number of tensor-parallel ranks.
+        all_reduce: Adds a one-element int64 tensor up over all ranks of the replica, in place.
+
+    Collectives: ``all_reduce`` once, 8 bytes; every rank of the replica must call it.
+    """
+    total = digest_sum(pieces, tensor_rank=tensor_rank, tensor_size=tensor_size)
+    all_reduce(total)
+    return render(int(total))
+
+
+def render(total: int) -> str:
+    """Return a sum as 16 hexadecimal digits."""
+    return f"{total % (1 << 64):016x}"
+
+
+@torch.no_grad()
+def digest_sum(
+    pieces: Iterable[tuple[Shard, Tensor]], *, tensor_rank: int, tensor_size: int
+) -> Tensor:
+    """Return this rank's part of the digest: one int64 number, wrapping, on the host."""
+    total = torch.zeros(1, dtype=torch.int64)
+    for shard, values in pieces:
+        if shard.param.duplicate:
+            continue
+        assert values.dtype == torch.float32, f"{shard.name} is {values.dtype}"
+        cut = Cut(shard.param, tensor_rank, tensor_size)
+        name = _name_hash(shard.name)
+        for first in range(0, shard.numel, _CHUNK):
+            chunk = values.detach().view(-1)[first : first + _CHUNK]
+            local = torch.arange(first, first + chunk.numel(), device=chunk.device) + shard.start
+            total += _contribution(name, whole_index(cut, local), chunk).sum().cpu()
+    return total
+
+
+def whole_index(cut: Cut, local: Tensor) -> Tensor:
+    """Return the flat index in the whole parameter of flat indices into this rank's piece."""
+    shape = cut.param.local_shape
+    inner = 1
+    for size in shape[cut.dim + 1 :]:
+        inner *= size
+    length, slices = cut.slice_length, cut.slices
+    rest, along = local % inner, local // inner
+    outer, along = along // shape[cut.dim], along % shape[cut.dim]
+    block, offset = along // length, along % length
+    along = (block * slices + cut.index) * length + offset
+    return (outer * (shape[cut.dim] * slices) + along) * inner + rest
+
+
+def _name_hash(name: str) -> int:
+    raw = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    return int.from_bytes(raw, "little", signed=True)
+
+
+def _contribution(name: int, index: Tensor, values: Tensor) -> Tensor:
+    bits = values.contiguous().view(torch.int32).to(torch.int64)
+    return _mix(_mix(index * _GOLDEN + name) ^ bits)
+
+
+def _mix(z: Tensor) -> Tensor:
+    z = (z ^ _shifted(z, 30)) * _FIRST
+    z = (z ^ _shifted(z, 27)) * _SECOND
+    return z ^ _shifted(z, 31)
+
+
+def _shifted(z: Tensor, bits: int) -> Tensor:
+    """Shift right with zeros from the left; torch's own shift repeats the sign."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)

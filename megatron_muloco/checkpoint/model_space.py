@@ -1,0 +1,233 @@
+"""Between flat shards scattered over data-parallel ranks and whole tensor-parallel pieces.
+
+Each parameter of a pipeline stage has one *holder* among the dp x cp ranks. To save, the shards of
+a parameter travel to its holder, which writes the whole piece; to load, the holder reads it and
+the shards travel back. Holders share the elements evenly, so no rank needs memory for more than
+its share, and no element is written or read twice in a replica::
+
+    dp 0  [aaa|bb]        gather       holder of a: dp 0   [aaaaaa]
+    dp 1  [aaa|bbbb]   ------------>   holder of b: dp 1   [bbbbbb]
+"""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from torch import Tensor
+
+from megatron_muloco.checkpoint.cuts import Cut
+from megatron_muloco.comm.exchange import AllToAll
+from megatron_muloco.comm.groups import Groups
+from megatron_muloco.shards import ParamInfo, Shard
+
+__all__ = ["ModelSpace", "sharded_tensors"]
+
+# Elements of the parameters that travel together: at most 256 MiB of fp32 each way at a rank.
+_BATCH_NUMEL = 1 << 26
+
+
+class ModelSpace:
+    """Moves this rank's shards to the holders of their parameters and back.
+
+    Invariant: all dp x cp ranks have the same parameters, in the same order, and the same holders.
+
+    Args:
+        groups: This rank's groups.
+        infos: Every parameter of this stage, in the order of the stage.
+        shards: This rank's pieces of them.
+        device: What the group's backend sends from.
+
+    Collectives: construction gathers every rank's ranges over dp x cp; `names`, `gather` and
+    `scatter` are called by all of these ranks, in the same order with the same names.
+    """
+
+    def __init__(
+        self,
+        groups: Groups,
+        infos: Mapping[str, ParamInfo],
+        shards: Sequence[Shard],
+        device: torch.device,
+    ) -> None:
+        self._group = groups.pg.dp_cp
+        self._exchange = AllToAll(self._group)
+        self._infos, self._device = infos, device
+        self._topology, self._tensor_rank = groups.topology, groups.coords.tp
+        mine = {shard.name: (shard.start, shard.end) for shard in shards}
+        self._ranges: list[dict[str, tuple[int, int]]] = self._from_all(mine)
+        self._holders = _assign_holders(infos, self._exchange.size)
+
+    def cut(self, name: str) -> Cut:
+        """Return where this rank's piece of a parameter lies in the whole."""
+        return Cut(self._infos[name], self._tensor_rank, self._topology.tensor)
+
+    def holds(self, name: str) -> bool:
+        """Whether this rank reads and writes the parameter for its dp x cp ranks."""
+        return self._holders[name] == self._exchange.rank
+
+    def names(self, kinds: Mapping[str, Collection[str]]) -> dict[str, list[str]]:
+        """Return, for each kind of tensor, the names that any dp x cp rank has, in stage order.
+
+        A rank that holds nothing of a parameter cannot know otherwise that the others have it.
+        """
+        everywhere = self._from_all({kind: sorted(names) for kind, names in kinds.items()})
+        return {
+            kind: [name for name in self._infos if any(name in rank[kind] for rank in everywhere)]
+            for kind in kinds
+        }
+
+    def gather(self, pieces: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+        """Return the whole pieces that this rank holds, of their local shape, in host memory.
+
+        Args:
+            pieces: This rank's flat fp32 shards of ``names``.
+            names: The same on all ranks.
+        """
+        whole: dict[str, Tensor] = {}
+        for batch in self._batches(names):
+            held = self._empty_held(batch)
+            sent = self._packed(
+                [
+                    (pieces[name].detach().view(-1), name)
+                    for target in range(self._exchange.size)
+                    for name in batch
+                    if self._holders[name] == target and name in self._own
+                ]
+            )
+            received = torch.empty(
+                sum(self._held_counts(batch)), dtype=torch.float32, device=self._device
+            )
+            self._exchange(
+                received,
+                sent,
+                receive_splits=self._held_counts(batch),
+                send_splits=self._sent_counts(batch),
+            )
+            arrived = received.cpu()
+            for place, piece in self._held_places(batch, held, arrived):
+                place.copy_(piece)
+            whole.update(held)
+        return {name: tensor.view(self._infos[name].local_shape) for name, tensor in whole.items()}
+
+    def scatter(self, whole: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+        """Return this rank's flat shards; `gather` backwards.
+
+        Args:
+            whole: The pieces that this rank holds.
+            names: The same on all ranks.
+        """
+        pieces: dict[str, Tensor] = {}
+        for batch in self._batches(names):
+            held = {name: whole[name].reshape(-1) for name in batch if self.holds(name)}
+            leaving = torch.empty(sum(self._held_counts(batch)), dtype=torch.float32)
+            for place, piece in self._held_places(batch, held, leaving):
+                piece.copy_(place)
+            received = torch.empty(
+                sum(self._sent_counts(batch)), dtype=torch.float32, device=self._device
+            )
+            self._exchange(
+                received,
+                leaving.to(self._device),
+                receive_splits=self._sent_counts(batch),
+                send_splits=self._held_counts(batch),
+            )
+            offset = 0
+            for target in range(self._exchange.size):
+                for name in batch:
+                    if self._holders[name] == target and name in self._own:
+                        length = _length(self._own[name])
+                        pieces[name] = received[offset : offset + length]
+                        offset += length
+        return pieces
+
+    # ---- parts ------------------------------------------------------------------------------
+
+    @property
+    def _own(self) -> dict[str, tuple[int, int]]:
+        return self._ranges[self._exchange.rank]
+
+    def _from_all(self, value: dict[str, Any]) -> list[dict[str, Any]]:
+        gathered: list[dict[str, Any]] = [{}] * self._exchange.size
+        torch.distributed.all_gather_object(gathered, value, group=self._group)
+        return gathered
+
+    def _batches(self, names: Sequence[str]) -> Iterator[list[str]]:
+        batch: list[str] = []
+        for name in names:
+            if batch and sum(self._infos[n].numel for n in (*batch, name)) > _BATCH_NUMEL:
+                yield batch
+                batch = []
+            batch.append(name)
+        if batch:
+            yield batch
+
+    def _empty_held(self, batch: Sequence[str]) -> dict[str, Tensor]:
+        return {
+            name: torch.empty(self._infos[name].numel, dtype=torch.float32)
+            for name in batch
+            if self.holds(name)
+        }
+
+    def _packed(self, pieces: Sequence[tuple[Tensor, str]]) -> Tensor:
+        if not pieces:
+            return torch.empty(0, dtype=torch.float32, device=self._device)
+        return torch.cat([piece.to(self._device) for piece, _ in pieces])
+
+    def _sent_counts(self, batch: Sequence[str]) -> list[int]:
+        """Elements of this rank's shards by holder."""
+        counts = [0] * self._exchange.size
+        for name in batch:
+            counts[self._holders[name]] += _length(self._own.get(name))
+        return counts
+
+    def _held_counts(self, batch: Sequence[str]) -> list[int]:
+        """Elements of the parameters held here, by the rank that has them."""
+        return [
+            sum(_length(ranges.get(name)) for name in batch if self.holds(name))
+            for ranges in self._ranges
+        ]
+
+    def _held_places(
+        self, batch: Sequence[str], held: Mapping[str, Tensor], buffer: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (range of a held tensor, its place in the buffer), in the order of the buffer."""
+        offset = 0
+        for ranges in self._ranges:
+            for name in batch:
+                if name in ranges and self.holds(name):
+                    start, end = ranges[name]
+                    yield held[name][start:end], buffer[offset : offset + end - start]
+                    offset += end - start
+
+
+def sharded_tensors(key: str, cut: Cut, piece: Tensor) -> list[ShardedTensor]:
+    """Describe to Megatron which slab of the whole tensor ``key`` a tensor-parallel piece is.
+
+    Args:
+        key: Name in the checkpoint.
+        cut: Where the piece lies.
+        piece: The piece, of its local shape; the result has views of it.
+    """
+    if cut.slices == 1:
+        return [ShardedTensor.from_rank_offsets(key, piece)]
+    return [
+        ShardedTensor.from_rank_offsets(
+            key, block, (cut.dim, number * cut.slices + cut.index, cut.blocks * cut.slices)
+        )
+        for number, block in enumerate(piece.chunk(cut.blocks, dim=cut.dim))
+    ]
+
+
+def _length(place: tuple[int, int] | None) -> int:
+    return place[1] - place[0] if place else 0
+
+
+def _assign_holders(infos: Mapping[str, ParamInfo], ranks: int) -> dict[str, int]:
+    """Give every parameter to the rank with the fewest elements so far, largest first."""
+    loads = [0] * ranks
+    holders: dict[str, int] = {}
+    for name in sorted(infos, key=lambda n: (-infos[n].numel, n)):
+        holder = loads.index(min(loads))
+        holders[name] = holder
+        loads[holder] += infos[name].numel
+    return holders

@@ -1,0 +1,190 @@
+"""What a run gives to a checkpoint and takes from it, and the plain numbers that describe it.
+
+Two kinds of tensors are stored, each under ``<prefix>.<model-wide parameter name>``:
+
+- *shared*, bitwise the same on all replicas and written by replica 0: ``anchor``,
+  ``outer.momentum``, ``outer.mean`` (fragments in flight);
+- *per replica*, under ``replica_<r>.``: ``master`` (unless all masters equal the anchor),
+  ``inner.<moment>``, ``outer.at_launch`` and whatever else the synchronizer keeps.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from torch import Tensor
+
+from megatron_muloco.checkpoint.layout import STATE_FILE
+from megatron_muloco.comm.groups import Groups
+from megatron_muloco.config import RunConfig
+from megatron_muloco.errors import CheckpointError
+from megatron_muloco.optim.muon import MuonAdamW
+from megatron_muloco.outer.synchronizer import Synchronizer
+from megatron_muloco.shards import ParamInfo, Shard
+
+__all__ = [
+    "FORMAT",
+    "Description",
+    "Masters",
+    "RunState",
+    "is_shared",
+    "outer_key",
+    "read_description",
+    "rng_key",
+    "rng_tensors",
+    "set_rng_tensors",
+]
+
+FORMAT = 1
+_SHARED_OUTER = {"anchor": "anchor", "momentum": "outer.momentum", "mean": "outer.mean"}
+
+
+class Masters(Protocol):
+    """The fp32 masters of this rank; `megatron_muloco.runtime.megatron.MasterView` is one."""
+
+    shards: tuple[Shard, ...]
+    masters: Mapping[str, Tensor]
+    infos: dict[str, ParamInfo]
+
+    def publish(self) -> None:
+        """Bring the model's parameters up to date with the masters."""
+
+
+@dataclass
+class RunState:
+    """Everything that a checkpoint holds of a run, as the live objects that own it.
+
+    Attributes:
+        groups: This rank's groups.
+        view: Masters of this rank.
+        inner: The bound inner optimizer.
+        synchronizer: The outer step; ``None`` for plain data parallelism, where masters are the
+            anchor.
+        config: The run.
+        scalars: Plain numbers, texts, lists and dicts of the trainer, the same on all ranks, for
+            instance consumed samples; replaced on load.
+    """
+
+    groups: Groups
+    view: Masters
+    inner: MuonAdamW
+    synchronizer: Synchronizer | None
+    config: RunConfig
+    scalars: dict[str, Any] = field(default_factory=dict)
+
+    def anchors(self) -> Mapping[str, Tensor]:
+        """Return the anchor of the shards that this rank synchronises, by name."""
+        if self.synchronizer is not None:
+            return self.synchronizer.anchors()
+        return {
+            s.name: self.view.masters[s.name] for s in self.view.shards if not s.param.duplicate
+        }
+
+
+@dataclass(frozen=True)
+class Description:
+    """The file that says what a checkpoint is; readable by people and without torch.
+
+    Attributes:
+        format: Version of the layout.
+        step: Inner steps made.
+        topology: Sizes of the axes of the world that saved it.
+        anchor_digest: See `megatron_muloco.checkpoint.digest`.
+        versions: Package name to version of what wrote it; for people.
+        has_masters: Whether masters are stored, because they differ from the anchor.
+        scalars: The trainer's plain values.
+        replicas: For each replica, ``inner_step`` and the synchronizer's plain values.
+        config: The resolved configuration.
+    """
+
+    format: int
+    step: int
+    topology: dict[str, int]
+    anchor_digest: str
+    versions: dict[str, str]
+    has_masters: bool
+    scalars: dict[str, Any]
+    replicas: list[dict[str, Any]]
+    config: dict[str, Any]
+
+    def to_json(self) -> str:
+        """Return the text of the file."""
+        return json.dumps(vars(self), indent=1) + "\n"
+
+
+def read_description(path: Path) -> Description:
+    """Return the description of the checkpoint at ``path``.
+
+    Raises:
+        CheckpointError: It was not written by this package, is damaged, or is of a later format.
+    """
+    file = path / STATE_FILE
+    if not file.is_file():
+        foreign = any(
+            (path / name).exists() for name in ("metadata.json", "common.pt", ".metadata")
+        )
+        what = (
+            "is a checkpoint of another program (Megatron's format without our state)"
+            if foreign
+            else "is no checkpoint"
+        )
+        raise CheckpointError(
+            f"{path} {what}: it has no {STATE_FILE}, so there is no optimizer or outer state to go "
+            "on from. Resume from a checkpoint that this package wrote."
+        )
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+        version = tree["format"]
+        if version == FORMAT:
+            return Description(**tree)
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"{file} is damaged ({type(error).__name__}: {error}), so the checkpoint cannot be "
+            "understood. Resume from an older one (checkpoint.resume: <directory>)."
+        ) from error
+    raise CheckpointError(
+        f"{file} has format {version}, and this version of the package knows format {FORMAT} only. "
+        "Load it with the version that wrote it: "
+        f"{', '.join(f'{k} {v}' for k, v in tree.get('versions', {}).items()) or 'unknown'}."
+    )
+
+
+def outer_key(kind: str, replica: int) -> str:
+    """Return the prefix of a kind of the synchronizer's tensors."""
+    return _SHARED_OUTER.get(kind) or f"replica_{replica}.outer.{kind}"
+
+
+def is_shared(kind: str) -> bool:
+    """Whether a kind of the synchronizer's tensors is the same on all replicas."""
+    return kind in _SHARED_OUTER
+
+
+def rng_key(rank: int, name: str) -> str:
+    """Return the key of a generator's state; states of CPU and GPU runs are not interchangeable."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return f"rng.{device}.rank_{rank}.{name}"
+
+
+def rng_tensors() -> dict[str, Tensor]:
+    """Return the states of this rank's generators: torch's and Megatron's trackers."""
+    states = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    trackers = get_cuda_rng_tracker().get_states()
+    states |= {f"tracker.{name}": state for name, state in trackers.items()}
+    return {name: state.cpu() for name, state in states.items()}
+
+
+def set_rng_tensors(states: Mapping[str, Tensor]) -> None:
+    """Restore what `rng_tensors` returned."""
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])
+    prefix = "tracker."
+    get_cuda_rng_tracker().set_states(
+        {name.removeprefix(prefix): s for name, s in states.items() if name.startswith(prefix)}
+    )

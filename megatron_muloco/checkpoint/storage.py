@@ -1,0 +1,157 @@
+"""Tensors to and from one directory in Megatron's torch_dist format.
+
+Megatron's own writer hands the work to forked processes and a spawned manager, for saving in the
+background. A save that training waits for needs neither, and they cost a second each, forbid
+daemonic ranks and want a main guard in the user's script. So the tensors are described by
+Megatron's `ShardedTensor` and written by the same planner, but in this process. The parts used
+here are the same in both supported Megatron versions, and so is the format: either reads what the
+other wrote.
+"""
+
+import os
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreLoadPlanner,
+    MCoreSavePlanner,
+    mcore_to_pyt_state_dict,
+)
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+
+from megatron_muloco.checkpoint.layout import COMMON_FILE, sync_directory
+from megatron_muloco.errors import CheckpointError
+
+__all__ = [
+    "everywhere",
+    "finish_directory",
+    "missing_bytes",
+    "read_tensors",
+    "stored_keys",
+    "write_tensors",
+]
+
+
+@contextmanager
+def everywhere(what: str, remedy: str) -> Iterator[None]:
+    """Turn a failure on any rank into the same `CheckpointError` on all ranks.
+
+    Args:
+        what: Begins the message, for instance ``"the checkpoint X could not be written"``.
+        remedy: Ends it: what is still safe, and what to do.
+
+    Collectives: gathers one short text from every rank of the job on the way out; the body's own
+    collectives must not be left out by the rank that fails in it (torch's checkpoint functions
+    agree about their failures themselves).
+    """
+    message: str | None = None
+    try:
+        yield
+    except CheckpointError as error:  # says everything already
+        message = str(error)
+    except CheckpointException as error:  # torch: the failures of all ranks
+        rank, (cause, _) = min(error.failures.items(), key=lambda item: item[0])
+        message = f"{what}: rank {rank}: {_describe(cause)}. {remedy}"
+    # Reading a damaged file may raise anything; no rank may go on without the others.
+    except Exception as error:  # noqa: BLE001
+        message = f"{what}: rank {torch.distributed.get_rank()}: {_describe(error)}. {remedy}"
+    messages: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(messages, message)
+    first = next((text for text in messages if text is not None), None)
+    if first is not None:
+        raise CheckpointError(first)
+
+
+def write_tensors(directory: Path, tensors: Iterable[ShardedTensor]) -> None:
+    """Write this rank's tensors, and through to the disk.
+
+    Every element of every key must be given by exactly one rank.
+
+    Collectives: torch's checkpoint planning over the whole job; every rank calls it.
+    """
+    by_key: dict[str, list[ShardedTensor]] = defaultdict(list)
+    for tensor in tensors:
+        by_key[tensor.key].append(tensor)
+    state_dict_saver.save(
+        mcore_to_pyt_state_dict(by_key),
+        storage_writer=FileSystemWriter(directory, sync_files=True),
+        planner=MCoreSavePlanner(flatten_state_dict=False),
+    )
+
+
+def read_tensors(directory: Path, tensors: Sequence[ShardedTensor]) -> None:
+    """Fill the given tensors, each a slab of a stored one. No collectives.
+
+    Raises:
+        KeyError: Something is not in the checkpoint.
+        CheckpointingException: Megatron's, for another shape than the stored one.
+    """
+    if not tensors:
+        return
+    by_key: dict[str, list[ShardedTensor]] = defaultdict(list)
+    for tensor in tensors:
+        by_key[tensor.key].append(tensor)
+    planner = MCoreLoadPlanner(
+        shapes_validation_sharded_tensors=tensors,
+        flatten_state_dict=False,
+        flatten_sharded_tensors=False,
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        state_dict_loader.load(
+            mcore_to_pyt_state_dict(by_key, is_loading=True),
+            storage_reader=FileSystemReader(directory),
+            planner=planner,
+            no_dist=True,
+        )
+
+
+def finish_directory(directory: Path, common: dict[str, Any]) -> None:
+    """Write the small files that Megatron's loader expects. One rank calls it.
+
+    Args:
+        directory: Where the tensors are.
+        common: Plain values; what Megatron calls the common state.
+    """
+    torch.save(common, directory / COMMON_FILE)
+    save_config(CheckpointingConfig("torch_dist", 1), str(directory))
+    for name in (COMMON_FILE, "metadata.json"):
+        with (directory / name).open("rb") as stream:
+            os.fsync(stream.fileno())
+    sync_directory(directory)
+
+
+def stored_keys(directory: Path) -> frozenset[str]:
+    """Return the keys of all tensors in a checkpoint."""
+    return frozenset(FileSystemReader(directory).read_metadata().state_dict_metadata)
+
+
+def missing_bytes(directory: Path) -> list[str]:
+    """Return what is wrong with the sizes of a checkpoint's files: one phrase a file."""
+    metadata = FileSystemReader(directory).read_metadata()
+    needed: dict[str, int] = defaultdict(int)
+    for place in metadata.storage_data.values():
+        needed[place.relative_path] = max(needed[place.relative_path], place.offset + place.length)
+    problems = []
+    for name, size in sorted(needed.items()):
+        path = directory / name
+        if not path.is_file():
+            problems.append(f"{name} is missing")
+        elif path.stat().st_size < size:
+            problems.append(f"{name} has {path.stat().st_size} bytes of {size}")
+    return problems
+
+
+def _describe(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    first = text[0] if text else ""
+    return first if isinstance(error, OSError) else f"{type(error).__name__}: {first}"

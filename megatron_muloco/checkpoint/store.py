@@ -1,0 +1,164 @@
+"""The trainer's view of checkpoints: where they are, save, load.
+
+    store = CheckpointStore(Path(config.checkpoint.dir), groups, keep=config.checkpoint.keep)
+    if (found := store.latest()) is not None:
+        store.load(found.path, state)
+    ...
+    store.save(step, state)
+    ...                                  after the last inner step:
+    path = store.save(step, state)
+    synchronizer.flush()
+    store.save_final_anchor(path, state)
+
+Every method is a collective of the whole job: all ranks call it at the same point.
+"""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+
+from megatron_muloco.checkpoint import layout
+from megatron_muloco.checkpoint.layout import Found
+from megatron_muloco.checkpoint.load import load_anchor, load_run
+from megatron_muloco.checkpoint.model_space import ModelSpace
+from megatron_muloco.checkpoint.save import (
+    anchor_digest,
+    anchor_tensors,
+    describe,
+    masters_differ,
+    run_tensors,
+    write_description,
+)
+from megatron_muloco.checkpoint.state import Description, Masters, RunState
+from megatron_muloco.checkpoint.storage import everywhere, write_tensors
+from megatron_muloco.comm.groups import Groups
+from megatron_muloco.runtime.accelerator import training_device
+
+__all__ = ["CheckpointStore", "write_published"]
+
+
+class CheckpointStore:
+    """The checkpoints of one run in one directory that all ranks see.
+
+    Invariant: whatever is killed or fails, the checkpoint that the latest file names is whole, and
+    a failed save changes neither it nor the training state.
+
+    Args:
+        directory: Where ``iter_*`` directories are; made by the first save.
+        groups: This rank's groups.
+        keep: Newest checkpoints to keep.
+    """
+
+    def __init__(self, directory: Path, groups: Groups, *, keep: int = 2) -> None:
+        self.directory, self.keep = directory, keep
+        self._groups = groups
+
+    def latest(self) -> Found | None:
+        """Return the checkpoint to resume from and a note for the user; ``None`` if there is none.
+
+        Raises:
+            CheckpointError: There are checkpoints, but none of them can be resumed from.
+        """
+        found: list[Found | None] = [None]
+        with everywhere(f"{self.directory} cannot be read", "Check that all ranks may read it."):
+            if _first_rank():
+                found[0] = layout.find_latest(self.directory)
+        torch.distributed.broadcast_object_list(found, src=0)
+        return found[0]
+
+    def save(self, step: int, state: RunState) -> Path:
+        """Publish a checkpoint of ``step`` and delete superseded ones; return its path.
+
+        Raises:
+            CheckpointError: It could not be written; training may go on.
+            SyncError: Replicas have different anchors.
+        """
+        path = layout.checkpoint_path(self.directory, step)
+        has_masters = masters_differ(state)
+        digest = anchor_digest(state)
+        description = describe(state, step=step, digest=digest, has_masters=has_masters)
+        write_published(
+            path,
+            run_tensors(state, self._space(state.view), with_masters=has_masters),
+            lambda temporary: write_description(temporary, description),
+        )
+        with everywhere(
+            f"the checkpoint {path} is whole, but {self.directory} could not be brought up to date",
+            f"Resume with checkpoint.resume: {path}, or free space and save again.",
+        ):
+            if _first_rank():
+                layout.set_latest(self.directory, step)
+                layout.prune(self.directory, step=step, keep=self.keep)
+        return path
+
+    def save_final_anchor(self, path: Path, state: RunState) -> Path:
+        """Store the anchor as it is now, after the final flush, inside the checkpoint ``path``.
+
+        Raises:
+            CheckpointError: It could not be written; the checkpoint is as before.
+        """
+        digest = anchor_digest(state)
+        description = describe(state, step=layout.step_of(path), digest=digest, has_masters=False)
+        target = path / layout.FINAL_ANCHOR
+        write_published(
+            target,
+            anchor_tensors(state, self._space(state.view)),
+            lambda temporary: write_description(temporary, description),
+        )
+        return target
+
+    def load(self, path: Path, into: RunState) -> Description:
+        """Overwrite the live state by that of a checkpoint; see `load_run`."""
+        return load_run(layout.resolve(path), into, self._space(into.view))
+
+    def load_anchor(self, path: Path, view: Masters, *, flushed: bool = True) -> Description:
+        """Set masters and model parameters to the anchor of a checkpoint; see `load_anchor`."""
+        path = layout.resolve(path)
+        return load_anchor(path, self._groups, view, self._space(view), flushed=flushed)
+
+    def _space(self, view: Masters) -> ModelSpace:
+        return ModelSpace(self._groups, view.infos, view.shards, training_device())
+
+
+def write_published(
+    path: Path, tensors: Iterable[ShardedTensor], describe_in: Callable[[Path], None]
+) -> None:
+    """Write a directory under a temporary name and give it its own when it is complete.
+
+    Args:
+        path: The directory to appear; replaced if it exists.
+        tensors: What this rank writes; exhausted inside, on all ranks at the same point.
+        describe_in: Writes the small files into the temporary directory; rank 0 calls it.
+
+    Raises:
+        CheckpointError: On every rank, if any of them failed; ``path`` is then as it was.
+
+    Collectives: every rank of the job calls it.
+    """
+    what = f"the checkpoint {path} could not be written"
+    remedy = (
+        "Training state and earlier checkpoints are as they were. Free space or change "
+        "checkpoint.dir."
+    )
+    temporary = layout.temporary_path(path)
+    try:
+        with everywhere(what, remedy):
+            if _first_rank():
+                layout.begin(path)
+        collected = list(tensors)
+        with everywhere(what, remedy):
+            write_tensors(temporary, collected)
+        with everywhere(what, remedy):
+            if _first_rank():
+                describe_in(temporary)
+                layout.publish(path)
+    except BaseException:
+        if _first_rank():
+            layout.abandon(temporary)
+        raise
+
+
+def _first_rank() -> bool:
+    return bool(torch.distributed.get_rank() == 0)
