@@ -1,0 +1,74 @@
+"""A monitor from a config."""
+
+import torch
+import yaml
+
+from megatron_muloco.config.derived import derive
+from megatron_muloco.config.schema import RunConfig
+from megatron_muloco.model.flops import flops_per_token
+from megatron_muloco.monitor.banner import start_banner
+from megatron_muloco.monitor.console import Console
+from megatron_muloco.monitor.lines import LineCalendar
+from megatron_muloco.monitor.monitor import Monitor, RunFacts
+from megatron_muloco.monitor.tensorboard import EventWriter
+from megatron_muloco.monitor.throughput import peak_tflops
+from megatron_muloco.outer.schedule import SyncSchedule
+from megatron_muloco.topology import Topology
+
+__all__ = ["build_monitor", "device_name"]
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name that the driver reports, or ``cpu``."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def build_monitor(
+    config: RunConfig,
+    topology: Topology,
+    schedule: SyncSchedule | None,
+    *,
+    device: torch.device,
+    writes: bool,
+    resumed_step: int = 0,
+    plan_text: str = "",
+    console: Console | None = None,
+) -> Monitor:
+    """Return this rank's monitor; on the writing rank, print the banner and open the event file.
+
+    Args:
+        config: The run.
+        topology: The world it has.
+        schedule: Outer steps; ``None`` for ``outer.kind: none``.
+        device: That this rank trains on.
+        writes: Whether this rank writes; one in the world.
+        resumed_step: Inner step that this start continues from, 0 for a new run. Points of later
+            steps that an earlier start wrote disappear for readers.
+        plan_text: Kept beside the config in TensorBoard.
+        console: Where lines go; standard output by default.
+    """
+    derived = derive(config, topology)
+    name = device_name(device)
+    facts = RunFacts(
+        num_replicas=topology.num_replicas,
+        world_size=topology.world_size,
+        train_iters=derived.train_iters,
+        global_batch_size=config.training.global_batch_size,
+        tokens_per_step=derived.tokens_per_step,
+        flops_per_token=flops_per_token(config.model).total,
+        peak_tflops=peak_tflops(name, config.training.precision),
+        resumed_step=resumed_step,
+    )
+    calendar = LineCalendar(config.monitor.log_interval, schedule)
+    if not writes:
+        return Monitor(facts, calendar, device=device)
+    console = console or Console()
+    console.line(start_banner(config, topology, derived, device=name, resumed_step=resumed_step))
+    writer = None
+    if config.monitor.dir is not None:
+        writer = EventWriter(config.monitor.dir, resumed_step=resumed_step, report=console.stamped)
+        resolved = config.model_dump(mode="json")
+        writer.text("run/config", yaml.safe_dump(resolved, sort_keys=False))
+        if plan_text:
+            writer.text("run/plan", plan_text)
+    return Monitor(facts, calendar, device=device, console=console, writer=writer)

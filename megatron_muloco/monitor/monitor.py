@@ -1,0 +1,320 @@
+"""What the training loop talks to: it records every inner step, and lines and points come out.
+
+    monitor.record(t, {"lm loss": ..., "learning-rate": ..., "grad-norm": ...})
+    report = synchronizer.after_inner_step(t, monitor.riders(t))
+    if report is not None:
+        monitor.outer_step(report)
+
+With one replica a line is written when it is due. With more, lines wait for the next outer step:
+the losses ride with it, and what comes out is the mean over all replicas. Every rank has a monitor
+and calls the same methods, because every rank's outer group carries riders; one of them writes.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_muloco.monitor.banner import RunSummary
+from megatron_muloco.monitor.clock import TrainingClock
+from megatron_muloco.monitor.console import Console, EvaluationLine, TrainingLine
+from megatron_muloco.monitor.interval import DueLine, Interval, Value, floats
+from megatron_muloco.monitor.lines import RIDERS_PER_LINE, LineCalendar
+from megatron_muloco.monitor.outer_metrics import outer_metrics
+from megatron_muloco.monitor.tensorboard import EventWriter
+from megatron_muloco.monitor.throughput import Speed, measure_speed
+from megatron_muloco.outer.report import OuterReport
+
+__all__ = ["Monitor", "RunFacts"]
+
+# Megatron caps the exponent, so that the perplexity of an untrained model does not dwarf the curve.
+_LARGEST_EXPONENT = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class RunFacts:
+    """Numbers of the run that lines are made from.
+
+    Attributes:
+        num_replicas: K.
+        world_size: Ranks.
+        train_iters: Inner steps of the run.
+        global_batch_size: Sequences of an inner step over all replicas.
+        tokens_per_step: Tokens of an inner step over all replicas.
+        flops_per_token: Model FLOPs, forward and backward.
+        peak_tflops: Of one rank's accelerator; ``None`` where unknown.
+        resumed_step: Inner step that this start continues from, 0 for a new run.
+    """
+
+    num_replicas: int
+    world_size: int
+    train_iters: int
+    global_batch_size: int
+    tokens_per_step: int
+    flops_per_token: float
+    peak_tflops: float | None = None
+    resumed_step: int = 0
+
+
+class Monitor:
+    """Lines and points of one start of a run. Construct it just before the first inner step.
+
+    Invariant: a due line is written exactly once, in the order of steps, on the writing rank.
+
+    Args:
+        facts: Of the run.
+        calendar: When lines are due and when they ride.
+        device: Where riders are put together.
+        console: ``None`` on ranks that do not write.
+        writer: ``None`` on ranks that do not write, or without a directory.
+        now: Seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        facts: RunFacts,
+        calendar: LineCalendar,
+        *,
+        device: torch.device,
+        console: Console | None = None,
+        writer: EventWriter | None = None,
+        now: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._facts, self._calendar, self._device = facts, calendar, device
+        self._console, self._writer = console, writer
+        self._clock = TrainingClock(now)
+        self._rider_count = calendar.rider_count() if facts.num_replicas > 1 else 0
+        self._interval = Interval()
+        self._waiting: dict[int, DueLine] = {}
+        self._exposed: list[tuple[int, float]] = []
+        self._step = facts.resumed_step
+        self._last_line = (self._step, 0.0)
+        self._round_start = (self._step, 0.0)
+        self._wire_bytes = 0
+        self._skipped = 0
+        self._evaluations: list[tuple[int, float]] = []
+        self._closed = False
+
+    # ---- inner steps ------------------------------------------------------------------------
+
+    def due(self, step: int) -> bool:
+        """Return whether inner step ``step`` ends with a line; costly metrics are for these."""
+        return self._calendar.due(step)
+
+    def record(self, step: int, values: Mapping[str, Value]) -> None:
+        """Take the metrics of an inner step, before its outer steps.
+
+        Nothing is read from an accelerator unless a line is written by this call. Batch size, time,
+        throughput and MFU are this object's own.
+
+        Args:
+            step: The inner step that has just been made.
+            values: Tag -> number or 0-dim tensor. ``lm loss`` (the replica's mean) and
+                ``learning-rate`` in every step; the same tags on all ranks of a position.
+
+        Raises:
+            RuntimeMismatch: A tag that the registry does not have for inner steps.
+        """
+        assert step == self._step + 1, f"inner step {step} recorded after {self._step}"
+        self._step = step
+        self._interval.add(values)
+        if not self.due(step):
+            return
+        means, skipped = self._interval.take()
+        line = DueLine(step, means, skipped, self._speed_since_last_line(step))
+        if self._facts.num_replicas == 1:
+            self._write_line(line, line.shared())
+        else:
+            self._waiting[step] = line
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Leave out of all times what happens inside: evaluation and saving."""
+        return self._clock.paused()
+
+    # ---- outer steps ------------------------------------------------------------------------
+
+    def riders(self, step: int) -> Tensor | None:
+        """Return what this replica sends along with the launches of ``step``.
+
+        ``None`` where nothing is launched, or with one replica; otherwise always of one size: the
+        waiting lines since the last launch, then zeros.
+        """
+        if not self._rider_count or not self._calendar.launches(step):
+            return None
+        riders = torch.zeros(self._rider_count, dtype=torch.float32, device=self._device)
+        for slot, due_step in enumerate(self._calendar.carried(step)):
+            if due_step in self._waiting:  # else recorded before this start
+                own = self._waiting[due_step].shared()
+                for index, value in enumerate(own):
+                    riders[slot * RIDERS_PER_LINE + index] = value
+        return riders
+
+    def receive(self, launched_at: int, riders: Tensor) -> None:
+        """Write the lines that rode with the launches of ``launched_at``.
+
+        Args:
+            launched_at: Inner step of the launch.
+            riders: Of every replica, ``[K, n]``, on the host. Lines that came with another fragment
+                of the same launch, or belong to an earlier start, are left out.
+        """
+        if riders.size(1) == 0:
+            return
+        expected = (self._facts.num_replicas, self._rider_count)
+        assert tuple(riders.shape) == expected, f"riders {tuple(riders.shape)}, not {expected}"
+        for slot, due_step in enumerate(self._calendar.carried(launched_at)):
+            line = self._waiting.pop(due_step, None)
+            if line is not None:
+                first = slot * RIDERS_PER_LINE
+                loss, norm, skipped = (
+                    riders[:, first : first + RIDERS_PER_LINE].double().mean(0).tolist()
+                )
+                self._write_line(line, (loss, norm, round(skipped * self._facts.num_replicas)))
+
+    def outer_step(self, report: OuterReport) -> None:
+        """Take what an outer step or the flush did: write its metrics and the lines that rode."""
+        metrics = outer_metrics(report) if self._console is not None else {}
+        if metrics:
+            self._exposed.append((report.step, metrics["muloco/exposed_ms"]))
+            self._wire_bytes += int(metrics["muloco/wire_bytes"])
+        for part in report.applied:
+            self.receive(part.launched_at, part.riders)
+        metrics |= self._round_time(report.step)
+        if metrics:
+            self.scalars(report.step, metrics)
+
+    def _round_time(self, step: int) -> dict[str, float]:
+        """Return the time of the round that ends with ``step``, if this start saw all of it."""
+        schedule = self._calendar.schedule
+        if schedule is None or step % schedule.sync_interval or step == self._round_start[0]:
+            return {}
+        began_at, began = self._round_start
+        self._round_start = (step, self._clock.seconds)
+        whole = step - began_at == schedule.sync_interval
+        return {"muloco/round_ms": (self._round_start[1] - began) * 1e3} if whole else {}
+
+    # ---- other events -----------------------------------------------------------------------
+
+    def scalars(self, step: int, values: Mapping[str, Value]) -> None:
+        """Write points of something that happened after inner step ``step``."""
+        if self._writer is not None:
+            self._writer.scalars(step, dict(zip(values, floats(values.values()), strict=True)))
+
+    def evaluation(self, step: int, loss: Value) -> None:
+        """Write the held-out loss of the anchor after inner step ``step``."""
+        if self._console is None:
+            return
+        (number,) = floats([loss])
+        perplexity = math.exp(min(number, _LARGEST_EXPONENT))  # in this order nan stays nan
+        self._evaluations.append((step, number))
+        self._console.stamped(str(EvaluationLine(step, number, perplexity)))
+        self.scalars(step, {"lm loss validation": number, "lm loss validation ppl": perplexity})
+
+    def say(self, text: str) -> None:
+        """Write a stamped line of plain text; nothing for an empty one or on other ranks."""
+        if self._console is not None and text:
+            self._console.stamped(text)
+
+    def close(self, outcome: str = "done") -> None:
+        """Write the lines that still wait, with this replica's own values, and the summary.
+
+        Args:
+            outcome: Why the run ends. A second call does nothing.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        for step in sorted(self._waiting):
+            line = self._waiting.pop(step)
+            self._write_line(line, line.shared(), alone=True)
+        if self._writer is not None:
+            self._writer.close()
+        if self._console is not None:
+            self._console.line(str(self.summary(outcome)))
+
+    def summary(self, outcome: str) -> RunSummary:
+        """Return what this start came to so far."""
+        steps, seconds = self._step - self._facts.resumed_step, self._clock.seconds
+        tokens = steps * self._facts.tokens_per_step
+        evaluations = self._evaluations
+        return RunSummary(
+            outcome=outcome,
+            steps=steps,
+            last_step=self._step,
+            seconds=seconds,
+            tokens_per_s=tokens / seconds if tokens and seconds > 0 else None,
+            wire_bytes=self._wire_bytes,
+            skipped=self._skipped,
+            validation=(evaluations[0], evaluations[-1]) if evaluations else None,
+            lost_points=self._writer.lost_points if self._writer is not None else 0,
+        )
+
+    # ---- lines ------------------------------------------------------------------------------
+
+    def _speed_since_last_line(self, step: int) -> Speed:
+        last_step, last_seconds = self._last_line
+        self._last_line = (step, self._clock.seconds)
+        return measure_speed(
+            seconds=max(self._last_line[1] - last_seconds, 1e-9),  # a clock may be coarse
+            steps=step - last_step,
+            tokens_per_step=self._facts.tokens_per_step,
+            flops_per_token=self._facts.flops_per_token,
+            world_size=self._facts.world_size,
+            peak=self._facts.peak_tflops,
+        )
+
+    def _write_line(
+        self, line: DueLine, shared: tuple[Value, Value, Value], *, alone: bool = False
+    ) -> None:
+        """Write one line and its points; ``shared`` replaces what ranks have of their own."""
+        if self._console is None:
+            return
+        numbers = floats([*shared, *line.values.values()])
+        loss, norm, skipped = numbers[:RIDERS_PER_LINE]
+        values = dict(zip(line.values, numbers[RIDERS_PER_LINE:], strict=True))
+        values["lm loss"] = loss
+        if "grad-norm" in values:
+            values["grad-norm"] = norm
+        self._skipped += int(skipped)
+        text = self._training_line(line, values, skipped=int(skipped), alone=alone)
+        self._console.stamped(str(text))
+        self.scalars(line.step, values | self._own_points(line.speed))
+
+    def _own_points(self, speed: Speed) -> dict[str, float]:
+        points = {
+            "batch-size": float(self._facts.global_batch_size),
+            "iteration-time": speed.seconds_per_step,
+            "throughput": speed.tflops,
+            "perf/tokens_per_s": speed.tokens_per_s,
+        }
+        return points if speed.mfu is None else points | {"perf/mfu": speed.mfu}
+
+    def _training_line(
+        self, line: DueLine, values: Mapping[str, float], *, skipped: int, alone: bool
+    ) -> TrainingLine:
+        facts, schedule = self._facts, self._calendar.schedule
+        rounds = None
+        if schedule is not None:
+            rounds = (schedule.round(line.step), schedule.round(facts.train_iters))
+        sync_ms = sum(ms for step, ms in self._exposed if step <= line.step)
+        self._exposed = [(step, ms) for step, ms in self._exposed if step > line.step]
+        return TrainingLine(
+            iteration=line.step,
+            train_iters=facts.train_iters,
+            consumed_samples=line.step * facts.global_batch_size,
+            elapsed_ms=line.speed.seconds_per_step * 1e3,
+            tflops=line.speed.tflops,
+            mfu=line.speed.mfu,
+            learning_rate=values["learning-rate"],
+            global_batch_size=facts.global_batch_size,
+            loss=values["lm loss"],
+            grad_norm=values.get("grad-norm"),
+            skipped=skipped,
+            tokens_per_s=line.speed.tokens_per_s,
+            round=rounds,
+            sync_ms=sync_ms,
+            alone=alone,
+        )

@@ -1,0 +1,196 @@
+"""Every metric of a run, one row each: what may be written, and what it means.
+
+Tags that Megatron has keep Megatron's names, so that runs of both overlay in one TensorBoard. The
+x axis of all of them is the inner step. `docs/reference/metrics.md` is generated from here; no
+torch.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_muloco.config.outer import NoCompression, NoOuter
+from megatron_muloco.config.schema import RunConfig
+from megatron_muloco.errors import RuntimeMismatch
+
+__all__ = ["METRICS", "Applies", "Metric", "applicable_tags", "metric"]
+
+Applies = Literal["always", "outer", "replicas", "codec", "muon", "eval", "gpu"]
+OverSteps = Literal["mean", "last", "event"]
+OverRanks = Literal["mean over replicas", "the same everywhere", "replica 0", "writing rank"]
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One row of the registry.
+
+    Attributes:
+        tag: Name in TensorBoard.
+        unit: Of the value; ``1`` for a pure number.
+        over_steps: ``mean`` of the inner steps since the last line, the ``last`` of them, or
+            written at the ``event`` itself.
+        over_ranks: Whose value it is.
+        applies: When a run writes it; ``replicas`` is an outer step with more than one replica,
+            ``codec`` an outer step with compression.
+        meaning: In a sentence.
+    """
+
+    tag: str
+    unit: str
+    over_steps: OverSteps
+    over_ranks: OverRanks
+    applies: Applies
+    meaning: str
+
+
+METRICS: tuple[Metric, ...] = (
+    # Megatron's own.
+    Metric(
+        "lm loss", "nats per token", "mean", "mean over replicas", "always",
+        "Training loss. What a stop leaves of an unfinished round is replica 0's alone.",
+    ),
+    Metric(
+        "learning-rate", "1", "last", "the same everywhere", "always",
+        "Inner learning rate of the step.",
+    ),
+    Metric(
+        "batch-size", "sequences", "last", "the same everywhere", "always",
+        "Sequences of one inner step over all replicas.",
+    ),
+    Metric(
+        "grad-norm", "1", "last", "mean over replicas", "always",
+        "Norm of a replica's gradient before clipping; not finite where a step was skipped.",
+    ),
+    Metric(
+        "iteration-time", "s", "mean", "writing rank", "always",
+        "Wall-clock of an inner step with its outer steps, without evaluation and saving.",
+    ),
+    Metric(
+        "throughput", "TFLOP/s per rank", "mean", "writing rank", "always",
+        "Model FLOPs (recompute not counted) of all replicas over time and ranks.",
+    ),
+    Metric(
+        "lm loss validation", "nats per token", "event", "the same everywhere", "eval",
+        "Loss of the anchor on held-out data.",
+    ),
+    Metric(
+        "lm loss validation ppl", "1", "event", "the same everywhere", "eval",
+        "exp of the held-out loss, of at most 20 as Megatron has it.",
+    ),
+    # Speed.
+    Metric(
+        "perf/mfu", "1", "mean", "writing rank", "gpu",
+        "Throughput over the accelerator's dense bf16 peak; absent where no peak is known.",
+    ),
+    Metric(
+        "perf/tokens_per_s", "tokens/s", "mean", "writing rank", "always",
+        "Tokens of all replicas over time.",
+    ),
+    Metric(
+        "perf/inner_optimizer_ms", "ms", "mean", "writing rank", "always",
+        "Time of the inner optimizer's step, its communication and clipping included.",
+    ),
+    Metric(
+        "perf/newton_schulz_ms", "ms", "mean", "writing rank", "muon",
+        "Time of an inner step in which this rank orthogonalises.",
+    ),
+    # Muon.
+    Metric(
+        "muon/ns_calls", "matrices", "last", "writing rank", "muon",
+        "Matrices that this rank orthogonalised in the step.",
+    ),
+    Metric(
+        "muon/balance", "1", "last", "the same everywhere", "muon",
+        "Largest over mean Newton-Schulz cost of the ranks of this rank's stage; 1 is perfect.",
+    ),
+    Metric(
+        "muon/orthogonality_error", "1", "last", "writing rank", "muon",
+        "Frobenius norm of X·Xᵀ − I over the root of the shorter side, for the first matrix "
+        "orthogonalised; the default polynomials do not go to 0.",
+    ),
+    # The outer step: of the fragments applied after this inner step.
+    Metric(
+        "muloco/pseudogradient_norm", "1", "event", "replica 0", "outer",
+        "Norm of the replica's own pseudogradient, anchor − local.",
+    ),
+    Metric(
+        "muloco/update_norm", "1", "event", "the same everywhere", "outer",
+        "Norm of what the anchor moved by.",
+    ),
+    Metric(
+        "muloco/cosine_to_mean", "1", "event", "replica 0", "outer",
+        "Cosine of the own and the mean pseudogradient; the mean of it over fragments.",
+    ),
+    Metric(
+        "muloco/cosine_pairwise_min", "1", "event", "the same everywhere", "replicas",
+        "Smallest cosine of two replicas' pseudogradients.",
+    ),
+    Metric(
+        "muloco/weight_sum", "replicas", "event", "the same everywhere", "outer",
+        "Replicas that took part; the smallest of it over fragments.",
+    ),
+    Metric(
+        "muloco/wire_bytes", "bytes", "event", "writing rank", "outer",
+        "Bytes that this rank sent.",
+    ),
+    Metric(
+        "muloco/exposed_ms", "ms", "event", "writing rank", "outer",
+        "Time in which training waited for the outer step; on an accelerator a lower bound.",
+    ),
+    Metric(
+        "muloco/round_ms", "ms", "event", "writing rank", "outer",
+        "Wall-clock of a complete round, without evaluation and saving.",
+    ),
+    Metric(
+        "muloco/compression_error", "1", "event", "replica 0", "codec",
+        "Norm of what encoding lost over the norm of what was encoded.",
+    ),
+    Metric(
+        "muloco/residual_norm", "1", "event", "replica 0", "codec",
+        "Norm of what error feedback keeps for the next round.",
+    ),
+    Metric(
+        "muloco/quarantined", "replicas", "event", "the same everywhere", "outer",
+        "Replicas left out by the guard (weight 0); the largest of it over fragments.",
+    ),
+    Metric(
+        "muloco/round", "rounds", "event", "the same everywhere", "outer",
+        "Round that the inner step belongs to, counted from 1.",
+    ),
+)  # fmt: skip
+
+_BY_TAG = {row.tag: row for row in METRICS}
+
+
+def metric(tag: str) -> Metric:
+    """Return the row of a tag.
+
+    Raises:
+        RuntimeMismatch: The registry has no such tag: a typo, or a metric without a description.
+    """
+    if tag not in _BY_TAG:
+        raise RuntimeMismatch(
+            f"metric {tag!r} is not in the registry, so nobody could look up what it means. "
+            "Add a row to megatron_muloco/monitor/registry.py or correct the tag."
+        )
+    return _BY_TAG[tag]
+
+
+def applicable_tags(config: RunConfig, *, peak_known: bool = False) -> tuple[str, ...]:
+    """Return the tags that a run of this config has something to say about.
+
+    Args:
+        config: A checked config.
+        peak_known: Whether it runs on an accelerator whose peak is known.
+    """
+    synchronised = not isinstance(config.outer, NoOuter)
+    applies: dict[Applies, bool] = {
+        "always": True,
+        "outer": synchronised,
+        "replicas": synchronised and config.parallel.num_replicas > 1,
+        "codec": not isinstance(config.outer, NoOuter)
+        and not isinstance(config.outer.compression, NoCompression),
+        "muon": config.inner.kind == "muon",
+        "eval": config.training.eval_interval > 0,
+        "gpu": peak_known,
+    }
+    return tuple(row.tag for row in METRICS if applies[row.applies])

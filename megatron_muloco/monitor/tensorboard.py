@@ -1,0 +1,140 @@
+"""TensorBoard event files that can fail without hurting the run.
+
+Readers drop what an earlier start of the run wrote after the resumed step: every start begins its
+file with a session mark at ``resumed_step + 1``. The first start needs one too, because
+TensorBoard's server takes the first mark for the beginning and purges only at later ones.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+
+from torch.utils.tensorboard import SummaryWriter
+
+from megatron_muloco.monitor.registry import metric
+
+__all__ = ["LAYOUT", "EventWriter"]
+
+# A full disk may be cleaned, but every attempt to write again leaves a small file behind.
+_RETRY_SECONDS = 600.0
+
+
+def _chart(*tags: str) -> list[object]:
+    """Return a line chart; TensorBoard takes tags as regular expressions."""
+    return ["Multiline", [f"^{tag}$" for tag in tags]]
+
+
+LAYOUT: Mapping[str, Mapping[str, list[object]]] = {
+    "Training": {
+        "loss": _chart("lm loss", "lm loss validation"),
+        "gradient norm": _chart("grad-norm"),
+        "learning rate": _chart("learning-rate"),
+        "tokens per second": _chart("perf/tokens_per_s"),
+        "TFLOP per second and rank": _chart("throughput"),
+    },
+    "MuLoCo outer step": {
+        "pseudogradient and update norm": _chart(
+            "muloco/pseudogradient_norm", "muloco/update_norm", "muloco/residual_norm"
+        ),
+        "cosines": _chart("muloco/cosine_to_mean", "muloco/cosine_pairwise_min"),
+        "time (ms)": _chart("muloco/exposed_ms", "muloco/round_ms"),
+        "bytes sent": _chart("muloco/wire_bytes"),
+        "replicas": _chart("muloco/weight_sum", "muloco/quarantined"),
+    },
+}
+"""The custom-scalars page: categories, charts and their tags."""
+
+
+class EventWriter:
+    """Writes scalars and texts; refuses unknown tags, tolerates a file system that fails.
+
+    Training is worth more than its curves: after a failure this object counts what it could not
+    write in ``lost_points``, has told the operator once, and tries a new file now and then. (The
+    writing thread of the tensorboard package also prints its own trace, once per file.)
+
+    Args:
+        directory: Of the event files; created when missing.
+        resumed_step: Inner step that the run continues from, 0 for a new run.
+        report: Called once, with a sentence, at the first failure.
+        clock: Seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        directory: str,
+        *,
+        resumed_step: int,
+        report: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.directory = directory
+        self.lost_points = 0
+        self._report, self._clock = report, clock
+        self._reported = False
+        self._retry_at = clock()
+        self._writer: SummaryWriter | None = None
+        # At 0, a new run in an old directory also hides the old evaluation before the first step.
+        self._open(purge_step=resumed_step + 1 if resumed_step else 0)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Write one point per tag and flush.
+
+        Raises:
+            RuntimeMismatch: A tag is not in the registry.
+        """
+        tags = [metric(tag).tag for tag in values]
+
+        def write(writer: SummaryWriter) -> None:
+            for tag in tags:
+                writer.add_scalar(tag, values[tag], step)
+
+        self._attempt(write, points=len(tags))
+
+    def text(self, tag: str, content: str) -> None:
+        """Write a text as a code block."""
+        # Four spaces make a code block in Markdown whatever the text contains.
+        block = "\n".join(f"    {line}" for line in content.splitlines())
+        self._attempt(lambda writer: writer.add_text(tag, block), points=1)
+
+    def close(self) -> None:
+        """Finish the file."""
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            try:
+                writer.close()
+            except OSError as error:
+                self._failed(error, points=0)
+
+    def _attempt(self, write: Callable[[SummaryWriter], None], *, points: int) -> None:
+        if self._writer is None and self._clock() >= self._retry_at:
+            # No mark here: it would hide what this start has written so far.
+            self._open(purge_step=None)
+        if self._writer is None:
+            self.lost_points += points
+            return
+        try:
+            write(self._writer)
+            # Also brings an error of the writing thread here.
+            self._writer.flush()
+        except OSError as error:
+            self._failed(error, points=points)
+            self.close()
+
+    def _open(self, *, purge_step: int | None) -> None:
+        try:
+            self._writer = SummaryWriter(self.directory, purge_step=purge_step)
+            self._writer.add_custom_scalars(LAYOUT)
+            self._writer.flush()
+        except OSError as error:
+            self._failed(error, points=0)
+            self.close()
+
+    def _failed(self, error: OSError, *, points: int) -> None:
+        self.lost_points += points
+        self._retry_at = self._clock() + _RETRY_SECONDS
+        if not self._reported:
+            self._reported = True
+            self._report(
+                f"monitor.dir: cannot write TensorBoard events to {self.directory}: {error}. "
+                "Training goes on without them; free space or make the directory writable, and "
+                f"new points will follow within {_RETRY_SECONDS / 60:.0f} minutes."
+            )

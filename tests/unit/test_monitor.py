@@ -1,0 +1,378 @@
+"""The monitor of K replicas: what rides, what is averaged, when it is written, and by whom."""
+
+import io
+import math
+import re
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megatron_muloco.config import load_config
+from megatron_muloco.config.derived import topology_of
+from megatron_muloco.errors import RuntimeMismatch
+from megatron_muloco.monitor.build import build_monitor
+from megatron_muloco.monitor.console import Console
+from megatron_muloco.monitor.interval import floats
+from megatron_muloco.monitor.lines import LineCalendar
+from megatron_muloco.monitor.monitor import Monitor, RunFacts
+from megatron_muloco.monitor.registry import applicable_tags
+from megatron_muloco.monitor.tensorboard import EventWriter
+from megatron_muloco.outer.guard import Verdict
+from megatron_muloco.outer.report import FragmentReport, OuterReport
+from megatron_muloco.outer.schedule import Apply, Launch, SyncSchedule
+
+CPU = torch.device("cpu")
+
+
+class Replicas:
+    """K monitors that are driven like K training loops; replica 0's writes.
+
+    A tenth of a second passes with every inner step. ``loss(replica, step)`` is what is recorded.
+    """
+
+    def __init__(self, directory, count=2, schedule=None, log_interval=2, resumed_step=0):
+        self.seconds, self.stream, self.schedule = 0.0, io.StringIO(), schedule
+        self.directory, self.riders, self.step = directory, {}, resumed_step
+        facts = RunFacts(
+            num_replicas=count,
+            world_size=count,
+            train_iters=schedule.train_iters if schedule else 100,
+            global_batch_size=8,
+            tokens_per_step=80,
+            flops_per_token=1e9,
+            resumed_step=resumed_step,
+        )
+        console = Console(self.stream)
+        writer = EventWriter(str(directory), resumed_step=resumed_step, report=console.line)
+        self.monitors = [
+            Monitor(
+                facts,
+                LineCalendar(log_interval, schedule),
+                device=CPU,
+                console=None if replica else console,
+                writer=None if replica else writer,
+                now=lambda: self.seconds,
+            )
+            for replica in range(count)
+        ]
+
+    def train(self, steps, loss, norm=lambda replica, step: 1.0):
+        for _ in range(steps):
+            self.step += 1
+            self.seconds += 0.1
+            for replica, monitor in enumerate(self.monitors):
+                monitor.record(
+                    self.step,
+                    {
+                        "lm loss": torch.tensor(float(loss(replica, self.step))),
+                        "learning-rate": 0.5,
+                        "grad-norm": norm(replica, self.step),
+                    },
+                )
+            if self.schedule is not None:
+                self._outer_steps()
+
+    def _outer_steps(self):
+        events = self.schedule.events(self.step)
+        launched = [event.fragment for event in events if isinstance(event, Launch)]
+        mine = [monitor.riders(self.step) for monitor in self.monitors]
+        assert all((riders is not None) == bool(launched) for riders in mine) or len(mine) == 1
+        if launched:
+            self.riders[self.step] = (
+                torch.stack(mine) if mine[0] is not None else torch.zeros(len(mine), 0)
+            )
+        applied = tuple(
+            fragment_report(event.fragment, event.launched_at, self.riders[event.launched_at])
+            for event in events
+            if isinstance(event, Apply)
+        )
+        report = OuterReport(
+            step=self.step,
+            round_index=self.schedule.round(self.step),
+            launched=tuple(launched),
+            applied=applied,
+            quarantined=False,
+        )
+        if events:
+            for monitor in self.monitors:
+                monitor.outer_step(report)
+
+    def lines(self):
+        return [line for line in self.stream.getvalue().splitlines() if "] iteration" in line]
+
+    def losses(self, name="lm loss"):
+        """Return (iteration, loss) of the console lines under ``name``."""
+        pattern = re.compile(rf"iteration +(\d+)/.* {re.escape(name)}: +(\S+) ")
+        return [
+            (int(found[1]), float(found[2]))
+            for line in self.lines()
+            if (found := pattern.search(line))
+        ]
+
+    def points(self, tag):
+        events = EventAccumulator(str(self.directory), size_guidance={"scalars": 0}).Reload()
+        if tag not in events.Tags()["scalars"]:
+            return []
+        return [(event.step, event.value) for event in events.Scalars(tag)]
+
+    def close(self, outcome="done"):
+        for monitor in self.monitors:
+            monitor.close(outcome)
+
+
+def fragment_report(fragment, launched_at, riders, weights=None):
+    weights = torch.ones(riders.size(0)) if weights is None else weights
+    return FragmentReport(
+        fragment=fragment,
+        launched_at=launched_at,
+        verdict=Verdict.GOOD,
+        weights=weights,
+        riders=riders,
+        pseudogradient_norm=3.0,
+        update_norm=torch.tensor(4.0),
+        cosine_to_mean=torch.tensor(0.5),
+        wire_bytes=1000,
+        exposed_ms=5.0,
+    )
+
+
+def by_step(replica, step):
+    return 10 * step + 4 * replica
+
+
+def test_one_replica_writes_a_due_line_at_once_with_the_mean_over_its_steps(tmp_path):
+    run = Replicas(tmp_path, count=1, log_interval=3)
+    run.train(2, by_step)
+    assert run.lines() == []
+    run.train(4, by_step)
+    # Means of 10, 20, 30 and of 40, 50, 60.
+    assert run.losses() == [(3, 20.0), (6, 50.0)]
+    run.close()
+    assert run.points("lm loss") == [(3, 20.0), (6, 50.0)]
+    assert run.points("batch-size") == [(3, 8.0), (6, 8.0)]
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_lines_wait_for_the_outer_step_and_come_out_as_the_mean_over_replicas(tmp_path, count):
+    run = Replicas(tmp_path, count=count, schedule=SyncSchedule(6, 12))
+    run.train(5, by_step)
+    assert run.lines() == []
+    run.train(1, by_step)
+    shift = 4 * sum(range(count)) / count  # of the mean over replicas from replica 0
+    expected = [(2, 15.0 + shift), (4, 35.0 + shift), (6, 55.0 + shift)]
+    assert run.losses() == expected
+    run.close()
+    assert run.points("lm loss") == expected
+    assert run.losses("lm loss (this replica)") == []
+
+
+@pytest.mark.parametrize(("fragments", "overlap"), [(1, 0), (1, 2), (3, 0), (3, 1), (2, 4)])
+def test_every_due_line_is_written_once_and_in_order(tmp_path, fragments, overlap):
+    schedule = SyncSchedule(6, 24, fragments, overlap)
+    run = Replicas(tmp_path, schedule=schedule, log_interval=5)
+    run.train(24, by_step)
+    run.close()
+    iterations = [int(re.search(r"iteration +(\d+)/", line)[1]) for line in run.lines()]
+    assert iterations == [5, 10, 15, 20]
+    averaged = run.losses()
+    # Steps s-4..s have the mean 10 (s - 2); two replicas shift it by 2.
+    assert averaged == [(s, 10.0 * (s - 2) + 2.0) for s, _ in averaged]
+    assert len(averaged) + len(run.losses("lm loss (this replica)")) == 4
+
+
+def test_what_a_stop_leaves_is_written_with_the_own_value_and_marked(tmp_path):
+    run = Replicas(tmp_path, schedule=SyncSchedule(6, 12))
+    run.train(9, by_step)
+    run.close("stopped on request, state saved")
+    assert run.losses("lm loss (this replica)") == [(8, 75.0)]
+    assert "stopped on request, state saved, at iteration 9" in run.stream.getvalue()
+    run.close()
+    assert run.stream.getvalue().count("outcome") == 1
+
+
+def test_riders_have_one_size_and_nothing_between_launches(tmp_path):
+    run = Replicas(tmp_path, schedule=SyncSchedule(10, 40, 3, 2), log_interval=3)
+    run.train(40, by_step)
+    assert len({riders.shape for riders in run.riders.values()}) == 1
+    assert run.monitors[0].riders(41) is None
+
+
+def test_one_replica_sends_nothing(tmp_path):
+    run = Replicas(tmp_path, count=1, schedule=SyncSchedule(6, 12))
+    run.train(6, by_step)
+    assert run.monitors[0].riders(6) is None
+    assert run.losses() == [(2, 15.0), (4, 35.0), (6, 55.0)]
+
+
+def test_lines_of_an_earlier_start_do_not_come_back(tmp_path):
+    run = Replicas(tmp_path, schedule=SyncSchedule(6, 12), resumed_step=3)
+    run.train(3, by_step)
+    # Line 4 holds step 4 alone; line 2 belonged to the start before.
+    assert run.losses() == [(4, 42.0), (6, 57.0)]
+
+
+def test_skipped_steps_of_all_replicas_are_counted_and_a_nan_stays_visible(tmp_path):
+    run = Replicas(tmp_path, schedule=SyncSchedule(4, 8))
+    run.train(
+        4,
+        lambda replica, step: math.nan if (replica, step) == (1, 3) else 2.0,
+        norm=lambda replica, step: math.inf if (replica, step) in {(1, 3), (0, 3)} else 7.0,
+    )
+    first, second = run.lines()
+    assert "skipped iterations:   0" in first
+    assert "skipped iterations:   2" in second
+    assert run.losses()[0] == (2, 2.0)
+    assert math.isnan(run.losses()[1][1])
+    run.close()
+    assert "2 steps of replicas" in run.stream.getvalue()
+
+
+def test_only_the_writing_rank_reads_or_writes(tmp_path, monkeypatch):
+    run = Replicas(tmp_path, schedule=SyncSchedule(6, 12))
+    del run.monitors[0]
+
+    def refuse(*_):
+        raise AssertionError("a rank that does not write read a tensor")
+
+    monkeypatch.setattr("megatron_muloco.monitor.monitor.floats", refuse)
+    monkeypatch.setattr("megatron_muloco.monitor.monitor.outer_metrics", refuse)
+    for step in range(1, 6):
+        run.monitors[0].record(step, {"lm loss": torch.tensor(1.0), "learning-rate": 0.1})
+    run.monitors[0].evaluation(5, torch.tensor(1.0))
+    run.monitors[0].close()
+    assert run.stream.getvalue() == ""
+
+
+def test_between_lines_nothing_is_read_from_the_device(tmp_path):
+    monitor = Replicas(tmp_path, count=1, log_interval=10).monitors[0]
+    unreadable = torch.ones((), device="meta")
+    for step in range(1, 10):
+        monitor.record(step, {"lm loss": unreadable, "learning-rate": 0.1, "grad-norm": unreadable})
+
+
+def test_a_recorded_buffer_may_be_overwritten(tmp_path):
+    run = Replicas(tmp_path, count=1, log_interval=2)
+    buffer = torch.tensor(1.0)
+    for step in (1, 2):
+        buffer.fill_(step)
+        values = {"lm loss": buffer, "learning-rate": buffer}
+        run.monitors[0].record(step, values)
+        buffer.fill_(100.0)
+    assert run.losses() == [(2, 1.5)]
+
+
+def test_typos_and_events_are_refused_in_every_step(tmp_path):
+    monitor = Replicas(tmp_path, count=1, log_interval=10).monitors[0]
+    with pytest.raises(RuntimeMismatch, match="'lm-loss' is not in the registry"):
+        monitor.record(1, {"lm-loss": 1.0})
+    with pytest.raises(RuntimeMismatch, match=r"use Monitor\.scalars"):
+        monitor.record(2, {"muloco/round": 1.0})
+
+
+def test_times_leave_out_what_is_paused(tmp_path):
+    run = Replicas(tmp_path, count=1, log_interval=2)
+    run.train(1, by_step)
+    with run.monitors[0].paused():
+        run.seconds += 1000.0
+    run.train(1, by_step)
+    run.close()
+    # 2 steps of 0.1 s, 80 tokens each, 1e9 FLOPs per token on one rank.
+    assert run.points("iteration-time") == [(2, pytest.approx(0.1))]
+    assert run.points("perf/tokens_per_s") == [(2, pytest.approx(800.0))]
+    assert run.points("throughput") == [(2, pytest.approx(0.8))]
+    assert run.points("perf/mfu") == []
+    assert "mfu:    n/a" in run.lines()[0]
+
+
+def test_outer_steps_write_their_metrics_and_rounds_their_time(tmp_path):
+    run = Replicas(tmp_path, schedule=SyncSchedule(6, 12), resumed_step=2)
+    run.train(10, by_step)
+    run.close()
+    for tag, value in {
+        "muloco/pseudogradient_norm": 3.0, "muloco/update_norm": 4.0, "muloco/cosine_to_mean": 0.5,
+        "muloco/weight_sum": 2.0, "muloco/quarantined": 0.0, "muloco/wire_bytes": 1000.0,
+        "muloco/exposed_ms": 5.0,
+    }.items():  # fmt: skip
+        assert run.points(tag) == [(6, value), (12, value)], tag
+    assert run.points("muloco/round") == [(6, 1.0), (12, 2.0)]
+    # The round that began before the resume has no time.
+    assert run.points("muloco/round_ms") == [(12, pytest.approx(600.0))]
+    assert "2,000 sent by this rank" in run.stream.getvalue()
+
+
+def test_several_fragments_in_one_step_are_taken_together(tmp_path):
+    run = Replicas(tmp_path, schedule=SyncSchedule(6, 12))
+    some = fragment_report(0, 6, torch.zeros(2, 0))
+    less = fragment_report(1, 6, torch.zeros(2, 0), weights=torch.tensor([1.0, 0.0]))
+    run.monitors[0].outer_step(OuterReport(6, 1, (), (some, less), False))
+    run.close()
+    assert run.points("muloco/pseudogradient_norm")[0][1] == pytest.approx(math.sqrt(18))
+    assert run.points("muloco/wire_bytes") == [(6, 2000.0)]
+    assert run.points("muloco/weight_sum") == [(6, 1.0)]
+    assert run.points("muloco/quarantined") == [(6, 1.0)]
+
+
+def test_the_line_shows_its_round_and_the_time_spent_waiting(tmp_path):
+    run = Replicas(tmp_path, schedule=SyncSchedule(4, 8))
+    run.train(8, by_step)
+    shown = [re.search(r"round: +(\d+)/ +2 \| sync \(ms\): +(\S+)", line) for line in run.lines()]
+    assert [(int(found[1]), float(found[2])) for found in shown] == [
+        (1, 0.0), (1, 5.0), (2, 0.0), (2, 5.0),
+    ]  # fmt: skip
+
+
+def test_an_evaluation_is_a_line_and_two_points(tmp_path):
+    run = Replicas(tmp_path, count=1)
+    run.monitors[0].evaluation(0, torch.tensor(2.0))
+    run.monitors[0].evaluation(1, 30.0)
+    run.monitors[0].evaluation(2, math.nan)
+    run.close()
+    (_, low), (_, high), (_, unknown) = run.points("lm loss validation ppl")
+    assert low == pytest.approx(math.exp(2.0))
+    assert high == pytest.approx(math.exp(20.0))
+    assert math.isnan(unknown)
+    assert run.points("lm loss validation")[:2] == [(0, 2.0), (1, 30.0)]
+    assert "2.0000 at iteration 0, nan at iteration 2" in run.stream.getvalue()
+
+
+def test_numbers_and_tensors_keep_their_order():
+    assert floats([1, torch.tensor(2.0), 3.0, torch.tensor([4])]) == [1.0, 2.0, 3.0, 4.0]
+    assert floats([]) == []
+
+
+def test_a_monitor_from_a_config_writes_banner_texts_and_what_applies(tmp_path):
+    config = load_config(
+        "configs/cpu_k2.yaml", [f"monitor.dir={tmp_path}", "monitor.log_interval=5"]
+    )
+    schedule, stream = SyncSchedule(10, 250), io.StringIO()
+    monitors = [
+        build_monitor(
+            config,
+            topology_of(config, 2),
+            schedule,
+            device=CPU,
+            writes=replica == 0,
+            plan_text="the plan",
+            console=Console(stream),
+        )
+        for replica in range(2)
+    ]
+    assert stream.getvalue().count("MuLoCo, K = 2") == 1
+    monitors[0].evaluation(0, 8.0)
+    inner = {
+        "lm loss": 1.0, "learning-rate": 0.1, "grad-norm": 1.0, "perf/inner_optimizer_ms": 1.0,
+        "perf/newton_schulz_ms": 1.0, "muon/ns_calls": 3, "muon/balance": 1.0,
+        "muon/orthogonality_error": 0.1,
+    }  # fmt: skip
+    for step in range(1, 11):
+        for monitor in monitors:
+            monitor.record(step, inner)
+    riders = torch.stack([monitor.riders(10) for monitor in monitors])
+    monitors[0].outer_step(OuterReport(10, 1, (0,), (fragment_report(0, 10, riders),), False))
+    monitors[0].scalars(10, {"muloco/cosine_pairwise_min": 0.1})
+    monitors[0].close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert set(events.Tags()["scalars"]) == set(applicable_tags(config))
+    texts = {f"run/{name}/text_summary" for name in ("config", "plan")}
+    assert texts <= set(events.Tags()["tensors"])

@@ -1,0 +1,224 @@
+"""Lines, banner, registry and speeds: pure functions."""
+
+import io
+import math
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megatron_muloco.config import load_config
+from megatron_muloco.config.derived import derive, topology_of
+from megatron_muloco.errors import RuntimeMismatch
+from megatron_muloco.monitor.banner import RunSummary, method_name, start_banner
+from megatron_muloco.monitor.console import Console, EvaluationLine, TrainingLine, count
+from megatron_muloco.monitor.diagnostics import OrthogonalisationProbe, orthogonality_error
+from megatron_muloco.monitor.registry import METRICS, applicable_tags, metric
+from megatron_muloco.monitor.throughput import PEAKS, measure_speed, peak_tflops
+
+LINE = TrainingLine(
+    iteration=10, train_iters=250, consumed_samples=160, elapsed_ms=412.34, tflops=0.0512, mfu=None,
+    learning_rate=3e-4, global_batch_size=16, loss=6.123456, grad_norm=1.2344, skipped=0,
+    tokens_per_s=9876.4, round=(1, 25), sync_ms=3.21,
+)  # fmt: skip
+
+
+def fields(line):
+    return dict(
+        re.split(r": +|(?<=^iteration) +", part, maxsplit=1)
+        for part in str(line).rstrip(" |").split(" | ")
+    )
+
+
+def test_the_line_has_megatrons_fields_and_ours():
+    assert fields(LINE) == {
+        "iteration": "10/     250",
+        "consumed samples": "160",
+        "elapsed time per iteration (ms)": "412.3",
+        "throughput (TFLOP/s/rank)": "0.051",
+        "learning rate": "3.000000E-04",
+        "global batch size": "16",
+        "lm loss": "6.123456E+00",
+        "grad norm": "1.234",
+        "number of skipped iterations": "0",
+        "tokens/s": "9876",
+        "mfu": "n/a",
+        "round": "1/   25",
+        "sync (ms)": "3.2",
+    }
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"iteration": 36330, "consumed_samples": 148_807_680, "round": (1211, 1211)},
+        {"loss": math.nan, "grad_norm": math.inf, "skipped": 10},
+        {"mfu": 0.4213, "tflops": 416.9, "tokens_per_s": 1_234_567.0, "grad_norm": None},
+        {"elapsed_ms": 123_456.7, "sync_ms": 1034.5, "learning_rate": 0.0},
+    ],
+)
+def test_lines_align_whatever_the_numbers(changed):
+    assert [i for i, c in enumerate(str(replace(LINE, **changed))) if c == "|"] == [
+        i for i, c in enumerate(str(LINE)) if c == "|"
+    ]
+
+
+def test_a_line_of_one_replica_says_so_and_without_outer_step_has_no_round():
+    alone = fields(replace(LINE, alone=True, round=None))
+    assert "lm loss (this replica)" in alone
+    assert not {"lm loss", "round", "sync (ms)"} & set(alone)
+
+
+def test_the_evaluation_line():
+    text = str(EvaluationLine(50, 5.0, 148.4))
+    assert text.startswith("validation loss at iteration       50 | lm loss value:  5.000000E+00 |")
+
+
+def test_a_stamped_line_is_megatrons():
+    stream = io.StringIO()
+    Console(stream).stamped(str(LINE))
+    assert re.match(r" \[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\] iteration  ", stream.getvalue())
+    assert stream.getvalue().endswith(" |\n")
+
+
+def test_the_console_survives_a_full_disk_and_a_closed_stream():
+    full = open("/dev/full", "w")  # noqa: SIM115 - closing it raises, which is the point
+    console = Console(full)
+    console.line("lost")
+    assert console.lost_lines == 1
+    with pytest.raises(OSError, match="No space left"):
+        full.close()
+    closed = io.StringIO()
+    closed.close()
+    console = Console(closed)
+    console.line("lost")
+    assert console.lost_lines == 1
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(4096, "4,096"), (3.4e6, "3.4M"), (15.23e9, "15.23B"), (3.048e11, "304.8B")],
+)
+def test_counts(number, text):
+    assert count(number) == text
+
+
+# ---- banner and summary -------------------------------------------------------------------------
+
+
+def config(*overrides):
+    return load_config("configs/cpu_k2.yaml", overrides)
+
+
+def banner(run, world):
+    topology = topology_of(run, world)
+    return start_banner(run, topology, derive(run, topology), device="cpu", resumed_step=20)
+
+
+def test_the_banner_says_what_is_trained_on_what():
+    text = banner(config(), 4)
+    for fact in (
+        "MuLoCo, K = 2",
+        "2 replicas x",
+        "= 4 ranks on cpu, fp32",
+        "every 10 steps",
+        "250 steps",
+        "25 rounds",
+        "from iteration 20",
+        "tensorboard --logdir",
+    ):
+        assert fact in text
+
+
+def plain(kind):
+    run = config()
+    inner = run.inner.model_copy(update={"kind": kind})
+    from megatron_muloco.config.outer import NoOuter
+
+    return run.model_copy(update={"inner": inner, "outer": NoOuter(kind="none")})
+
+
+def test_methods_have_the_papers_names():
+    run = config()
+    assert method_name(run) == "MuLoCo, K = 2"
+    diloco = run.model_copy(update={"inner": run.inner.model_copy(update={"kind": "adamw"})})
+    assert method_name(diloco) == "DiLoCo, K = 2"
+    assert method_name(plain("muon")) == "Muon data parallelism"
+    assert method_name(plain("adamw")) == "AdamW data parallelism"
+
+
+def test_the_summary_mentions_what_went_wrong_only_then():
+    good = RunSummary("done", 250, 250, 60.0, 17_000.0, 1024, 0, ((0, 8.3), (250, 4.5)), 0)
+    assert "8.3000 at iteration 0, 4.5000 at iteration 250" in str(good)
+    assert "1,024 sent by this rank" in str(good)
+    assert "skipped" not in str(good)
+    assert "could not" not in str(good)
+    bad = replace(good, skipped=3, lost_points=9, tokens_per_s=None, validation=None)
+    assert "3 steps of replicas" in str(bad)
+    assert "9 TensorBoard points" in str(bad)
+    assert "n/a" in str(bad)
+
+
+# ---- registry -----------------------------------------------------------------------------------
+
+
+def test_tags_are_unique_and_look_ups_refuse_typos():
+    tags = [row.tag for row in METRICS]
+    assert len(set(tags)) == len(tags)
+    assert all(metric(tag).tag == tag for tag in tags)
+    with pytest.raises(RuntimeMismatch, match="registry"):
+        metric("muloco/rounds")
+
+
+def test_what_applies_follows_from_the_config():
+    run = config()
+    tags = set(applicable_tags(run))
+    assert {"lm loss", "muloco/update_norm", "muloco/cosine_pairwise_min", "muon/ns_calls"} <= tags
+    assert not {"perf/mfu", "muloco/compression_error", "muloco/residual_norm"} & tags
+    assert {"perf/mfu"} == set(applicable_tags(run, peak_known=True)) - tags
+    assert not any(tag.startswith("muloco/") for tag in applicable_tags(plain("muon")))
+    assert not any("muon/" in tag or "newton" in tag for tag in applicable_tags(plain("adamw")))
+
+
+# ---- speed --------------------------------------------------------------------------------------
+
+
+def test_an_unknown_accelerator_has_no_peak():
+    assert peak_tflops("cpu", "bf16") is None
+    assert peak_tflops("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bf16") is None
+    assert peak_tflops("NVIDIA H100 80GB HBM3", "bf16") == 989.5
+    assert peak_tflops("NVIDIA H100 80GB HBM3", "fp32") is None
+    assert len({peak.device for peak in PEAKS}) == len(PEAKS)
+
+
+def test_speed_by_hand():
+    # 4 steps x 1000 tokens in 2 s are 2000 tokens/s; x 1e9 FLOPs over 2 ranks is 1 TFLOP/s.
+    speed = measure_speed(
+        seconds=2.0, steps=4, tokens_per_step=1000, flops_per_token=1e9, world_size=2, peak=4.0
+    )
+    assert speed.seconds_per_step == 0.5
+    assert speed.tokens_per_s == 2000.0
+    assert speed.tflops == 1.0
+    assert speed.mfu == 0.25
+
+
+# ---- diagnostics --------------------------------------------------------------------------------
+
+
+def test_the_probe_returns_what_it_wraps_and_measures_the_first_matrix():
+    probe = OrthogonalisationProbe(lambda batch: 2 * batch)
+    batch = torch.eye(3, 4).expand(2, 3, 4)
+    assert torch.equal(probe(batch), 2 * batch)
+    probe(torch.zeros(1, 2, 2))
+    metrics = probe.take(steps=1)
+    assert metrics["perf/newton_schulz_ms"] > 0.0
+    # X X^T - I = 3 I, so the norm is 3 sqrt(3), over sqrt(3).
+    assert float(metrics["muon/orthogonality_error"]) == pytest.approx(3.0)
+    assert probe.take(steps=1) == {"perf/newton_schulz_ms": 0.0}
+
+
+def test_orthogonality_is_that_of_the_shorter_side():
+    assert float(orthogonality_error(torch.eye(5, 2))) == 0.0
+    assert float(orthogonality_error(torch.eye(2, 5))) == 0.0
+    assert float(orthogonality_error(torch.zeros(2, 5))) == pytest.approx(1.0)

@@ -1,0 +1,132 @@
+"""What a run learned, from its event files: python tools/demo_summary.py --config F."""
+
+import argparse
+import importlib.util
+import statistics
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megatron_muloco.config import RunConfig, load_config
+from megatron_muloco.data.cli import run_tool
+from megatron_muloco.data.statistics import unigram_cross_entropy
+from megatron_muloco.errors import ConfigError
+
+_SAMPLE_MODULE = "megatron_muloco.training.sample"
+
+Points = Mapping[str, list[tuple[int, float]]]
+"""Tag -> (inner step, value) in the order of steps."""
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What the event files and the data say.
+
+    Attributes:
+        before: First held-out loss of the anchor, with its inner step.
+        after: Last one.
+        unigram: Held-out cross-entropy of the training text's unigram model.
+        tokens_per_s: Median over the run; ``None`` when it was not written.
+        bytes_sent: In outer steps, by the writing rank.
+    """
+
+    before: tuple[int, float]
+    after: tuple[int, float]
+    unigram: float
+    tokens_per_s: float | None
+    bytes_sent: int
+
+    def __str__(self) -> str:
+        speed = "n/a" if self.tokens_per_s is None else f"{self.tokens_per_s:,.0f}"
+        gain = self.unigram - self.after[1]
+        return "\n".join(
+            (
+                "Held-out text, nats per token",
+                f"  anchor at iteration {self.before[0]:<6d}            {self.before[1]:8.4f}",
+                f"  anchor at iteration {self.after[0]:<6d}            {self.after[1]:8.4f}",
+                f"  unigram model of the training text  {self.unigram:8.4f}",
+                f"  anchor below the unigram model by   {gain:8.4f}",
+                f"Tokens per second, all replicas       {speed:>8s}",
+                f"Bytes sent per rank, outer steps      {self.bytes_sent:,}",
+            )
+        )
+
+
+def read_points(directory: str) -> Points:
+    """Return every scalar in the event files of a run.
+
+    Raises:
+        ConfigError: There are none.
+    """
+    if not Path(directory).is_dir():
+        raise ConfigError(
+            f"monitor.dir: {directory} does not exist, so there is no run to summarise. "
+            "Train first, and run this from the same working directory."
+        )
+    # Size 0: keep every point instead of a sample.
+    events = EventAccumulator(directory, size_guidance={"scalars": 0}).Reload()
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+    }
+
+
+def learned(config: RunConfig, points: Points) -> Learned:
+    """Return what a run learned.
+
+    Raises:
+        ConfigError: The run has no evaluation, or its data cannot be read.
+    """
+    held_out = sorted(points.get("lm loss validation", []))
+    if not held_out:
+        raise ConfigError(
+            f"monitor.dir: the event files in {config.monitor.dir} hold no `lm loss validation`. "
+            "Set training.eval_interval and data.valid, and train again."
+        )
+    speeds = [value for _, value in points.get("perf/tokens_per_s", [])]
+    return Learned(
+        before=held_out[0],
+        after=held_out[-1],
+        unigram=unigram_cross_entropy(
+            [source.path for source in config.data.train],
+            [source.path for source in config.data.valid],
+            config.model.vocab_size,
+        ),
+        tokens_per_s=statistics.median(speeds) if speeds else None,
+        bytes_sent=round(sum(value for _, value in points.get("muloco/wire_bytes", []))),
+    )
+
+
+def text_sample(config_path: str) -> str | None:
+    """Return text that the trained model wrote, ``None`` where this version cannot generate."""
+    if importlib.util.find_spec(_SAMPLE_MODULE) is None:
+        return None
+    return str(import_module(_SAMPLE_MODULE).generate_sample(config_path))
+
+
+def summarise(config_path: str) -> None:
+    """Print the summary of the run that a config describes."""
+    config = load_config(config_path)
+    if config.monitor.dir is None:
+        raise ConfigError("monitor.dir: not set, so the run wrote nothing to summarise.")
+    print(learned(config, read_points(config.monitor.dir)))
+    sample = text_sample(config_path)
+    if sample is not None:
+        print(f"A sample from the anchor:\n{sample}")
+    print(f"Curves: tensorboard --logdir {config.monitor.dir}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    parser = argparse.ArgumentParser(description="Summarise a finished run.")
+    parser.add_argument("--config", default="configs/cpu_k2.yaml", help="config of the run")
+    arguments = parser.parse_args(argv)
+    return run_tool(lambda: summarise(arguments.config))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
