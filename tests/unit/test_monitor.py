@@ -336,6 +336,13 @@ def test_an_evaluation_is_a_line_and_two_points(tmp_path):
     assert "2.0000 at iteration 0, nan at iteration 2" in run.stream.getvalue()
 
 
+def test_only_the_writing_rank_says_something(tmp_path):
+    run = Replicas(tmp_path)
+    for monitor in run.monitors:
+        monitor.say("saved runs/demo/iter_0000100")
+    assert run.stream.getvalue().count("] saved runs/demo/iter_0000100\n") == 1
+
+
 def test_numbers_and_tensors_keep_their_order():
     assert floats([1, torch.tensor(2.0), 3.0, torch.tensor([4])]) == [1.0, 2.0, 3.0, 4.0]
     assert floats([]) == []
