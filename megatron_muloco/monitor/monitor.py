@@ -203,11 +203,6 @@ class Monitor:
         if self._writer is not None:
             self._writer.scalars(step, dict(zip(values, floats(values.values()), strict=True)))
 
-    def say(self, text: str) -> None:
-        """Write a sentence with a time stamp on the console of the writing rank."""
-        if self._console is not None:
-            self._console.stamped(text)
-
     def evaluation(self, step: int, loss: Value) -> None:
         """Write the held-out loss of the anchor after inner step ``step``."""
         if self._console is None:
