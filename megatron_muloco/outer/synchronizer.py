@@ -81,6 +81,11 @@ class Synchronizer:
         self._in_flight = InFlightTable()
         self.step = 0
 
+    @property
+    def schedule(self) -> SyncSchedule:
+        """When outer steps are due."""
+        return self._schedule
+
     # ---- time -------------------------------------------------------------------------------
 
     @torch.no_grad()

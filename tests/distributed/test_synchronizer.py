@@ -61,7 +61,9 @@ def settings(overlap: str, **changes: Any) -> Settings:
     return replace(base, **OVERLAPS[overlap], **changes)
 
 
-def train(kind: str, s: Settings, same_data: bool) -> tuple[Parameters, Parameters]:
+def train(
+    kind: str, s: Settings, same_data: bool, save_often: bool = False
+) -> tuple[Parameters, Parameters]:
     """One rank a replica, through the whole run."""
     rank, size = dist.get_rank(), dist.get_world_size()
     replica = Replica(start())
@@ -74,6 +76,8 @@ def train(kind: str, s: Settings, same_data: bool) -> tuple[Parameters, Paramete
         step(replica.parameters, t)
         if synchronizer.after_inner_step(t) is not None:
             check_equal(synchronizer.anchors(), group, CPU, what="the anchor", round_index=t)
+        if save_often:
+            synchronizer.state_dict()
     synchronizer.flush()
     return dict(synchronizer.anchors()), replica.parameters
 
@@ -93,6 +97,16 @@ def test_a_spawned_run_is_the_reference(num_replicas: int, kind: str, overlap: s
     for k, (anchor, local) in enumerate(run_ranks(train, num_replicas, kind, s, False)):
         assert_same(anchor, reference.anchor, f"anchor of replica {k}")
         assert_same(local, reference.local[k], f"local parameters of replica {k}")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saving_while_fragments_are_in_flight_changes_nothing(kind: str) -> None:
+    # Saving waits; the results must outlive the launches that reuse the reducer's buffers.
+    s = replace(settings("fragments"), overlap_steps=3)
+    reference = Reference(start(), [inner(k) for k in range(2)], s)
+    reference.run()
+    for anchor, _ in run_ranks(train, 2, kind, s, False, True):
+        assert_same(anchor, reference.anchor, "anchor")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -25,7 +25,15 @@ from megatron_muloco.outer.schedule import SyncSchedule
 from megatron_muloco.outer.synchronizer import Synchronizer
 from megatron_muloco.shards import ParamInfo, Shard
 
-__all__ = ["Exchange", "Replica", "in_lockstep", "merge_rule", "synchronizer_of"]
+__all__ = [
+    "Exchange",
+    "ExchangeReducer",
+    "Replica",
+    "in_lockstep",
+    "merge_rule",
+    "synchronizer_of",
+    "whole_shard",
+]
 
 Result = TypeVar("Result")
 InnerStep = Callable[[Parameters, int], None]

@@ -20,6 +20,7 @@ from megatron_muloco.outer.report import OuterReport
 from megatron_muloco.outer.schedule import SyncSchedule
 from megatron_muloco.outer.synchronizer import Synchronizer
 from tests.support.replicas import (
+    Exchange,
     ExchangeReducer,
     Replica,
     in_lockstep,
@@ -192,7 +193,15 @@ def poisoned(bad_replicas: set[int], at: int) -> Callable[[int], Callable[[Param
     return make
 
 
-@pytest.mark.parametrize("overlap", [{}, {"overlap_steps": 2, "mixing_weight": 0.5}])
+@pytest.mark.parametrize(
+    "overlap",
+    [
+        pytest.param({}, id="blocking"),
+        pytest.param({"overlap_steps": 2, "mixing_weight": 0.5}, id="mix"),
+        # With three fragments, two others are in flight when the NaN is found.
+        pytest.param({"overlap_steps": 3, "additive": True}, id="additive"),
+    ],
+)
 @pytest.mark.parametrize("count", [1, 3])
 def test_a_non_finite_replica_is_left_out_and_starts_from_the_anchor(
     count: int, overlap: dict[str, Any]
@@ -210,6 +219,22 @@ def test_a_non_finite_replica_is_left_out_and_starts_from_the_anchor(
         weights = [f.weights.tolist() for report in reports for f in report.applied]
         assert weights.count([1.0, 0.0, 1.0]) == 1
         assert not any(report.alarm for report in reports)
+
+
+def test_a_restart_publishes_all_parameters_at_once() -> None:
+    replica = Replica(start())
+    broadcast: list[list[str]] = []
+    port = replace(
+        replica.port(), broadcast_duplicates=lambda names: broadcast.append(sorted(names))
+    )
+    s = settings(fragments=FRAGMENTS[3], overlap_steps=2)
+    synchronizer = synchronizer_of(port, s, lone_reducer(), 1)
+    replica.parameters["a"][0] = math.nan
+    report = synchronizer.after_inner_step(1)  # fragment 0, which is 'a', is launched
+    assert report is not None
+    assert (report.quarantined, report.launched, report.applied) == (True, (0,), ())
+    assert (broadcast, replica.published) == ([["a", "b", "c"]], 1)
+    assert_same(replica.parameters, start(), "restarted")
 
 
 def test_without_a_usable_replica_the_anchor_stays_and_an_alarm_is_raised() -> None:
@@ -243,6 +268,35 @@ def test_an_outlier_among_four_is_left_out_of_one_mean() -> None:
         assert not reports[1].quarantined
         assert_same(anchor, {name: tensor - 8.0 for name, tensor in start().items()}, "anchor")
         assert_same(local, anchor, "local")
+
+
+def weights_seen(s: Settings, strides: Callable[[int], float]) -> set[tuple[float, ...]]:
+    """Return the weights of all applies when four replicas move alike by ``strides(t)``."""
+
+    def inner(k: int) -> Callable[[Parameters, int], None]:
+        def step(local: Parameters, t: int) -> None:
+            for tensor in local.values():
+                tensor.sub_(strides(t))
+
+        return step
+
+    return {
+        tuple(fragment.weights.tolist())
+        for _, _, reports in train(s, 4, inner)
+        for report in reports
+        for fragment in report.applied
+    }
+
+
+def test_a_short_first_interval_sets_no_band() -> None:
+    # Fragment 0 is first launched after half an interval of warm-up, then moves 20 times as far.
+    s = settings(fragments=FRAGMENTS[2], train_iters=8)
+    assert weights_seen(s, lambda t: 1.0 if t <= 2 else 10.0) == {(1.0,) * 4}
+
+
+def test_the_flush_knows_no_band() -> None:
+    # The one step that is left moves a fortieth of a round.
+    assert weights_seen(settings(train_iters=9), lambda t: 0.1 if t == 9 else 1.0) == {(1.0,) * 4}
 
 
 def test_the_report_measures_the_round() -> None:
@@ -321,10 +375,12 @@ def test_saving_does_not_disturb_the_run() -> None:
         assert_same(anchor, expected, "anchor")
 
 
+def lone_reducer() -> ExchangeReducer:
+    return ExchangeReducer(Exchange(1), 0)
+
+
 def alone(s: Settings, replica: Replica) -> Synchronizer:
-    reducers: list[ExchangeReducer] = []
-    in_lockstep(lambda _, reducer: reducers.append(reducer), 1)
-    return synchronizer_of(replica.port(), s, reducers[0], 1)
+    return synchronizer_of(replica.port(), s, lone_reducer(), 1)
 
 
 def test_a_state_of_another_schedule_is_refused() -> None:
@@ -384,10 +440,8 @@ def test_duplicates_follow_their_owner_before_parameters_are_published() -> None
         broadcast_duplicates=lambda names: calls.append(f"duplicates of {len(names)}"),
         publish=lambda: calls.append("publish"),
     )
-    reducers: list[ExchangeReducer] = []
-    in_lockstep(lambda _, reducer: reducers.append(reducer), 1)
     s = settings(sync_interval=1, fragments=[["a", "b", "c", "norm"]])
-    synchronizer = synchronizer_of(port, s, reducers[0], 1)
+    synchronizer = synchronizer_of(port, s, lone_reducer(), 1)
     synchronizer.after_inner_step(1)
     assert calls == ["duplicates of 4", "publish"]
     assert "norm" not in synchronizer.anchors()
@@ -407,8 +461,6 @@ def test_masters_that_are_views_of_parameters_are_not_kept_as_the_anchor() -> No
 
 
 def test_a_parameter_without_a_fragment_is_refused() -> None:
-    reducers: list[ExchangeReducer] = []
-    in_lockstep(lambda _, reducer: reducers.append(reducer), 1)
     with pytest.raises(ConfigError, match="no fragment for c"):
         Synchronizer(
             Replica(start()).port(),
@@ -416,7 +468,7 @@ def test_a_parameter_without_a_fragment_is_refused() -> None:
             SyncSchedule(sync_interval=1, train_iters=1),
             average(),
             Mix(),
-            reducers[0],
-            reducers[0],
+            lone_reducer(),
+            lone_reducer(),
             Guard(1),
         )
