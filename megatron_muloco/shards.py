@@ -70,7 +70,7 @@ class Shard:
 
 def coverage(given: Iterable[str], wanted: Iterable[str]) -> tuple[list[str], list[str]]:
     """Return the names of ``wanted`` that ``given`` misses, and those it repeats or adds."""
-    counts = Counter(given)
+    counts = Counter(iter(given))  # names, also those of a mapping, whose values are not counts
     expected = set(wanted)
     missing = sorted(expected - counts.keys())
     surplus = sorted(name for name, count in counts.items() if count > 1 or name not in expected)

@@ -116,7 +116,6 @@ class DataConfig(Section):
     cache_dir: str | None = Field(
         None, description="Directory of sample index caches; default beside the data."
     )
-    num_workers: int = Field(0, ge=0, description="Loader processes per rank; 0 reads in line.")
 
 
 class TrainingConfig(Section):
@@ -203,6 +202,10 @@ class MonitorConfig(Section):
     pseudogradient_interval: int = Field(
         1, ge=0, description="Rounds between pseudogradient diagnostics; 0 is off."
     )
+    sample_tokens: int = Field(
+        0, ge=0, description="Tokens of text that the anchor writes at the end of the run; 0 is off."
+    )
+    sample_prompt: str = Field("The ", min_length=1, description="What that text begins with.")
     digest_interval: int = Field(
         10,
         ge=0,

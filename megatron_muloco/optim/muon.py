@@ -122,11 +122,12 @@ class MuonAdamW(torch.optim.AdamW):
             orthogonalise: Replaces Newton-Schulz, for tests and other orthogonalisers.
         """
         self.muon = muon or MuonSettings()
-        self._orthogonalise = orthogonalise or self.muon.orthogonalise
+        self.orthogonalise = orthogonalise or self.muon.orthogonalise
         self._bound: list[list[BoundShard]] | None = None
         self._exchange: ShardExchange | None = None
         self._planned: tuple[str, ...] = ()
         self.last_step = StepReport(0, 0)
+        self.balance = 1.0
         super().__init__(
             params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=True
         )
@@ -152,6 +153,7 @@ class MuonAdamW(torch.optim.AdamW):
         bound = bind_shards([group["params"] for group in self.param_groups], shards, table)
         check_exchange(table, exchange, bound)
         self._bound, self._exchange = bound, exchange
+        self.balance = table.assignment.balance
         self._planned = table.owned_by(exchange.rank) if exchange else ()
         # Eagerly, so that every rank has the same state names before the first step as after it.
         for b in chain.from_iterable(bound):
@@ -243,7 +245,7 @@ class MuonAdamW(torch.optim.AdamW):
             by_shape.setdefault(unit.shape, []).append(unit.name)
         updates: dict[str, Tensor] = {}
         for (rows, columns), names in by_shape.items():
-            directions = self._orthogonalise(torch.stack([matrices[name] for name in names]))
+            directions = self.orthogonalise(torch.stack([matrices[name] for name in names]))
             scaled = directions * scale_factor(self.muon.scale_mode, rows, columns)
             updates.update(zip(names, scaled, strict=True))
         missing, surplus = coverage(list(updates), self._planned)
@@ -261,6 +263,11 @@ class MuonAdamW(torch.optim.AdamW):
             for b in bound:
                 for moment in self.state[b.tensor].values():
                     moment.zero_()
+
+    @property
+    def has_matrices(self) -> bool:
+        """Whether this stage has matrices to orthogonalise, here or on another rank of it."""
+        return self._exchange is not None
 
     @property
     def step_count(self) -> int:

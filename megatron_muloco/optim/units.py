@@ -23,6 +23,7 @@ __all__ = [
     "Route",
     "Unit",
     "check_rows",
+    "is_vector",
     "newton_schulz_flops",
     "route",
     "split",
@@ -124,6 +125,11 @@ def newton_schulz_flops(rows: int, columns: int, steps: int) -> int:
     """
     m, n = sorted((rows, columns))
     return steps * (4 * m * m * n + 2 * m * m * m)
+
+
+def is_vector(param: ParamInfo) -> bool:
+    """Whether a parameter is a norm, a bias, the embedding or the output layer."""
+    return len(param.local_shape) < 2 or param.name in _TABLES
 
 
 def route(param: ParamInfo) -> tuple[Route, str]:

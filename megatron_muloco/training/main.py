@@ -123,17 +123,26 @@ def _check_inputs(config: RunConfig) -> None:
     """Raise one ConfigError with everything that is wrong with the files the run names."""
     from megatron_muloco.data.checks import check_data
 
-    problems = check_data(config.data)
+    problems = check_data(
+        config.data,
+        model_vocab_size=config.model.vocab_size,
+        seq_length=config.model.seq_length,
+    )
     if problems:
         raise ConfigError(problems)
 
 
 def _train(config: RunConfig) -> int:
     """Train; return the exit code. An error leaves at once, without collectives: ranks may disagree."""
-    from megatron_muloco.training.loop import run
+    from megatron_muloco.training.loop import Outcome, run
 
+    exit_codes = {
+        Outcome.DONE: EXIT_DONE,
+        Outcome.STOPPED: EXIT_STOPPED,
+        Outcome.UNSAVED: EXIT_FAULT,  # to start again would begin from nothing
+    }
     try:
-        return EXIT_DONE if run(config) else EXIT_STOPPED
+        return exit_codes[run(config)]
     except ConfigError as error:
         _refuse(error)
     except MulocoError as error:

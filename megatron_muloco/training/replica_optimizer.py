@@ -20,6 +20,7 @@ from megatron_muloco.config.derived import Derived
 from megatron_muloco.config.schedules import learning_rate
 from megatron_muloco.optim.muon import MuonAdamW
 from megatron_muloco.outer.report import OuterReport
+from megatron_muloco.outer.schedule import Apply, SyncSchedule
 from megatron_muloco.outer.synchronizer import Synchronizer
 from megatron_muloco.runtime.megatron import MasterView
 
@@ -79,6 +80,18 @@ class ReplicaOptimizer:
         self.skipped_steps = 0
         self.last_inner: InnerReport | None = None
         self.last_outer: OuterReport | None = None
+
+    @property
+    def schedule(self) -> SyncSchedule | None:
+        """When outer steps are due; ``None`` for plain data parallelism."""
+        return None if self.synchronizer is None else self.synchronizer.schedule
+
+    def waits_after(self, step: int) -> bool:
+        """Whether the outer step after inner step ``step`` waits for other replicas."""
+        schedule = self.schedule
+        return schedule is not None and any(
+            isinstance(event, Apply) for event in schedule.events(step)
+        )
 
     def __getattr__(self, name: str) -> Any:
         """Answer for the optimizer underneath."""

@@ -25,7 +25,7 @@ from megatron_muloco.optim.exchange import ShardExchange
 from megatron_muloco.optim.muon import MuonAdamW, MuonSettings
 from megatron_muloco.optim.parameter_table import ParameterTable, build_parameter_table
 from megatron_muloco.optim.segments import RankShards
-from megatron_muloco.optim.units import LayerShape, route
+from megatron_muloco.optim.units import LayerShape, is_vector
 from megatron_muloco.outer.fragments import FragmentPlan
 from megatron_muloco.outer.guard import Guard
 from megatron_muloco.outer.merge import Additive, Mix
@@ -123,7 +123,7 @@ def parameter_table(view: MasterView, config: RunConfig, groups: Groups) -> Para
         multipliers={
             name: (vector.lr_mult, vector.weight_decay_mult)
             for name, info in view.infos.items()
-            if route(info)[0] == "vector"
+            if is_vector(info)
         },
     )
 

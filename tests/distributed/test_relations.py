@@ -114,7 +114,7 @@ def test_between_outer_steps_a_replica_is_alone(inner: str) -> None:
 def _with_sgd(run: TinyRun) -> TinyRun:
     """Turn Muon into plain SGD on matrices; vector parameters stay where they are."""
     inner = run.optimizer.inner
-    inner._orthogonalise = lambda batch: batch.float()
+    inner.orthogonalise = lambda batch: batch.float()
     return run
 
 

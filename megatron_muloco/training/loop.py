@@ -1,0 +1,214 @@
+"""The training loop, in the words of the papers::
+
+    every inner step t:   theta_k <- inner optimizer(theta_k, gradients of replica k's samples)
+    every round:          D_k = theta - theta_k;  theta <- outer optimizer(theta, mean_k D_k)
+"""
+
+import time
+from enum import Enum
+
+import torch
+
+from megatron_muloco.checkpoint.layout import checkpoint_path
+from megatron_muloco.checkpoint.save import anchor_digest
+from megatron_muloco.config import RunConfig
+from megatron_muloco.monitor.interval import Value
+from megatron_muloco.outer.report import OuterReport
+from megatron_muloco.runtime.distributed import shutdown
+from megatron_muloco.training.evaluate import anchor_in_place, evaluate, generate
+from megatron_muloco.training.replica_optimizer import InnerReport
+from megatron_muloco.training.signals import StopRequest
+from megatron_muloco.training.trainer import Trainer, build_trainer, scalars_of
+
+__all__ = ["Outcome", "run", "train"]
+
+_SAMPLE_TEMPERATURE = 0.8  # chosen: below 1 a small model repeats its likelier, better-known phrases
+
+
+class Outcome(Enum):
+    """How a run ended."""
+
+    DONE = "done"
+    STOPPED = "stopped on request; state saved"
+    UNSAVED = "stopped on request; checkpoint.dir is not set, so nothing was saved"
+
+
+def run(config: RunConfig) -> Outcome:
+    """Build a trainer, train to the end or to a stop request, and leave the job."""
+    with StopRequest() as stop:
+        trainer = build_trainer(config)
+        outcome = train(trainer, stop)
+        trainer.monitor.close(outcome.value)
+        shutdown()
+    return outcome
+
+
+def train(trainer: Trainer, stop: StopRequest) -> Outcome:
+    """Make all inner and outer steps that are left."""
+    last_step, stop_after = trainer.derived.train_iters, None
+    for step in range(trainer.first_step, last_step + 1):
+        stop_after = _inner_step(trainer, step, stop, stop_after)
+        _outer_step(trainer, step)
+        if _is_due(step, trainer.config.training.eval_interval) and step < last_step:
+            _evaluate(trainer, step)
+        if step == stop_after and step < last_step:
+            return _save(trainer, step, Outcome.STOPPED, Outcome.UNSAVED)
+        if _is_due(step, trainer.config.checkpoint.save_interval) and step < last_step:
+            _save(trainer, step)
+        stop_after = stop_after or _stop_decision(trainer, step)
+    return _finish(trainer, last_step)
+
+
+def _inner_step(
+    trainer: Trainer, step: int, stop: StopRequest, stop_after: int | None
+) -> int | None:
+    """Forward, backward and inner optimizer of this replica; return the agreed last step, if any.
+
+    Collectives: inside the replica only.
+    """
+    data, count = trainer.train_data, trainer.derived.num_microbatches
+    trainer.model.zero_grad_buffer()
+    trainer.optimizer.zero_grad()
+    loss = trainer.forward((data.microbatch(step, index) for index in range(count)), count)
+    started = time.perf_counter()
+    report = trainer.optimizer.inner_step()
+    elapsed_ms = (time.perf_counter() - started) * 1e3
+    loss, stop_wanted, stop_after = _share(trainer, loss / count, stop.requested, stop_after)
+    if stop_wanted and trainer.groups.is_leader:
+        trainer.agreement.request()
+    trainer.monitor.record(step, _metrics(trainer, step, report, loss, elapsed_ms))
+    return stop_after
+
+
+def _share(
+    trainer: Trainer, loss: torch.Tensor, stop_requested: bool, stop_after: int | None
+) -> tuple[torch.Tensor, bool, int | None]:
+    """Sum over the replica: its mean loss, whether a rank was asked to stop, the leader's last step.
+
+    Collectives: one all-reduce of three fp64 numbers over the replica.
+    """
+    groups = trainer.groups
+    speaks = groups.on_last_stage and groups.coords.tp == 0 and groups.coords.cp == 0
+    leads = groups.is_leader and stop_after is not None
+    shared = torch.zeros(3, dtype=torch.float64, device=loss.device)
+    if speaks:
+        shared[0] = loss / groups.topology.data
+    shared[1] = float(stop_requested)
+    shared[2] = float(stop_after or 0) if leads else 0.0
+    if groups.topology.replica_size > 1:
+        torch.distributed.all_reduce(shared, group=groups.replica)
+    _, requests, agreed = shared.tolist()
+    return shared[0], requests > 0, int(agreed) or None
+
+
+def _outer_step(trainer: Trainer, step: int) -> OuterReport | None:
+    """Make the outer steps due after inner step ``step``.
+
+    Collectives: over outer groups and replicas when something is due, none otherwise.
+    """
+    riders = trainer.monitor.riders(step)
+    if trainer.groups.is_leader and trainer.optimizer.waits_after(step):
+        trainer.agreement.announce_sync(step)
+    report = trainer.optimizer.outer_step(riders)
+    if report is not None:
+        trainer.monitor.outer_step(report)
+    return report
+
+
+def _stop_decision(trainer: Trainer, step: int) -> int | None:
+    """Return the agreed last step on the leader of a replica, which tells its ranks with the next loss."""
+    return trainer.agreement.decide(step) if trainer.groups.is_leader else None
+
+
+def _metrics(
+    trainer: Trainer, step: int, report: InnerReport, loss: torch.Tensor, elapsed_ms: float
+) -> dict[str, Value]:
+    """Return what the monitor records of an inner step; costly numbers only when a line is due."""
+    inner = trainer.optimizer.inner
+    metrics: dict[str, Value] = {
+        "lm loss": loss,
+        "learning-rate": report.lr,
+        "grad-norm": report.grad_norm,
+        "perf/inner_optimizer_ms": elapsed_ms,
+    }
+    if trainer.probe is not None:
+        metrics["muon/ns_calls"] = inner.last_step.newton_schulz_calls
+        metrics["muon/balance"] = inner.balance
+        if trainer.monitor.due(step):
+            metrics |= trainer.probe.take(trainer.config.monitor.log_interval)
+    return metrics
+
+
+def _evaluate(trainer: Trainer, step: int) -> None:
+    """Write the held-out loss of the anchor, where the run has held-out data."""
+    if trainer.valid_data is None:
+        return
+    with trainer.monitor.paused():
+        loss = evaluate(
+            trainer.forward,
+            trainer.optimizer,
+            trainer.valid_data,
+            trainer.groups,
+            steps=trainer.config.training.eval_iters,
+        )
+        trainer.monitor.evaluation(step, loss)
+
+
+def _save(
+    trainer: Trainer,
+    step: int,
+    saved: Outcome = Outcome.STOPPED,
+    unsaved: Outcome = Outcome.UNSAVED,
+) -> Outcome:
+    """Publish a checkpoint of ``step``, where checkpoints are kept."""
+    if trainer.store is None:
+        return unsaved
+    with trainer.monitor.paused():
+        trainer.state.scalars.update(scalars_of(step, trainer.config))
+        path = trainer.store.save(step, trainer.state)
+        trainer.monitor.say(f"saved {path}")
+    return saved
+
+
+def _finish(trainer: Trainer, last_step: int) -> Outcome:
+    """Save, flush, store the flushed anchor beside the checkpoint, and evaluate it."""
+    already = trainer.first_step > last_step
+    path = None
+    if trainer.store is not None and not already:
+        _save(trainer, last_step)
+        path = checkpoint_path(trainer.store.directory, last_step)
+    if trainer.groups.is_leader:
+        trainer.agreement.announce_sync(last_step + 1)
+    report = trainer.optimizer.flush()
+    if report is not None:
+        trainer.monitor.outer_step(report)
+    if trainer.store is not None and path is not None:
+        trainer.store.save_final_anchor(path, trainer.state)
+    _evaluate(trainer, last_step)
+    _sample(trainer)
+    trainer.monitor.say(f"final anchor digest: {anchor_digest(trainer.state)}")
+    return Outcome.DONE
+
+
+def _sample(trainer: Trainer) -> None:
+    """Print what the anchor writes, where the configuration asks for it."""
+    monitor = trainer.config.monitor
+    if not monitor.sample_tokens or trainer.groups.topology.pipeline > 1:
+        return
+    prompt = trainer.tokenizer.tokenize(monitor.sample_prompt)
+    with trainer.monitor.paused(), anchor_in_place(trainer.optimizer):
+        tokens = generate(
+            trainer.model.module,
+            prompt,
+            length=monitor.sample_tokens,
+            window=trainer.config.model.seq_length,
+            vocab_size=trainer.tokenizer.vocab_size,
+            temperature=_SAMPLE_TEMPERATURE,
+            seed=trainer.config.training.seed,
+        )
+    text = trainer.tokenizer.detokenize(prompt + tokens)
+    trainer.monitor.say(f"the anchor writes: {text!r}")
+
+
+def _is_due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0
