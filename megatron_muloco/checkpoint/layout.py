@@ -132,11 +132,8 @@ def find_latest(directory: Path) -> Found | None:
             "checkpoint.dir at an empty one."
         )
     step = max(whole)
-    reason = problem or (
-        f"it has no {LATEST_FILE}"
-        if named is None
-        else f"{LATEST_FILE} names step {named}, not there"
-    )
+    lost = f"step {named}, which {LATEST_FILE} names, is not there"
+    reason = problem or (f"there is no {LATEST_FILE}" if named is None else lost)
     note = f"{directory}: {reason}; using the newest complete checkpoint, {whole[step].name}"
     return Found(whole[step], step, note)
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreLoadPlanner,
     MCoreSavePlanner,
@@ -71,16 +72,17 @@ def everywhere(what: str, remedy: str) -> Iterator[None]:
         raise CheckpointError(first)
 
 
-def write_tensors(directory: Path, tensors: Iterable[ShardedTensor]) -> None:
-    """Write this rank's tensors, and through to the disk.
+def write_tensors(directory: Path, entries: Iterable[ShardedBase]) -> None:
+    """Write this rank's tensors and objects, and through to the disk.
 
     Every element of every key must be given by exactly one rank.
 
     Collectives: torch's checkpoint planning over the whole job; every rank calls it.
     """
-    by_key: dict[str, list[ShardedTensor]] = defaultdict(list)
-    for tensor in tensors:
-        by_key[tensor.key].append(tensor)
+    by_key: dict[str, list[ShardedBase]] = defaultdict(list)
+    for entry in entries:
+        key = entry.unique_key if isinstance(entry, ShardedObject) else entry.key
+        by_key[key].append(entry)
     state_dict_saver.save(
         mcore_to_pyt_state_dict(by_key),
         storage_writer=FileSystemWriter(directory, sync_files=True),

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedBase
 
 from megatron_muloco.checkpoint import layout
 from megatron_muloco.checkpoint.layout import Found
@@ -123,13 +123,13 @@ class CheckpointStore:
 
 
 def write_published(
-    path: Path, tensors: Iterable[ShardedTensor], describe_in: Callable[[Path], None]
+    path: Path, entries: Iterable[ShardedBase], describe_in: Callable[[Path], None]
 ) -> None:
     """Write a directory under a temporary name and give it its own when it is complete.
 
     Args:
         path: The directory to appear; replaced if it exists.
-        tensors: What this rank writes; exhausted inside, on all ranks at the same point.
+        entries: What this rank writes; exhausted inside, on all ranks at the same point.
         describe_in: Writes the small files into the temporary directory; rank 0 calls it.
 
     Raises:
@@ -147,7 +147,7 @@ def write_published(
         with everywhere(what, remedy):
             if _first_rank():
                 layout.begin(path)
-        collected = list(tensors)
+        collected = list(entries)
         with everywhere(what, remedy):
             write_tensors(temporary, collected)
         with everywhere(what, remedy):

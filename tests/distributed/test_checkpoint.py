@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 import torch
 
+from megatron_muloco.checkpoint.export import export_anchor
 from megatron_muloco.checkpoint.state import RunState, read_description
 from megatron_muloco.checkpoint.store import CheckpointStore
 from tests.support.spawn import run_ranks
@@ -115,3 +116,130 @@ def load_and_save_again(source: Path, target: Path, sections: dict[str, Any]) ->
     step = store_of(run, source).load(source, state).step
     store_of(run, target).save(step, state)
     finish_tiny()
+
+
+def load_elsewhere(path: Path, again: Path, sections: dict[str, Any]) -> None:
+    """Load into this layout and save from it."""
+    run = started(sections)
+    state = state_of(run)
+    step = store_of(run, path).load(path, state).step
+    store_of(run, again).save(step, state)
+    finish_tiny()
+
+
+def stored_tensors(directory: Path) -> dict[str, torch.Tensor]:
+    """Return every tensor of a checkpoint but generator states, whole, by reading its files plainly."""
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+    tensors: dict[str, Any] = {}
+    _load_state_dict(
+        tensors,
+        storage_reader=FileSystemReader(directory),
+        planner=_EmptyStateDictLoadPlanner(),
+        no_dist=True,
+    )
+    flat: dict[str, torch.Tensor] = {}
+
+    def visit(prefix: str, node: Any) -> None:
+        if isinstance(node, dict):
+            for name, child in node.items():
+                visit(f"{prefix}.{name}", child)
+        else:
+            flat[prefix] = node
+
+    visit("", tensors)
+    return {key: tensor for key, tensor in flat.items() if not key.startswith(".rng")}
+
+
+MODEL = {"inner": MUON, "model": {"num_query_groups": 2}}
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "tp2": (2, {"tensor_model_parallel_size": 2}),
+    "pp2": (2, {"pipeline_model_parallel_size": 2}),
+    "dp3": (3, {}),
+    "tp2-dp2": (4, {"tensor_model_parallel_size": 2}),
+}
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_every_layout_reads_and_writes_the_same_model_space(tied: bool, tmp_path: Path) -> None:
+    """Relation 7: a change of TP, PP or DP keeps every stored tensor and the digest of the anchor."""
+    model = {"untie_embeddings_and_output_weights": not tied}
+    sections = {"inner": MUON, "model": model, "training": {"global_batch_size": 12}}
+    source = tmp_path / "source"
+    run_ranks(save_after, 1, 3, 0, sections, source)
+    expected = stored_tensors(source / "iter_0000003")
+    digest = read_description(source / "iter_0000003").anchor_digest
+    for name, (world, parallel) in LAYOUTS.items():
+        target = tmp_path / name
+        run_ranks(load_elsewhere, world, source, target, sections | {"parallel": parallel})
+        written = stored_tensors(target / "iter_0000003")
+        assert written.keys() == expected.keys()
+        for key in expected:
+            assert_equal(written[key], expected[key], f"{name}: {key}")
+        assert read_description(target / "iter_0000003").anchor_digest == digest
+
+
+def exported(directory: Path, source: Path, sections: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Export the anchor of a checkpoint, read it back as Megatron would, return (ours, theirs)."""
+    from megatron.core import dist_checkpointing
+
+    run = started(sections)
+    model = run.model.module
+    store_of(run, source).load_anchor(source, run.optimizer.view)
+    ours = run.whole_parameters()
+    path = export_anchor(
+        directory,
+        3,
+        groups=run.groups,
+        model=model,
+        view=run.optimizer.view,
+        dtype=torch.float32,
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    metadata = {"dp_cp_group": run.groups.pg.dp_cp}
+    loaded = dist_checkpointing.load(
+        {"model": model.sharded_state_dict(metadata=metadata)}, str(path)
+    )
+    model.load_state_dict(loaded["model"])
+    for name, theirs in run.whole_parameters().items():
+        assert_equal(theirs, ours[name], name)
+    finish_tiny()
+    return loaded["iteration"]
+
+
+def test_the_exported_anchor_is_a_plain_megatron_checkpoint(tmp_path: Path) -> None:
+    sections: dict[str, Any] = {"inner": MUON, "parallel": {"num_replicas": 2}}
+    run_ranks(save_after, 2, 3, 0, sections, tmp_path / "run")
+    parallel = {"tensor_model_parallel_size": 2}
+    args = (tmp_path / "plain", tmp_path / "run", {"inner": MUON, "parallel": parallel})
+    assert run_ranks(exported, 2, *args) == [3, 3]
+
+
+def flush_and_store(directory: Path, sections: dict[str, Any]) -> tuple[Any, Any, Any]:
+    run = started(sections).train(3)
+    store, state = store_of(run, directory), state_of(run)
+    path = store.save(3, state)
+    before = dict(run.optimizer.synchronizer.state_dict()["tensors"]["anchor"])
+    before = {name: tensor.clone() for name, tensor in before.items()}
+    run.optimizer.flush()
+    store.save_final_anchor(path, state)
+    flushed = {name: t.clone() for name, (_, t) in run.masters().items()}
+    store.load_anchor(path, run.optimizer.view)
+    final = {name: t for name, (_, t) in run.masters().items()}
+    store.load_anchor(path, run.optimizer.view, flushed=False)
+    unflushed = {name: t for name, (_, t) in run.masters().items()}
+    finish_tiny()
+    for name in before:
+        assert_equal(final[name], flushed[name], name)
+        assert_equal(unflushed[name], before[name], name)
+    return final["output_layer.weight"], unflushed["output_layer.weight"], None
+
+
+def test_the_flushed_anchor_is_stored_beside_the_state_before_it(tmp_path: Path) -> None:
+    sections = {"parallel": {"num_replicas": 2}, "training": {"train_iters": 3}}
+    for final, unflushed, _ in run_ranks(flush_and_store, 2, tmp_path, sections):
+        assert not torch.equal(final, unflushed)
