@@ -46,6 +46,8 @@ def run(config: RunConfig) -> Outcome:
 def train(trainer: Trainer, stop: StopRequest) -> Outcome:
     """Make all inner and outer steps that are left."""
     last_step, stop_after = trainer.derived.train_iters, None
+    if trainer.first_step == 1 and trainer.config.training.eval_interval:
+        _evaluate(trainer, 0)
     for step in range(trainer.first_step, last_step + 1):
         stop_after = _inner_step(trainer, step, stop, stop_after)
         _outer_step(trainer, step)
