@@ -1,9 +1,10 @@
-"""What a rank holds of each parameter: the vocabulary shared by optimizer, outer step and checkpoint.
+"""What a rank holds of each parameter: the words of optimizer, outer step and checkpoint.
 
 Megatron cuts a parameter twice: over tensor-parallel ranks along one dimension, and, for the
 optimizer, over data-parallel ranks into flat ranges that may start and end anywhere::
 
-    linear_fc1.weight [2*ffn, h]  --tp dim 0-->  local tensor [2*ffn/tp, h]  --dp-->  flat [start, end)
+    linear_fc1.weight [2*ffn, h]  --tp dim 0-->  local tensor [2*ffn/tp, h]  --dp-->  flat [start,
+    end)
 
 A `Shard` names one such flat range of one local tensor. No torch here: this is arithmetic.
 """

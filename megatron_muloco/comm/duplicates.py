@@ -1,9 +1,9 @@
 """Parameters that several ranks of one replica hold: one of them speaks, the others listen.
 
 Two kinds exist: norms are the same on all tensor-parallel ranks, and a tied output embedding on the
-last pipeline stage repeats the embedding of the first. Their copies sit in different outer groups, which
-may add in different orders, so only the holder (tensor-parallel rank 0; the first stage) takes part in
-the outer step and then hands its new values to the copies.
+last pipeline stage repeats the embedding of the first. Their copies sit in different outer groups,
+which may add in different orders, so only the holder (tensor-parallel rank 0; the first stage)
+takes part in the outer step and then hands its new values to the copies.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -55,9 +55,10 @@ class DuplicateBroadcast:
     def __call__(self, names: Collection[str]) -> None:
         """Overwrite the duplicates of the named parameters.
 
-        Collectives: one broadcast over the tensor-parallel group, and one over the embedding group on
-        the first and last stage when embeddings are tied; 4 bytes an element held. Every rank of the
-        replica must call it with the same names.
+        Collectives: one broadcast over the tensor-parallel group, and one over the embedding group
+            on
+        the first and last stage when embeddings are tied; 4 bytes an element held. Every rank of
+        the replica must call it with the same names.
         """
         wanted = frozenset(names)
         for group, members in self._routes:
@@ -82,9 +83,9 @@ class DuplicateBroadcast:
             ):
                 if not torch.equal(own.view(torch.int32), other.view(torch.int32)):
                     raise SyncError(
-                        f"{shard.name}: rank {torch.distributed.get_rank()} holds other values than "
-                        f"rank {torch.distributed.get_global_rank(group, 0)}, though both hold the "
-                        "same parameter; the replica's copies have drifted apart"
+                        f"{shard.name}: rank {torch.distributed.get_rank()} holds other values "
+                        f"than rank {torch.distributed.get_global_rank(group, 0)}, though both "
+                        "hold the same parameter; the replica's copies have drifted apart"
                     )
 
     def _packed(self, shards: Sequence[Shard]) -> Tensor:

@@ -1,9 +1,9 @@
 """Process groups of a K-replica job.
 
 Every group is a set of ranks that differ only in some axes of the topology. Groups inside a replica
-go to Megatron as one `ProcessGroupCollection`; two more exist for this package: the *outer group* (the
-K ranks with the same position in their replicas) and the *stage group* (the ranks of one pipeline
-stage of one replica, which share its matrices).
+go to Megatron as one `ProcessGroupCollection`; two more exist for this package: the *outer group*
+(the K ranks with the same position in their replicas) and the *stage group* (the ranks of one
+pipeline stage of one replica, which share its matrices).
 """
 
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_muloco.topology import Coords, Topology
+from megatron_muloco.topology import Axis, Coords, Topology
 
 __all__ = ["Groups", "build_groups"]
 
-# Field of ProcessGroupCollection -> axes that vary inside the group. There are no experts, so expert
-# parallelism is one rank wide and the expert fields repeat the dense ones.
-_FIELDS: dict[str, tuple[str, ...]] = {
+# Field of ProcessGroupCollection -> axes that vary inside the group. There are no experts, so
+# expert parallelism is one rank wide and the expert fields repeat the dense ones.
+_FIELDS: dict[str, tuple[Axis, ...]] = {
     "tp": ("tp",),
     "cp": ("cp",),
     "dp": ("dp",),
@@ -41,9 +41,12 @@ _FIELDS: dict[str, tuple[str, ...]] = {
 }
 # Fields that both Megatron versions must find set, though nothing here uses them.
 _UNUSED_FIELDS = ("hcp", "inter_dist_opt")
-# Fields that only newer versions declare (0.17 on); same meaning as the dense ones without rematerialised
-# weight sharding.
-_NEWER_FIELDS = {"dp_cp_ag": ("cp", "dp"), "dp_cp_gtp_remat": ("cp", "dp")}
+# Fields that only newer versions declare (0.17 on); same meaning as the dense ones without
+# rematerialised weight sharding.
+_NEWER_FIELDS: dict[str, tuple[Axis, ...]] = {
+    "dp_cp_ag": ("cp", "dp"),
+    "dp_cp_gtp_remat": ("cp", "dp"),
+}
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class Groups:
     @property
     def is_leader(self) -> bool:
         """Whether this rank is the first of its replica."""
-        return self.replica.rank() == 0
+        return bool(self.replica.rank() == 0)
 
     @property
     def on_first_stage(self) -> bool:
@@ -90,7 +93,7 @@ class _GroupBuilder:
         self._options: dict[str, Any] = {"timeout": timeout, "backend": backend}
         self._built: dict[tuple[tuple[int, ...], ...], Any] = {}
 
-    def over(self, *axes: str) -> Any:
+    def over(self, *axes: Axis) -> Any:
         """Return this rank's group of the ranks that differ only in ``axes``."""
         return self.from_lists(tuple(self._topology.groups(*axes)))
 
@@ -106,18 +109,16 @@ class _GroupBuilder:
         return self._built[lists]
 
 
-def build_groups(
-    topology: Topology, *, timeout: timedelta, backend: str | None = None
-) -> Groups:
+def build_groups(topology: Topology, *, timeout: timedelta, backend: str | None = None) -> Groups:
     """Create every process group of the job.
 
-    Collectives: every rank of the job must call it at the same point; groups are created in the same
-    order everywhere.
+    Collectives: every rank of the job must call it at the same point; groups are created in the
+    same order everywhere.
 
     Args:
         topology: Must match the world size.
-        timeout: How long a collective inside these groups may wait (torch's default of 30 minutes for
-            new groups would hide a dead peer).
+        timeout: How long a collective inside these groups may wait (torch's default of 30 minutes
+            for new groups would hide a dead peer).
         backend: Backend of the groups; the default group's when ``None``.
     """
     build = _GroupBuilder(topology, timeout, backend)

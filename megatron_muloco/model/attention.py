@@ -9,6 +9,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from typing_extensions import override
 
 __all__ = ["SDPACoreAttention", "document_mask"]
 
@@ -20,8 +21,8 @@ def document_mask(document_ids: Tensor) -> Tensor:
         document_ids: [b, s] integers that change where a new document begins.
 
     Returns:
-        Boolean [b, 1, s, s] in Megatron's convention: True is masked out. A position sees itself and
-        earlier positions of its own document.
+        Boolean [b, 1, s, s] in Megatron's convention: True is masked out. A position sees itself
+        and earlier positions of its own document.
     """
     same = document_ids.unsqueeze(1) == document_ids.unsqueeze(2)
     length = document_ids.shape[1]
@@ -55,6 +56,7 @@ class SDPACoreAttention(MegatronModule):
             raise ValueError("attention dropout is not implemented in SDPACoreAttention")
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
 
+    @override
     def forward(
         self,
         query: Tensor,

@@ -72,8 +72,8 @@ def _recompute(config: RunConfig) -> str | None:
 def build_model(config: RunConfig, groups: Groups) -> GPTModel:
     """Return this rank's pipeline stage, initialised, on the training device.
 
-    Collectives: with tied embeddings and more than one stage, Megatron reduces the embedding over the
-    first and the last stage; every rank must call it.
+    Collectives: with tied embeddings and more than one stage, Megatron reduces the embedding over
+    the first and the last stage; every rank must call it.
     """
     model, topology = config.model, groups.topology
     megatron_config = transformer_config(config)

@@ -1,8 +1,8 @@
 """Weight initialisation of the paper, the same for every layout.
 
-Each tensor is drawn whole from a generator seeded by the run's seed and the tensor's name, and every
-rank keeps its slice: the initial model depends neither on tensor nor pipeline nor data parallelism, nor
-on the replica, nor on the order in which modules are built.
+Each tensor is drawn whole from a generator seeded by the run's seed and the tensor's name, and
+every rank keeps its slice: the initial model depends neither on tensor nor pipeline nor data
+parallelism, nor on the replica, nor on the order in which modules are built.
 """
 
 import hashlib
@@ -20,13 +20,14 @@ from megatron.core.tensor_parallel.layers import (
 )
 from torch import Tensor, nn
 
-from megatron_muloco.model.names import EMBEDDING, OUTPUT, named_parameters
+from megatron_muloco.model.names import EMBEDDING, OUTPUT, named_parameters, partition_dim
 
 __all__ = ["initialise_weights"]
 
-# facts of the public research configuration (facebookresearch/MuLoCo, commit 475bbf4): truncated normal
-# 0.02 for q, k, v, o-less projections and the gate; 0.02/sqrt(2(layer+1)) for output projection, down and
-# up; embedding N(0, 1); head truncated normal d^-0.5 cut at three standard deviations.
+# facts of the public research configuration (facebookresearch/MuLoCo, commit 475bbf4): truncated
+# normal 0.02 for q, k, v, o-less projections and the gate; 0.02/sqrt(2(layer+1)) for output
+# projection, down and up; embedding N(0, 1); head truncated normal d^-0.5 cut at three standard
+# deviations.
 _HEAD_CUT = 3.0
 # Its truncation of layer weights lies at an absolute 2.0, a hundred standard deviations away.
 _LAYER_CUT = 2.0
@@ -57,8 +58,7 @@ def initialise_weights(
         for name, parameter in named_parameters(model):
             if parameter.dim() < 2:
                 continue  # norms start at one
-            split = getattr(parameter, "tensor_model_parallel", False)
-            dim = parameter.partition_dim if split else None
+            dim = partition_dim(parameter)
             shape = list(parameter.shape)
             if dim is not None:
                 shape[dim] *= size
@@ -68,7 +68,7 @@ def initialise_weights(
 
 
 def _mark_split_weights(model: nn.Module) -> None:
-    """Say along which dimension each weight is split; Megatron does so only in its own initialisation."""
+    """Say along which dimension each weight is split, as Megatron's own initialisation does."""
     for module in model.modules():
         if isinstance(module, RowParallelLinear):
             dim = 1

@@ -2,7 +2,8 @@
 
 ::
 
-    x -- input_layernorm -- linear_qkv -- (q, k norm) -- rope -- attention -- linear_proj -- post_norm -- + --
+    x -- input_layernorm -- linear_qkv -- (q, k norm) -- rope -- attention -- linear_proj --
+    post_norm -- + --
     |____________________________________________________________________________________________________|
 
 and the same around the SwiGLU MLP, whose post-norm sits behind ``linear_fc2``. Without
@@ -23,6 +24,7 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 from torch import Tensor
+from typing_extensions import override
 
 from megatron_muloco.model.attention import SDPACoreAttention
 from megatron_muloco.model.norm import QKRMSNorm, RMSNorm
@@ -33,14 +35,15 @@ __all__ = ["PostNormRowParallelLinear", "decoder_block_spec"]
 class PostNormRowParallelLinear(RowParallelLinear):
     """A row-parallel linear layer whose output is normalised before the residual is added.
 
-    The norm follows the reduction over tensor-parallel ranks, so it sees complete sums. Living inside
-    the layer, it needs neither a new transformer layer nor a new residual path.
+    The norm follows the reduction over tensor-parallel ranks, so it sees complete sums. Living
+    inside the layer, it needs neither a new transformer layer nor a new residual path.
     """
 
     def __init__(self, input_size: int, output_size: int, *, config: Any, **kwargs: Any) -> None:
         super().__init__(input_size, output_size, config=config, **kwargs)
         self.post_norm = RMSNorm(config, output_size, config.layernorm_epsilon)
 
+    @override
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the normalised product and no bias."""
         output, bias = super().forward(input_)

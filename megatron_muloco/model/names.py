@@ -1,19 +1,20 @@
 """Model-wide parameter names and what Megatron knows about each parameter.
 
 Inside a pipeline stage Megatron numbers layers from zero. Everything in this package (fragments,
-parameter tables, checkpoints, initialisation) uses names whose layers count over the whole model, so
-that a parameter keeps its name when the pipeline is cut differently.
+parameter tables, checkpoints, initialisation) uses names whose layers count over the whole model,
+so that a parameter keeps its name when the pipeline is cut differently.
 """
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
 from megatron_muloco.errors import RuntimeMismatch
 from megatron_muloco.shards import ParamInfo
 
-__all__ = ["EMBEDDING", "OUTPUT", "describe_parameters", "named_parameters"]
+__all__ = ["EMBEDDING", "OUTPUT", "describe_parameters", "named_parameters", "partition_dim"]
 
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"
@@ -26,7 +27,8 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     The tied output embedding of the last stage is named like the embedding it repeats.
     """
     tied = getattr(model, "share_embeddings_and_output_weights", False)
-    offsets = [layer.layer_number - 1 for layer in model.decoder.layers]
+    stage: Any = model
+    offsets = [layer.layer_number - 1 for layer in stage.decoder.layers]
     for name, parameter in model.named_parameters():
         match = _LAYER.match(name)
         if match:
@@ -39,14 +41,13 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def describe_parameters(
-    model: nn.Module, *, tensor_rank: int, tensor_size: int
+    model: nn.Module, *, tensor_rank: int
 ) -> dict[str, tuple[ParamInfo, nn.Parameter]]:
     """Return every trainable parameter of this stage with its `ParamInfo`, by model-wide name.
 
     Args:
         model: The bare GPTModel of one pipeline stage.
         tensor_rank: This rank's place in its tensor-parallel group.
-        tensor_size: Ranks in that group.
 
     Raises:
         RuntimeMismatch: Two parameters got one name, so one of them would never be synchronised.
@@ -58,19 +59,20 @@ def describe_parameters(
             continue
         if name in described:
             raise RuntimeMismatch(f"two parameters of this pipeline stage are both named {name}")
-        split = bool(getattr(parameter, "tensor_model_parallel", False)) and tensor_size > 1
-        dim = parameter.partition_dim if _is_tensor_parallel(parameter) else None
+        dim = partition_dim(parameter)
         info = ParamInfo(
             name=name,
             local_shape=tuple(parameter.shape),
             partition_dim=dim,
-            duplicate=(not split and tensor_rank > 0)
-            or (name == EMBEDDING and on_later_stage),
+            duplicate=(dim is None and tensor_rank > 0) or (name == EMBEDDING and on_later_stage),
         )
         described[name] = (info, parameter)
     return described
 
 
-def _is_tensor_parallel(parameter: nn.Parameter) -> bool:
-    """Whether Megatron splits this parameter over tensor-parallel ranks (also when there is one)."""
-    return bool(getattr(parameter, "tensor_model_parallel", False))
+def partition_dim(parameter: nn.Parameter) -> int | None:
+    """Return the dimension that is split over tensor-parallel ranks, or ``None``."""
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return None
+    marked: Any = parameter
+    return int(marked.partition_dim)

@@ -1,10 +1,10 @@
 """The CPU seam: what lets an unmodified Megatron-core run on a machine without an accelerator.
 
-Megatron-core names the device "cuda" in about a hundred places. Where no accelerator exists this one
-file answers for it: a `TorchFunctionMode` sends tensors meant for "cuda" to the CPU, and a dozen
-functions of ``torch.cuda`` get CPU equivalents. It is installed explicitly, once per process, and
-never where CUDA is available. The mode is thread-local: a helper thread that runs Megatron code must
-enter its own (`CpuDeviceMode`).
+Megatron-core names the device "cuda" in about a hundred places. Where no accelerator exists this
+one file answers for it: a `TorchFunctionMode` sends tensors meant for "cuda" to the CPU, and a
+dozen functions of ``torch.cuda`` get CPU equivalents. It is installed explicitly, once per process,
+and never where CUDA is available. The mode is thread-local: a helper thread that runs Megatron code
+must enter its own (`CpuDeviceMode`).
 """
 
 import warnings
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+from typing_extensions import override
 
 from megatron_muloco.errors import RuntimeMismatch
 
@@ -42,7 +43,8 @@ class CpuDeviceMode(TorchFunctionMode):
     they would refuse every CPU parameter.
     """
 
-    def __torch_function__(  # noqa: D105
+    @override
+    def __torch_function__(
         self,
         func: Callable[..., Any],
         types: Any,
@@ -97,8 +99,9 @@ def enable_cpu_backend() -> None:
     """
     if torch.cuda.is_available():
         raise RuntimeMismatch(
-            "the CPU backend was asked for on a machine with a CUDA accelerator; it would send every "
-            "tensor to the CPU. Hide the accelerator (CUDA_VISIBLE_DEVICES='') or do not enable it."
+            "the CPU backend was asked for on a machine with a CUDA accelerator; it would send "
+            "every tensor to the CPU. Hide the accelerator (CUDA_VISIBLE_DEVICES='') or do not "
+            "enable it."
         )
     if getattr(torch.cuda.synchronize, "__name__", "") == _ignore.__name__:
         return
@@ -116,7 +119,7 @@ def enable_cpu_backend() -> None:
     }
     for name, replacement in replacements.items():
         setattr(torch.cuda, name, replacement)
-    CpuDeviceMode().__enter__()
+    CpuDeviceMode().__enter__()  # type: ignore[no-untyped-call]
 
     from megatron.core.tensor_parallel import random as tensor_parallel_random
 

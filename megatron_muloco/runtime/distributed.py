@@ -1,4 +1,4 @@
-"""Process start-up: DeepSpeed's accelerator and communication layer, without its CPU compile step."""
+"""Process start-up: DeepSpeed's accelerator and communication, without its CPU compile step."""
 
 import os
 import warnings
@@ -31,7 +31,9 @@ def start_distributed(*, timeout: timedelta) -> RankInfo:
         threads = max(1, (os.cpu_count() or 1) // ranks.local_world_size)
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", threads)))
     # torch 2.13 deprecates names that deepspeed and megatron still call; once per call is noise.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(deepspeed|megatron|torch)\.")
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module=r"(deepspeed|megatron|torch)\."
+    )
 
     import deepspeed
     import deepspeed.ops
@@ -58,7 +60,9 @@ def _meet_alone(timeout: timedelta) -> None:
     """Initialise a one-process group on a port that the operating system picks."""
     import torch
 
-    store = torch.distributed.TCPStore("127.0.0.1", 0, 1, is_master=True, timeout=timeout)
+    store = torch.distributed.TCPStore(  # type: ignore[attr-defined]  # not in its __all__
+        "127.0.0.1", 0, 1, is_master=True, timeout=timeout
+    )
     torch.distributed.init_process_group(
         "nccl" if torch.cuda.is_available() else "gloo",
         store=store,

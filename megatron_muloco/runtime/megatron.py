@@ -1,7 +1,7 @@
 """The adapter to Megatron's data-parallel wrapper and distributed optimizer.
 
-This is the only reader of their private attributes; both supported Megatron versions have the ones used
-here, and `MasterView` checks at start that what it found is a partition.
+This is the only reader of their private attributes; both supported Megatron versions have the ones
+used here, and `MasterView` checks at start that what it found is a partition.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -50,7 +50,7 @@ def wrap_data_parallel(
         overlap_param_gather: Gather parameters while forward runs.
         bucket_size: Elements of a bucket; Megatron's default when ``None``.
     """
-    config = stage.config
+    config: Any = stage.config
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=reduce_in_fp32,
         overlap_grad_reduce=overlap_grad_reduce,
@@ -77,8 +77,8 @@ def build_distributed_optimizer(
     Args:
         ddp: The wrapped stage.
         groups: This rank's groups.
-        inner: An AdamW (Megatron 0.16 accepts nothing else) over the stage's parameters; its parameter
-            groups are replaced by flat fp32 shards.
+        inner: An AdamW (Megatron 0.16 accepts nothing else) over the stage's parameters; its
+            parameter groups are replaced by flat fp32 shards.
         config: Megatron's optimizer settings.
     """
     optimizer = DistributedOptimizer(
@@ -142,9 +142,7 @@ class MasterView:
         self._ddp = ddp
         self._gather_now = not ddp.ddp_config.overlap_param_gather
         tensor_group = groups.pg.tp
-        described = describe_parameters(
-            ddp.module, tensor_rank=tensor_group.rank(), tensor_size=tensor_group.size()
-        )
+        described = describe_parameters(ddp.module, tensor_rank=tensor_group.rank())
         self.infos: dict[str, ParamInfo] = {name: info for name, (info, _) in described.items()}
         by_parameter = dict(_model_and_master(optimizer))
         self.raw_masters: dict[str, Tensor] = {}
@@ -172,7 +170,8 @@ class MasterView:
             if [start for start, _ in ranges] != edges[:-1] or edges[-1] != info.numel:
                 raise RuntimeMismatch(
                     f"the masters of {name} do not cover its {info.numel} elements once: {ranges}. "
-                    "This Megatron version shards its optimizer in a way this package does not know."
+                    "This Megatron version shards its optimizer in a way this package does not "
+                    "know."
                 )
 
     @torch.no_grad()
@@ -180,7 +179,8 @@ class MasterView:
         """Copy masters to model parameters and bring every rank's parameters up to date.
 
         Collectives: a parameter all-gather over dp x cp; with ``overlap_param_gather`` the next
-        forward pass does it instead, except inside `gathered`. Every rank of the replica must call it.
+        forward pass does it instead, except inside `gathered`. Every rank of the replica must call
+        it.
         """
         self.optimizer._copy_main_params_to_model_params()
         if self._gather_now:

@@ -1,8 +1,8 @@
 """Mirror of our process groups in Megatron's ``parallel_state`` module.
 
-Groups are passed explicitly everywhere. A few places inside Megatron still read the module's globals
-(the vocabulary-parallel cross entropy of 0.16, checkpoint helpers, scratch buffers); they must see the
-groups of *this replica*. This is the only file that writes those globals.
+Groups are passed explicitly everywhere. A few places inside Megatron still read the module's
+globals (the vocabulary-parallel cross entropy of 0.16, checkpoint helpers, scratch buffers); they
+must see the groups of *this replica*. This is the only file that writes those globals.
 """
 
 import torch
@@ -13,8 +13,8 @@ from megatron_muloco.errors import RuntimeMismatch
 
 __all__ = ["mirror_groups", "unmirror_groups"]
 
-# Global of parallel_state -> field of ProcessGroupCollection. Names that a Megatron version lacks are
-# skipped; the *_GTP_REMAT ones exist from 0.17 on, where the getters prefer them.
+# Global of parallel_state -> field of ProcessGroupCollection. Names that a Megatron version lacks
+# are skipped; the *_GTP_REMAT ones exist from 0.17 on, where the getters prefer them.
 _GROUPS = {
     "_TENSOR_MODEL_PARALLEL_GROUP": "tp",
     "_PIPELINE_MODEL_PARALLEL_GROUP": "pp",
@@ -62,8 +62,8 @@ def mirror_groups(groups: Groups) -> None:
     """
     if parallel_state.model_parallel_is_initialized():
         raise RuntimeMismatch(
-            "megatron.core.parallel_state is already initialised; it would mix the replicas' groups. "
-            "Do not call initialize_model_parallel: initialize_replicas builds all groups."
+            "megatron.core.parallel_state is already initialised; it would mix the replicas' "
+            "groups. Do not call initialize_model_parallel: initialize_replicas builds all groups."
         )
     for name, field in _GROUPS.items():
         if hasattr(parallel_state, name):

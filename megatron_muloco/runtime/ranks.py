@@ -11,7 +11,8 @@ from megatron_muloco.errors import ConfigError
 __all__ = ["RankInfo", "discover_ranks"]
 
 # (source, rank, world size, local rank, local world size), in the order of trust. The deepspeed
-# launcher and torchrun both set the first; a launcher's answer is more specific than the scheduler's.
+# launcher and torchrun both set the first; a launcher's answer is more specific than the
+# scheduler's.
 _SOURCES = (
     ("launcher", "RANK", "WORLD_SIZE", "LOCAL_RANK", ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")),
     ("slurm", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", ("SLURM_NTASKS_PER_NODE",)),

@@ -41,8 +41,8 @@ def evaluate(
 ) -> float:
     """Return the anchor's mean loss in nats per token over the first ``steps`` held-out batches.
 
-    Every replica reads the same samples and gets the same number: replicas wait for each other at the
-    next outer step anyway, and a difference would show at once that their anchors differ.
+    Every replica reads the same samples and gets the same number: replicas wait for each other at
+    the next outer step anyway, and a difference would show at once that their anchors differ.
 
     Collectives: those of forward passes inside the replica, and one all-reduce over it.
     """
@@ -76,7 +76,7 @@ def generate(
     temperature: float,
     seed: int,
 ) -> list[int]:
-    """Return ``length`` tokens drawn from the model after ``prompt``, by plain repeated forward passes.
+    """Return ``length`` tokens drawn from the model after ``prompt``, one forward pass each.
 
     For one pipeline stage. All tensor-parallel ranks draw the same tokens.
 
@@ -105,5 +105,5 @@ def generate(
 
 
 def _padded(tokens: list[int], window: int) -> list[int]:
-    """Fill up to ``window``; causal attention never lets what follows reach the last real position."""
+    """Fill up to ``window``; causal attention hides what follows the last real position."""
     return tokens + [0] * (window - len(tokens))

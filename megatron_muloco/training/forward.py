@@ -67,7 +67,8 @@ class ForwardBackward:
         Zero on all pipeline stages but the last. Unless ``forward_only``, gradients are accumulated
         and reduced over the replica's data-parallel group by the time it returns.
 
-        Collectives: tensor, pipeline and data parallel ones of this replica; every rank of the replica
+        Collectives: tensor, pipeline and data parallel ones of this replica; every rank of the
+            replica
         must call it with the same ``num_microbatches``.
         """
         losses = self._schedule(

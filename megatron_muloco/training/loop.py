@@ -1,7 +1,9 @@
-"""The training loop, in the words of the papers::
+"""The training loop, in the words of the papers.
 
-    every inner step t:   theta_k <- inner optimizer(theta_k, gradients of replica k's samples)
-    every round:          D_k = theta - theta_k;  theta <- outer optimizer(theta, mean_k D_k)
+::
+
+every inner step t:   theta_k <- inner optimizer(theta_k, gradients of replica k's samples)
+every round:          D_k = theta - theta_k;  theta <- outer optimizer(theta, mean_k D_k)
 """
 
 import time
@@ -22,7 +24,9 @@ from megatron_muloco.training.trainer import Trainer, build_trainer, scalars_of
 
 __all__ = ["Outcome", "run", "train"]
 
-_SAMPLE_TEMPERATURE = 0.8  # chosen: below 1 a small model repeats its likelier, better-known phrases
+_SAMPLE_TEMPERATURE = (
+    0.8  # chosen: below 1 a small model repeats its likelier, better-known phrases
+)
 
 
 class Outcome(Enum):
@@ -85,7 +89,7 @@ def _inner_step(
 def _share(
     trainer: Trainer, loss: torch.Tensor, stop_requested: bool, stop_after: int | None
 ) -> tuple[torch.Tensor, bool, int | None]:
-    """Sum over the replica: its mean loss, whether a rank was asked to stop, the leader's last step.
+    """Sum over the replica: its mean loss, whether a rank shall stop, the leader's last step.
 
     Collectives: one all-reduce of three fp64 numbers over the replica.
     """
@@ -118,7 +122,7 @@ def _outer_step(trainer: Trainer, step: int) -> OuterReport | None:
 
 
 def _stop_decision(trainer: Trainer, step: int) -> int | None:
-    """Return the agreed last step on the leader of a replica, which tells its ranks with the next loss."""
+    """Return the agreed last step, on a leader only; its ranks learn it with the next loss."""
     return trainer.agreement.decide(step) if trainer.groups.is_leader else None
 
 

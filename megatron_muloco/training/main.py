@@ -1,7 +1,7 @@
 """The command line: ``deepspeed launch/pretrain.py --config F [--set a.b=c ...] [--dry-run]``.
 
-Exit codes: 0 done; 2 bad input, nothing was started; 85 stopped on request with the state saved, start
-the same command again; anything else is a fault.
+Exit codes: 0 done; 2 bad input, nothing was started; 85 stopped on request with the state saved,
+start the same command again; anything else is a fault.
 """
 
 import argparse
@@ -25,7 +25,8 @@ EXIT_FAULT = 1
 EXIT_BAD_INPUT = 2
 EXIT_STOPPED = 85  # survives the launcher, and no shell or scheduler uses it
 
-# The launcher ends all ranks when it sees the first one gone; the rank that explains must come first.
+# The launcher ends all ranks when it sees the first one gone; the rank that explains must come
+# first.
 _LET_RANK_ZERO_SPEAK_SECONDS = 3.0
 
 
@@ -65,7 +66,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--dry-run", action="store_true", help="check everything, print the plan, start nothing"
     )
     parser.add_argument(
-        "--world-size", type=int, help="ranks to plan for with --dry-run; default the smallest world"
+        "--world-size",
+        type=int,
+        help="ranks to plan for with --dry-run; default the smallest world",
     )
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
@@ -133,7 +136,7 @@ def _check_inputs(config: RunConfig) -> None:
 
 
 def _train(config: RunConfig) -> int:
-    """Train; return the exit code. An error leaves at once, without collectives: ranks may disagree."""
+    """Train and return the exit code; an error leaves without collectives: ranks may disagree."""
     from megatron_muloco.training.loop import Outcome, run
 
     exit_codes = {
@@ -148,7 +151,7 @@ def _train(config: RunConfig) -> int:
     except MulocoError as error:
         traceback.print_exc()
         sys.stderr.write(f"\n{type(error).__name__}: {error}\n")
-    except Exception:
+    except Exception:  # noqa: BLE001 - the process ends here, whatever it was
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()

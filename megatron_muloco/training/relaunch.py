@@ -1,8 +1,8 @@
 """Starts the missing ranks where a launcher started only one.
 
-On a machine without accelerators ``deepspeed script.py`` counts NUMA nodes and starts one rank, however
-many replicas the configuration has. There the program replaces itself by DeepSpeed's per-node launcher
-with as many ranks as the configuration's smallest world.
+On a machine without accelerators ``deepspeed script.py`` counts NUMA nodes and starts one rank,
+however many replicas the configuration has. There the program replaces itself by DeepSpeed's
+per-node launcher with as many ranks as the configuration's smallest world.
 """
 
 import base64
@@ -52,8 +52,8 @@ def launcher_command(ranks: int, port: int, script: str, arguments: Sequence[str
 def relaunch(ranks: int, arguments: Sequence[str], environ: Mapping[str, str]) -> NoReturn:
     """Replace this process by a launcher of ``ranks`` ranks; its exit code is theirs.
 
-    The launcher is started with the stop signals ignored, so that a signal to the process group reaches
-    the ranks, which save and exit, and does not end the launcher first.
+    The launcher is started with the stop signals ignored, so that a signal to the process group
+    reaches the ranks, which save and exit, and does not end the launcher first.
 
     Args:
         ranks: Ranks to start.

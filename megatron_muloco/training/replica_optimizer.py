@@ -47,9 +47,10 @@ class InnerReport:
 class ReplicaOptimizer:
     """Inner and outer steps of one rank behind Megatron's optimizer interface.
 
-    Attributes that it does not have itself (``param_groups``, ``zero_grad``, ``chained_optimizers``,
-    checkpoint calls) are those of the optimizer it was built around. Learning rate and weight decay of
-    every inner step are set here from the configuration, so no parameter scheduler is needed beside it.
+    Attributes that it does not have itself (``param_groups``, ``zero_grad``,
+    ``chained_optimizers``, checkpoint calls) are those of the optimizer it was built around.
+    Learning rate and weight decay of every inner step are set here from the configuration, so no
+    parameter scheduler is needed beside it.
 
     Args:
         optimizer: What Megatron built; its distributed optimizer holds ``inner``.
@@ -101,8 +102,8 @@ class ReplicaOptimizer:
         """Make one inner step and the outer steps due after it.
 
         Returns:
-            Megatron's triple: whether parameters were updated, the gradient norm before clipping, and
-            the number of zero gradients (not counted here: ``None``).
+            Megatron's triple: whether parameters were updated, the gradient norm before clipping,
+            and the number of zero gradients (not counted here: ``None``).
 
         Collectives: those of `inner_step` and `outer_step`; every rank of every replica calls it.
         """
@@ -114,8 +115,8 @@ class ReplicaOptimizer:
     def inner_step(self) -> InnerReport:
         """Clip, and update this replica's parameters unless its gradient norm is not finite.
 
-        The norm is the replica's, so all its ranks skip together; a skipped step changes no moment and
-        no parameter, and counts, so that replicas stay in step.
+        The norm is the replica's, so all its ranks skip together; a skipped step changes no moment
+        and no parameter, and counts, so that replicas stay in step.
 
         Collectives: gradient statistics over the replica, the inner optimizer's exchange over the
         stage group, parameter all-gather over dp x cp.

@@ -1,17 +1,17 @@
 """At which step does everybody stop?
 
-Signals reach ranks at different moments, and replicas are at different steps between two outer steps.
-No collective may cross replicas there, so they agree through the job's rendezvous store:
+Signals reach ranks at different moments, and replicas are at different steps between two outer
+steps. No collective may cross replicas there, so they agree through the job's rendezvous store:
 
 1. A replica that wants to stop raises ``requested``. All replicas look at it once a step.
 2. Each then posts the last step it has finished and waits for the others to post.
 3. Everybody stops after the largest posted step + 1: the extra step is the one in which a leader's
    decision travels to the other ranks of its replica.
 
-Waiting must not hang a replica that others wait for in an outer step. So a replica announces the step
-of an outer step before it enters it, and a waiting replica that sees such an announcement ahead of
-itself trains on until it has passed that outer step, and posts again there. Nobody can be further ahead
-than that outer step, so all see the same largest post.
+Waiting must not hang a replica that others wait for in an outer step. So a replica announces the
+step of an outer step before it enters it, and a waiting replica that sees such an announcement
+ahead of itself trains on until it has passed that outer step, and posts again there. Nobody can be
+further ahead than that outer step, so all see the same largest post.
 """
 
 import time
@@ -62,8 +62,8 @@ class StopAgreement:
     def decide(self, step: int) -> int | None:
         """Return the step after which to stop, or ``None`` to train on.
 
-        Called between steps, after inner step ``step`` and its outer steps. Waits while a decision is
-        near and nobody waits for this replica.
+        Called between steps, after inner step ``step`` and its outer steps. Waits while a decision
+        is near and nobody waits for this replica.
         """
         if not self._store.check([f"{self._prefix}/requested"]):
             return None

@@ -94,9 +94,7 @@ def build_trainer(config: RunConfig) -> Trainer:
     state = RunState(groups, optimizer.view, optimizer.inner, optimizer.synchronizer, config)
     store = None
     if config.checkpoint.dir is not None:
-        store = CheckpointStore(
-            Path(config.checkpoint.dir), groups, keep=config.checkpoint.keep
-        )
+        store = CheckpointStore(Path(config.checkpoint.dir), groups, keep=config.checkpoint.keep)
     resumed, note = _resume(config, store, state, optimizer)
     monitor = build_monitor(
         config,

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 
 from megatron_muloco.comm.duplicates import DuplicateBroadcast
@@ -18,7 +17,7 @@ from megatron_muloco.comm.reducers import ReplicaSum, mean_reducer
 from megatron_muloco.config import RunConfig
 from megatron_muloco.config.derived import Derived, derive
 from megatron_muloco.config.inner import MuonInner
-from megatron_muloco.config.outer import NoOuter
+from megatron_muloco.config.outer import CompressionConfig, NoCompression, NoOuter
 from megatron_muloco.errors import RuntimeMismatch
 from megatron_muloco.model.names import EMBEDDING
 from megatron_muloco.optim.exchange import ShardExchange
@@ -30,6 +29,7 @@ from megatron_muloco.outer.fragments import FragmentPlan
 from megatron_muloco.outer.guard import Guard
 from megatron_muloco.outer.merge import Additive, Mix
 from megatron_muloco.outer.optimizer import OuterNesterov
+from megatron_muloco.outer.reducer import Reducer
 from megatron_muloco.outer.replica import ReplicaPort
 from megatron_muloco.outer.schedule import SyncSchedule
 from megatron_muloco.outer.synchronizer import Synchronizer
@@ -62,7 +62,8 @@ def wrap_optimizer(
         RuntimeMismatch: The optimizer has no masters that this package knows, or a parameter has no
             rule (see `ParameterTable`).
 
-    Collectives: object gathers over dp x cp and stage groups; every rank calls it at the same point.
+    Collectives: object gathers over dp x cp and stage groups; every rank calls it at the same
+    point.
     """
     distributed = find_distributed_optimizer(optimizer)
     view = MasterView(model, distributed, groups)
@@ -83,9 +84,7 @@ def build_replica_optimizer(
         [parameter for parameter in model.module.parameters() if parameter.requires_grad],
         lr=config.inner.lr,
     )
-    distributed = build_distributed_optimizer(
-        model, groups, placeholder, optimizer_config(config)
-    )
+    distributed = build_distributed_optimizer(model, groups, placeholder, optimizer_config(config))
     return wrap_optimizer(distributed, model, config, groups)
 
 
@@ -129,7 +128,7 @@ def parameter_table(view: MasterView, config: RunConfig, groups: Groups) -> Para
 
 
 def _bound_inner(view: MasterView, config: RunConfig, groups: Groups) -> MuonAdamW:
-    """Create the inner optimizer over this rank's shards: one group for each pair of multipliers."""
+    """Create the inner optimizer over this rank's shards, a group for each pair of multipliers."""
     table = parameter_table(view, config, groups)
     settings, wire = _muon_settings(config)
     adam = config.inner.adam
@@ -195,6 +194,17 @@ def _exchange(
     )
 
 
+def _reducer(compression: CompressionConfig, groups: Groups, device: torch.device) -> Reducer:
+    """Return how pseudogradients travel.
+
+    Raises:
+        RuntimeMismatch: A code was asked for; `megatron_muloco.config.support` refuses it earlier.
+    """
+    if not isinstance(compression, NoCompression):
+        raise RuntimeMismatch(f"outer.compression.kind {compression.kind} is not available yet")
+    return mean_reducer(groups.outer, device, wire_dtype=compression.wire_dtype)
+
+
 def _synchronizer(
     view: MasterView, config: RunConfig, derived: Derived, groups: Groups
 ) -> Synchronizer:
@@ -209,9 +219,7 @@ def _synchronizer(
         shards=view.shards,
         masters=view.masters,
         total=ReplicaSum(groups.replica),
-        broadcast_duplicates=DuplicateBroadcast(
-            groups, view.shards, view.masters, tied_name=tied
-        ),
+        broadcast_duplicates=DuplicateBroadcast(groups, view.shards, view.masters, tied_name=tied),
         publish=view.publish,
     )
     plan = FragmentPlan.by_layer(
@@ -232,7 +240,7 @@ def _synchronizer(
         schedule,
         OuterNesterov(lr=outer.lr, momentum=outer.momentum),
         Additive() if outer.apply == "additive" else Mix(outer.effective_mixing_weight),
-        mean_reducer(groups.outer, device, wire_dtype=outer.compression.wire_dtype),
+        _reducer(outer.compression, groups, device),
         mean_reducer(groups.outer, device),
         Guard(
             num_replicas=groups.topology.num_replicas,

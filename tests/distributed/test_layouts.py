@@ -10,7 +10,6 @@ from tests.support.tiny_models import (
     ADAMW,
     MUON,
     finish_tiny,
-    same_for_all_replicas,
     start_tiny,
     tiny_config,
 )
@@ -38,9 +37,9 @@ def _world(layout: str) -> int:
     return 2 if layout == "dp2" else int(torch.tensor(sizes).prod())
 
 
-# fp32 sums of at most 60 * 16 * 8 terms in another order: each relative rounding error is at most 2^-24
-# and grows like the square root of the number of terms, 88; four steps of training with an inner learning
-# rate of 0.02 amplify a difference of parameters by less than 2 a step.
+# fp32 sums of at most 60 * 16 * 8 terms in another order: each relative rounding error is at most
+# 2^-24 and grows like the square root of the number of terms, 88; four steps of training with an
+# inner learning rate of 0.02 amplify a difference of parameters by less than 2 a step.
 RELATIVE = 16 * 88 * 2.0**-24
 
 

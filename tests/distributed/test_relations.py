@@ -67,8 +67,8 @@ def test_one_replica_with_plain_averaging_is_the_inner_optimizer(inner: str) -> 
     assert alone["losses"] == averaged["losses"]
     for name, (_, local) in alone["masters"].items():
         moved = averaged["masters"][name][1]
-        # Both subtractions round to nearest: half a unit of 2^-23 relative each; the weights are below
-        # 8 and so are the differences.
+        # Both subtractions round to nearest: half a unit of 2^-23 relative each; the weights are
+        # below 8 and so are the differences.
         limit = 2.0**-24 * (local.abs() + (moved - local).abs() + 8 * 2.0**-3)
         assert torch.all((moved - local).abs() <= limit), name
 
@@ -140,8 +140,9 @@ def test_synchronising_every_step_is_data_parallelism() -> None:
     for name, (_, whole) in many[0].items():
         shards = sorted((p[name] for p in pieces if name in p), key=lambda piece: piece[0])
         together = torch.cat([tensor for _, tensor in shards])
-        # A step moves a weight by lr * scale * gradient, here at most 1; means of two fp32 gradients
-        # against two means of parameters differ by a few roundings of that, three times over.
+        # A step moves a weight by lr * scale * gradient, here at most 1; means of two fp32
+        # gradients against two means of parameters differ by a few roundings of that, three times
+        # over.
         torch.testing.assert_close(together, whole, rtol=0, atol=3 * 8 * 2.0**-24)
 
 
@@ -195,7 +196,7 @@ def test_anchors_and_duplicates_are_equal_after_outer_steps(case: str, tied: boo
 
 
 def _check_copies(replica: list[dict[str, Any]]) -> None:
-    """Parameters of the same name and whole shape on several ranks of a replica are equal bitwise."""
+    """Parameters of the same name and whole shape are bitwise equal on all ranks of a replica."""
     seen: dict[str, torch.Tensor] = {}
     for rank in replica:
         for name, tensor in rank["parameters"].items():
@@ -226,15 +227,18 @@ def _poisoned(config: RunConfig) -> tuple[bool, float, dict[str, torch.Tensor], 
     run.train(1)
     losses = run.losses
     finish_tiny()
-    return report.quarantined, largest, anchors, {"losses": losses, "weights": report.applied[0].weights}
+    weights = report.applied[0].weights
+    return report.quarantined, largest, anchors, {"losses": losses, "weights": weights}
 
 
 def test_a_replica_that_is_not_finite_is_left_out_and_starts_again_from_the_anchor() -> None:
     """The guard, through the real stack: weight 0, anchors finite and equal, moments forgotten."""
-    ranks = run_ranks(_poisoned, 4, config_of("muon", 2, parallel={"tensor_model_parallel_size": 2}))
+    layout = {"tensor_model_parallel_size": 2}
+    ranks = run_ranks(_poisoned, 4, config_of("muon", 2, parallel=layout))
     assert [rank[0] for rank in ranks] == [False, False, True, True]
     assert ranks[0][3]["weights"].tolist() == [1.0, 0.0]
-    assert ranks[2][1] == 0.0 and ranks[0][1] > 0.0
+    assert ranks[2][1] == 0.0
+    assert ranks[0][1] > 0.0
     for sane, broken in ((ranks[0], ranks[2]), (ranks[1], ranks[3])):
         for name, anchor in sane[2].items():
             assert torch.isfinite(anchor).all()

@@ -1,4 +1,4 @@
-"""Counts collectives by the ranks that take part, below every library: on the process group itself."""
+"""Counts collectives by the ranks that take part, below every library: on the process group."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -32,9 +32,10 @@ _METHODS = (
 
 @contextmanager
 def counted_collectives() -> Iterator[Counter[tuple[int, ...]]]:
-    """Yield a counter of calls by the global ranks of their group; groups of one rank do not count."""
+    """Yield a counter of calls by their group's global ranks; groups of one rank do not count."""
     calls: Counter[tuple[int, ...]] = Counter()
-    # From the class's dictionary: what getattr returns would no longer bind to a group when put back.
+    # From the class's dictionary: what getattr returns would no longer bind to a group when put
+    # back.
     originals = {name: vars(ProcessGroup)[name] for name in _METHODS if name in vars(ProcessGroup)}
 
     def counting(name: str) -> Any:

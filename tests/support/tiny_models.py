@@ -1,4 +1,4 @@
-"""A real Megatron model small enough for tests, trained by the real optimizers on made-up tokens."""
+"""A real Megatron model small enough for tests, trained by the real optimizers."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ NESTEROV = {"kind": "nesterov", "lr": 0.7, "momentum": 0.6, "sync_interval": 2}
 
 
 def tiny_config(**overrides: Any) -> RunConfig:
-    """Return a checked configuration; keyword arguments replace keys of a section (``training=...``)."""
+    """Return a configuration; keyword arguments replace keys of a section (``training=...``)."""
     tree: dict[str, Any] = {
         "model": {
             "num_layers": 2,
@@ -76,7 +76,7 @@ def global_order(step: int, groups: Groups, config: RunConfig) -> list[int]:
 
 
 def same_for_all_replicas(step: int, groups: Groups, config: RunConfig) -> list[int]:
-    """Return the samples of ``step`` when every replica trains on what replica 0 of K = 1 would see."""
+    """Return the samples of ``step`` when all replicas train on those of a single replica."""
     batch = config.training.global_batch_size // groups.topology.num_replicas
     size = batch // groups.topology.data
     first = (step - 1) * batch + groups.coords.dp * size
