@@ -1,7 +1,7 @@
 """The error family: every failure that a user can meet has one of these types.
 
-Messages answer four questions in this order: what is wrong (with the values), where, why it matters,
-what to do.
+Messages answer four questions in this order: what is wrong (with the values), where, why it
+matters, what to do.
 """
 
 from collections.abc import Sequence

@@ -203,7 +203,7 @@ class MonitorConfig(Section):
         1, ge=0, description="Rounds between pseudogradient diagnostics; 0 is off."
     )
     sample_tokens: int = Field(
-        0, ge=0, description="Tokens of text that the anchor writes at the end of the run; 0 is off."
+        0, ge=0, description="Tokens that the anchor writes at the end of the run; 0 is off."
     )
     sample_prompt: str = Field("The ", min_length=1, description="What that text begins with.")
     digest_interval: int = Field(

@@ -22,7 +22,7 @@ from megatron_muloco.training.replica_optimizer import InnerReport
 from megatron_muloco.training.signals import StopRequest
 from megatron_muloco.training.trainer import Trainer, build_trainer, scalars_of
 
-__all__ = ["Outcome", "run", "train"]
+__all__ = ["Outcome", "inner_step", "outer_step", "run", "train"]
 
 _SAMPLE_TEMPERATURE = (
     0.8  # chosen: below 1 a small model repeats its likelier, better-known phrases
@@ -53,8 +53,8 @@ def train(trainer: Trainer, stop: StopRequest) -> Outcome:
     if trainer.first_step == 1 and trainer.config.training.eval_interval:
         _evaluate(trainer, 0)
     for step in range(trainer.first_step, last_step + 1):
-        stop_after = _inner_step(trainer, step, stop, stop_after)
-        _outer_step(trainer, step)
+        stop_after = inner_step(trainer, step, stop, stop_after)
+        outer_step(trainer, step)
         if _is_due(step, trainer.config.training.eval_interval) and step < last_step:
             _evaluate(trainer, step)
         if step == stop_after and step < last_step:
@@ -65,7 +65,7 @@ def train(trainer: Trainer, stop: StopRequest) -> Outcome:
     return _finish(trainer, last_step)
 
 
-def _inner_step(
+def inner_step(
     trainer: Trainer, step: int, stop: StopRequest, stop_after: int | None
 ) -> int | None:
     """Forward, backward and inner optimizer of this replica; return the agreed last step, if any.
@@ -107,7 +107,7 @@ def _share(
     return shared[0], requests > 0, int(agreed) or None
 
 
-def _outer_step(trainer: Trainer, step: int) -> OuterReport | None:
+def outer_step(trainer: Trainer, step: int) -> OuterReport | None:
     """Make the outer steps due after inner step ``step``.
 
     Collectives: over outer groups and replicas when something is due, none otherwise.
