@@ -12,7 +12,8 @@ from enum import Enum
 import torch
 
 from megatron_muloco.checkpoint.layout import checkpoint_path
-from megatron_muloco.checkpoint.save import anchor_digest
+from megatron_muloco.checkpoint.save import digests_of
+from megatron_muloco.checkpoint.state import ANCHOR
 from megatron_muloco.config import RunConfig
 from megatron_muloco.monitor.interval import Value
 from megatron_muloco.outer.report import OuterReport
@@ -192,7 +193,9 @@ def _finish(trainer: Trainer, last_step: int) -> Outcome:
         trainer.store.save_final_anchor(path, trainer.state)
     _evaluate(trainer, last_step)
     _sample(trainer)
-    trainer.monitor.say(f"final anchor digest: {anchor_digest(trainer.state)}")
+    state = trainer.state
+    digests = digests_of(state.groups, state.view.shards, {ANCHOR: state.anchors()})
+    trainer.monitor.say(f"final anchor digest: {digests[ANCHOR]}")
     return Outcome.DONE
 
 
