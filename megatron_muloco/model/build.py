@@ -11,6 +11,7 @@ from megatron_muloco.config import RunConfig
 from megatron_muloco.config.derived import padded_vocab_size
 from megatron_muloco.model.initialise import initialise_weights
 from megatron_muloco.model.layer_spec import decoder_block_spec
+from megatron_muloco.runtime.apex import fused_weight_gradients
 
 __all__ = ["build_model", "transformer_config"]
 
@@ -18,8 +19,7 @@ __all__ = ["build_model", "transformer_config"]
 def transformer_config(config: RunConfig) -> TransformerConfig:
     """Translate the configuration for Megatron. Pure: the same input gives the same object.
 
-    Fusions that need Transformer Engine, apex or a compiler stay off; those that apex offers are
-    switched on by `megatron_muloco.runtime.apex` where it is importable.
+    Fusions that need Transformer Engine or a compiler stay off; apex's is on where apex is.
     """
     model, parallel, training = config.model, config.parallel, config.training
     bf16 = training.precision == "bf16"
@@ -49,10 +49,8 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         pipeline_dtype=torch.bfloat16 if bf16 else torch.float32,
-        recompute_granularity=_recompute(config),
-        recompute_method="uniform" if _recompute(config) == "full" else None,
-        recompute_num_layers=1 if _recompute(config) == "full" else None,
-        gradient_accumulation_fusion=False,
+        **_recompute(config),
+        gradient_accumulation_fusion=fused_weight_gradients(),
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
@@ -64,9 +62,18 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
     )
 
 
-def _recompute(config: RunConfig) -> str | None:
-    granularity = config.training.recompute_granularity
-    return None if granularity in (None, "none") else granularity
+def _recompute(config: RunConfig) -> dict[str, Any]:
+    """Return Megatron's keys for activation recomputation; none where nothing is recomputed."""
+    training = config.training
+    if training.recompute_granularity == "none":
+        return {}
+    if training.recompute_granularity == "selective":
+        return {"recompute_granularity": "selective"}
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": training.recompute_method,
+        "recompute_num_layers": training.recompute_num_layers or 1,
+    }
 
 
 def build_model(config: RunConfig, groups: Groups) -> GPTModel:

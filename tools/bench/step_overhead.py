@@ -2,9 +2,9 @@
 """What this program adds to an inner step: its own against a bare Megatron loop, side by side.
 
 Both train the same model on the same samples with AdamW inside Megatron's distributed optimizer,
-on one rank, without an outer step. The bare loop has Megatron's own optimizer, schedule and DDP, and
-nothing else. Steps alternate within one process, in random order inside each pair, so that whatever
-else the machine does falls on both.
+on one rank, without an outer step. The bare loop has Megatron's own optimizer, schedule and DDP,
+and nothing else. Steps alternate within one process, in random order inside each pair, so that
+whatever else the machine does falls on both.
 
     python tools/bench/step_overhead.py [--pairs 200] [--write docs/performance/step_overhead.md]
 """
@@ -209,8 +209,8 @@ def report(seconds: np.ndarray, description: str, options: argparse.Namespace) -
             f"| commit, date | {commit}, {datetime.now(UTC):%Y-%m-%d} |",
             "",
             "The difference is what a run needs beyond a bare loop: sharing loss and stop requests",
-            "over the replica, the finite check of the gradient norm, timing and metrics. The inner",
-            "optimizers differ too: ours updates all shards in one foreach pass.",
+            "over the replica, the finite check of the gradient norm, timing and metrics. The",
+            "inner optimizers differ too: ours updates all shards in one foreach pass.",
         ]
     )
 
