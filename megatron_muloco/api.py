@@ -6,10 +6,12 @@ Two calls turn a Megatron training script into K replicas::
     ...build model and optimizer with groups.pg...
     optimizer = wrap_optimizer(optimizer, model, config, groups)
 
-after which ``optimizer.step()`` is the inner step plus the outer steps that are due.
+after which ``optimizer.step()`` is the inner step plus the outer steps that are due. Both can be
+imported from the package itself.
 """
 
 from datetime import timedelta
+from typing import Any
 
 import torch
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -18,8 +20,9 @@ from megatron_muloco.comm.groups import Groups, build_groups
 from megatron_muloco.config import RunConfig
 from megatron_muloco.config.checks import check
 from megatron_muloco.config.derived import topology_of
+from megatron_muloco.errors import ConfigError
 from megatron_muloco.runtime.distributed import start_distributed
-from megatron_muloco.runtime.parallel_state import mirror_groups
+from megatron_muloco.runtime.parallel_state import mirror_groups, require_unset
 from megatron_muloco.training.replica_optimizer import ReplicaOptimizer
 from megatron_muloco.training.wiring import wrap_optimizer
 
@@ -43,14 +46,29 @@ def initialize_replicas(config: RunConfig) -> Groups:
 
     Collectives: every rank of the job calls it at the same point.
     """
+    require_unset()
     timeout = timedelta(minutes=config.training.distributed_timeout_minutes)
     ranks = start_distributed(timeout=timeout)
     topology = topology_of(config, ranks.world_size)
     check(config, topology)
+    _require_one_config(config)
     groups = build_groups(topology, timeout=timeout)
     mirror_groups(groups)
     seed_ranks(config.training.seed, groups)
     return groups
+
+
+def _require_one_config(config: RunConfig) -> None:
+    """Raise on every rank when a rank was given another configuration than rank 0."""
+    dumps: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(dumps, config.model_dump(mode="json"))
+    for rank, dump in enumerate(dumps):
+        if dump != dumps[0]:
+            sections = [name for name in dump if dump[name] != dumps[0].get(name)]
+            raise ConfigError(
+                f"rank {rank} has another configuration than rank 0, in {', '.join(sections)}; "
+                "every rank must read the same file with the same --set values"
+            )
 
 
 def seed_ranks(seed: int, groups: Groups) -> None:

@@ -41,12 +41,17 @@ _FIELDS: dict[str, tuple[Axis, ...]] = {
 }
 # Fields that both Megatron versions must find set, though nothing here uses them.
 _UNUSED_FIELDS = ("hcp", "inter_dist_opt")
-# Fields that only newer versions declare (0.17 on); same meaning as the dense ones without
-# rematerialised weight sharding.
+# Fields that only newer versions declare (0.17 on). Rematerialised weight sharding ("gtp_remat") is
+# an axis of size one here, so groups with it are those without it. The separate all-gather groups
+# ("_ag") are communicators of Megatron's FSDP, which is not used.
 _NEWER_FIELDS: dict[str, tuple[Axis, ...]] = {
-    "dp_cp_ag": ("cp", "dp"),
     "dp_cp_gtp_remat": ("cp", "dp"),
+    "expt_dp_gtp_remat": ("cp", "dp"),
+    "tp_ep_pp_with_egtp_remat": ("tp", "pp"),
+    "gtp_remat": (),
+    "expt_gtp_remat": (),
 }
+_NEWER_UNUSED_FIELDS = ("dp_cp_ag", "expt_dp_ag")
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,9 @@ def build_groups(topology: Topology, *, timeout: timedelta, backend: str | None 
     for field, axes in _NEWER_FIELDS.items():
         if field in declared:
             setattr(pg, field, build.over(*axes))
+    for field in _NEWER_UNUSED_FIELDS:
+        if field in declared:
+            setattr(pg, field, None)
     pipelines = topology.groups("pp")
     ends = tuple(tuple(sorted({ranks[0], ranks[-1]})) for ranks in pipelines)
     pg.embd = build.from_lists(ends)

@@ -12,6 +12,9 @@ __all__ = ["shutdown", "start_distributed"]
 def start_distributed(*, timeout: timedelta) -> RankInfo:
     """Join the job: discover the rank, pick the accelerator, initialise ``deepspeed.comm``.
 
+    Where torch.distributed is already initialised, its world is the job, and the environment and
+    the current device stay as they are.
+
     Without an accelerator this also installs the CPU seam. Nothing is compiled: DeepSpeed would
     build a shared-memory operator on its first CPU start (a minute or more, and a crash without a
     compiler), which only serves inference.
@@ -21,10 +24,14 @@ def start_distributed(*, timeout: timedelta) -> RankInfo:
     Args:
         timeout: How long a collective of the default group may wait for its peers.
     """
-    ranks = discover_ranks(os.environ)
-    os.environ.update(ranks.environment())
     import torch
 
+    joined = torch.distributed.is_initialized()
+    if joined:
+        ranks = _ranks_of_default_group()
+    else:
+        ranks = discover_ranks(os.environ)
+        os.environ.update(ranks.environment())
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -39,13 +46,13 @@ def start_distributed(*, timeout: timedelta) -> RankInfo:
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if on_gpu:
+    if on_gpu and not joined:
         torch.cuda.set_device(ranks.local_rank)
-    else:
+    elif not on_gpu:
         from megatron_muloco.runtime.accelerator import enable_cpu_backend
 
         enable_cpu_backend()
-    if not torch.distributed.is_initialized() and ranks.source == "single":
+    if not joined and ranks.source == "single":
         _meet_alone(timeout)
     deepspeed.init_distributed(
         dist_backend="nccl" if on_gpu else "gloo",
@@ -54,6 +61,21 @@ def start_distributed(*, timeout: timedelta) -> RankInfo:
         verbose=False,
     )
     return ranks
+
+
+def _ranks_of_default_group() -> RankInfo:
+    """Return this process's place in the group that the caller has initialised."""
+    import torch
+
+    return RankInfo(
+        source="torch",
+        rank=torch.distributed.get_rank(),
+        world_size=torch.distributed.get_world_size(),
+        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        master_addr=os.environ.get("MASTER_ADDR", "127.0.0.1"),
+        master_port=int(os.environ.get("MASTER_PORT", "0")),
+    )
 
 
 def _meet_alone(timeout: timedelta) -> None:

@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from megatron_muloco.comm.groups import Groups
 from megatron_muloco.errors import RuntimeMismatch
 
-__all__ = ["mirror_groups", "unmirror_groups"]
+__all__ = ["mirror_groups", "require_unset", "unmirror_groups"]
 
 # Global of parallel_state -> field of ProcessGroupCollection. Names that a Megatron version lacks
 # are skipped; the *_GTP_REMAT ones exist from 0.17 on, where the getters prefer them.
@@ -26,18 +26,23 @@ _GROUPS = {
     "_DATA_PARALLEL_GROUP": "dp",
     "_DATA_PARALLEL_GROUP_WITH_GTP_REMAT": "dp",
     "_DATA_PARALLEL_GROUP_WITH_CP": "dp_cp",
-    "_DATA_PARALLEL_GROUP_WITH_CP_AG": "dp_cp",
     "_DATA_PARALLEL_GROUP_WITH_CP_WITH_GTP_REMAT": "dp_cp",
     "_INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP": "intra_dp_cp",
     "_INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP_WITH_GTP_REMAT": "intra_dp_cp",
+    "_GTP_WEIGHT_REMAT_GROUP": "gtp_remat",
+    "_EXPERT_GTP_WEIGHT_REMAT_GROUP": "expt_gtp_remat",
+    # Without context parallelism, the only case there is, tp x dp is tp x dp x cp.
     "_TENSOR_AND_DATA_PARALLEL_GROUP": "tp_dp_cp",
     "_TENSOR_AND_DATA_PARALLEL_GROUP_WITH_CP": "tp_dp_cp",
     "_EXPERT_MODEL_PARALLEL_GROUP": "ep",
     "_EXPERT_TENSOR_PARALLEL_GROUP": "expt_tp",
     "_EXPERT_TENSOR_AND_MODEL_PARALLEL_GROUP": "tp_ep",
     "_EXPERT_TENSOR_MODEL_PIPELINE_PARALLEL_GROUP": "tp_ep_pp",
+    "_EXPERT_TENSOR_MODEL_PIPELINE_PARALLEL_GROUP_WITH_EGTP": "tp_ep_pp_with_egtp_remat",
     "_EXPERT_DATA_PARALLEL_GROUP": "expt_dp",
+    "_EXPERT_DATA_PARALLEL_GROUP_WITH_GTP_REMAT": "expt_dp_gtp_remat",
     "_INTRA_PARTIAL_EXPERT_DATA_PARALLEL_GROUP": "intra_expt_dp",
+    "_INTRA_PARTIAL_EXPERT_DATA_PARALLEL_GROUP_WITH_GTP_REMAT": "intra_expt_dp",
     "_INTRA_DISTRIBUTED_OPTIMIZER_INSTANCE_GROUP": "intra_dist_opt",
 }
 _RANK_LISTS = {
@@ -48,28 +53,40 @@ _RANK_LISTS = {
     "_DATA_PARALLEL_GLOBAL_RANKS": "dp",
     "_DATA_PARALLEL_GLOBAL_RANKS_WITH_CP": "dp_cp",
     "_EXPERT_MODEL_PARALLEL_RANKS": "ep",
+    "_GTP_WEIGHT_REMAT_GLOBAL_RANKS": "gtp_remat",
+    "_EXPERT_GTP_WEIGHT_REMAT_GLOBAL_RANKS": "expt_gtp_remat",
     "_EMBEDDING_GLOBAL_RANKS": "embd",
     "_POSITION_EMBEDDING_GLOBAL_RANKS": "pos_embd",
 }
+
+
+def require_unset() -> None:
+    """Refuse to go on where this process already has Megatron groups.
+
+    Raises:
+        RuntimeMismatch: ``parallel_state`` holds groups: those of one model spanning all replicas,
+            or those of an earlier call.
+    """
+    if parallel_state.model_parallel_is_initialized():
+        raise RuntimeMismatch(
+            "megatron.core.parallel_state is already initialised; its groups would mix the "
+            "replicas. initialize_replicas builds all groups: call it once, and do not call "
+            "initialize_model_parallel."
+        )
 
 
 def mirror_groups(groups: Groups) -> None:
     """Point Megatron's implicit readers at this replica's groups.
 
     Raises:
-        RuntimeMismatch: ``parallel_state`` already holds groups, which would be those of one model
-            spanning all replicas.
+        RuntimeMismatch: See `require_unset`.
     """
-    if parallel_state.model_parallel_is_initialized():
-        raise RuntimeMismatch(
-            "megatron.core.parallel_state is already initialised; it would mix the replicas' "
-            "groups. Do not call initialize_model_parallel: initialize_replicas builds all groups."
-        )
+    require_unset()
     for name, field in _GROUPS.items():
         if hasattr(parallel_state, name):
-            setattr(parallel_state, name, getattr(groups.pg, field))
+            setattr(parallel_state, name, getattr(groups.pg, field, None))
     for name, field in _RANK_LISTS.items():
-        group = getattr(groups.pg, field)
+        group = getattr(groups.pg, field, None)
         if hasattr(parallel_state, name) and group is not None:
             setattr(parallel_state, name, torch.distributed.get_process_group_ranks(group))
     parallel_state._set_global_memory_buffer()
