@@ -10,7 +10,7 @@ pseudorandom number generators", OOPSLA 2014); adding up mixed elements is a mul
 """
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_muloco.checkpoint.cuts import Cut
 from megatron_muloco.shards import Shard
 
-__all__ = ["digest_sum", "model_digest", "render"]
+__all__ = ["digest_sum", "model_digests", "render", "whole_index"]
 
 # Elements hashed at a time: 8 MiB for each of the few int64 temporaries.
 _CHUNK = 1 << 20
@@ -33,26 +33,37 @@ _FIRST = _signed(0xBF58476D1CE4E5B9)
 _SECOND = _signed(0x94D049BB133111EB)
 
 
-def model_digest(
-    pieces: Iterable[tuple[Shard, Tensor]],
+def model_digests(
+    kinds: Mapping[str, Mapping[str, Tensor]],
+    shards: Sequence[Shard],
     *,
     tensor_rank: int,
     tensor_size: int,
     all_reduce: Callable[[Tensor], None],
-) -> str:
-    """Return the digest of the whole model as 16 hexadecimal digits, the same on every rank.
+) -> dict[str, str]:
+    """Return a digest of 16 hexadecimal digits for each kind of tensor, equal on every rank.
 
     Args:
-        pieces: This rank's shards with their flat fp32 values; duplicates are left out here.
+        kinds: Kind -> parameter name -> this rank's flat fp32 values; the same kinds on every rank
+            of the replica.
+        shards: What this rank holds; duplicates are left out here.
         tensor_rank: This rank's place among the tensor-parallel ranks.
         tensor_size: Number of tensor-parallel ranks.
-        all_reduce: Adds a one-element int64 tensor up over all ranks of the replica, in place.
+        all_reduce: Adds an int64 tensor up over all ranks of the replica, in place.
 
-    Collectives: ``all_reduce`` once, 8 bytes; every rank of the replica must call it.
+    Collectives: ``all_reduce`` once, 8 bytes a kind; every rank of the replica must call it.
     """
-    total = digest_sum(pieces, tensor_rank=tensor_rank, tensor_size=tensor_size)
+    sums = [
+        digest_sum(
+            [(shard, tensors[shard.name]) for shard in shards if shard.name in tensors],
+            tensor_rank=tensor_rank,
+            tensor_size=tensor_size,
+        )
+        for tensors in kinds.values()
+    ]
+    total = torch.cat(sums) if sums else torch.zeros(0, dtype=torch.int64)
     all_reduce(total)
-    return render(int(total))
+    return dict(zip(kinds, map(render, total.tolist()), strict=True))
 
 
 def render(total: int) -> str:

@@ -9,10 +9,12 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from torch import Tensor
 
 from megatron_muloco.checkpoint.compatibility import differences
+from megatron_muloco.checkpoint.digest import render
 from megatron_muloco.checkpoint.layout import FINAL_ANCHOR, STATE_FILE
 from megatron_muloco.checkpoint.model_space import ModelSpace, sharded_tensors
-from megatron_muloco.checkpoint.save import digest_of
+from megatron_muloco.checkpoint.save import digests_of
 from megatron_muloco.checkpoint.state import (
+    ANCHOR,
     Description,
     Masters,
     RunState,
@@ -42,7 +44,7 @@ _REMEDY = "Resume from an older checkpoint (checkpoint.resume: <directory>)."
 def load_run(path: Path, into: RunState, space: ModelSpace) -> Description:
     """Overwrite the live state by that of a training checkpoint; return its description.
 
-    After an error the state is undefined: the run has to end.
+    Nothing is overwritten before everything was read and its digests were found right.
 
     Raises:
         CheckpointError: The checkpoint is damaged, foreign, of another format, or of a run that
@@ -57,9 +59,10 @@ def load_run(path: Path, into: RunState, space: ModelSpace) -> Description:
         stored = _stored(path)
     wanted = _wanted(description, stored, into, space)
     pieces = _read(path, wanted, space)
+    own = description.replicas[into.groups.coords.replica]
+    found = digests_of(into.groups, into.view.shards, pieces)
+    _check_digests(path, found, own["digests"])
     _apply(description, pieces, into)
-    found = digest_of(into.groups, into.view.shards, into.anchors())
-    _check_digest(path, found, description.anchor_digest)
     if description.topology == asdict(into.groups.topology):
         _load_rng(path, stored)
     into.scalars.clear()
@@ -92,11 +95,10 @@ def load_anchor(
     with everywhere(f"the checkpoint {path} cannot be read", _REMEDY):
         description = read_description(path)
         _stored(path)
-    pieces = _read(path, {"anchor": list(view.infos)}, space)
-    _fill(view, pieces["anchor"])
-    spoken_for = {s.name: view.masters[s.name] for s in view.shards if not s.param.duplicate}
-    found = digest_of(groups, view.shards, spoken_for)
-    _check_digest(path, found, description.anchor_digest)
+    pieces = _read(path, {ANCHOR: list(view.infos)}, space)
+    found = digests_of(groups, view.shards, pieces)
+    _check_digests(path, found, {ANCHOR: description.anchor_digest})
+    _fill(view, pieces[ANCHOR])
     view.publish()
     return description
 
@@ -129,7 +131,7 @@ def _wanted(
     replica = into.groups.coords.replica
     infos = into.view.infos
     spoken_for = [name for name, info in infos.items() if not info.duplicate]
-    masters = f"replica_{replica}.master" if description.has_masters else "anchor"
+    masters = f"replica_{replica}.master" if description.has_masters else ANCHOR
     wanted = {masters: list(infos)}
     for moment, names in space.names(into.inner.named_state()).items():
         wanted[f"replica_{replica}.inner.{moment}"] = names
@@ -167,7 +169,7 @@ def _read(path: Path, wanted: Wanted, space: ModelSpace) -> Pieces:
 def _apply(description: Description, pieces: Pieces, into: RunState) -> None:
     replica = into.groups.coords.replica
     own = description.replicas[replica]
-    masters = f"replica_{replica}.master" if description.has_masters else "anchor"
+    masters = f"replica_{replica}.master" if description.has_masters else ANCHOR
     _fill(into.view, pieces[masters])
     moments = {kind: pieces[f"replica_{replica}.inner.{kind}"] for kind in into.inner.named_state()}
     into.inner.load_named_state(moments, step=int(own["inner_step"]))
@@ -190,12 +192,13 @@ def _fill(view: Masters, pieces: Mapping[str, Tensor]) -> None:
         master.copy_(pieces[name])
 
 
-def _check_digest(path: Path, found: str, saved: str) -> None:
-    if found != saved:
-        raise CheckpointError(
-            f"{path}: the anchor that was read has digest {found}, the one that was saved {saved}, "
-            f"so some file has changed since. {_REMEDY}"
-        )
+def _check_digests(path: Path, found: Mapping[str, str], saved: Mapping[str, str]) -> None:
+    for kind, digest in found.items():
+        if digest != saved.get(kind, render(0)):  # a kind without tensors was not saved
+            raise CheckpointError(
+                f"{path}: the {kind} tensors that were read have digest {digest}, those that were "
+                f"saved {saved.get(kind)}, so some file has changed since. {_REMEDY}"
+            )
 
 
 def _load_rng(path: Path, stored: frozenset[str]) -> None:

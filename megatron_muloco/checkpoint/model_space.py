@@ -85,32 +85,26 @@ class ModelSpace:
         """
         whole: dict[str, Tensor] = {}
         for batch in self._batches(names):
-            held = self._empty_held(batch)
-            sent = self._packed(
-                [
-                    (pieces[name].detach().view(-1), name)
-                    for target in range(self._exchange.size)
-                    for name in batch
-                    if self._holders[name] == target and name in self._own
-                ]
-            )
-            received = torch.empty(
-                sum(self._held_counts(batch)), dtype=torch.float32, device=self._device
-            )
-            self._exchange(
-                received,
-                sent,
-                receive_splits=self._held_counts(batch),
+            leaving = [
+                pieces[name].detach().view(-1).to(self._device) for name in self._sent(batch)
+            ]
+            empty = torch.empty(0, dtype=torch.float32, device=self._device)
+            arrived = self._exchanged(
+                torch.cat([empty, *leaving]),
                 send_splits=self._sent_counts(batch),
+                receive_splits=self._held_counts(batch),
             )
-            arrived = received.cpu()
+            held = {
+                name: torch.empty(self._infos[name].numel, dtype=torch.float32)
+                for name in filter(self.holds, batch)
+            }
             for place, piece in self._held_places(batch, held, arrived):
                 place.copy_(piece)
             whole.update(held)
         return {name: tensor.view(self._infos[name].local_shape) for name, tensor in whole.items()}
 
     def scatter(self, whole: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
-        """Return this rank's flat shards; `gather` backwards.
+        """Return this rank's flat shards in host memory; `gather` backwards.
 
         Args:
             whole: The pieces that this rank holds.
@@ -118,26 +112,18 @@ class ModelSpace:
         """
         pieces: dict[str, Tensor] = {}
         for batch in self._batches(names):
-            held = {name: whole[name].reshape(-1) for name in batch if self.holds(name)}
+            held = {name: whole[name].reshape(-1) for name in filter(self.holds, batch)}
             leaving = torch.empty(sum(self._held_counts(batch)), dtype=torch.float32)
             for place, piece in self._held_places(batch, held, leaving):
                 piece.copy_(place)
-            received = torch.empty(
-                sum(self._sent_counts(batch)), dtype=torch.float32, device=self._device
-            )
-            self._exchange(
-                received,
+            arrived = self._exchanged(
                 leaving.to(self._device),
-                receive_splits=self._sent_counts(batch),
                 send_splits=self._held_counts(batch),
+                receive_splits=self._sent_counts(batch),
             )
-            offset = 0
-            for target in range(self._exchange.size):
-                for name in batch:
-                    if self._holders[name] == target and name in self._own:
-                        length = _length(self._own[name])
-                        pieces[name] = received[offset : offset + length]
-                        offset += length
+            mine = self._sent(batch)
+            lengths = [_length(self._own[name]) for name in mine]
+            pieces.update(zip(mine, arrived.split(lengths), strict=True) if mine else ())
         return pieces
 
     # ---- parts ------------------------------------------------------------------------------
@@ -161,17 +147,18 @@ class ModelSpace:
         if batch:
             yield batch
 
-    def _empty_held(self, batch: Sequence[str]) -> dict[str, Tensor]:
-        return {
-            name: torch.empty(self._infos[name].numel, dtype=torch.float32)
-            for name in batch
-            if self.holds(name)
-        }
+    def _exchanged(
+        self, sent: Tensor, *, send_splits: Sequence[int], receive_splits: Sequence[int]
+    ) -> Tensor:
+        """Return what the other ranks sent, in host memory."""
+        received = torch.empty(sum(receive_splits), dtype=torch.float32, device=self._device)
+        self._exchange(received, sent, receive_splits=receive_splits, send_splits=send_splits)
+        return received.cpu()
 
-    def _packed(self, pieces: Sequence[tuple[Tensor, str]]) -> Tensor:
-        if not pieces:
-            return torch.empty(0, dtype=torch.float32, device=self._device)
-        return torch.cat([piece.to(self._device) for piece, _ in pieces])
+    def _sent(self, batch: Sequence[str]) -> list[str]:
+        """Return the parameters of which this rank has a shard, by holder."""
+        mine = [name for name in batch if name in self._own]
+        return sorted(mine, key=lambda name: self._holders[name])  # stable: holder, then batch
 
     def _sent_counts(self, batch: Sequence[str]) -> list[int]:
         """Elements of this rank's shards by holder."""

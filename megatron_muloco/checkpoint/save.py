@@ -1,6 +1,6 @@
 """From live state to a finished temporary directory."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,10 +11,11 @@ import yaml
 from megatron.core.dist_checkpointing import ShardedTensor
 from torch import Tensor
 
-from megatron_muloco.checkpoint.digest import model_digest
+from megatron_muloco.checkpoint.digest import model_digests
 from megatron_muloco.checkpoint.layout import CONFIG_FILE, STATE_FILE, write_file
 from megatron_muloco.checkpoint.model_space import ModelSpace, sharded_tensors
 from megatron_muloco.checkpoint.state import (
+    ANCHOR,
     FORMAT,
     Description,
     RunState,
@@ -26,50 +27,54 @@ from megatron_muloco.checkpoint.state import (
 from megatron_muloco.checkpoint.storage import finish_directory
 from megatron_muloco.comm.groups import Groups
 from megatron_muloco.errors import SyncError
+from megatron_muloco.runtime.accelerator import training_device
 from megatron_muloco.shards import Shard
 
 __all__ = [
-    "anchor_digest",
-    "anchor_tensors",
+    "Kinds",
     "describe",
-    "digest_of",
+    "digests_of",
     "masters_differ",
-    "run_tensors",
+    "run_kinds",
+    "sharded_kinds",
+    "sharded_rng",
     "write_description",
 ]
 
-Kinds = dict[str, Mapping[str, Tensor]]
+Kinds = Mapping[str, Mapping[str, Tensor]]
 
 
-def run_tensors(
-    state: RunState, space: ModelSpace, *, with_masters: bool
-) -> Iterator[ShardedTensor]:
-    """Yield what this rank writes of a training checkpoint.
-
-    Collectives: every rank of a replica exhausts it at the same point.
-    """
+def run_kinds(state: RunState, *, with_masters: bool) -> Kinds:
+    """Return the tensors of a training checkpoint, by key prefix and name; live ones, as shards."""
     replica = state.groups.coords.replica
-    kinds: Kinds = {}
+    kinds: dict[str, Mapping[str, Tensor]] = {}
     if state.synchronizer is None:
-        kinds[outer_key("anchor", replica)] = state.anchors()
+        kinds[ANCHOR] = state.anchors()
     else:
         for kind, tensors in state.synchronizer.state_dict()["tensors"].items():
-            if replica == 0 or not is_shared(kind):
-                kinds[outer_key(kind, replica)] = tensors
+            kinds[outer_key(kind, replica)] = tensors
     for moment, tensors in state.inner.named_state().items():
         kinds[f"replica_{replica}.inner.{moment}"] = tensors
     if with_masters:
         kinds[f"replica_{replica}.master"] = state.view.masters
+    return kinds
+
+
+def sharded_kinds(state: RunState, kinds: Kinds, space: ModelSpace) -> Iterator[ShardedTensor]:
+    """Yield what this rank writes of ``kinds``: shared ones on replica 0, others on their replica.
+
+    Collectives: every rank of a replica exhausts it at the same point.
+    """
+    if state.groups.coords.replica > 0:
+        kinds = {kind: tensors for kind, tensors in kinds.items() if not is_shared(kind)}
     yield from _tensors_of(kinds, space)
+
+
+def sharded_rng() -> Iterator[ShardedTensor]:
+    """Yield the states of this rank's random number generators."""
     rank = torch.distributed.get_rank()
     for name, tensor in rng_tensors().items():
         yield ShardedTensor.from_rank_offsets(rng_key(rank, name), tensor)
-
-
-def anchor_tensors(state: RunState, space: ModelSpace) -> Iterator[ShardedTensor]:
-    """Yield what this rank writes of the anchor alone. Collectives: as `run_tensors`."""
-    if state.groups.coords.replica == 0:
-        yield from _tensors_of({"anchor": state.anchors()}, space)
 
 
 def _tensors_of(kinds: Kinds, space: ModelSpace) -> Iterator[ShardedTensor]:
@@ -81,39 +86,18 @@ def _tensors_of(kinds: Kinds, space: ModelSpace) -> Iterator[ShardedTensor]:
             yield from sharded_tensors(f"{kind}.{name}", space.cut(name), piece)
 
 
-def anchor_digest(state: RunState) -> str:
-    """Return the digest of the anchor.
-
-    Collectives: 8 bytes over the replica, then one short text over the job.
-
-    Raises:
-        SyncError: Replicas have different anchors.
-    """
-    digest = digest_of(state.groups, state.view.shards, state.anchors())
-    digests: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(digests, digest)
-    by_replica = digests[:: state.groups.topology.replica_size]
-    if len(set(by_replica)) > 1:
-        raise SyncError(
-            f"replicas have different anchors (digests {', '.join(by_replica)}, in their order), "
-            "so no checkpoint of this state would be right. Resume from an earlier checkpoint."
-        )
-    return digest
-
-
-def digest_of(groups: Groups, shards: tuple[Shard, ...], tensors: Mapping[str, Tensor]) -> str:
-    """Return the digest of a model's tensors. Collectives: 8 bytes over the replica."""
-    device = next((t.device for t in tensors.values()), torch.device("cpu"))
-    if torch.cuda.is_available():
-        device = torch.device("cuda", torch.cuda.current_device())
+def digests_of(groups: Groups, shards: Sequence[Shard], kinds: Kinds) -> dict[str, str]:
+    """Return the digest of each kind. Collectives: 8 bytes a kind over the replica."""
+    device = training_device()
 
     def all_reduce(total: Tensor) -> None:
         moved = total.to(device)
         torch.distributed.all_reduce(moved, group=groups.replica)
         total.copy_(moved)
 
-    return model_digest(
-        [(shard, tensors[shard.name]) for shard in shards if shard.name in tensors],
+    return model_digests(
+        kinds,
+        shards,
         tensor_rank=groups.coords.tp,
         tensor_size=groups.topology.tensor,
         all_reduce=all_reduce,
@@ -139,28 +123,48 @@ def masters_differ(state: RunState) -> bool:
     return any(flags)
 
 
-def describe(state: RunState, *, step: int, digest: str, has_masters: bool) -> Description:
-    """Return the plain part of a training checkpoint, complete on every rank.
+def describe(state: RunState, kinds: Kinds, *, step: int, has_masters: bool) -> Description:
+    """Return the plain part of a checkpoint of ``kinds``, complete on every rank.
 
-    Collectives: one small object from every rank of the job.
+    Collectives: digests over the replica, one small object from every rank of the job.
+
+    Raises:
+        SyncError: Replicas disagree about what they share.
     """
     groups = state.groups
-    own: dict[str, Any] = {"inner_step": state.inner.step_count, "synchronizer": None}
+    own: dict[str, Any] = {
+        "digests": digests_of(groups, state.view.shards, kinds),
+        "inner_step": state.inner.step_count,
+        "synchronizer": None,
+    }
     if state.synchronizer is not None:
         own["synchronizer"] = state.synchronizer.state_dict()["scalars"]
     everywhere: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everywhere, own if groups.is_leader else None)
+    replicas = [entry for entry in everywhere if entry is not None]
+    _check_shared(filter(is_shared, kinds), [replica["digests"] for replica in replicas])
     return Description(
         format=FORMAT,
         step=step,
         topology=asdict(groups.topology),
-        anchor_digest=digest,
+        anchor_digest=own["digests"][ANCHOR],
         versions=_versions(),
         has_masters=has_masters,
         scalars=state.scalars,
-        replicas=[entry for entry in everywhere if entry is not None],
+        replicas=replicas,
         config=state.config.model_dump(mode="json"),
     )
+
+
+def _check_shared(kinds: Iterable[str], by_replica: Sequence[Mapping[str, str]]) -> None:
+    for kind in kinds:
+        digests = [digests[kind] for digests in by_replica]
+        if len(set(digests)) > 1:
+            raise SyncError(
+                f"replicas hold different values of the {kind} that they share (digests "
+                f"{', '.join(digests)}, in their order), so no checkpoint of this state would be "
+                "right. Resume from an earlier checkpoint."
+            )
 
 
 def write_description(directory: Path, description: Description) -> None:

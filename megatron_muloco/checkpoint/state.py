@@ -27,6 +27,7 @@ from megatron_muloco.outer.synchronizer import Synchronizer
 from megatron_muloco.shards import ParamInfo, Shard
 
 __all__ = [
+    "ANCHOR",
     "FORMAT",
     "Description",
     "Masters",
@@ -40,7 +41,8 @@ __all__ = [
 ]
 
 FORMAT = 1
-_SHARED_OUTER = {"anchor": "anchor", "momentum": "outer.momentum", "mean": "outer.mean"}
+ANCHOR = "anchor"
+_SHARED_OUTER = {"anchor": ANCHOR, "momentum": "outer.momentum", "mean": "outer.mean"}
 
 
 class Masters(Protocol):
@@ -97,7 +99,8 @@ class Description:
         versions: Package name to version of what wrote it; for people.
         has_masters: Whether masters are stored, because they differ from the anchor.
         scalars: The trainer's plain values.
-        replicas: For each replica, ``inner_step`` and the synchronizer's plain values.
+        replicas: For each replica ``digests`` of its tensors by key prefix, ``inner_step`` (steps
+            since its moments were zero) and the plain values of its ``synchronizer``.
         config: The resolved configuration.
     """
 
@@ -154,13 +157,13 @@ def read_description(path: Path) -> Description:
 
 
 def outer_key(kind: str, replica: int) -> str:
-    """Return the prefix of a kind of the synchronizer's tensors."""
+    """Return the key prefix of a kind of the synchronizer's tensors."""
     return _SHARED_OUTER.get(kind) or f"replica_{replica}.outer.{kind}"
 
 
-def is_shared(kind: str) -> bool:
-    """Whether a kind of the synchronizer's tensors is the same on all replicas."""
-    return kind in _SHARED_OUTER
+def is_shared(prefix: str) -> bool:
+    """Whether the tensors under a key prefix are the same on all replicas."""
+    return prefix in _SHARED_OUTER.values()
 
 
 def rng_key(rank: int, name: str) -> str:

@@ -14,6 +14,7 @@ Every method is a collective of the whole job: all ranks call it at the same poi
 """
 
 from collections.abc import Callable, Iterable
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -24,14 +25,14 @@ from megatron_muloco.checkpoint.layout import Found
 from megatron_muloco.checkpoint.load import load_anchor, load_run
 from megatron_muloco.checkpoint.model_space import ModelSpace
 from megatron_muloco.checkpoint.save import (
-    anchor_digest,
-    anchor_tensors,
     describe,
     masters_differ,
-    run_tensors,
+    run_kinds,
+    sharded_kinds,
+    sharded_rng,
     write_description,
 )
-from megatron_muloco.checkpoint.state import Description, Masters, RunState
+from megatron_muloco.checkpoint.state import ANCHOR, Description, Masters, RunState
 from megatron_muloco.checkpoint.storage import everywhere, write_tensors
 from megatron_muloco.comm.groups import Groups
 from megatron_muloco.runtime.accelerator import training_device
@@ -73,15 +74,15 @@ class CheckpointStore:
 
         Raises:
             CheckpointError: It could not be written; training may go on.
-            SyncError: Replicas have different anchors.
+            SyncError: Replicas disagree about what they share; nothing was written.
         """
         path = layout.checkpoint_path(self.directory, step)
         has_masters = masters_differ(state)
-        digest = anchor_digest(state)
-        description = describe(state, step=step, digest=digest, has_masters=has_masters)
+        kinds = run_kinds(state, with_masters=has_masters)
+        description = describe(state, kinds, step=step, has_masters=has_masters)
         write_published(
             path,
-            run_tensors(state, self._space(state.view), with_masters=has_masters),
+            chain(sharded_kinds(state, kinds, self._space(state.view)), sharded_rng()),
             lambda temporary: write_description(temporary, description),
         )
         with everywhere(
@@ -99,12 +100,12 @@ class CheckpointStore:
         Raises:
             CheckpointError: It could not be written; the checkpoint is as before.
         """
-        digest = anchor_digest(state)
-        description = describe(state, step=layout.step_of(path), digest=digest, has_masters=False)
+        kinds = {ANCHOR: state.anchors()}
+        description = describe(state, kinds, step=layout.step_of(path), has_masters=False)
         target = path / layout.FINAL_ANCHOR
         write_published(
             target,
-            anchor_tensors(state, self._space(state.view)),
+            sharded_kinds(state, kinds, self._space(state.view)),
             lambda temporary: write_description(temporary, description),
         )
         return target

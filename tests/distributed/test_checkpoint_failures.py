@@ -4,6 +4,7 @@ import errno
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def test_a_full_disk_costs_one_checkpoint_and_nothing_else(tmp_path: Path) -> No
 
 def drift_apart(directory: Path) -> str:
     run = started(SECTIONS).train(1)
-    name, anchor = next(iter(run.optimizer.synchronizer.anchors().items()))
+    anchor = next(iter(run.optimizer.synchronizer.anchors().values()))
     if torch.distributed.get_rank() == 1:
         anchor.view(torch.int32)[0] ^= 1
     with pytest.raises(SyncError) as failure:
@@ -90,7 +91,7 @@ def drift_apart(directory: Path) -> str:
 
 def test_replicas_with_different_anchors_are_not_saved(tmp_path: Path) -> None:
     message, _ = run_ranks(drift_apart, 2, tmp_path / "run")
-    assert "replicas have different anchors" in message
+    assert "replicas hold different values of the anchor that they share" in message
     assert not (tmp_path / "run").exists()
 
 
@@ -107,12 +108,12 @@ def truncate(path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
 
-def corrupt(path: Path) -> None:
+def corrupt(path: Path, prefix: str) -> None:
     """Flip one bit in the middle of a tensor, where no length changes."""
     from torch.distributed.checkpoint import FileSystemReader
 
     places = FileSystemReader(path).read_metadata().storage_data
-    place = next(p for i, p in places.items() if i.fqn == "anchor.output_layer.weight")
+    place = next(p for i, p in places.items() if i.fqn == f"{prefix}.output_layer.weight")
     file = path / place.relative_path
     content = bytearray(file.read_bytes())
     content[place.offset + place.length // 2] ^= 1
@@ -127,7 +128,11 @@ def later_format(path: Path) -> None:
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "truncated": (truncate, r"iter_0000001 is incomplete: __0_0.distcp has \d+ bytes of \d+"),
-    "corrupt": (corrupt, r"iter_0000001"),
+    "flipped-anchor": (partial(corrupt, prefix="anchor"), "the anchor tensors that were read have"),
+    "flipped-moment": (
+        partial(corrupt, prefix="replica_0.inner.exp_avg"),
+        "the replica_0.inner.exp_avg tensors that were read have digest",
+    ),
     "lost-file": (lambda p: (p / "__0_0.distcp").unlink(), "__0_0.distcp is missing"),
     "bad-index": (lambda p: (p / ".metadata").write_bytes(b"\x80"), "cannot be read: rank 0:"),
     "bad-state": (lambda p: (p / layout.STATE_FILE).write_text("{"), "muloco.json is damaged"),

@@ -1,9 +1,12 @@
 """Which keys may change between save and resume."""
 
+from pathlib import Path
+
 import pytest
 
 from megatron_muloco.checkpoint.compatibility import FIXED_KEYS, differences
 
+PAGE = Path(__file__).parents[2] / "docs" / "concepts" / "checkpoints.md"
 CONFIG = {
     "model": {"num_layers": 2, "init": "muloco"},
     "parallel": {"num_replicas": 2, "tensor_model_parallel_size": 1},
@@ -46,6 +49,6 @@ def test_a_change_of_what_the_state_means_is_named(current: dict[str, object], k
 
 
 def test_the_documented_table_is_the_one_that_is_checked() -> None:
-    page = open("docs/concepts/checkpoints.md", encoding="utf-8").read()
+    page = PAGE.read_text(encoding="utf-8")
     for key in FIXED_KEYS:
         assert f"`{key}`" in page or f"`{key}.*`" in page, key

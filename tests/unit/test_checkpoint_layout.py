@@ -1,4 +1,4 @@
-"""Checkpoint directories: a kill between any two operations leaves a whole checkpoint to resume from."""
+"""Checkpoint directories: a kill between any two operations leaves a whole checkpoint."""
 
 import os
 import shutil

@@ -27,7 +27,7 @@ def whole_model() -> dict[str, Tensor]:
 
 
 def local_piece(name: str, whole: Tensor, rank: int, size: int) -> Tensor:
-    """Cut as Megatron does, in words: rows of gate and of up separately, everything else straight."""
+    """Cut as Megatron does: rows of gate and of up separately, everything else straight."""
     dim = SHAPES[name][1]
     if dim is None:
         return whole
