@@ -60,7 +60,7 @@ def discover_ranks(environ: Mapping[str, str]) -> RankInfo:
 
     Raises:
         ConfigError: A source names a rank without a world size, or several ranks have nowhere to
-            meet (``MASTER_ADDR`` is missing).
+            meet (``MASTER_ADDR`` is missing), or a number is none.
     """
     for source, rank_key, world_key, local_key, local_world_keys in _SOURCES:
         if rank_key not in environ:
@@ -72,7 +72,12 @@ def discover_ranks(environ: Mapping[str, str]) -> RankInfo:
                 f"{rank_key} is set but {world_key} is not, so the size of the job is unknown; "
                 "start the program through deepspeed, torchrun, srun or mpirun"
             )
-        world_size = int(environ[world_key])
+        rank, world_size = _whole(environ, rank_key), _whole(environ, world_key)
+        if rank >= world_size:
+            raise ConfigError(
+                f"{rank_key} is {rank}, which is no rank of {world_key} {world_size}; start the "
+                "program through deepspeed, torchrun, srun or mpirun"
+            )
         if world_size > 1 and "MASTER_ADDR" not in environ:
             raise ConfigError(
                 f"{world_size} ranks were started ({source}) but MASTER_ADDR is not set, so they "
@@ -81,11 +86,28 @@ def discover_ranks(environ: Mapping[str, str]) -> RankInfo:
         local_world = next((environ[key] for key in local_world_keys if key in environ), "1")
         return RankInfo(
             source=source,
-            rank=int(environ[rank_key]),
+            rank=rank,
             world_size=world_size,
-            local_rank=int(environ.get(local_key, "0")),
-            local_world_size=int(local_world.split("(")[0]),
+            local_rank=_whole(environ, local_key, 0),
+            local_world_size=int(local_world.split("(")[0]),  # SLURM writes "4(x2)" for two nodes
             master_addr=environ.get("MASTER_ADDR", "127.0.0.1"),
-            master_port=int(environ.get("MASTER_PORT", str(_DEFAULT_PORT))),
+            master_port=_whole(environ, "MASTER_PORT", _DEFAULT_PORT),
         )
-    return RankInfo("single", 0, 1, 0, 1, "127.0.0.1", int(environ.get("MASTER_PORT", "0")))
+    return RankInfo("single", 0, 1, 0, 1, "127.0.0.1", _whole(environ, "MASTER_PORT", 0))
+
+
+def _whole(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
+    """Return a variable as a number.
+
+    Raises:
+        ConfigError: It is set to something else.
+    """
+    text = environ.get(name)
+    if text is None and default is not None:
+        return default
+    if text is None or not text.isdecimal():
+        raise ConfigError(
+            f"the environment variable {name} is {text!r}, which is no whole number; it is set by "
+            "launchers and schedulers, so start the program through one of them or unset it"
+        )
+    return int(text)

@@ -2,8 +2,8 @@
 
 ::
 
-every inner step t:   theta_k <- inner optimizer(theta_k, gradients of replica k's samples)
-every round:          D_k = theta - theta_k;  theta <- outer optimizer(theta, mean_k D_k)
+    every inner step t:   theta_k <- inner optimizer(theta_k, gradients of replica k's samples)
+    every round:          D_k = theta - theta_k;  theta <- outer optimizer(theta, mean_k D_k)
 """
 
 import time
@@ -15,6 +15,7 @@ from megatron_muloco.checkpoint.layout import checkpoint_path
 from megatron_muloco.checkpoint.save import digests_of
 from megatron_muloco.checkpoint.state import ANCHOR
 from megatron_muloco.config import RunConfig
+from megatron_muloco.errors import CheckpointError
 from megatron_muloco.monitor.interval import Value
 from megatron_muloco.outer.report import OuterReport
 from megatron_muloco.runtime.distributed import shutdown
@@ -36,15 +37,15 @@ class Outcome(Enum):
     DONE = "done"
     STOPPED = "stopped on request; state saved"
     UNSAVED = "stopped on request; checkpoint.dir is not set, so nothing was saved"
+    SAVE_FAILED = "ended without its last save; the checkpoint before it is whole"
 
 
-def run(config: RunConfig) -> Outcome:
+def run(config: RunConfig, stop: StopRequest) -> Outcome:
     """Build a trainer, train to the end or to a stop request, and leave the job."""
-    with StopRequest() as stop:
-        trainer = build_trainer(config)
-        outcome = train(trainer, stop)
-        trainer.monitor.close(outcome.value)
-        shutdown()
+    trainer = build_trainer(config)
+    outcome = train(trainer, stop)
+    trainer.monitor.close(outcome.value)
+    shutdown()
     return outcome
 
 
@@ -59,8 +60,9 @@ def train(trainer: Trainer, stop: StopRequest) -> Outcome:
         if _is_due(step, trainer.config.training.eval_interval) and step < last_step:
             _evaluate(trainer, step)
         if step == stop_after and step < last_step:
-            return _save(trainer, step, Outcome.STOPPED, Outcome.UNSAVED)
+            return _stop(trainer, step)
         if _is_due(step, trainer.config.checkpoint.save_interval) and step < last_step:
+            _announce(trainer, step)
             _save(trainer, step)
         stop_after = stop_after or _stop_decision(trainer, step)
     return _finish(trainer, last_step)
@@ -114,12 +116,18 @@ def outer_step(trainer: Trainer, step: int) -> OuterReport | None:
     Collectives: over outer groups and replicas when something is due, none otherwise.
     """
     riders = trainer.monitor.riders(step)
-    if trainer.groups.is_leader and trainer.optimizer.waits_after(step):
-        trainer.agreement.announce_sync(step)
+    if trainer.optimizer.waits_after(step):
+        _announce(trainer, step)
     report = trainer.optimizer.outer_step(riders)
     if report is not None:
         trainer.monitor.outer_step(report)
     return report
+
+
+def _announce(trainer: Trainer, step: int) -> None:
+    """Tell the other replicas that this one waits for them next, after inner step ``step``."""
+    if trainer.groups.is_leader:
+        trainer.agreement.announce(step)
 
 
 def _stop_decision(trainer: Trainer, step: int) -> int | None:
@@ -161,42 +169,63 @@ def _evaluate(trainer: Trainer, step: int) -> None:
         trainer.monitor.evaluation(step, loss)
 
 
-def _save(
-    trainer: Trainer,
-    step: int,
-    saved: Outcome = Outcome.STOPPED,
-    unsaved: Outcome = Outcome.UNSAVED,
-) -> Outcome:
-    """Publish a checkpoint of ``step``, where checkpoints are kept."""
+def _stop(trainer: Trainer, step: int) -> Outcome:
+    """End a run that was asked to stop."""
     if trainer.store is None:
-        return unsaved
+        return Outcome.UNSAVED
+    return Outcome.STOPPED if _save(trainer, step) else Outcome.SAVE_FAILED
+
+
+def _save(trainer: Trainer, step: int) -> bool:
+    """Publish a checkpoint of ``step``, where checkpoints are kept; return whether none is missing.
+
+    A full disk does not end a run that can train on: it is reported, and tried again when the next
+    checkpoint is due.
+
+    Collectives: of the whole job.
+    """
+    if trainer.store is None:
+        return True
     with trainer.monitor.paused():
         trainer.state.scalars.update(scalars_of(step, trainer.config))
-        path = trainer.store.save(step, trainer.state)
+        try:
+            path = trainer.store.save(step, trainer.state)
+        except CheckpointError as error:  # the same on all ranks
+            trainer.monitor.say(f"NOT SAVED: {error}")
+            return False
         trainer.monitor.say(f"saved {path}")
-    return saved
+    return True
 
 
 def _finish(trainer: Trainer, last_step: int) -> Outcome:
     """Save, flush, store the flushed anchor beside the checkpoint, and evaluate it."""
-    already = trainer.first_step > last_step
-    path = None
-    if trainer.store is not None and not already:
-        _save(trainer, last_step)
-        path = checkpoint_path(trainer.store.directory, last_step)
-    if trainer.groups.is_leader:
-        trainer.agreement.announce_sync(last_step + 1)
+    _announce(trainer, last_step + 1)
+    saved = trainer.first_step > last_step or _save(trainer, last_step)
     report = trainer.optimizer.flush()
     if report is not None:
         trainer.monitor.outer_step(report)
-    if trainer.store is not None and path is not None:
-        trainer.store.save_final_anchor(path, trainer.state)
+    saved = saved and _save_final_anchor(trainer, last_step)
     _evaluate(trainer, last_step)
     _sample(trainer)
     state = trainer.state
     digests = digests_of(state.groups, state.view.shards, {ANCHOR: state.anchors()})
     trainer.monitor.say(f"final anchor digest: {digests[ANCHOR]}")
-    return Outcome.DONE
+    return Outcome.DONE if saved else Outcome.SAVE_FAILED
+
+
+def _save_final_anchor(trainer: Trainer, last_step: int) -> bool:
+    """Store the flushed anchor, also when only this was missing; return whether nothing failed."""
+    if trainer.store is None:
+        return True
+    path = checkpoint_path(trainer.store.directory, last_step)
+    if not path.is_dir():  # resumed from a finished run elsewhere
+        return True
+    try:
+        trainer.store.save_final_anchor(path, trainer.state)
+    except CheckpointError as error:
+        trainer.monitor.say(f"NOT SAVED: {error}")
+        return False
+    return True
 
 
 def _sample(trainer: Trainer) -> None:

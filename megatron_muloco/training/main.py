@@ -17,6 +17,7 @@ from megatron_muloco.config.checks import check
 from megatron_muloco.config.derived import smallest_topology, topology_of
 from megatron_muloco.errors import ConfigError, MulocoError, TopologyError
 from megatron_muloco.runtime.ranks import RankInfo, discover_ranks
+from megatron_muloco.training.signals import StopRequest
 
 __all__ = ["main"]
 
@@ -34,17 +35,18 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the program and exit."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = _parse(given)
-    try:
-        config = load_config(options.config, options.set)
-        if options.dry_run:
-            _print_plan(config, options.world_size)
-            sys.exit(EXIT_DONE)
-        ranks = discover_ranks(os.environ)
-        _fit_world(config, ranks, given, options.config)
-        _check_inputs(config)
-    except ConfigError as error:
-        _refuse(error)
-    sys.exit(_train(config))
+    with StopRequest() as stop:
+        try:
+            config = load_config(options.config, options.set)
+            if options.dry_run:
+                _print_plan(config, options.world_size)
+                sys.exit(EXIT_DONE)
+            ranks = discover_ranks(os.environ)
+            _check_inputs(config)
+            _fit_world(config, ranks, given, options.config)
+        except ConfigError as error:
+            sys.exit(_refuse(error))
+        _leave(_train(config, stop))
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -79,7 +81,7 @@ def _print_plan(config: RunConfig, world_size: int | None) -> None:
 
     topology = None if world_size is None else topology_of(config, world_size)
     check(config, topology or smallest_topology(config))
-    if int(os.environ.get("RANK", "0")) == 0:
+    if _rank() == 0:
         sys.stdout.write(render_plan(config, topology) + "\n")
 
 
@@ -135,38 +137,58 @@ def _check_inputs(config: RunConfig) -> None:
         raise ConfigError(problems)
 
 
-def _train(config: RunConfig) -> int:
-    """Train and return the exit code; an error leaves without collectives: ranks may disagree."""
+def _train(config: RunConfig, stop: StopRequest) -> int:
+    """Train and return the exit code. After an error ranks may disagree: no more collectives."""
     from megatron_muloco.training.loop import Outcome, run
 
     exit_codes = {
         Outcome.DONE: EXIT_DONE,
         Outcome.STOPPED: EXIT_STOPPED,
         Outcome.UNSAVED: EXIT_FAULT,  # to start again would begin from nothing
+        Outcome.SAVE_FAILED: EXIT_FAULT,  # to start again would fail again
     }
     try:
-        return exit_codes[run(config)]
+        return exit_codes[run(config, stop)]
     except ConfigError as error:
-        _refuse(error)
+        return _refuse(error)
     except MulocoError as error:
         traceback.print_exc()
         sys.stderr.write(f"\n{type(error).__name__}: {error}\n")
     except Exception:  # noqa: BLE001 - the process ends here, whatever it was
         traceback.print_exc()
+    return EXIT_FAULT
+
+
+def _refuse(error: ConfigError) -> int:
+    """Print what is wrong and return the exit code.
+
+    One rank speaks for all. The others leave later, and speak only if no launcher ended them until
+    then: what is wrong may be wrong on their machine alone.
+    """
+    rank = _rank()
+    if rank:
+        time.sleep(_LET_RANK_ZERO_SPEAK_SECONDS)
+    count = len(error.problems)
+    at = f" on rank {rank}" if rank else ""
+    sys.stderr.write(f"{count} problem{'s' if count > 1 else ''} in the input{at}:\n")
+    for problem in error.problems:
+        sys.stderr.write(f"\n{problem}\n")
+    return EXIT_BAD_INPUT
+
+
+def _rank() -> int:
+    try:
+        return discover_ranks(os.environ).rank
+    except ConfigError:  # then this is what is being reported
+        return 0
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process without interpreter teardown.
+
+    Teardown may wait for peers after an error, and a second signal during it would replace the
+    code.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(EXIT_FAULT)
-
-
-def _refuse(error: ConfigError) -> NoReturn:
-    """Print what is wrong, once for all ranks, and exit."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        count = len(error.problems)
-        sys.stderr.write(f"{count} problem{'s' if count > 1 else ''} in the input:\n")
-        for problem in error.problems:
-            sys.stderr.write(f"\n{problem}\n")
-        sys.stderr.flush()
-    else:
-        time.sleep(_LET_RANK_ZERO_SPEAK_SECONDS)
-    sys.stdout.flush()
-    os._exit(EXIT_BAD_INPUT)
+    os._exit(code)

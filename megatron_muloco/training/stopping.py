@@ -20,6 +20,7 @@ from typing import Protocol
 __all__ = ["StopAgreement", "Store"]
 
 _POLL_SECONDS = 0.02
+_PREFIX = "muloco-stop"  # every start of a job has a store of its own
 
 
 class Store(Protocol):
@@ -42,22 +43,20 @@ class StopAgreement:
         store: Seen by the leaders of all replicas.
         replica: This replica's index.
         num_replicas: K.
-        session: Distinguishes this start of the job from earlier ones on the same store.
     """
 
-    def __init__(self, store: Store, *, replica: int, num_replicas: int, session: str = "") -> None:
+    def __init__(self, store: Store, *, replica: int, num_replicas: int) -> None:
         self._store = store
         self._replica = replica
         self._replicas = range(num_replicas)
-        self._prefix = f"muloco-stop{session}"
 
     def request(self) -> None:
         """Ask all replicas to stop."""
-        self._store.set(f"{self._prefix}/requested", "1")
+        self._store.set(f"{_PREFIX}/requested", "1")
 
-    def announce_sync(self, step: int) -> None:
-        """Say that this replica is about to enter the outer step after inner step ``step``."""
-        self._store.set(f"{self._prefix}/sync/{self._replica}", str(step))
+    def announce(self, step: int) -> None:
+        """Say that this replica is about to wait for all others, after inner step ``step``."""
+        self._store.set(f"{_PREFIX}/meeting/{self._replica}", str(step))
 
     def decide(self, step: int) -> int | None:
         """Return the step after which to stop, or ``None`` to train on.
@@ -65,18 +64,23 @@ class StopAgreement:
         Called between steps, after inner step ``step`` and its outer steps. Waits while a decision
         is near and nobody waits for this replica.
         """
-        if not self._store.check([f"{self._prefix}/requested"]):
+        if not self._store.check([f"{_PREFIX}/requested"]):
             return None
-        self._store.set(f"{self._prefix}/reached/{self._replica}", str(step))
+        self._store.set(f"{_PREFIX}/reached/{self._replica}", str(step))
         while True:
-            reached = [self._number(f"{self._prefix}/reached/{r}") for r in self._replicas]
-            if all(post is not None for post in reached):
-                return max(post for post in reached if post is not None) + 1
-            for replica in self._replicas:
-                ahead = self._number(f"{self._prefix}/sync/{replica}")
-                if replica != self._replica and ahead is not None and ahead > step:
-                    return None
+            # Meetings first: a replica that has decided may announce the next one at any moment,
+            # but then everybody has posted, and the posts read after its announcement say so.
+            awaited = any((ahead or 0) > step for ahead in self._numbers("meeting"))
+            reached = [post for post in self._numbers("reached") if post is not None]
+            if len(reached) == len(self._replicas):
+                return max(reached) + 1
+            if awaited:
+                return None
             time.sleep(_POLL_SECONDS)
+
+    def _numbers(self, kind: str) -> list[int | None]:
+        """Return the number of each replica under ``kind``; ``None`` where there is none yet."""
+        return [self._number(f"{_PREFIX}/{kind}/{replica}") for replica in self._replicas]
 
     def _number(self, key: str) -> int | None:
         return int(self._store.get(key)) if self._store.check([key]) else None

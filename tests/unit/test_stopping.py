@@ -1,0 +1,348 @@
+"""Replicas at different steps agree on the step to stop at; the real loop in threads, no ranks.
+
+One thread is one replica. Threads run one at a time, and a seeded choice decides whose turn it is
+at every access to the shared store and at every inner step, so that each example is one exact
+interleaving and a hang is found by counting turns.
+"""
+
+import random
+import threading
+from collections.abc import Callable
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from megatron_muloco.errors import CheckpointError
+from megatron_muloco.training import loop, stopping
+from megatron_muloco.training.loop import Outcome
+from megatron_muloco.training.signals import StopRequest
+from megatron_muloco.training.stopping import StopAgreement
+
+LAST_STEP = 12
+MOST_TURNS = 20_000  # a run takes some hundreds
+
+
+class Deadlock(AssertionError):
+    """Nobody can go on, or nobody gets anywhere."""
+
+
+class Turns:
+    """Lets one of several threads run at a time, chosen at random with unequal odds."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self._random = random.Random(seed)
+        self._odds = [self._random.choice([1, 1, 5, 50]) for _ in range(count)]
+        self._waiting: dict[int, Callable[[], bool]] = {}
+        self._gates = [threading.Semaphore(0) for _ in range(count)]
+        self._alive = set(range(count))
+        self._turns = 0
+        self.failure: BaseException | None = None
+
+    def run(self, bodies: list[Callable[[], Any]]) -> list[Any]:
+        """Run all bodies to their ends and return what they returned."""
+        results: list[Any] = [None] * len(bodies)
+
+        def play(index: int) -> None:
+            try:
+                self._gates[index].acquire()
+                self._check()
+                results[index] = bodies[index]()
+            except BaseException as error:
+                self.failure = self.failure or error
+            self._alive.discard(index)
+            self._next()
+
+        threads = [threading.Thread(target=play, args=(i,)) for i in range(len(bodies))]
+        self._waiting = {index: lambda: True for index in self._alive}
+        for thread in threads:
+            thread.start()
+        self._next()
+        for thread in threads:
+            thread.join()
+        if self.failure is not None:
+            raise self.failure
+        return results
+
+    def wait(self, index: int, until: Callable[[], bool] = lambda: True) -> None:
+        """Give up the turn; come back when chosen, not before ``until()`` holds."""
+        self._waiting[index] = until
+        self._next()
+        self._gates[index].acquire()
+        self._check()
+
+    def _next(self) -> None:
+        self._turns += 1
+        able = [i for i in sorted(self._waiting) if self.failure or self._waiting[i]()]
+        if (not able and self._alive) or (self._turns > MOST_TURNS and not self.failure):
+            self.failure = Deadlock(f"after {self._turns} turns; alive: {self._alive}")
+            able = sorted(self._waiting)
+        if able:
+            (chosen,) = self._random.choices(able, [self._odds[i] for i in able])
+            del self._waiting[chosen]
+            self._gates[chosen].release()
+
+    def _check(self) -> None:
+        if self.failure is not None:
+            raise self.failure
+
+
+class Job:
+    """K replicas of one rank each around the real loop: a shared store, meetings, counters."""
+
+    def __init__(
+        self, replicas: int, seed: int, *, sync_interval: int = 4, delay: int = 0, saves: int = 0
+    ) -> None:
+        self.turns = Turns(replicas, seed)
+        self.replicas, self.sync_interval, self.delay, self.saves = (
+            replicas,
+            sync_interval,
+            delay,
+            saves,
+        )
+        self.values: dict[str, bytes] = {}
+        self.steps = [0] * replicas
+        self.arrivals: dict[Any, set[int]] = {}
+        self.saved: dict[int, int] = {}
+        self.stops = [StopRequest() for _ in range(replicas)]
+
+    def run(self) -> list[Outcome]:
+        """Return how every replica ended."""
+        return self.turns.run(
+            [
+                lambda r=r: loop.train(self.trainer(r), self.stops[r])  # type: ignore[misc]
+                for r in range(self.replicas)
+            ]
+        )
+
+    def meet(self, replica: int, what: Any) -> None:
+        """Wait for all replicas at ``what``."""
+        here = self.arrivals.setdefault(what, set())
+        here.add(replica)
+        self.turns.wait(replica, lambda: len(here) == self.replicas)
+
+    def trainer(self, replica: int) -> Any:
+        """Return what `train` uses of a trainer."""
+        optimizer = FakeOptimizer(self, replica)
+        groups = SimpleNamespace(
+            is_leader=True,
+            on_last_stage=True,
+            coords=SimpleNamespace(tp=0, cp=0),
+            topology=SimpleNamespace(data=1, replica_size=1, pipeline=1),
+        )
+        config = SimpleNamespace(
+            training=SimpleNamespace(eval_interval=0, global_batch_size=1),
+            checkpoint=SimpleNamespace(save_interval=self.saves),
+            monitor=SimpleNamespace(sample_tokens=0),
+        )
+        return SimpleNamespace(
+            config=config,
+            derived=SimpleNamespace(train_iters=LAST_STEP, num_microbatches=1),
+            groups=groups,
+            model=SimpleNamespace(zero_grad_buffer=lambda: None),
+            optimizer=optimizer,
+            forward=lambda batches, count: torch.zeros(()),
+            train_data=SimpleNamespace(microbatch=lambda step, index: None),
+            valid_data=None,
+            monitor=FakeMonitor(),
+            probe=None,
+            store=FakeStore(self, replica),
+            state=SimpleNamespace(
+                scalars={}, groups=None, view=SimpleNamespace(shards=()), anchors=dict
+            ),
+            agreement=StopAgreement(
+                SharedValues(self, replica), replica=replica, num_replicas=self.replicas
+            ),
+            first_step=1,
+        )
+
+
+class SharedValues:
+    """A rendezvous store; other replicas may act before each access."""
+
+    def __init__(self, job: Job, replica: int) -> None:
+        self._job, self._replica = job, replica
+
+    def set(self, key: str, value: str) -> None:
+        self._job.turns.wait(self._replica)
+        self._job.values[key] = value.encode()
+
+    def get(self, key: str) -> bytes:
+        self._job.turns.wait(self._replica)
+        return self._job.values[key]
+
+    def check(self, keys: list[str]) -> bool:
+        self._job.turns.wait(self._replica)
+        return all(key in self._job.values for key in keys)
+
+
+class FakeOptimizer:
+    """Counts steps; its outer steps wait until all replicas have launched."""
+
+    inner = None
+
+    def __init__(self, job: Job, replica: int) -> None:
+        self._job, self._replica = job, replica
+
+    def zero_grad(self) -> None:
+        pass
+
+    def inner_step(self) -> Any:
+        self._job.turns.wait(self._replica)
+        self._job.steps[self._replica] += 1
+        return SimpleNamespace(lr=0.0, grad_norm=0.0)
+
+    def waits_after(self, step: int) -> bool:
+        launched = step - self._job.delay
+        return launched > 0 and launched % self._job.sync_interval == 0
+
+    def outer_step(self, riders: object) -> None:
+        step = self._job.steps[self._replica]
+        if self.waits_after(step):
+            launched = step - self._job.delay
+            self._job.turns.wait(self._replica, lambda: min(self._job.steps) >= launched)
+
+    def flush(self) -> None:
+        self._job.meet(self._replica, "flush")
+
+
+class FakeStore:
+    """Saves together."""
+
+    directory = stopping  # never looked at: `_save_final_anchor` is replaced
+
+    def __init__(self, job: Job, replica: int) -> None:
+        self._job, self._replica = job, replica
+
+    def save(self, step: int, state: object) -> str:
+        self._job.meet(self._replica, ("save", step))
+        self._job.saved[step] = self._job.saved.get(step, 0) + 1
+        return f"checkpoint {step}"
+
+
+class FakeMonitor:
+    """Listens."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args: None
+
+    def paused(self) -> Any:
+        return nullcontext()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick_loop() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stopping.time, "sleep", lambda seconds: None)
+        patch.setattr(loop, "_save_final_anchor", lambda trainer, last_step: True)
+        patch.setattr(loop, "digests_of", lambda *args: {loop.ANCHOR: ""})
+        yield
+
+
+def request_at(job: Job, replica: int, step: int) -> None:
+    """Deliver the signal to ``replica`` while it is at ``step``."""
+    original = job.turns.wait
+
+    def wait(index: int, until: Callable[[], bool] = lambda: True) -> None:
+        original(index, until)
+        if job.steps[replica] >= step:
+            job.stops[replica].requested = True
+
+    job.turns.wait = wait  # type: ignore[method-assign]
+
+
+@given(
+    replicas=st.integers(1, 4),
+    seed=st.integers(0, 2**32),
+    step=st.integers(0, LAST_STEP),
+    everyone=st.booleans(),
+    sync_interval=st.sampled_from([1, 3, 4, 20]),
+    delay=st.sampled_from([0, 0, 1, 2]),
+    saves=st.sampled_from([0, 1, 2, 5]),
+)
+@example(2, 0, LAST_STEP - 1, False, 20, 0, 0)
+def test_all_replicas_stop_at_the_same_step_and_nobody_hangs(
+    replicas: int,
+    seed: int,
+    step: int,
+    everyone: bool,
+    sync_interval: int,
+    delay: int,
+    saves: int,
+) -> None:
+    delay = min(delay, sync_interval - 1)
+    job = Job(replicas, seed, sync_interval=sync_interval, delay=delay, saves=saves)
+    for replica in range(replicas) if everyone else [seed % replicas]:
+        request_at(job, replica, step)
+    outcomes = job.run()
+    assert len(set(job.steps)) == 1, job.steps
+    assert len(set(outcomes)) == 1
+    assert job.saved[job.steps[0]] == replicas, "the last step is saved by everybody, once"
+    if outcomes[0] is Outcome.STOPPED:
+        assert step < job.steps[0] < LAST_STEP
+    else:
+        assert (outcomes[0], job.steps[0]) == (Outcome.DONE, LAST_STEP)
+
+
+def test_a_lone_replica_stops_one_step_after_the_request() -> None:
+    job = Job(1, 0)
+    request_at(job, 0, 5)
+    assert job.run() == [Outcome.STOPPED]
+    # Noted in step 5 or, after its loss was shared, in step 6; told to the ranks in the next.
+    assert job.steps[0] in (6, 7)
+
+
+def test_without_a_request_nobody_waits() -> None:
+    job = Job(3, 1, sync_interval=3)
+    assert job.run() == [Outcome.DONE] * 3
+    assert job.saved == {LAST_STEP: 3}
+
+
+def test_a_replica_that_others_wait_for_trains_on_and_posts_again() -> None:
+    values: dict[str, bytes] = {}
+
+    class Values:
+        def set(self, key: str, value: str) -> None:
+            values[key] = value.encode()
+
+        get = staticmethod(values.__getitem__)
+
+        def check(self, keys: list[str]) -> bool:
+            return all(key in values for key in keys)
+
+    slow, fast = (StopAgreement(Values(), replica=r, num_replicas=2) for r in range(2))
+    assert slow.decide(4) is None
+    fast.announce(8)
+    slow.request()
+    assert [slow.decide(step) for step in (5, 6, 7)] == [None] * 3
+    slow.announce(8)
+    assert fast.decide(8) == 9
+    assert slow.decide(8) == 9
+
+
+def test_a_failed_periodic_save_is_tried_again_and_a_failed_last_one_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full_until(step: int) -> Job:
+        job = Job(2, 2, saves=5)
+        original = FakeStore.save
+
+        def save(self: FakeStore, at: int, state: object) -> str:
+            path = original(self, at, state)
+            if at < step:
+                raise CheckpointError("no space left")
+            return path
+
+        monkeypatch.setattr(FakeStore, "save", save)
+        return job
+
+    assert full_until(6).run() == [Outcome.DONE] * 2
+    assert full_until(LAST_STEP + 1).run() == [Outcome.SAVE_FAILED] * 2
+    stopped = full_until(LAST_STEP + 1)
+    request_at(stopped, 1, 6)
+    assert stopped.run() == [Outcome.SAVE_FAILED] * 2
+    assert stopped.steps[0] < LAST_STEP
