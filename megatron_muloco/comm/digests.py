@@ -16,6 +16,15 @@ from megatron_muloco.errors import SyncError
 
 __all__ = ["check_equal", "digests"]
 
+_AT_THE_START = (
+    "Replicas have to start from the same weights, or their mean is of unrelated models. Use the "
+    "same training.seed or load the same checkpoint on all ranks."
+)
+_AFTER_A_ROUND = (
+    "From here on replicas would drift apart. Resume from a checkpoint before this round; if it "
+    "happens again, suspect the minority's hardware."
+)
+
 
 def digests(tensors: Mapping[str, Tensor]) -> Tensor:
     """Return one int64 a tensor, a hash of its bytes, in the order of the sorted names.
@@ -41,7 +50,7 @@ def check_equal(
         group: The outer group, or the holders of a duplicate inside a replica.
         device: What the group's backend sends from.
         what: For the message, for instance ``"the anchor"``.
-        round_index: For the message.
+        round_index: For the message; 0 before the first round.
 
     Collectives: a blocking all-gather over ``group`` of 8 bytes a tensor; all its ranks call it.
 
@@ -59,10 +68,10 @@ def check_equal(
     if differing:
         column = by_rank[:, differing[0]].tolist()
         raise SyncError(
-            f"round {round_index}: {what} of {sorted(tensors)[differing[0]]} differs between ranks "
+            f"{f'round {round_index}' if round_index else 'before the first round'}: {what} of "
+            f"{sorted(tensors)[differing[0]]} differs between ranks "
             f"({_camps(column, get_process_group_ranks(group))}); {len(differing)} parameters of "
-            f"{len(tensors)} differ. From here on replicas would drift apart. Resume from a "
-            "checkpoint before this round; if it happens again, suspect the minority's hardware."
+            f"{len(tensors)} differ. {_AFTER_A_ROUND if round_index else _AT_THE_START}"
         )
 
 

@@ -69,8 +69,10 @@ class DuplicateBroadcast:
                 self._masters[shard.name].copy_(piece)
 
     @torch.no_grad()
-    def check(self) -> None:
+    def check(self, round_index: int) -> None:
         """Raise `SyncError` naming the first parameter whose copies differ in any bit.
+
+        Only ranks that differ from their holder raise; the job ends with them.
 
         Collectives: as the call, sending the same bytes.
         """
@@ -82,10 +84,13 @@ class DuplicateBroadcast:
                 shards, self._pieces(mine, shards), self._pieces(spoken, shards), strict=True
             ):
                 if not torch.equal(own.view(torch.int32), other.view(torch.int32)):
+                    rank = torch.distributed.get_rank()
+                    holder = torch.distributed.get_global_rank(group, 0)
                     raise SyncError(
-                        f"{shard.name}: rank {torch.distributed.get_rank()} holds other values "
-                        f"than rank {torch.distributed.get_global_rank(group, 0)}, though both "
-                        "hold the same parameter; the replica's copies have drifted apart"
+                        f"round {round_index}: {shard.name}: rank {rank} holds other values than "
+                        f"rank {holder}, though both hold the same parameter; the replica's copies "
+                        "have drifted apart. Resume from a checkpoint before this round; if it "
+                        "happens again, suspect the hardware of one of them."
                     )
 
     def _packed(self, shards: Sequence[Shard]) -> Tensor:

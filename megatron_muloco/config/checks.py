@@ -7,10 +7,7 @@ join through the ``rules`` argument.
 
 from collections.abc import Callable, Iterable, Iterator
 
-from megatron_muloco.config.derived import (
-    spacing_of_launches,
-    train_iterations,
-)
+from megatron_muloco.config.derived import train_iterations
 from megatron_muloco.config.layout_checks import (
     batch_divides,
     ffn_divides,
@@ -20,7 +17,14 @@ from megatron_muloco.config.layout_checks import (
     sequence_divides,
     vocabulary_divides,
 )
-from megatron_muloco.config.outer import NoOuter
+from megatron_muloco.config.outer_checks import (
+    apply_rule_is_one,
+    data_parallelism_has_one_replica,
+    fragments_have_layers,
+    norm_band_is_a_band,
+    overlap_is_shorter_than_the_spacing,
+    run_has_a_round,
+)
 from megatron_muloco.config.problems import Problem
 from megatron_muloco.config.schema import RunConfig
 from megatron_muloco.config.support import UNSUPPORTED
@@ -79,63 +83,6 @@ def warmup_is_shorter_than_the_run(
             "inner.lr_warmup_iters",
             f"{config.inner.lr_warmup_iters} is not shorter than the run of {iterations} steps, so "
             "the peak learning rate is never reached.\nUse fewer warm-up steps or a longer run.",
-        )
-
-
-def data_parallelism_has_one_replica(
-    config: RunConfig, topology: Topology | None
-) -> Iterator[Problem]:
-    """Without an outer step replicas would never meet."""
-    replicas = config.parallel.num_replicas
-    if isinstance(config.outer, NoOuter) and replicas > 1:
-        yield Problem(
-            "parallel.num_replicas",
-            f"{replicas}, but outer.kind is none, so the replicas would never exchange anything.\n"
-            "Use num_replicas 1 (all ranks become data-parallel), or outer.kind nesterov or "
-            "average.",
-        )
-
-
-def overlap_is_shorter_than_the_spacing(
-    config: RunConfig, topology: Topology | None
-) -> Iterator[Problem]:
-    """No more fragments are under way than allowed."""
-    if isinstance(config.outer, NoOuter):
-        return
-    outer, spacing = config.outer, spacing_of_launches(config.outer)
-    if outer.fragments.count > outer.sync_interval:
-        yield Problem(
-            "outer.fragments.count",
-            f"{outer.fragments.count} is more than sync_interval {outer.sync_interval}, so several "
-            "fragments would start in one step.\nUse fewer fragments.",
-        )
-    elif outer.overlap_steps >= outer.sync_interval:
-        yield Problem(
-            "outer.overlap_steps",
-            f"{outer.overlap_steps} is not shorter than sync_interval {outer.sync_interval}, so a "
-            "fragment would start again before its result was used.\nUse fewer overlap_steps or a "
-            "longer sync_interval.",
-        )
-    elif outer.max_in_flight == 1 and outer.overlap_steps >= spacing:
-        yield Problem(
-            "outer.overlap_steps",
-            f"{outer.overlap_steps} is not shorter than the {spacing} steps between two launches\n"
-            f"(sync_interval {outer.sync_interval} / fragments.count {outer.fragments.count}), so "
-            f"two fragments would be in flight at once.\nUse overlap_steps of at most "
-            f"{spacing - 1}, fewer fragments, a longer sync_interval, or max_in_flight above 1.",
-        )
-
-
-def run_has_a_round(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
-    """The outer step happens at least once."""
-    iterations = train_iterations(config)
-    if isinstance(config.outer, NoOuter) or iterations is None:
-        return
-    if config.outer.sync_interval > iterations:
-        yield Problem(
-            "outer.sync_interval",
-            f"{config.outer.sync_interval} is longer than the run of {iterations} steps, so no "
-            "outer step would ever happen.\nUse a shorter interval or a longer run.",
         )
 
 
@@ -234,6 +181,9 @@ RULES: tuple[Rule, ...] = (
     sequence_divides,
     batch_divides,
     data_parallelism_has_one_replica,
+    fragments_have_layers,
+    apply_rule_is_one,
+    norm_band_is_a_band,
     overlap_is_shorter_than_the_spacing,
     run_has_a_round,
     recompute_is_complete,

@@ -36,14 +36,12 @@ class FragmentsConfig(Section):
 class GuardConfig(Section):
     """What keeps one broken replica from spoiling the anchor."""
 
-    enabled: bool = Field(
-        True, description="Give a replica with a non-finite pseudogradient weight 0 in the mean."
-    )
     max_norm_ratio: float = Field(
         0.0,
         ge=0,
-        description="Also give weight 0 to a replica whose pseudogradient norm is more than this "
-        "many times the previous round's median; 0 is off, active from 4 replicas on.",
+        description="Leave a replica out of the mean when the norm of its pseudogradient is more "
+        "than this many times the previous round's median, or less than that part of it; 0 is off, "
+        "active from 4 replicas on. One that is not finite is left out in any case.",
     )
 
 

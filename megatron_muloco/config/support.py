@@ -75,57 +75,12 @@ def compression(config: RunConfig) -> Iterator[tuple[str, str]]:
     )
 
 
-def fragments(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """All parameters are synchronised at once."""
-    if not isinstance(config.outer, NoOuter) and config.outer.fragments.count > 1:
-        yield (
-            "outer.fragments.count",
-            f"{config.outer.fragments.count} is not available yet.\nUse 1: everything is "
-            "synchronised together every sync_interval steps.",
-        )
-
-
-def overlap(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """The outer step waits for its communication."""
-    if isinstance(config.outer, NoOuter):
-        return
-    outer = config.outer
-    if outer.overlap_steps > 0:
-        yield (
-            "outer.overlap_steps",
-            f"{outer.overlap_steps} is not available yet.\nUse 0: the outer step waits for the "
-            "replicas.",
-        )
-    elif outer.effective_mixing_weight > 0:
-        yield (
-            "outer.mixing_weight",
-            f"{outer.mixing_weight} is not available yet.\nLeave it out: every replica takes the "
-            "new anchor.",
-        )
-    elif outer.apply != "mix":
-        yield (
-            "outer.apply",
-            f"{outer.apply} is not available yet; it has a meaning with overlap_steps above 0 only."
-            "\nUse mix.",
-        )
-
-
 def host_transport(config: RunConfig) -> Iterator[tuple[str, str]]:
     """Pseudogradients leave from device memory."""
     if not isinstance(config.outer, NoOuter) and config.outer.transport == "host":
         yield (
             "outer.transport",
             "host is not available yet.\nUse auto or device.",
-        )
-
-
-def norm_band(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """The guard looks for non-finite values only."""
-    if not isinstance(config.outer, NoOuter) and config.outer.guard.max_norm_ratio > 0:
-        yield (
-            "outer.guard.max_norm_ratio",
-            f"{config.outer.guard.max_norm_ratio} is not available yet.\nUse 0; a replica with "
-            "non-finite values is left out either way.",
         )
 
 
@@ -138,9 +93,6 @@ def async_save(config: RunConfig) -> Iterator[tuple[str, str]]:
 UNSUPPORTED = (
     context_parallel,
     compression,
-    fragments,
-    overlap,
     host_transport,
-    norm_band,
     async_save,
 )

@@ -3,8 +3,9 @@
 import math
 
 import torch
+from torch import Tensor
 
-from megatron_muloco.outer.report import OuterReport
+from megatron_muloco.outer.report import FragmentReport, OuterReport
 
 __all__ = ["outer_metrics"]
 
@@ -12,19 +13,23 @@ __all__ = ["outer_metrics"]
 def outer_metrics(report: OuterReport) -> dict[str, float]:
     """Return tag -> value for the fragments applied after one inner step; empty when none were.
 
-    Norms of several fragments are those of their union. Metrics that need what this report does not
-    hold (pairwise cosines, compression) are the caller's to add.
+    Norms of several fragments are those of their union. The smallest cosine is left out where no
+    two replicas could be compared.
     """
     applied = report.applied
     if not applied:
         return {}
     # One transfer for all tensors of the report.
-    device_values = torch.stack(
-        [value.double() for part in applied for value in (part.update_norm, part.cosine_to_mean)]
+    per_fragment = torch.stack(
+        [
+            torch.stack([part.update_norm, part.cosine_to_mean, _smallest_cosine(part)]).double()
+            for part in applied
+        ]
     ).tolist()
-    updates, cosines = device_values[0::2], device_values[1::2]
+    updates, cosines, smallest = zip(*per_fragment, strict=True)
+    known = [cosine for cosine in smallest if not math.isnan(cosine)]
     weight_sums = [part.weight_sum for part in applied]
-    return {
+    metrics = {
         "muloco/pseudogradient_norm": math.hypot(*(part.pseudogradient_norm for part in applied)),
         "muloco/update_norm": math.hypot(*updates),
         "muloco/cosine_to_mean": sum(cosines) / len(cosines),
@@ -32,5 +37,18 @@ def outer_metrics(report: OuterReport) -> dict[str, float]:
         "muloco/quarantined": max(int((part.weights == 0).sum()) for part in applied),
         "muloco/wire_bytes": sum(part.wire_bytes for part in applied),
         "muloco/exposed_ms": sum(part.exposed_ms for part in applied),
-        "muloco/round": report.round_index,
+        "muloco/round": float(report.round_index),
     }
+    return metrics | ({"muloco/cosine_pairwise_min": min(known)} if known else {})
+
+
+def _smallest_cosine(part: FragmentReport) -> Tensor:
+    """Return the smallest cosine of two replicas, 0-dim; NaN where there is none."""
+    nothing = torch.full_like(part.update_norm, math.nan)
+    if part.pairwise_cosines is None:
+        return nothing
+    size = len(part.pairwise_cosines)
+    rows, columns = torch.triu_indices(size, size, offset=1, device=nothing.device).unbind()
+    pairs = part.pairwise_cosines[rows, columns]
+    smallest = pairs.nan_to_num(math.inf).min()
+    return torch.where(smallest.isinf(), nothing, smallest)

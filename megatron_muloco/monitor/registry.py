@@ -122,7 +122,8 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric(
         "muloco/cosine_pairwise_min", "1", "event", "the same everywhere", "replicas",
-        "Smallest cosine of two replicas' pseudogradients.",
+        "Smallest cosine of two replicas' pseudogradients, estimated from random sketches; every "
+        "monitor.pseudogradient_interval rounds.",
     ),
     Metric(
         "muloco/weight_sum", "replicas", "event", "the same everywhere", "outer",
@@ -186,7 +187,9 @@ def applicable_tags(config: RunConfig, *, peak_known: bool = False) -> tuple[str
     applies: dict[Applies, bool] = {
         "always": True,
         "outer": synchronised,
-        "replicas": synchronised and config.parallel.num_replicas > 1,
+        "replicas": synchronised
+        and config.parallel.num_replicas > 1
+        and config.monitor.pseudogradient_interval > 0,
         "codec": not isinstance(config.outer, NoOuter)
         and not isinstance(config.outer.compression, NoCompression),
         "muon": config.inner.kind == "muon",

@@ -10,7 +10,7 @@ from megatron_muloco.outer.optimizer import OuterNesterov
 from megatron_muloco.outer.pseudogradient import pseudogradient
 from megatron_muloco.shards import coverage
 
-__all__ = ["AnchorState", "check_names", "copy_to"]
+__all__ = ["AnchorState", "check_names", "copy_to", "overwrite"]
 
 
 class AnchorState:
@@ -66,6 +66,13 @@ def copy_to(device: torch.device, tensor: Tensor) -> Tensor:
     pin = device.type == "cpu" and tensor.device.type == "cuda"
     copy = torch.empty(tensor.shape, dtype=torch.float32, device=device, pin_memory=pin)
     return copy.copy_(tensor.detach())
+
+
+@torch.no_grad()
+def overwrite(masters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Copy values into the masters of the same names."""
+    for name, value in values.items():
+        masters[name].copy_(value)
 
 
 def check_names(kind: str, given: Iterable[str], wanted: Iterable[str]) -> None:

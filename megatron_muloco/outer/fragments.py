@@ -88,6 +88,22 @@ class FragmentPlan:
         """Return all names, fragment by fragment."""
         return tuple(name for group in self.fragments for name in group)
 
+    def members(self, names: Iterable[str]) -> tuple[tuple[str, ...], ...]:
+        """Return ``names`` by fragment, in their order.
+
+        Raises:
+            ConfigError: A name is in no fragment.
+        """
+        given = tuple(names)
+        missing, _ = coverage(self.names(), given)
+        if missing:
+            raise ConfigError(
+                f"no fragment for {', '.join(missing)}; these parameters would never be "
+                "synchronised"
+            )
+        groups = [frozenset(group) for group in self.fragments]
+        return tuple(tuple(name for name in given if name in group) for group in groups)
+
     def check(self, trainable: Iterable[str]) -> None:
         """Raise unless every trainable parameter is in exactly one fragment.
 

@@ -12,6 +12,7 @@ from megatron_muloco.errors import CheckpointError
 from megatron_muloco.outer.anchor import check_names
 from megatron_muloco.outer.guard import Verdict
 from megatron_muloco.outer.reducer import Handle, Reduced, Reducer, ReductionStats
+from megatron_muloco.outer.riders import Shown
 from megatron_muloco.outer.schedule import Apply
 
 __all__ = ["InFlight", "InFlightTable"]
@@ -30,6 +31,8 @@ class InFlight:
             cannot change before the apply.
         handle: The running reduction; ``None`` once it was waited for.
         reduced: Its result, once it was waited for.
+        sketch_size: Numbers of this rank's sketch at the end of the riders; ``None`` where the
+            round does not compare replicas.
         exposed_ms: Host time spent on it so far.
     """
 
@@ -40,6 +43,7 @@ class InFlight:
     at_launch: dict[str, Tensor] | None
     handle: Handle | None
     reduced: Reduced | None = None
+    sketch_size: int | None = None
     exposed_ms: float = 0.0
 
     def wait(self, reducer: Reducer) -> Reduced:
@@ -62,19 +66,25 @@ class InFlight:
         self.reduced = Reduced(own, reduced.stats)
         return self.reduced
 
+    def shown(self) -> Shown:
+        """Return what every replica showed beside the tensors; after `wait`."""
+        assert self.reduced is not None
+        return Shown.unpack(self.reduced.stats.riders, self.sketch_size or 0)
+
     def scalars(self) -> dict[str, Any]:
         """Return everything but the tensors, as plain numbers; settled fragments only.
 
-        Bytes and times are left out: the run that sent them has counted them.
+        Bytes, times and sketches are left out: they are measurements of the run that is saved.
         """
         assert self.reduced is not None
+        shown = self.shown()
         return {
             "fragment": self.fragment,
             "launched_at": self.launched_at,
             "verdict": self.verdict.name,
             "norm": self.norm,
             "weights": self.reduced.stats.weights.tolist(),
-            "riders": self.reduced.stats.riders.tolist(),
+            "riders": torch.cat([shown.norms[:, None], shown.riders], dim=1).tolist(),
         }
 
     @classmethod

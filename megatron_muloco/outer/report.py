@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from megatron_muloco.outer.guard import Verdict
+from megatron_muloco.outer.in_flight import InFlight
+from megatron_muloco.outer.sketch import cosines
 
 __all__ = ["FragmentReport", "OuterReport"]
 
@@ -25,6 +27,8 @@ class FragmentReport:
         wire_bytes: Bytes that this rank sent.
         exposed_ms: Host time spent launching and waiting. On an accelerator the wait only orders
             streams, so there it is a lower bound.
+        pairwise_cosines: Estimated cosines of the replicas' pseudogradients, ``[K, K]``, NaN beside
+            one that is not finite or zero; ``None`` in rounds that do not compare replicas.
     """
 
     fragment: int
@@ -37,6 +41,36 @@ class FragmentReport:
     cosine_to_mean: Tensor
     wire_bytes: int
     exposed_ms: float
+    pairwise_cosines: Tensor | None = None
+
+    @classmethod
+    def of(cls, flight: InFlight, sums: Tensor) -> "FragmentReport":
+        """Return the report of an applied fragment.
+
+        Args:
+            flight: The fragment, waited for.
+            sums: Over the replica, fp64: the products own * mean, mean * mean and update * update,
+                then those of the replicas' sketches where they were exchanged.
+        """
+        assert flight.reduced is not None
+        dot, mean_square, update_square = sums[:3].unbind()
+        stats = flight.reduced.stats
+        replicas = len(stats.weights)
+        return cls(
+            fragment=flight.fragment,
+            launched_at=flight.launched_at,
+            verdict=flight.verdict,
+            weights=stats.weights,
+            riders=flight.shown().riders,
+            pseudogradient_norm=flight.norm,
+            update_norm=update_square.sqrt(),
+            cosine_to_mean=dot / (mean_square.sqrt() * flight.norm),
+            pairwise_cosines=(
+                None if flight.sketch_size is None else cosines(sums[3:].view(replicas, -1))
+            ),
+            wire_bytes=stats.wire_bytes,
+            exposed_ms=flight.exposed_ms,
+        )
 
     @property
     def weight_sum(self) -> float:

@@ -22,17 +22,18 @@ import torch
 from torch import Tensor
 
 from megatron_muloco.errors import ConfigError
-from megatron_muloco.outer.anchor import AnchorState, copy_to
+from megatron_muloco.outer.anchor import AnchorState, copy_to, overwrite
 from megatron_muloco.outer.fragments import FragmentPlan
 from megatron_muloco.outer.guard import Guard, Verdict
 from megatron_muloco.outer.in_flight import InFlight, InFlightTable
 from megatron_muloco.outer.merge import MergeRule
 from megatron_muloco.outer.optimizer import OuterNesterov
-from megatron_muloco.outer.reducer import Reduced, Reducer
+from megatron_muloco.outer.reducer import Reducer
 from megatron_muloco.outer.replica import ReplicaPort
 from megatron_muloco.outer.report import FragmentReport, OuterReport
+from megatron_muloco.outer.riders import pack_riders
 from megatron_muloco.outer.schedule import Apply, Average, Launch, SyncSchedule
-from megatron_muloco.shards import coverage
+from megatron_muloco.outer.sketch import PseudogradientSketch, gram
 
 __all__ = ["Synchronizer"]
 
@@ -54,6 +55,7 @@ class Synchronizer:
         guard: Weighs replicas.
         state_device: Where anchor and momentum live; the masters' device by default. Host memory
             is pinned where the masters are on an accelerator, and visits it one shard at a time.
+        sketch: Compares the replicas' pseudogradients; ``None`` does not.
 
     Collectives: `after_inner_step`, `flush`, `state_dict` and `anchor_loaded` are called by all
     ranks of all replicas (the last one: of a replica) after the same inner step.
@@ -71,11 +73,21 @@ class Synchronizer:
         guard: Guard,
         *,
         state_device: torch.device | None = None,
+        sketch: PseudogradientSketch | None = None,
     ) -> None:
+        if plan.count != schedule.fragment_count:
+            raise ConfigError(
+                f"the plan has {plan.count} fragments and the schedule {schedule.fragment_count}"
+            )
         self._replica, self._plan, self._schedule = replica, plan, schedule
         self._optimizer, self._merge, self._guard = optimizer, merge, guard
         self._reducer, self._plain_reducer = reducer, plain_reducer
-        self._owned = _owned_by_fragment(replica, plan, schedule)
+        self._sketch = sketch
+        owned = frozenset(replica.owned_names())
+        self._owned = tuple(
+            tuple(name for name in group if name in owned)
+            for group in plan.members(shard.name for shard in replica.shards)
+        )
         masters = {name: replica.masters[name] for name in replica.owned_names()}
         self._state = AnchorState(masters, state_device or replica.device)
         self._in_flight = InFlightTable()
@@ -146,13 +158,17 @@ class Synchronizer:
         verdict, norm = self._guard.judge_replica(
             fragment, deltas, self._replica.total, self._replica.device
         )
+        round_index = self._schedule.round(self.step)
+        sketch = None
+        if self._sketch is not None and self._sketch.is_due(round_index):
+            sketch = self._sketch(deltas)
         started = time.perf_counter()
         handle = self._reducer.launch(
             fragment,
             deltas,
             verdict.weight,
-            _with_norm(norm, riders),
-            round_index=self._schedule.round(self.step),
+            pack_riders(norm, riders, sketch),
+            round_index=round_index,
         )
         flight = InFlight(
             fragment=fragment,
@@ -161,6 +177,7 @@ class Synchronizer:
             norm=norm,
             at_launch=self._snapshot(fragment) if self._schedule.overlap_steps else None,
             handle=handle,
+            sketch_size=None if sketch is None else sketch.numel(),
             exposed_ms=(time.perf_counter() - started) * 1e3,
         )
         self._in_flight.add(flight)
@@ -172,7 +189,7 @@ class Synchronizer:
         flight = self._in_flight.take(event)
         reduced = flight.wait(self._reducer)
         if self._schedule.is_full_interval(flight.launched_at):
-            self._guard.observe(flight.fragment, reduced.stats.riders[:, 0].tolist())
+            self._guard.observe(flight.fragment, flight.shown().norms.tolist())
         usable = bool(reduced.stats.weights.any())
         round_index = self._schedule.round(flight.launched_at)
         sums = torch.zeros(3, dtype=torch.float64, device=self._replica.device)
@@ -186,7 +203,7 @@ class Synchronizer:
                 self._state.step(name, mean, self._optimizer, round_index)
             sums += torch.stack([dot, mean_square, torch.dot(mean, mean)]).double()
             self._merge.merge(local, self._state.anchor_on(local.device, name), at_launch)
-        return self._report(flight, reduced, sums)
+        return self._report(flight, sums)
 
     def _average(self, fragment: int) -> FragmentReport:
         """Set anchor and local parameters of a fragment to the mean of the local parameters."""
@@ -204,7 +221,7 @@ class Synchronizer:
                 fragment,
                 {name: self._replica.masters[name] for name in self._owned[fragment]},
                 verdict.weight,
-                _with_norm(norm, None),
+                pack_riders(norm, None),
                 round_index=self._schedule.round(self.step),
             ),
         )
@@ -218,7 +235,7 @@ class Synchronizer:
                 sums += torch.stack([torch.dot(deltas[name], update), square, square]).double()
                 self._state.anchor[name].copy_(mean)
             self._replica.masters[name].copy_(self._state.anchor[name])
-        return self._report(flight, reduced, sums)
+        return self._report(flight, sums)
 
     # ---- parts of events --------------------------------------------------------------------
 
@@ -233,7 +250,7 @@ class Synchronizer:
 
     def _take_anchor(self) -> None:
         """Restart this replica from the anchor everywhere; progress in flight is forgotten."""
-        _overwrite(self._replica.masters, self._state.anchor)
+        overwrite(self._replica.masters, self._state.anchor)
         self._in_flight.restart_from(self._state.anchor)
 
     def _publish(self, names: tuple[str, ...]) -> None:
@@ -244,20 +261,11 @@ class Synchronizer:
         fragments = self._plan.fragments
         return tuple(name for report in applied for name in fragments[report.fragment])
 
-    def _report(self, flight: InFlight, reduced: Reduced, sums: Tensor) -> FragmentReport:
-        dot, mean_square, update_square = self._replica.total(sums).unbind()
-        return FragmentReport(
-            fragment=flight.fragment,
-            launched_at=flight.launched_at,
-            verdict=flight.verdict,
-            weights=reduced.stats.weights,
-            riders=reduced.stats.riders[:, 1:],
-            pseudogradient_norm=flight.norm,
-            update_norm=update_square.sqrt(),
-            cosine_to_mean=dot / (mean_square.sqrt() * flight.norm),
-            wire_bytes=reduced.stats.wire_bytes,
-            exposed_ms=flight.exposed_ms,
-        )
+    def _report(self, flight: InFlight, sums: Tensor) -> FragmentReport:
+        if flight.sketch_size is not None:
+            products = gram(flight.shown().sketches).flatten()
+            sums = torch.cat([sums, products.to(sums.device)])
+        return FragmentReport.of(flight, self._replica.total(sums))
 
     # ---- state ------------------------------------------------------------------------------
 
@@ -275,11 +283,11 @@ class Synchronizer:
         masters = self._replica.masters
         kept = {name: copy_to(self._state.device, local) for name, local in masters.items()}
         try:
-            _overwrite(masters, self._state.anchor)
+            overwrite(masters, self._state.anchor)
             self._publish(self._plan.names())
             yield
         finally:
-            _overwrite(masters, kept)
+            overwrite(masters, kept)
         self._replica.publish()
 
     def state_dict(self) -> dict[str, Any]:
@@ -311,32 +319,3 @@ class Synchronizer:
         )
         self._guard.load_state_dict(scalars["guard"])
         self.step = step
-
-
-def _owned_by_fragment(
-    replica: ReplicaPort, plan: FragmentPlan, schedule: SyncSchedule
-) -> tuple[tuple[str, ...], ...]:
-    """Return the names that this rank synchronises, by fragment, in the order of its shards."""
-    if plan.count != schedule.fragment_count:
-        raise ConfigError(
-            f"the plan has {plan.count} fragments and the schedule {schedule.fragment_count}"
-        )
-    missing, _ = coverage(plan.names(), (shard.name for shard in replica.shards))
-    if missing:
-        raise ConfigError(
-            f"no fragment for {', '.join(missing)}; these parameters would never be synchronised"
-        )
-    owned = replica.owned_names()
-    members = [frozenset(group) for group in plan.fragments]
-    return tuple(tuple(name for name in owned if name in group) for group in members)
-
-
-@torch.no_grad()
-def _overwrite(masters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    for name, value in values.items():
-        masters[name].copy_(value)
-
-
-def _with_norm(norm: float, riders: Tensor | None) -> Tensor:
-    own = torch.tensor([norm], dtype=torch.float32)
-    return own if riders is None else torch.cat([own.to(riders.device), riders])

@@ -16,7 +16,7 @@ from megatron_muloco.config.counts import (
 from megatron_muloco.config.schema import ModelConfig
 from megatron_muloco.topology import Topology
 
-__all__ = ["Slice", "stage_slices"]
+__all__ = ["Slice", "stage_slices", "synchronised_elements"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,3 +68,29 @@ def stage_slices(model: ModelConfig, topology: Topology) -> tuple[Slice, ...]:
             )
         )
     return tuple(slices)
+
+
+def synchronised_elements(
+    model: ModelConfig, topology: Topology, stage: int, tp_rank: int
+) -> dict[str, int]:
+    """Return the elements that a rank's outer group exchanges, without data parallelism.
+
+    Keys begin like parameter names, so that fragments can be assigned by them; all matrices of a
+    layer are one entry, and so are its norms.
+    """
+    tp, layers = topology.tensor, model.num_layers // topology.pipeline
+    first, last = stage == 0, stage == topology.pipeline - 1
+    matrices = attention_parameters_per_layer(model) + mlp_parameters_per_layer(model)
+    table = padded_vocab_size(model) * model.hidden_size // tp
+    elements = {}
+    for layer in range(stage * layers, (stage + 1) * layers):
+        elements[f"decoder.layers.{layer}.matrices"] = matrices // tp
+        if tp_rank == 0:
+            elements[f"decoder.layers.{layer}.norms"] = norm_parameters_per_layer(model)
+    if first:
+        elements["embedding.table"] = table
+    if last and model.untie_embeddings_and_output_weights:
+        elements["output_layer.table"] = table
+    if last and tp_rank == 0:
+        elements["decoder.final_layernorm.weight"] = model.hidden_size
+    return elements

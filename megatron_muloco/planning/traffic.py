@@ -2,20 +2,20 @@
 
 Collectives are counted as their bandwidth-optimal algorithms send them: a reduce-scatter or an
 all-gather of n bytes over k ranks sends n*(k-1)/k per rank, an all-reduce twice that, an all-to-all
-n*(k-1)/k of what a rank holds. The outer exchange is counted exactly as its reducer sends it.
+n*(k-1)/k of what a rank holds. The outer exchange is counted by `outer_traffic`.
 """
 
 from dataclasses import dataclass
 
 from megatron_muloco.config.derived import derive
 from megatron_muloco.config.inner import MuonInner
-from megatron_muloco.config.outer import NoCompression, NoOuter
 from megatron_muloco.config.schema import RunConfig
 from megatron_muloco.planning.memory import BYTES
+from megatron_muloco.planning.outer_traffic import outer_bytes
 from megatron_muloco.planning.slices import Slice, stage_slices
 from megatron_muloco.topology import Topology
 
-__all__ = ["TrafficPlan", "mean_wire_bytes", "traffic_plan"]
+__all__ = ["TrafficPlan", "traffic_plan"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class TrafficPlan:
         muon_exchange: Per inner step over the stage group: momentum to owners, updates back.
         tensor_parallel: Per inner step over the tp group: activations and their gradients.
         pipeline: Per inner step to the neighbouring stages.
-        outer_per_rank: Per round over the outer group.
+        outer_per_rank: Per round that compares replicas, over the outer group.
         outer_per_replica: Per round, all ranks of one replica together.
     """
 
@@ -52,36 +52,13 @@ class TrafficPlan:
         )
 
 
-def mean_wire_bytes(elements: int, num_replicas: int, wire_dtype: str, riders: int = 0) -> int:
-    """Return the bytes that one rank sends for an uncompressed mean over the outer group.
-
-    Args:
-        elements: Values of the rank's shards.
-        num_replicas: K, the size of the outer group.
-        wire_dtype: ``fp32`` is an all-reduce of one buffer; ``bf16`` is an all-to-all of chunks and
-            an all-gather of their means.
-        riders: fp32 numbers of each replica that travel along, such as its loss.
-    """
-    if num_replicas == 1:
-        return 0
-    row = 1 + riders
-    if wire_dtype == "fp32":
-        chunk = -(-(elements + num_replicas * row) // num_replicas)
-        return 2 * (num_replicas - 1) * chunk * BYTES["fp32"]
-    chunk = -(-elements // num_replicas)
-    chunk += chunk % 2  # the reducer keeps chunks even, so that fp32 rows stay aligned
-    return (num_replicas - 1) * (row * BYTES["fp32"] + 2 * chunk * BYTES[wire_dtype])
-
-
 def traffic_plan(config: RunConfig, topology: Topology) -> TrafficPlan:
     """Return the bytes sent per rank on the stage that sends most inside the replica."""
     slices = stage_slices(config.model, topology)
     outer = [
-        [
-            _outer_bytes(config, topology, -(-part.synchronised(tp_rank) // topology.sharding))
-            for tp_rank in range(topology.tensor)
-        ]
+        outer_bytes(config, topology, stage=part.stage, tp_rank=tp_rank)
         for part in slices
+        for tp_rank in range(topology.tensor)
     ]
     stages = [_stage_traffic(config, topology, part) for part in slices]
     gradients, gathers, exchange = (max(values) for values in zip(*stages, strict=True))
@@ -91,19 +68,9 @@ def traffic_plan(config: RunConfig, topology: Topology) -> TrafficPlan:
         muon_exchange=exchange,
         tensor_parallel=_tensor_parallel_bytes(config, topology),
         pipeline=_pipeline_bytes(config, topology),
-        outer_per_rank=max(max(stage) for stage in outer),
-        outer_per_replica=topology.sharding * sum(sum(stage) for stage in outer),
+        outer_per_rank=max(outer),
+        outer_per_replica=topology.sharding * sum(outer),
     )
-
-
-def _outer_bytes(config: RunConfig, topology: Topology, elements: int) -> int:
-    """Return the bytes that a rank with this many synchronised elements sends in a round."""
-    if isinstance(config.outer, NoOuter):
-        return 0
-    code = config.outer.compression
-    if not isinstance(code, NoCompression):
-        raise NotImplementedError(f"bytes of outer.compression.kind {code.kind} are not known")
-    return mean_wire_bytes(elements, topology.num_replicas, code.wire_dtype)
 
 
 def _stage_traffic(config: RunConfig, topology: Topology, part: Slice) -> tuple[int, int, int]:

@@ -23,6 +23,7 @@ from megatron_muloco.outer.report import OuterReport
 from megatron_muloco.outer.schedule import Apply, SyncSchedule
 from megatron_muloco.outer.synchronizer import Synchronizer
 from megatron_muloco.runtime.megatron import MasterView
+from megatron_muloco.training.outer_checks import OuterChecks
 
 __all__ = ["InnerReport", "ReplicaOptimizer"]
 
@@ -57,6 +58,7 @@ class ReplicaOptimizer:
         view: Masters of this rank.
         inner: The bound inner optimizer.
         synchronizer: The outer step; ``None`` for plain data parallelism.
+        checks: What compares replicas after outer steps; with a synchronizer only.
         config: The run.
         derived: What follows from it in this world.
     """
@@ -67,6 +69,7 @@ class ReplicaOptimizer:
         view: MasterView,
         inner: MuonAdamW,
         synchronizer: Synchronizer | None,
+        checks: OuterChecks | None,
         config: RunConfig,
         derived: Derived,
     ) -> None:
@@ -77,6 +80,7 @@ class ReplicaOptimizer:
         self.view = view
         self.inner = inner
         self.synchronizer = synchronizer
+        self._checks = checks
         self.steps = 0
         self.skipped_steps = 0
         self.last_inner: InnerReport | None = None
@@ -150,13 +154,21 @@ class ReplicaOptimizer:
         if self.synchronizer is None:
             return None
         self.last_outer = self.synchronizer.after_inner_step(self.steps, riders)
-        if self.last_outer is not None and self.last_outer.quarantined:
-            self.inner.zero_moments()
+        if self.last_outer is not None:
+            if self.last_outer.quarantined:
+                self.inner.zero_moments()
+            if self._checks is not None:
+                self._checks.after(self.last_outer)
         return self.last_outer
 
     def flush(self) -> OuterReport | None:
         """Bring all replicas together after the last inner step of the run."""
-        return None if self.synchronizer is None else self.synchronizer.flush()
+        if self.synchronizer is None:
+            return None
+        report = self.synchronizer.flush()
+        if self._checks is not None:
+            self._checks.at_the_end(report)
+        return report
 
     def _set_hyperparameters(self, step: int) -> float:
         """Write learning rate and weight decay of ``step`` into every parameter group."""

@@ -10,35 +10,23 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 
-from megatron_muloco.comm.duplicates import DuplicateBroadcast
 from megatron_muloco.comm.exchange import AllToAll
 from megatron_muloco.comm.groups import Groups
-from megatron_muloco.comm.reducers import ReplicaSum, mean_reducer
 from megatron_muloco.config import RunConfig
-from megatron_muloco.config.derived import Derived, derive
+from megatron_muloco.config.derived import derive
 from megatron_muloco.config.inner import MuonInner
-from megatron_muloco.config.outer import CompressionConfig, NoCompression, NoOuter
-from megatron_muloco.errors import RuntimeMismatch
-from megatron_muloco.model.names import EMBEDDING
 from megatron_muloco.optim.exchange import ShardExchange
 from megatron_muloco.optim.muon import MuonAdamW, MuonSettings
 from megatron_muloco.optim.parameter_table import ParameterTable, build_parameter_table
 from megatron_muloco.optim.segments import RankShards
 from megatron_muloco.optim.units import LayerShape, is_vector
-from megatron_muloco.outer.fragments import FragmentPlan
-from megatron_muloco.outer.guard import Guard
-from megatron_muloco.outer.merge import Additive, Mix
-from megatron_muloco.outer.optimizer import OuterNesterov
-from megatron_muloco.outer.reducer import Reducer
-from megatron_muloco.outer.replica import ReplicaPort
-from megatron_muloco.outer.schedule import SyncSchedule
-from megatron_muloco.outer.synchronizer import Synchronizer
 from megatron_muloco.runtime.accelerator import training_device
 from megatron_muloco.runtime.megatron import (
     MasterView,
     build_distributed_optimizer,
     find_distributed_optimizer,
 )
+from megatron_muloco.training.outer_wiring import build_outer_step
 from megatron_muloco.training.replica_optimizer import ReplicaOptimizer
 
 __all__ = ["build_replica_optimizer", "optimizer_config", "parameter_table", "wrap_optimizer"]
@@ -70,10 +58,8 @@ def wrap_optimizer(
     inner = _bound_inner(view, config, groups)
     distributed.optimizer = inner
     derived = derive(config, groups.topology)
-    synchronizer = (
-        None if isinstance(config.outer, NoOuter) else _synchronizer(view, config, derived, groups)
-    )
-    return ReplicaOptimizer(optimizer, view, inner, synchronizer, config, derived)
+    synchronizer, checks = build_outer_step(view, config, derived, groups)
+    return ReplicaOptimizer(optimizer, view, inner, synchronizer, checks, config, derived)
 
 
 def build_replica_optimizer(
@@ -191,60 +177,4 @@ def _exchange(
         transport=AllToAll(stage) if stage.size() > 1 else None,
         wire_dtype=wire_dtype,
         device=training_device(),
-    )
-
-
-def _reducer(compression: CompressionConfig, groups: Groups, device: torch.device) -> Reducer:
-    """Return how pseudogradients travel.
-
-    Raises:
-        RuntimeMismatch: A code was asked for; `megatron_muloco.config.support` refuses it earlier.
-    """
-    if not isinstance(compression, NoCompression):
-        raise RuntimeMismatch(f"outer.compression.kind {compression.kind} is not available yet")
-    return mean_reducer(groups.outer, device, wire_dtype=compression.wire_dtype)
-
-
-def _synchronizer(
-    view: MasterView, config: RunConfig, derived: Derived, groups: Groups
-) -> Synchronizer:
-    """Build the outer step over this rank's masters."""
-    outer = config.outer
-    if isinstance(outer, NoOuter):
-        raise RuntimeMismatch("plain data parallelism has no outer step to build")
-    device = training_device()
-    tied = None if config.model.untie_embeddings_and_output_weights else EMBEDDING
-    port = ReplicaPort(
-        device=device,
-        shards=view.shards,
-        masters=view.masters,
-        total=ReplicaSum(groups.replica),
-        broadcast_duplicates=DuplicateBroadcast(groups, view.shards, view.masters, tied_name=tied),
-        publish=view.publish,
-    )
-    plan = FragmentPlan.by_layer(
-        view.infos,
-        num_layers=config.model.num_layers,
-        count=outer.fragments.count,
-        pattern=outer.fragments.pattern,
-    )
-    schedule = SyncSchedule(
-        sync_interval=outer.sync_interval,
-        train_iters=derived.train_iters,
-        fragment_count=outer.fragments.count,
-        overlap_steps=outer.overlap_steps,
-    )
-    return Synchronizer(
-        port,
-        plan,
-        schedule,
-        OuterNesterov(lr=outer.lr, momentum=outer.momentum),
-        Additive() if outer.apply == "additive" else Mix(outer.effective_mixing_weight),
-        _reducer(outer.compression, groups, device),
-        mean_reducer(groups.outer, device),
-        Guard(
-            num_replicas=groups.topology.num_replicas,
-            norm_factor=outer.guard.max_norm_ratio or float("inf"),
-        ),
-        state_device=torch.device("cpu") if outer.state_device == "cpu" else None,
     )

@@ -63,6 +63,21 @@ RULE_CASES: dict[str, tuple[list[str], list[str]]] = {
         ["outer=null", "outer.kind=none"],
         ["parallel.num_replicas: 2, but outer.kind is none"],
     ),
+    "fragments_have_layers": (
+        ["outer.fragments.count=5"],
+        ["outer.fragments.count: 5 is more than the 4 layers of the model"],
+    ),
+    "apply_rule_is_one": (
+        ["outer.apply=additive", "outer.mixing_weight=0.5"],
+        [
+            "outer.apply: additive, but overlap_steps is 0",
+            "outer.mixing_weight: 0.5 has no meaning with apply additive",
+        ],
+    ),
+    "norm_band_is_a_band": (
+        ["outer.guard.max_norm_ratio=1"],
+        ["outer.guard.max_norm_ratio: 1 leaves no room around the median norm"],
+    ),
     "overlap_is_shorter_than_the_spacing": (
         ["outer.overlap_steps=5", "outer.fragments.count=2"],
         ["outer.overlap_steps: 5 is not shorter than the 5 steps between two launches"],
@@ -108,13 +123,7 @@ UNSUPPORTED_CASES: dict[str, tuple[list[str], str]] = {
         ["outer.compression={kind: statistical, bits: 4}"],
         "outer.compression.kind: statistical is not available yet.",
     ),
-    "fragments": (["outer.fragments.count=3"], "outer.fragments.count: 3 is not available yet."),
-    "overlap": (["outer.overlap_steps=1"], "outer.overlap_steps: 1 is not available yet."),
     "host_transport": (["outer.transport=host"], "outer.transport: host is not available yet."),
-    "norm_band": (
-        ["outer.guard.max_norm_ratio=10"],
-        "outer.guard.max_norm_ratio: 10.0 is not available yet.",
-    ),
     "async_save": (
         ["checkpoint.async_save=true"],
         "checkpoint.async_save: true is not available yet.",
@@ -135,8 +144,10 @@ OTHER_CASES = [
     ),
     (["outer.overlap_steps=10"], "outer.overlap_steps: 10 is not shorter than sync_interval 10"),
     (["outer.fragments.count=11"], "outer.fragments.count: 11 is more than sync_interval 10"),
-    (["outer.mixing_weight=0.5"], "outer.mixing_weight: 0.5 is not available yet."),
-    (["outer.apply=additive"], "outer.apply: additive is not available yet"),
+    (
+        ["outer.overlap_steps=6", "outer.fragments.count=3", "outer.max_in_flight=2"],
+        "outer.overlap_steps: 6 is not shorter than 2 times the 3 steps between two launches",
+    ),
     (["training.recompute_num_layers=1"], "has no meaning with recompute_granularity none"),
     (
         ["training.recompute_granularity=full", "training.recompute_num_layers=5"],

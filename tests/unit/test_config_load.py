@@ -78,7 +78,7 @@ def test_configs_are_frozen_and_remember_their_places() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         config.inner.lr = 1.0  # type: ignore[misc]
     assert config.where("inner.lr") == "--set inner.lr=0.5"
-    assert config.where("outer.guard.enabled") == config.where("outer")
+    assert config.where("outer.guard.max_norm_ratio") == config.where("outer")
     assert config.where("outer").startswith(str(CPU))
     assert config.where("nothing.like.this") == ""
 

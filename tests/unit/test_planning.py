@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from megatron_muloco.config import RunConfig, load_config, topology_of
 from megatron_muloco.config.counts import parameter_counts
 from megatron_muloco.planning import memory_plan, render_plan, traffic_plan
+from megatron_muloco.planning.outer_traffic import mean_wire_bytes, outer_bytes, sketch_width
 from megatron_muloco.planning.report import human_bytes, human_count
-from megatron_muloco.planning.slices import stage_slices
-from megatron_muloco.planning.traffic import mean_wire_bytes
+from megatron_muloco.planning.slices import stage_slices, synchronised_elements
 from megatron_muloco.topology import Topology
 from tools import plan as plan_tool
 
@@ -43,6 +43,10 @@ def test_slices_hold_the_model_once(tp: int, pp: int, untied: bool) -> None:
     # what the outer groups exchange covers every parameter exactly once
     exchanged = sum(part.synchronised(rank) for part in slices for rank in range(tp))
     assert exchanged == counts.total
+    for part in slices:
+        for rank in range(tp):
+            elements = synchronised_elements(model, Topology(1, tp, pp, 1), part.stage, rank)
+            assert sum(elements.values()) == part.synchronised(rank)
     # a tied head is copied to the last stage only where that is another rank
     copies = sum(part.tied_copy for part in slices)
     assert (copies > 0) == (not untied and pp > 1)
@@ -162,8 +166,40 @@ def test_replicas_send_the_model_whatever_the_layout() -> None:
     total = parameter_counts(config.model).total
     for topology in (Topology(2, 1, 1, 1), Topology(2, 2, 1, 1), Topology(2, 2, 2, 2)):
         sent = traffic_plan(config, topology).outer_per_replica
-        # K = 2: each replica sends its parameters once, and a few padding bytes per rank
-        assert 4 * total <= sent <= 4 * total + topology.replica_size * 2 * 4 * 3
+        # K = 2: each replica sends its parameters once; each rank 2 rows (weight, norm, one console
+        # line of three numbers, the sketch) and at most one element of padding per chunk
+        row = 1 + 1 + 3 + sketch_width(config, topology)
+        ranks = topology.replica_size
+        assert 4 * total + ranks * 2 * row * 4 <= sent
+        assert sent <= 4 * total + ranks * 2 * (row + 3) * 4
+
+
+def test_fragments_send_the_same_parameters_in_more_launches() -> None:
+    layout = Topology(2, 1, 2, 1)
+    sent = {}
+    for count in (1, 2, 4):
+        config = config_of(f"outer.fragments.count={count}", "model.num_layers=4")
+        sent[count] = [
+            outer_bytes(config, layout, stage=stage, tp_rank=0, sketch=False) for stage in (0, 1)
+        ]
+        with_sketch = [outer_bytes(config, layout, stage=stage, tp_rank=0) for stage in (0, 1)]
+        # K = 2: two rows a launch; a stage without a share of a fragment has nothing to sketch
+        launches = {1: 1, 2: 1, 4: 2}[count]
+        extra = launches * 2 * sketch_width(config, layout) * 4
+        assert with_sketch == [bytes_ + extra for bytes_ in sent[count]]
+    # rows of five numbers, two a launch, both ways over K = 2; padding of one element at most
+    for more in (2, 4):
+        for stage in (0, 1):
+            rows = (more - 1) * 2 * 5 * 4
+            assert 0 <= sent[more][stage] - sent[1][stage] - rows <= more * 4
+
+
+def test_a_sketch_has_4096_values_of_a_replica_but_256_of_a_rank() -> None:
+    config = config_of()
+    widths = [sketch_width(config, Topology(2, 1, 1, dp)) for dp in (1, 4, 512)]
+    assert widths == [4096, 1024, 256]
+    assert sketch_width(config, Topology(1, 1, 1, 1)) == 0
+    assert sketch_width(config_of("monitor.pseudogradient_interval=0"), Topology(2, 1, 1, 1)) == 0
 
 
 def test_the_15b_plan_says_what_the_paper_says() -> None:

@@ -20,7 +20,8 @@ def pair(cosine: float, seed: int, sizes: dict[str, int] = SIZES) -> list[dict[s
     y -= x * (x @ y) / (x @ x)
     y *= x.norm() / y.norm()
     second = cosine * x + math.sqrt(1 - cosine**2) * y
-    return [dict(zip(sizes, v.float().split(list(sizes.values())), strict=True)) for v in (x, second)]
+    pieces = (vector.float().split(list(sizes.values())) for vector in (x, second))
+    return [dict(zip(sizes, tensors, strict=True)) for tensors in pieces]
 
 
 def measured(sketch: PseudogradientSketch, vectors: list[dict[str, torch.Tensor]]) -> float:

@@ -1,0 +1,129 @@
+"""What must hold for an outer step to happen, and for its parts to fit each other.
+
+Each rule is a function; `checks` lists and runs them.
+"""
+
+from collections.abc import Iterator
+
+from megatron_muloco.config.derived import spacing_of_launches, train_iterations
+from megatron_muloco.config.outer import NoOuter
+from megatron_muloco.config.problems import Problem
+from megatron_muloco.config.schema import RunConfig
+from megatron_muloco.topology import Topology
+
+__all__ = [
+    "apply_rule_is_one",
+    "data_parallelism_has_one_replica",
+    "fragments_have_layers",
+    "norm_band_is_a_band",
+    "overlap_is_shorter_than_the_spacing",
+    "run_has_a_round",
+]
+
+
+def data_parallelism_has_one_replica(
+    config: RunConfig, topology: Topology | None
+) -> Iterator[Problem]:
+    """Without an outer step replicas would never meet."""
+    replicas = config.parallel.num_replicas
+    if isinstance(config.outer, NoOuter) and replicas > 1:
+        yield Problem(
+            "parallel.num_replicas",
+            f"{replicas}, but outer.kind is none, so the replicas would never exchange anything.\n"
+            "Use num_replicas 1 (all ranks become data-parallel), or outer.kind nesterov or "
+            "average.",
+        )
+
+
+def fragments_have_layers(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
+    """A fragment holds a layer and has a step of the round to itself."""
+    if isinstance(config.outer, NoOuter):
+        return
+    count, interval = config.outer.fragments.count, config.outer.sync_interval
+    if count > config.model.num_layers:
+        yield Problem(
+            "outer.fragments.count",
+            f"{count} is more than the {config.model.num_layers} layers of the model, and a "
+            "fragment holds at least one whole layer.\nUse fewer fragments.",
+        )
+    if count > interval:
+        yield Problem(
+            "outer.fragments.count",
+            f"{count} is more than sync_interval {interval}, so several fragments would start in "
+            "one step.\nUse fewer fragments.",
+        )
+
+
+def overlap_is_shorter_than_the_spacing(
+    config: RunConfig, topology: Topology | None
+) -> Iterator[Problem]:
+    """No more fragments are under way than allowed."""
+    if isinstance(config.outer, NoOuter):
+        return
+    outer = config.outer
+    spacing = max(1, spacing_of_launches(outer))
+    if outer.overlap_steps >= outer.sync_interval:
+        yield Problem(
+            "outer.overlap_steps",
+            f"{outer.overlap_steps} is not shorter than sync_interval {outer.sync_interval}, so a "
+            "fragment would start again before its result was used.\nUse fewer overlap_steps or a "
+            "longer sync_interval.",
+        )
+    elif outer.overlap_steps >= spacing * outer.max_in_flight:
+        steps = (
+            f"the {spacing} steps between two launches"
+            if outer.max_in_flight == 1
+            else f"{outer.max_in_flight} times the {spacing} steps between two launches"
+        )
+        yield Problem(
+            "outer.overlap_steps",
+            f"{outer.overlap_steps} is not shorter than {steps}\n"
+            f"(sync_interval {outer.sync_interval} / fragments.count {outer.fragments.count}), so "
+            f"{outer.max_in_flight + 1} fragments would be in flight at once.\nUse overlap_steps "
+            f"of at most {spacing * outer.max_in_flight - 1}, fewer fragments, a longer "
+            f"sync_interval, or max_in_flight above {outer.max_in_flight}.",
+        )
+
+
+def apply_rule_is_one(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
+    """Adding the progress since the launch needs such progress, and mixes nothing."""
+    if isinstance(config.outer, NoOuter) or config.outer.apply != "additive":
+        return
+    if config.outer.overlap_steps == 0:
+        yield Problem(
+            "outer.apply",
+            "additive, but overlap_steps is 0: no progress is made between launch and apply, so "
+            "there is nothing to add.\nUse mix, or overlap_steps above 0.",
+        )
+    if config.outer.mixing_weight is not None:
+        yield Problem(
+            "outer.mixing_weight",
+            f"{config.outer.mixing_weight:g} has no meaning with apply additive, which keeps all "
+            "progress since the launch.\nRemove it or use apply: mix.",
+        )
+
+
+def norm_band_is_a_band(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
+    """The guard's ratio leaves room on both sides of the median."""
+    if isinstance(config.outer, NoOuter):
+        return
+    ratio = config.outer.guard.max_norm_ratio
+    if 0 < ratio <= 1:
+        yield Problem(
+            "outer.guard.max_norm_ratio",
+            f"{ratio:g} leaves no room around the median norm, so every replica would be left "
+            "out.\nUse 0 for no band, or a ratio well above 1, for instance 10.",
+        )
+
+
+def run_has_a_round(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
+    """The outer step happens at least once."""
+    iterations = train_iterations(config)
+    if isinstance(config.outer, NoOuter) or iterations is None:
+        return
+    if config.outer.sync_interval > iterations:
+        yield Problem(
+            "outer.sync_interval",
+            f"{config.outer.sync_interval} is longer than the run of {iterations} steps, so no "
+            "outer step would ever happen.\nUse a shorter interval or a longer run.",
+        )
