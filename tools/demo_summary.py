@@ -1,12 +1,10 @@
 """What a run learned, from its event files: python tools/demo_summary.py --config F."""
 
 import argparse
-import importlib.util
 import statistics
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -15,8 +13,7 @@ from megatron_muloco.config import RunConfig, load_config
 from megatron_muloco.data.cli import run_tool
 from megatron_muloco.data.statistics import unigram_cross_entropy
 from megatron_muloco.errors import ConfigError
-
-_SAMPLE_MODULE = "megatron_muloco.training.sample"
+from megatron_muloco.monitor.monitor import SAMPLE_TAG
 
 Points = Mapping[str, list[tuple[int, float]]]
 """Tag -> (inner step, value) in the order of steps."""
@@ -101,11 +98,13 @@ def learned(config: RunConfig, points: Points) -> Learned:
     )
 
 
-def text_sample(config_path: str) -> str | None:
-    """Return text that the trained model wrote, ``None`` where this version cannot generate."""
-    if importlib.util.find_spec(_SAMPLE_MODULE) is None:
+def text_sample(directory: str) -> str | None:
+    """Return the text that the anchor wrote last, ``None`` where it was not asked to."""
+    events = EventAccumulator(directory, size_guidance={"tensors": 0}).Reload()
+    tag = f"{SAMPLE_TAG}/text_summary"
+    if tag not in events.Tags()["tensors"]:
         return None
-    return str(import_module(_SAMPLE_MODULE).generate_sample(config_path))
+    return str(events.Tensors(tag)[-1].tensor_proto.string_val[0].decode())
 
 
 def summarise(config_path: str) -> None:
@@ -114,7 +113,7 @@ def summarise(config_path: str) -> None:
     if config.monitor.dir is None:
         raise ConfigError("monitor.dir: not set, so the run wrote nothing to summarise.")
     print(learned(config, read_points(config.monitor.dir)))
-    sample = text_sample(config_path)
+    sample = text_sample(config.monitor.dir)
     if sample is not None:
         print(f"A sample from the anchor:\n{sample}")
     print(f"Curves: tensorboard --logdir {config.monitor.dir}")

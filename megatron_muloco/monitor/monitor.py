@@ -29,7 +29,9 @@ from megatron_muloco.monitor.tensorboard import EventWriter
 from megatron_muloco.monitor.throughput import Speed, measure_speed
 from megatron_muloco.outer.report import OuterReport
 
-__all__ = ["Monitor", "RunFacts"]
+__all__ = ["SAMPLE_TAG", "Monitor", "RunFacts"]
+
+SAMPLE_TAG = "run/sample"
 
 # Megatron caps the exponent, so that the perplexity of an untrained model does not dwarf the curve.
 _LARGEST_EXPONENT = 20.0
@@ -217,6 +219,12 @@ class Monitor:
         """Write a stamped line of plain text; nothing for an empty one or on other ranks."""
         if self._console is not None and text:
             self._console.stamped(text)
+
+    def sample(self, text: str) -> None:
+        """Write text that the anchor wrote."""
+        self.say(f"the anchor writes: {text!r}")
+        if self._writer is not None and self._console is not None:
+            self._writer.text(SAMPLE_TAG, text)
 
     def close(self, outcome: str = "done") -> None:
         """Write the lines that still wait, with this replica's own values, and the summary.

@@ -26,9 +26,8 @@ from megatron_muloco.training.trainer import Trainer, build_trainer, scalars_of
 
 __all__ = ["Outcome", "inner_step", "outer_step", "run", "train"]
 
-_SAMPLE_TEMPERATURE = (
-    0.8  # chosen: below 1 a small model repeats its likelier, better-known phrases
-)
+# Chosen: below 1, so that a small model keeps to what it knows best.
+_SAMPLE_TEMPERATURE = 0.8
 
 
 class Outcome(Enum):
@@ -244,8 +243,7 @@ def _sample(trainer: Trainer) -> None:
             temperature=_SAMPLE_TEMPERATURE,
             seed=trainer.config.training.seed,
         )
-    text = trainer.tokenizer.detokenize(prompt + tokens)
-    trainer.monitor.say(f"the anchor writes: {text!r}")
+    trainer.monitor.sample(trainer.tokenizer.detokenize(prompt + tokens))
 
 
 def _is_due(step: int, interval: int) -> bool:

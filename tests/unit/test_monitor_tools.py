@@ -65,9 +65,8 @@ def write(points):
                 writer.add_scalar(tag, value, step)
 
 
-def test_the_summary_says_what_was_learned(run, capsys, monkeypatch):
+def test_the_summary_says_what_was_learned(run, capsys):
     summary = tool("demo_summary")
-    monkeypatch.setattr(summary, "text_sample", lambda path: f"sample of {path}")
     write(
         {
             "lm loss validation": [(0, 8.5), (50, 6.0), (250, 4.25)],
@@ -75,10 +74,12 @@ def test_the_summary_says_what_was_learned(run, capsys, monkeypatch):
             "muloco/wire_bytes": [(10, 1000.0), (20, 24.0)],
         }
     )
+    with SummaryWriter("events") as writer:
+        writer.add_text("run/sample", "what the anchor wrote", 250)
     assert summary.main(["--config", "run.yaml"]) == 0
     printed = capsys.readouterr().out
     for fact in ("iteration 0 ", "8.5000", "iteration 250", "4.2500", "5,000", "1,024",
-                 "sample of run.yaml", "tensorboard --logdir events"):  # fmt: skip
+                 "what the anchor wrote", "tensorboard --logdir events"):  # fmt: skip
         assert fact in printed
     learned = summary.learned(load_config("run.yaml"), summary.read_points("events"))
     assert f"{learned.unigram - 4.25:8.4f}" in printed
