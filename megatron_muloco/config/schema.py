@@ -205,7 +205,7 @@ class MonitorConfig(Section):
     sample_tokens: int = Field(
         0, ge=0, description="Tokens that the anchor writes at the end of the run; 0 is off."
     )
-    sample_prompt: str = Field("The ", min_length=1, description="What that text begins with.")
+    sample_prompt: str = Field("The", min_length=1, description="What that text begins with.")
     digest_interval: int = Field(
         10,
         ge=0,
