@@ -1,0 +1,191 @@
+"""Relation 7: a run that was stopped anywhere and resumed is bit for bit one that never stopped."""
+
+import errno
+import os
+import signal
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+
+from megatron_muloco.checkpoint import store as store_module
+from megatron_muloco.training import loop
+from tests.support.byte_runs import Ended, byte_config, byte_dataset, run_here
+from tests.support.faults import fail_call, signal_at_call
+from tests.support.spawn import run_ranks
+from tests.support.tiny_models import ADAMW, MUON
+
+STEPS = 7
+# In the middle of the first round, at an outer step, and in the middle of the second round. The run
+# also ends in the middle of a round.
+STOPS = (1, 3, 5)
+ROUND = 3
+
+NESTEROV = {"kind": "nesterov", "lr": 0.7, "momentum": 0.6, "sync_interval": ROUND}
+NO_OUTER = {"kind": "none"}
+TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+PP2 = {"pipeline_model_parallel_size": 2}
+
+COVER: dict[str, tuple[int, int, dict[str, Any]]] = {  # world, replicas, sections
+    "k1": (1, 1, {"inner": MUON}),
+    "k2": (2, 2, {"inner": ADAMW}),
+    "k2-tp2-bf16": (4, 2, {"inner": MUON, "parallel": TP2, "training": {"precision": "bf16"}}),
+    "k2-pp2": (4, 2, {"inner": MUON, "parallel": PP2}),
+    "k2-dp2": (4, 2, {"inner": MUON}),
+    "dp2-bf16": (2, 1, {"inner": ADAMW, "outer": NO_OUTER, "training": {"precision": "bf16"}}),
+}
+
+
+@pytest.fixture(scope="module")
+def prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return byte_dataset(tmp_path_factory.mktemp("bytes"))
+
+
+def config_of(prefix: str, replicas: int = 1, **sections: Any) -> Any:
+    sections.setdefault("inner", ADAMW)
+    sections.setdefault("outer", NESTEROV)
+    parallel = {"num_replicas": replicas, **sections.pop("parallel", {})}
+    return byte_config(prefix, parallel=parallel, **sections)
+
+
+def stop_everywhere(prefix: str, replicas: int, sections: dict[str, Any], directory: Path) -> None:
+    """Compare, in each rank, an undisturbed run, one that saves each step, and resumed ones."""
+    undisturbed = run_here(config_of(prefix, replicas, **sections))
+    assert (undisturbed.outcome, len(undisturbed.losses)) == ("DONE", STEPS)
+    saving = {"dir": str(directory / "each"), "save_interval": 1, "keep": 2 * STEPS}
+    run_here(config_of(prefix, replicas, **sections, checkpoint=saving)).assert_same(undisturbed)
+    for step in STOPS:
+        going_on = {
+            "dir": str(directory / f"from{step}"),
+            "resume": str(directory / "each" / f"iter_{step:07d}"),
+        }
+        resumed = run_here(config_of(prefix, replicas, **sections, checkpoint=going_on))
+        assert resumed.first_step == step + 1
+        resumed.assert_same(undisturbed)
+
+
+@pytest.mark.parametrize("case", COVER)
+def test_resumed_at_any_step_is_never_stopped(case: str, prefix: str, tmp_path: Path) -> None:
+    world, replicas, sections = COVER[case]
+    run_ranks(stop_everywhere, world, prefix, replicas, sections, tmp_path, timeout_s=120)
+
+
+Fault = Callable[[Any], AbstractContextManager[Any]]
+
+
+def on_rank(rank: int, fault: Fault, trainer: Any) -> AbstractContextManager[Any]:
+    """Enter the fault on one rank only."""
+    return fault(trainer) if dist.get_rank() == rank else nullcontext()
+
+
+def in_first_step(trainer: Any) -> AbstractContextManager[Any]:
+    return signal_at_call(trainer.model, "zero_grad_buffer", number=1, signum=signal.SIGUSR1)
+
+
+def in_evaluation(trainer: Any) -> AbstractContextManager[Any]:
+    return signal_at_call(loop, "evaluate", number=2, signum=signal.SIGUSR1)
+
+
+def in_a_save(trainer: Any) -> AbstractContextManager[Any]:
+    return signal_at_call(store_module, "write_tensors", number=1, signum=signal.SIGUSR1)
+
+
+def twice(trainer: Any) -> AbstractContextManager[Any]:
+    stack = ExitStack()
+    for number in (2, 3):
+        stack.enter_context(
+            signal_at_call(trainer.optimizer, "inner_step", number=number, signum=signal.SIGTERM)
+        )
+    return stack
+
+
+PLACES: dict[str, tuple[Fault, range]] = {  # fault, steps after which the run may stop
+    "first-step": (in_first_step, range(2, 5)),
+    # The outer step after step 3 keeps replicas together; evaluation follows it.
+    "evaluation": (in_evaluation, range(4, 7)),
+    "save": (in_a_save, range(3, 5)),
+    "twice": (twice, range(3, 6)),
+}
+SECTIONS = {"training": {"eval_interval": ROUND, "eval_iters": 1, "train_iters": 2 * STEPS}}
+
+
+def checkpoints_in(directory: Path) -> dict[str, Any]:
+    return {"dir": str(directory), "save_interval": 2}
+
+
+def signalled(prefix: str, fault: Fault, directory: Path) -> tuple[Ended, str]:
+    config = config_of(prefix, 2, **SECTIONS, checkpoint=checkpoints_in(directory))
+    ended = run_here(config, around=partial(on_rank, 1, fault))
+    return ended, (directory / "latest_checkpointed_iteration.txt").read_text().strip()
+
+
+def resume_all(prefix: str, directories: list[Path]) -> None:
+    undisturbed = run_here(config_of(prefix, 2, **SECTIONS))
+    for directory in directories:
+        resumed = run_here(config_of(prefix, 2, **SECTIONS, checkpoint=checkpoints_in(directory)))
+        assert resumed.outcome == "DONE"
+        resumed.assert_same(undisturbed)
+
+
+def test_a_signal_stops_all_ranks_at_one_step_wherever_it_arrives(
+    prefix: str, tmp_path: Path
+) -> None:
+    for name, (fault, steps) in PLACES.items():
+        ranks = run_ranks(signalled, 2, prefix, fault, tmp_path / name)
+        assert [ended.outcome for ended, _ in ranks] == ["STOPPED"] * 2, name
+        lasts = {max(ended.losses) for ended, _ in ranks}
+        assert len(lasts) == 1, (name, lasts)
+        assert lasts <= set(steps), (name, lasts)
+        assert {latest for _, latest in ranks} == set(map(str, lasts)), name
+    run_ranks(resume_all, 2, prefix, [tmp_path / name for name in PLACES])
+
+
+def stopped_with(prefix: str, checkpoint: dict[str, Any], fault: Fault) -> Ended:
+    return run_here(config_of(prefix, 2, checkpoint=checkpoint), around=fault)
+
+
+def test_a_stop_without_a_checkpoint_directory_is_told_apart(prefix: str) -> None:
+    ranks = run_ranks(stopped_with, 2, prefix, {}, in_first_step)
+    assert [ended.outcome for ended in ranks] == ["UNSAVED"] * 2
+    assert max(ranks[0].losses) == 2
+
+
+def disk_full(number: int, trainer: Any) -> AbstractContextManager[Any]:
+    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return fail_call(FileSystemWriter, "write_data", number=number, error=error)
+
+
+def first_save_fails(trainer: Any) -> AbstractContextManager[Any]:
+    return on_rank(1, partial(disk_full, 1), trainer)
+
+
+def save_on_request_fails(trainer: Any) -> AbstractContextManager[Any]:
+    stack = ExitStack()
+    stack.enter_context(
+        signal_at_call(trainer.optimizer, "inner_step", number=3, signum=signal.SIGUSR1)
+    )
+    stack.enter_context(on_rank(0, partial(disk_full, 2), trainer))
+    return stack
+
+
+def test_a_full_disk_during_training_costs_one_checkpoint(prefix: str, tmp_path: Path) -> None:
+    checkpoint = {"dir": str(tmp_path), "save_interval": 2, "keep": STEPS}
+    ranks = run_ranks(stopped_with, 2, prefix, checkpoint, first_save_fails)
+    assert [ended.outcome for ended in ranks] == ["DONE"] * 2
+    saved = sorted(path.name for path in tmp_path.glob("iter_*"))
+    assert saved == ["iter_0000004", "iter_0000006", "iter_0000007"]
+
+
+def test_a_full_disk_at_a_stop_is_a_fault_and_keeps_the_last_checkpoint(
+    prefix: str, tmp_path: Path
+) -> None:
+    checkpoint = {"dir": str(tmp_path), "save_interval": 2}
+    ranks = run_ranks(stopped_with, 2, prefix, checkpoint, save_on_request_fails)
+    assert [ended.outcome for ended in ranks] == ["SAVE_FAILED"] * 2
+    assert [path.name for path in tmp_path.glob("iter_*")] == ["iter_0000002"]
+    assert not list(tmp_path.glob(".tmp*"))
