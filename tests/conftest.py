@@ -25,6 +25,13 @@ settings.register_profile(
 settings.load_profile("muloco")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let tests of recorded numbers write them anew."""
+    parser.addoption(
+        "--update-golden", action="store_true", help="write tests/golden/ instead of comparing"
+    )
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs an accelerator where there is none, with the reason in the closing lines."""
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]

@@ -1,0 +1,160 @@
+"""Relation 12: a bare Megatron loop with the two public calls is `pretrain.py`, bit for bit."""
+
+import json
+import os
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_muloco.config import RunConfig
+from megatron_muloco.data.batches import BatchSource
+from megatron_muloco.data.datasets import build_datasets
+from megatron_muloco.data.prepare import PrepareOptions, prepare
+from megatron_muloco.data.sampler import BatchLayout
+from megatron_muloco.data.tokenizer import load_tokenizer
+from megatron_muloco.training.loop import train
+from megatron_muloco.training.signals import StopRequest
+from megatron_muloco.training.trainer import build_trainer
+from tests.support import bare_loop
+from tests.support.faults import count_calls
+from tests.support.spawn import run_ranks
+from tests.support.tensors import assert_equal
+from tests.support.tiny_models import ADAMW, MUON, finish_tiny, tiny_config
+
+STEPS = 5  # two rounds of two steps, and one that only the flush brings together
+INNER = {"adamw": ADAMW, "muon": MUON}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return the prefix of a small indexed dataset."""
+    directory = tmp_path_factory.mktemp("data")
+    texts = (f"document {i}: " + "some words of no great length. " * (i % 7) for i in range(60))
+    source = directory / "text.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    prepare([str(source)], str(directory / "text"), PrepareOptions("byte-level", workers=1))
+    return str(directory / "text")
+
+
+def config_of(dataset: str, inner: str, **sections: Any) -> RunConfig:
+    return tiny_config(
+        inner=INNER[inner],
+        model={"vocab_size": 512},
+        data={"train": ({"path": dataset},)},
+        parallel={"num_replicas": 2, **sections.pop("parallel", {})},
+        training={"train_iters": STEPS, "global_batch_size": 8, "micro_batch_size": 2}
+        | sections.pop("training", {}),
+        **sections,
+    )
+
+
+def _tensors(optimizer: Any) -> dict[str, torch.Tensor]:
+    found = {f"master {name}": t.clone() for name, t in optimizer.view.masters.items()}
+    found |= {f"anchor {name}": t.clone() for name, t in optimizer.synchronizer.anchors().items()}
+    return found
+
+
+Trajectory = tuple[list[float], list[float], dict[str, torch.Tensor]]
+
+
+def _with_pretrain(config: RunConfig) -> Trajectory:
+    trainer = build_trainer(config)
+    with count_calls(trainer.monitor, "record") as records:
+        train(trainer, StopRequest())
+    losses = [float(metrics["lm loss"]) for _, metrics in records]
+    norms = [float(metrics["grad-norm"]) for _, metrics in records]
+    tensors = _tensors(trainer.optimizer)
+    finish_tiny()
+    return losses, norms, tensors
+
+
+def _batches(config: RunConfig, groups: Any) -> bare_loop.Batches:
+    """Return the microbatches that pretrain.py gives this rank."""
+    training = config.training
+    samples = training.train_iters * training.global_batch_size
+    datasets = build_datasets(
+        train=config.data.train,
+        valid=(),
+        train_samples=samples,
+        valid_samples=0,
+        seq_length=config.model.seq_length,
+        seed=config.data.seed,
+        tokenizer=load_tokenizer("byte-level"),
+    )
+    topology, coords = groups.topology, groups.coords
+    source = BatchSource(
+        datasets.train,
+        BatchLayout(
+            training.global_batch_size,
+            topology.num_replicas,
+            topology.data,
+            training.micro_batch_size,
+        ),
+        replica=coords.replica,
+        dp_rank=coords.dp,
+        steps=training.train_iters,
+    )
+    count = source.layout.num_microbatches
+    return lambda step: [source.microbatch(step, index) for index in range(count)]
+
+
+def _with_a_bare_loop(config: RunConfig) -> Trajectory:
+    run = bare_loop.train(config, lambda groups: _batches(config, groups), STEPS)
+    tensors = _tensors(run.optimizer)
+    finish_tiny()
+    return run.losses, run.grad_norms, tensors
+
+
+def _without_launcher(config: RunConfig) -> Trajectory:
+    """Train where the caller initialised torch.distributed without any launcher's variables."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        del os.environ[name]
+    deepspeed_comm: Any = sys.modules["deepspeed.comm.comm"]
+    deepspeed_comm.cdb = None
+    return _with_a_bare_loop(config)
+
+
+CASES: dict[str, tuple[dict[str, Any], int]] = {
+    "tp1": ({}, 2),
+    "tp2": ({"parallel": {"tensor_model_parallel_size": 2}}, 4),
+}
+
+
+@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize("case", CASES)
+def test_a_bare_loop_with_two_calls_is_pretrain(case: str, inner: str, dataset: str) -> None:
+    sections, world = CASES[case]
+    config = config_of(dataset, inner, **sections)
+    check_equal(
+        run_ranks(_with_a_bare_loop, world, config), run_ranks(_with_pretrain, world, config)
+    )
+
+
+def test_pipeline_stages_bf16_and_data_parallelism_too(dataset: str) -> None:
+    pipeline = {"parallel": {"pipeline_model_parallel_size": 2}, "training": {"precision": "bf16"}}
+    for sections in (pipeline, {}):
+        config = config_of(dataset, "muon", **sections)
+        bare, ours = (run_ranks(fn, 4, config) for fn in (_with_a_bare_loop, _with_pretrain))
+        check_equal(bare, ours, every_rank_has_the_loss=False)
+
+
+def test_a_world_that_the_caller_initialised(dataset: str) -> None:
+    config = config_of(dataset, "adamw")
+    check_equal(run_ranks(_without_launcher, 2, config), run_ranks(_with_pretrain, 2, config))
+
+
+def check_equal(
+    bare: list[Trajectory], ours: list[Trajectory], *, every_rank_has_the_loss: bool = True
+) -> None:
+    """Losses, norms, masters and anchors of every rank are the same bits."""
+    for one, other in zip(bare, ours, strict=True):
+        if every_rank_has_the_loss:
+            assert len(one[0]) == STEPS
+            assert one[0] == other[0]
+        assert one[1] == other[1]
+        assert one[2].keys() == other[2].keys()
+        assert any(name.startswith("anchor") for name in one[2])
+        for name, tensor in one[2].items():
+            assert_equal(tensor, other[2][name], name)

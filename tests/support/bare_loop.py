@@ -1,0 +1,160 @@
+"""A Megatron training loop that becomes K replicas by two calls, marked (1) and (2).
+
+Everything else is what such a loop holds anyway, written with Megatron's public functions.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_muloco import initialize_replicas, wrap_optimizer
+from megatron_muloco.model.initialise import initialise_weights
+from megatron_muloco.model.layer_spec import decoder_block_spec
+
+
+@dataclass
+class BareRun:
+    """What is left of a run."""
+
+    groups: Any
+    optimizer: Any
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+
+
+# The microbatches of one inner step, for this rank's replica and data-parallel rank.
+Batches = Callable[[int], list[dict[str, torch.Tensor]]]
+
+
+def train(config: Any, batches_for: Callable[[Any], Batches], steps: int) -> BareRun:
+    """Train this rank for ``steps`` inner steps and the outer steps due after them."""
+    groups = initialize_replicas(config)  # (1) instead of initialize_model_parallel
+    batches = batches_for(groups)
+    model = build_model(config, groups.pg)
+    ddp = DistributedDataParallel(
+        model.config,
+        DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True),
+        model,
+        pg_collection=groups.pg,
+    )
+    model.config.finalize_model_grads_func = finalize_model_grads
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=config.inner.lr,  # the wrapper sets it, and weight decay, at every step
+            bf16=model.config.bf16,
+            params_dtype=model.config.params_dtype,
+            use_distributed_optimizer=True,
+            clip_grad=config.training.clip_grad,
+        ),
+        [ddp],
+        use_gloo_process_groups=False,
+        pg_collection=groups.pg,
+    )
+    optimizer = wrap_optimizer(optimizer, ddp, config, groups)  # (2)
+
+    run = BareRun(groups, optimizer)
+    forward_backward = partial(
+        get_forward_backward_func(pp_size=groups.pg.pp.size(), vp_size=None),
+        forward_step_func=forward_step,
+        model=[ddp],
+        seq_length=config.model.seq_length,
+        micro_batch_size=config.training.micro_batch_size,
+        p2p_communicator=P2PCommunicator(groups.pg.pp, model.config),
+        pg_collection=groups.pg,
+    )
+    for step in range(1, steps + 1):
+        ddp.zero_grad_buffer()
+        optimizer.zero_grad()
+        microbatches = batches(step)
+        losses = forward_backward(
+            data_iterator=iter(microbatches), num_microbatches=len(microbatches)
+        )
+        _, grad_norm, _ = optimizer.step()  # the inner step, and the outer steps that are due
+        if losses:  # on the last pipeline stage
+            run.losses.append(float(torch.stack([entry["loss"] for entry in losses]).mean()))
+        run.grad_norms.append(grad_norm)
+    optimizer.flush()  # replicas meet once more after the last step
+    return run
+
+
+def build_model(config: Any, pg: Any) -> GPTModel:
+    """Build this rank's pipeline stage; any Megatron model and initialisation will do.
+
+    These are the ones of ``pretrain.py``, spelled out.
+    """
+    sizes, parallel = config.model, config.parallel
+    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    transformer = TransformerConfig(
+        num_layers=sizes.num_layers,
+        hidden_size=sizes.hidden_size,
+        ffn_hidden_size=sizes.ffn_hidden_size,
+        num_attention_heads=sizes.num_attention_heads,
+        num_query_groups=sizes.query_groups,
+        kv_channels=sizes.kv_channels,
+        normalization="RMSNorm",
+        layernorm_epsilon=sizes.norm_epsilon,
+        qk_layernorm=sizes.qk_layernorm,
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        use_cpu_initialization=True,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        bf16=dtype is torch.bfloat16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+    )
+    layers = decoder_block_spec(
+        sizes.num_layers // pg.pp.size(),
+        qk_layernorm=sizes.qk_layernorm,
+        post_layernorm=sizes.post_layernorm,
+    )
+    model = GPTModel(
+        transformer,
+        layers,
+        vocab_size=sizes.vocab_size,
+        max_sequence_length=sizes.seq_length,
+        pre_process=pg.pp.rank() == 0,
+        post_process=pg.pp.rank() == pg.pp.size() - 1,
+        share_embeddings_and_output_weights=not sizes.untie_embeddings_and_output_weights,
+        position_embedding_type="rope",
+        rotary_base=sizes.rotary_base,
+        pg_collection=pg,
+    )
+    initialise_weights(
+        model,
+        pg,
+        seed=config.training.seed,
+        std=sizes.init_method_std,
+        hidden_size=sizes.hidden_size,
+    )
+    return model.cuda() if torch.cuda.is_available() else model
+
+
+def forward_step(batches: Iterator[dict[str, torch.Tensor]], model: Any) -> tuple[Any, Any]:
+    """Megatron's forward step: one microbatch, its output and its loss function."""
+    batch = next(batches)
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    return output, mean_loss
+
+
+def mean_loss(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Return the mean over the microbatch's tokens, to differentiate and to report."""
+    loss = losses.float().mean()
+    return loss, {"loss": loss.detach().clone()}
