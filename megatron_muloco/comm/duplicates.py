@@ -50,19 +50,21 @@ class DuplicateBroadcast:
             self._routes.append((pg.embd, tied))
         for group, members in self._routes:
             _check_equal_ranges(group, members)
+        self._routes = [(group, members) for group, members in self._routes if members]
 
     @torch.no_grad()
     def __call__(self, names: Collection[str]) -> None:
         """Overwrite the duplicates of the named parameters.
 
-        Collectives: one broadcast over the tensor-parallel group, and one over the embedding group
-            on
-        the first and last stage when embeddings are tied; 4 bytes an element held. Every rank of
-        the replica must call it with the same names.
+        Collectives: a broadcast over the tensor-parallel group, and one over the embedding group on
+        the first and last stage when embeddings are tied; 4 bytes an element. Every rank
+        of the replica must call it with the same names.
         """
         wanted = frozenset(names)
         for group, members in self._routes:
             shards = [shard for shard in members if shard.name in wanted]
+            if not shards:
+                continue  # on all ranks of the group; gloo takes a later message for an empty one
             flat = self._packed(shards)
             torch.distributed.broadcast(flat, group=group, group_src=0)
             for shard, piece in zip(shards, self._pieces(flat, shards), strict=True):
@@ -94,14 +96,11 @@ class DuplicateBroadcast:
                     )
 
     def _packed(self, shards: Sequence[Shard]) -> Tensor:
-        if not shards:
-            device = next(iter(self._masters.values())).device if self._masters else "cpu"
-            return torch.zeros(0, device=device)
         return torch.cat([self._masters[shard.name] for shard in shards])
 
     @staticmethod
     def _pieces(flat: Tensor, shards: Sequence[Shard]) -> Sequence[Tensor]:
-        return flat.split([shard.numel for shard in shards]) if shards else ()
+        return flat.split([shard.numel for shard in shards])
 
 
 def _check_equal_ranges(group: Any, shards: Sequence[Shard]) -> None:

@@ -52,7 +52,7 @@ def tiny_config(**overrides: Any) -> RunConfig:
     }
     for section, keys in overrides.items():
         replaced = "kind" in keys
-        tree[section] = dict(keys) if replaced else {**tree[section], **keys}
+        tree[section] = dict(keys) if replaced else {**tree.get(section, {}), **keys}
     return RunConfig.model_validate(tree)
 
 
