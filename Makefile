@@ -58,6 +58,7 @@ test-312:
 	fi
 
 test-matrix: $(STAMP)
+	$(PY) -m tools.matrix
 	$(PY) -m pytest -q -m slow $(PYTEST_ARGS)
 
 unit: $(STAMP)

@@ -17,8 +17,8 @@ INNER = {"muon": MUON, "adamw": ADAMW}
 STEPS = 4  # two rounds of one replica
 # Initial weights come from generators seeded by parameter names, so they are the same everywhere.
 # Another Megatron version or processor may sum the at most 60 * 16 * 8 terms of a reduction in
-# another order: each rounding is at most 2^-24 relative and grows like the square root of the number
-# of terms, 88; four steps amplify a difference of parameters by less than 2 a step.
+# another order: each rounding is at most 2^-24 relative and grows like the square root of the
+# number of terms, 88; four steps amplify a difference of parameters by less than 2 a step.
 RELATIVE = 16 * 88 * 2.0**-24
 
 

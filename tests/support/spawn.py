@@ -29,7 +29,7 @@ from typing import Any
 
 from tests.support.rank_worker import STACK_DUMP_SIGNAL, Call, Report, serve
 
-MAX_RANKS = 8
+MAX_RANKS = 16  # `make test` stays at 8; the full matrix has four replicas of tp 2 x pp 2
 START_TIMEOUT_S = 180.0  # importing torch and DeepSpeed eight times on two loaded cores
 TIDY_TIMEOUT_S = 20.0  # destroying process groups after a call
 GRACE_S = 1.0  # after the first failure: time for the other ranks to report theirs
@@ -139,7 +139,7 @@ def run_ranks(
 
     Args:
         fn: Module-level function (or a partial of one) of a test module.
-        world_size: Ranks, at most 8.
+        world_size: Ranks, at most 16.
         args: The same picklable arguments for every rank.
         timeout_s: Limit for the slowest rank, from the moment all processes are up.
 
