@@ -98,9 +98,12 @@ class _Reader:
                 continue
             dotted = f"{prefix}.{name}" if prefix else name
             if name in result:
+                here = self.place(key_node)
+                first = first_place[name]
+                before = "twice on this line" if first == here else f"first written at {first}"
                 self.problems.append(
-                    f"{self.place(key_node)}  {dotted}: repeated; first written at "
-                    f"{first_place[name]}.\n  Only one of two values could count. Delete one."
+                    f"{here}  {dotted}: repeated; {before}.\n"
+                    "  Only one of two values could count. Delete one."
                 )
                 continue
             first_place[name] = self.places[dotted] = self.place(key_node)

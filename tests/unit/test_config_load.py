@@ -134,6 +134,11 @@ def test_repeated_keys_are_refused_with_both_lines(tmp_path: Path) -> None:
     assert f"{path}:4  model: repeated; first written at {path}:1." in message
 
 
+def test_a_key_repeated_on_one_line_is_not_sent_to_itself(tmp_path: Path) -> None:
+    path = write(tmp_path, "run.yaml", "model: {seq_length: 1, seq_length: 2}\n")
+    assert f"{path}:1  model.seq_length: repeated; twice on this line." in problems_of(path)
+
+
 @pytest.mark.parametrize("text", ["a: &x {b: 1}\nc: {<<: *x}\n", "? [1, 2]\n: 3\n"])
 def test_keys_are_plain_words(tmp_path: Path, text: str) -> None:
     assert "keys are plain words here" in problems_of(write(tmp_path, "run.yaml", text))
