@@ -1,8 +1,8 @@
 """Schema of the outer step: when replicas meet, what they send, and how the anchor moves."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from megatron_muloco.config.section import Section
 
@@ -97,9 +97,15 @@ class TopKCompression(_ErrorFeedback):
     wire_dtype: Literal["fp32", "bf16"] = Field("fp32", description="Dtype of the values sent.")
 
 
+def _uncompressed(value: Any) -> Any:
+    """Let the keys of uncompressed exchange stand without ``kind: none``."""
+    return {"kind": "none", **value} if isinstance(value, dict) else value
+
+
 CompressionConfig = Annotated[
     NoCompression | LinearCompression | StatisticalCompression | TopKCompression,
     Field(discriminator="kind"),
+    BeforeValidator(_uncompressed),
 ]
 
 

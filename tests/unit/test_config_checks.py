@@ -167,7 +167,7 @@ VALUE_CASES = [
     (["outer.kind=average"], "outer.lr: belongs to outer.kind: nesterov only."),
     (["inner.kind=adamw", "inner.muon.nesterov=true"], "inner.muon: belongs to inner.kind: muon"),
     (["inner.kind=lion"], "inner.kind: 'lion' is not one of muon, adamw."),
-    (["outer.compression={bits: 4}"], "outer.compression: has no kind."),
+    (["outer.compression={bits: 4}"], "outer.compression.bits: belongs to outer.compression.kind:"),
     (["outer.compression={kind: zip}"], "'zip' is not one of none, linear, statistical, topk."),
     (["inner.kind=null"], "inner: has no kind."),
     (["inner=null"], "inner: not set, and it has no default."),
@@ -310,6 +310,7 @@ def test_other_packages_add_their_rules() -> None:
     [
         ["outer.state_device=cpu", "outer.transport=device"],
         ["outer.compression={wire_dtype: bf16, kind: none}"],
+        ["outer.compression.wire_dtype=bf16"],
         ["parallel.sequence_parallel=true"],
         ["outer.lr=null", "outer.momentum=null", "outer.kind=average"],
         ["inner.kind=adamw", "inner.lr_decay_style=constant", "inner.lr_warmup_iters=0"],
