@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from megatron_muloco.config.fields import Location, locate, schema_fields, section_types
-from megatron_muloco.config.support import REFUSED_KEYS, REFUSED_VALUES
+from megatron_muloco.config.support import OTHER_NAMES, REFUSED_KEYS, REFUSED_VALUES
 
 __all__ = ["Problem", "validation_problems"]
 
@@ -142,6 +142,8 @@ def _unknown_key(location: Location) -> str:
         entry = leaves[name]
         only = f" (only with {entry.variant})" if entry.variant else ""
         return f"unknown key here. It exists as {entry.key}{only}."
+    if name in OTHER_NAMES:
+        return f"unknown key. Did you mean {OTHER_NAMES[name]}?"
     siblings = {key: f"{section}.{key}".lstrip(".") for key in location.owner.model_fields}
     others = {key: entry.key for key, entry in leaves.items()}
     for candidates, cutoff in ((siblings, 0.75), (others, 0.75), (siblings, 0.6)):

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from megatron_muloco.config import RULES, Problem, RunConfig, check, find_problems, load_config
-from megatron_muloco.config.support import REFUSED_KEYS, UNSUPPORTED
+from megatron_muloco.config.fields import schema_fields
+from megatron_muloco.config.support import OTHER_NAMES, REFUSED_KEYS, UNSUPPORTED
 from megatron_muloco.errors import ConfigError
 from megatron_muloco.topology import Topology
 
@@ -158,6 +159,8 @@ OTHER_CASES = [
 
 VALUE_CASES = [
     (["inner.lrr=3"], "inner.lrr: unknown key. Did you mean inner.lr?"),
+    (["inner.learning_rate=3"], "inner.learning_rate: unknown key. Did you mean inner.lr?"),
+    (["model.vocab=3"], "model.vocab: unknown key. Did you mean model.vocab_size?"),
     (["modle.num_layers=3"], "modle: unknown key. Did you mean model?"),
     (["inner.muon.momentun=0.9"], "unknown key. Did you mean inner.muon.momentum?"),
     (["data.train=[{path: x, wieght: 3}]"], "data.train.0.wieght: unknown key. Did you mean"),
@@ -245,6 +248,14 @@ def test_well_known_keys_get_a_reason(section: str, name: str) -> None:
     message = report(f"{section}.{name}=1")
     assert f"{section}.{name}: not offered: " in message
     assert "unknown key" not in message
+
+
+def test_names_of_other_programs_lead_to_keys_that_exist() -> None:
+    keys = {entry.key for entry in schema_fields()}
+    assert keys.issuperset(OTHER_NAMES.values())
+    # a name that the schema has must never be sent elsewhere
+    assert not OTHER_NAMES.keys() & {key.rpartition(".")[2] for key in keys}
+    assert not OTHER_NAMES.keys() & REFUSED_KEYS.keys()
 
 
 def test_messages_name_file_and_line(tmp_path: Path) -> None:
