@@ -88,7 +88,7 @@ class Topology:
             )
             raise TopologyError(
                 f"{num_replicas} {plural} x tp {tensor} x pp {pipeline}{context_part} x dp d = "
-                f"{needed} ranks, but the launcher started {world_size}.\n"
+                f"{needed} ranks, but there are {world_size}.\n"
                 "  Each rank has one place on this grid, so no other number can work. Start a "
                 f"multiple of {smallest.world_size} ranks, or change parallel.num_replicas, "
                 "parallel.tensor_model_parallel_size or parallel.pipeline_model_parallel_size."

@@ -263,7 +263,7 @@ def test_the_tool_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "expected"),
     [
         (["--config", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
-        (["--config", str(CPU), "--world-size", "3"], "but the launcher started 3."),
+        (["--config", str(CPU), "--world-size", "3"], "but there are 3."),
         (["--config", str(CPU), "--world-size", "6"], "dp 3 x micro_batch_size 8 = 48"),
         (["--config", str(CPU), "--set", "inner.lrr=3"], "Did you mean inner.lr?"),
     ],

@@ -115,7 +115,7 @@ def test_a_world_that_does_not_factor_is_explained(world: int) -> None:
         Topology.from_world(world, num_replicas=16, tensor=4, pipeline=2)
     message = str(caught.value)
     assert "16 replicas x tp 4 x pp 2 x dp d = 128·d" in message
-    assert f"the launcher started {world}." in message
+    assert f"ranks, but there are {world}." in message
     assert "Start a multiple of 128 ranks" in message
 
 
