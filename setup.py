@@ -32,8 +32,6 @@ setup(
         "numpy>=1.26",
         "tqdm>=4.60",
         "typing_extensions>=4.6",
-        # megatron-core 0.16.1 imports it for HyperCommGrid without declaring it
-        "einops>=0.8",
     ],
     extras_require={
         "analysis": ["scipy>=1.11", "matplotlib>=3.8"],
