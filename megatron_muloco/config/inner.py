@@ -41,6 +41,13 @@ class MuonConfig(Section):
         description="Dtype in which shards travel to the rank that orthogonalises them; auto is "
         "ns_dtype.",
     )
+    exchange_chunks: int = Field(
+        4,
+        ge=1,
+        description="Chunks in which matrices travel to their owners and back, so that all but "
+        "the first arrival and the last return hide behind Newton-Schulz; 1 does not overlap. "
+        "Smaller chunks have smaller batches of one shape. A stage of one rank has one chunk.",
+    )
 
 
 class AdamConfig(Section):

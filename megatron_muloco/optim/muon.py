@@ -8,7 +8,7 @@ lives through three phases::
     optimizer.bind(shards, table, exchange)   says what each shard is; step() works from here on
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal
@@ -29,6 +29,8 @@ from megatron_muloco.optim.newton_schulz import (
     scale_factor,
 )
 from megatron_muloco.optim.parameter_table import ParameterTable
+from megatron_muloco.optim.phase_timer import PhaseTimer
+from megatron_muloco.optim.units import Unit
 from megatron_muloco.shards import Shard, coverage
 
 __all__ = ["MuonAdamW", "MuonSettings", "Orthogonalise", "StepReport"]
@@ -84,7 +86,7 @@ class StepReport:
 
     Attributes:
         newton_schulz_calls: Matrices orthogonalised.
-        bytes_sent: Bytes sent to other ranks by both all-to-alls.
+        bytes_sent: Bytes sent to other ranks by all all-to-alls.
     """
 
     newton_schulz_calls: int
@@ -97,6 +99,14 @@ class MuonAdamW(torch.optim.AdamW):
     Invariants: after `bind`, every tensor of every param group is one shard of the table, and every
     step orthogonalises exactly the units that the table gives to this rank. Learning rate and
     weight decay are read from the param group in every step.
+
+    Attributes:
+        muon: How matrices are updated.
+        orthogonalise: Newton-Schulz, or what replaces it.
+        table: The stage's parameters; ``None`` before `bind`.
+        timer: Milliseconds of the phases ``collect`` (momentum, packing, waiting for matrices),
+            ``newton_schulz``, ``return`` (waiting for updates, unpacking, applying) and ``adamw``.
+        last_step: What the last step did.
     """
 
     def __init__(
@@ -126,8 +136,9 @@ class MuonAdamW(torch.optim.AdamW):
         self._bound: list[list[BoundShard]] | None = None
         self._exchange: ShardExchange | None = None
         self._planned: tuple[str, ...] = ()
+        self.table: ParameterTable | None = None
+        self.timer = PhaseTimer()
         self.last_step = StepReport(0, 0)
-        self.balance = 1.0
         super().__init__(
             params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=True
         )
@@ -153,7 +164,8 @@ class MuonAdamW(torch.optim.AdamW):
         bound = bind_shards([group["params"] for group in self.param_groups], shards, table)
         check_exchange(table, exchange, bound)
         self._bound, self._exchange = bound, exchange
-        self.balance = table.assignment.balance
+        self.table = table
+        self.timer = PhaseTimer(next((b.tensor.device for b in chain(*bound)), "cpu"))
         self._planned = table.owned_by(exchange.rank) if exchange else ()
         # Eagerly, so that every rank has the same state names before the first step as after it.
         for b in chain.from_iterable(bound):
@@ -165,8 +177,8 @@ class MuonAdamW(torch.optim.AdamW):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update every shard once.
 
-        Collectives: two all-to-alls over the stage group where the stage has matrices; every rank
-        of it must call, also one without shards.
+        Collectives: two all-to-alls a chunk over the stage group where the stage has matrices;
+        every rank of it must call, also one without shards.
 
         Raises:
             RuntimeMismatch: Not bound yet, a closure, a shard without gradient, or other units
@@ -181,11 +193,12 @@ class MuonAdamW(torch.optim.AdamW):
                 f"{len(lost)} shards have no gradient, the first is {lost[0]}; stepping would "
                 "leave them behind. Freeze parameters before the optimizer is built."
             )
-        for group, bound in groups:
-            group["step"] += 1
-            self._step_vectors(group, [b.tensor for b in bound if not b.matrix])
+        with self.timer.phase("adamw"):
+            for group, bound in groups:
+                group["step"] += 1
+                self._step_vectors(group, [b.tensor for b in bound if not b.matrix])
         if self._exchange is not None:
-            self._step_matrices(groups, self._exchange)
+            self._step_matrices(self._exchange)
 
     def _step_vectors(self, group: dict[str, Any], tensors: list[Tensor]) -> None:
         """Let torch's own AdamW update the vector shards of one group."""
@@ -210,51 +223,54 @@ class MuonAdamW(torch.optim.AdamW):
             maximize=False,
         )
 
-    def _step_matrices(
-        self, groups: Sequence[tuple[dict[str, Any], list[BoundShard]]], exchange: ShardExchange
-    ) -> None:
+    def _step_matrices(self, exchange: ShardExchange) -> None:
         """Momentum, collect, orthogonalise at the owners, return, decay and descend."""
         sent_before = exchange.bytes_sent
-        directions = {
-            b.name: self._accumulate(b.tensor) for _, bound in groups for b in bound if b.exchanged
-        }
-        matrices = exchange.collect(directions)
-        updates = exchange.return_(self._orthogonalise_owned(exchange, matrices))
-        for group, bound in groups:
-            chosen = [b for b in bound if b.exchanged]
-            if chosen:
-                tensors = [b.tensor for b in chosen]
-                torch._foreach_mul_(tensors, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(tensors, [updates[b.name] for b in chosen], alpha=-group["lr"])
-        self.last_step = StepReport(len(matrices), exchange.bytes_sent - sent_before)
+        matrices = [(group, [b for b in bound if b.exchanged]) for group, bound in self._groups()]
+        done: list[str] = []
 
-    def _accumulate(self, tensor: Tensor) -> Tensor:
-        """Update the momentum buffer and return what is to be orthogonalised."""
-        mu, gradient = self.muon.momentum, _gradient(tensor)
+        def update(units: tuple[Unit, ...], batch: Tensor) -> Tensor:
+            done.extend(unit.name for unit in units)
+            with self.timer.phase("newton_schulz"):
+                rows, columns = units[0].shape
+                factor = scale_factor(self.muon.scale_mode, rows, columns)
+                return self.orthogonalise(batch).float() * factor
+
+        with self.timer.phase("collect"):
+            directions = self._accumulate([b for _, chosen in matrices for b in chosen])
+        updates = exchange.transform(directions, update, self.timer)
+        self._check_done(done)
+        with self.timer.phase("return"):
+            for group, chosen in matrices:
+                if chosen:
+                    tensors = [b.tensor for b in chosen]
+                    torch._foreach_mul_(tensors, 1 - group["lr"] * group["weight_decay"])
+                    steps = [updates[b.name] for b in chosen]
+                    torch._foreach_add_(tensors, steps, alpha=-group["lr"])
+        self.last_step = StepReport(len(done), exchange.bytes_sent - sent_before)
+
+    def _accumulate(self, bound: list[BoundShard]) -> dict[str, Tensor]:
+        """Update the momentum buffers and return what is to be orthogonalised."""
+        if not bound:
+            return {}
+        mu, gradients = self.muon.momentum, [_gradient(b.tensor) for b in bound]
         fresh = 1 - mu if self.muon.accumulation == "ema" else 1.0
-        M: Tensor = self.state[tensor]["momentum_buffer"]
-        M.mul_(mu).add_(gradient, alpha=fresh)
-        return (mu * M).add_(gradient, alpha=fresh) if self.muon.nesterov else M
+        M: list[Tensor] = [self.state[b.tensor]["momentum_buffer"] for b in bound]
+        torch._foreach_mul_(M, mu)
+        torch._foreach_add_(M, gradients, alpha=fresh)
+        if self.muon.nesterov:
+            M = list(torch._foreach_mul(M, mu))
+            torch._foreach_add_(M, gradients, alpha=fresh)
+        return {b.name: direction for b, direction in zip(bound, M, strict=True)}
 
-    def _orthogonalise_owned(
-        self, exchange: ShardExchange, matrices: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Return the scaled update of every owned unit, computed in batches of one shape."""
-        by_shape: dict[tuple[int, int], list[str]] = {}
-        for unit in exchange.owned:
-            by_shape.setdefault(unit.shape, []).append(unit.name)
-        updates: dict[str, Tensor] = {}
-        for (rows, columns), names in by_shape.items():
-            directions = self.orthogonalise(torch.stack([matrices[name] for name in names]))
-            scaled = directions * scale_factor(self.muon.scale_mode, rows, columns)
-            updates.update(zip(names, scaled, strict=True))
-        missing, surplus = coverage(list(updates), self._planned)
+    def _check_done(self, done: list[str]) -> None:
+        """Raise unless exactly the planned units were orthogonalised."""
+        missing, surplus = coverage(done, self._planned)
         if missing or surplus:
             raise RuntimeMismatch(
-                f"this rank orthogonalised {len(updates)} units, planned were "
+                f"this rank orthogonalised {len(done)} units, planned were "
                 f"{len(self._planned)}: missing {missing}, not planned {surplus}"
             )
-        return updates
 
     def zero_moments(self) -> None:
         """Forget all moments, and AdamW's step count with them; parameters stay."""
@@ -268,6 +284,11 @@ class MuonAdamW(torch.optim.AdamW):
     def has_matrices(self) -> bool:
         """Whether this stage has matrices to orthogonalise, here or on another rank of it."""
         return self._exchange is not None
+
+    @property
+    def balance(self) -> float:
+        """Largest over mean Newton-Schulz cost of the ranks of the stage; 1 is perfect."""
+        return 1.0 if self.table is None else self.table.assignment.balance
 
     @property
     def step_count(self) -> int:

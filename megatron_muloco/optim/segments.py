@@ -17,7 +17,16 @@ from itertools import chain
 from megatron_muloco.errors import RuntimeMismatch
 from megatron_muloco.optim.units import Unit
 
-__all__ = ["Paths", "RankShards", "Segment", "check_coverage", "plan_paths", "unit_segments"]
+__all__ = [
+    "Block",
+    "Paths",
+    "RankShards",
+    "Segment",
+    "blocks",
+    "check_coverage",
+    "plan_paths",
+    "unit_segments",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +92,49 @@ def unit_segments(unit: Unit, shards: RankShards) -> tuple[Segment, ...]:
         if low < high:
             found.append(Segment(unit, low - start, staged + low - first * columns, high - low))
         staged += (last - first) * columns
+    return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A rectangle of a whole matrix that a run of elements fills row by row.
+
+    Attributes:
+        start: First element of it within the run.
+        rows: Rows ``[first, last)`` of the matrix.
+        columns: Columns ``[first, last)`` of the matrix.
+    """
+
+    start: int
+    rows: tuple[int, int]
+    columns: tuple[int, int]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.rows[1] - self.rows[0], self.columns[1] - self.columns[0]
+
+
+def blocks(segment: Segment) -> tuple[Block, ...]:
+    """Return the rectangles that a segment fills: a started row, whole local rows, a last row."""
+    unit = segment.unit
+    rows, width = unit.local_shape
+    piece, first = divmod(segment.unit_offset, rows * width)
+    top, left = (piece * rows, 0) if unit.partition_dim == 0 else (0, piece * width)
+    found = []
+    position, end = first, first + segment.length
+    while position < end:
+        row, column = divmod(position, width)
+        whole_rows = (end - position) // width if column == 0 else 0
+        count = whole_rows * width or min(width - column, end - position)
+        found.append(
+            Block(
+                start=position - first,
+                rows=(top + row, top + row + (whole_rows or 1)),
+                columns=(left + column, left + column + (width if whole_rows else count)),
+            )
+        )
+        position += count
     return tuple(found)
 
 

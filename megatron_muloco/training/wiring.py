@@ -131,7 +131,8 @@ def _bound_inner(view: MasterView, config: RunConfig, groups: Groups) -> MuonAda
     for tensor, shard in pairs:
         # Not by add_param_group: fp32 masters are views of parameters, which torch would refuse.
         inner.param_groups[kinds.index(multipliers[shard.name])]["params"].append(tensor)
-    exchange = _exchange(view, table, groups, wire) if table.units else None
+    chunks = config.inner.muon.exchange_chunks if isinstance(config.inner, MuonInner) else 1
+    exchange = _exchange(view, table, groups, wire, chunks) if table.units else None
     inner.bind(pairs, table, exchange)
     return inner
 
@@ -159,7 +160,11 @@ def _muon_settings(config: RunConfig) -> tuple[MuonSettings | None, torch.dtype]
 
 
 def _exchange(
-    view: MasterView, table: ParameterTable, groups: Groups, wire_dtype: torch.dtype
+    view: MasterView,
+    table: ParameterTable,
+    groups: Groups,
+    wire_dtype: torch.dtype,
+    chunks: int,
 ) -> ShardExchange:
     """Build the shards <-> owners exchange of this pipeline stage."""
     stage = groups.stage
@@ -177,4 +182,5 @@ def _exchange(
         transport=AllToAll(stage) if stage.size() > 1 else None,
         wire_dtype=wire_dtype,
         device=training_device(),
+        chunks=chunks,
     )

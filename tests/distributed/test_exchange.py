@@ -7,7 +7,7 @@ import torch.distributed as dist
 from megatron_muloco.comm.exchange import AllToAll
 from megatron_muloco.optim.exchange import ShardExchange
 from megatron_muloco.optim.segments import RankShards
-from megatron_muloco.optim.units import LayerShape, split
+from megatron_muloco.optim.units import LayerShape, Unit, split
 from tests.support.scattered import cut, matrix_params, shards_of, whole
 from tests.support.spawn import run_ranks
 from tests.support.tensors import assert_equal, integer_tensor
@@ -16,7 +16,23 @@ LAYER = LayerShape(6, 2, 3, 10)
 HIDDEN = 5
 
 
-def round_trip(cuts: list[list[float]], owners: list[int], wire_dtype: torch.dtype) -> int:
+Seen = dict[str, torch.Tensor]
+
+
+def negate(exchange: ShardExchange, shards: Seen) -> tuple[Seen, Seen]:
+    """Return the matrices that this rank owns, and the pieces of the negated ones."""
+    seen: Seen = {}
+
+    def function(units: tuple[Unit, ...], matrices: torch.Tensor) -> torch.Tensor:
+        seen.update({u.name: m.float() for u, m in zip(units, matrices.clone(), strict=True)})
+        return -matrices
+
+    return seen, exchange.transform(shards, function)
+
+
+def round_trip(
+    cuts: list[list[float]], owners: list[int], wire_dtype: torch.dtype, chunks: int
+) -> int:
     tensor_size = len(cuts)
     params = matrix_params(LAYER, HIDDEN, tensor_size)
     units = [u for p in params for u in split(p, LAYER, tensor_size=tensor_size)]
@@ -29,14 +45,19 @@ def round_trip(cuts: list[list[float]], owners: list[int], wire_dtype: torch.dty
     transport = AllToAll(dist.group.WORLD)
     assert (transport.size, transport.rank) == (dist.get_world_size(), dist.get_rank())
     exchange = ShardExchange(
-        units, owners, layout, rank=transport.rank, transport=transport, wire_dtype=wire_dtype
+        units,
+        owners,
+        layout,
+        rank=transport.rank,
+        transport=transport,
+        wire_dtype=wire_dtype,
+        chunks=chunks,
     )
     for _ in range(2):
-        matrices = exchange.collect(shards_of(pieces, layout[transport.rank]))
+        matrices, returned = negate(exchange, shards_of(pieces, layout[transport.rank]))
         for unit, owner in zip(units, owners, strict=True):
             if owner == transport.rank:
                 assert_equal(matrices[unit.name], whole(unit, pieces), unit.name)
-        returned = exchange.return_({name: -m for name, m in matrices.items()})
         expected = shards_of(pieces, layout[transport.rank])
         assert list(returned) == list(expected)
         for name, shard in expected.items():
@@ -45,6 +66,7 @@ def round_trip(cuts: list[list[float]], owners: list[int], wire_dtype: torch.dty
     return exchange.bytes_sent
 
 
+@pytest.mark.parametrize("chunks", [1, 3])
 @pytest.mark.parametrize("wire_dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(
     ("cuts", "owners"),
@@ -56,9 +78,9 @@ def round_trip(cuts: list[list[float]], owners: list[int], wire_dtype: torch.dty
     ids=["cut-inside-rows", "one-owner", "ranks-without-elements"],
 )
 def test_matrices_arrive_and_come_back(
-    cuts: list[list[float]], owners: list[int], wire_dtype: torch.dtype
+    cuts: list[list[float]], owners: list[int], wire_dtype: torch.dtype, chunks: int
 ) -> None:
-    sent = run_ranks(round_trip, 4, cuts, owners, wire_dtype)
+    sent = run_ranks(round_trip, 4, cuts, owners, wire_dtype, chunks)
     assert sum(sent) > 0
 
 
@@ -72,7 +94,7 @@ def sub_group_round_trip() -> None:
     layout: list[RankShards] = cut(params, 1, [[0.4]])
     pieces = {(p.name, 0): torch.full(p.local_shape, float(dist.get_rank() % 2)) for p in params}
     exchange = ShardExchange(units, [0] * 7, layout, rank=transport.rank, transport=transport)
-    matrices = exchange.collect(shards_of(pieces, layout[transport.rank]))
+    matrices, _ = negate(exchange, shards_of(pieces, layout[transport.rank]))
     for matrix in matrices.values():
         assert_equal(matrix, torch.full(matrix.shape, float(dist.get_rank() % 2)))
 

@@ -69,3 +69,18 @@ def test_muon_with_identity_is_sgd_with_momentum_bit_for_bit() -> None:
             theta.data.mul_(1 - OPTIONS["lr"] * OPTIONS["weight_decay"])
             sgd.step()
         assert_equal(whole(unit, trained), theta.data, unit.name)
+
+
+def test_chunks_do_not_change_what_is_computed() -> None:
+    """Bit for bit where matrices are not mixed; batches of other sizes may sum in another order."""
+    stage = Stage.even(GQA, HIDDEN, 2, 2)
+    exact, exact_again = (
+        run(stage, 3, OPTIONS | {"orthogonalise": identity, "exchange_chunks": chunks})[0]
+        for chunks in (1, 3)
+    )
+    whole_batches, _ = run(stage, 2, OPTIONS)
+    chunked, _ = run(stage, 2, OPTIONS | {"exchange_chunks": 3})
+    for unit in stage.table.units:
+        assert_equal(whole(unit, exact_again), whole(unit, exact), unit.name)
+        theta = whole(unit, whole_batches)
+        assert (whole(unit, chunked) - theta).norm() / theta.norm() <= 1e-4, unit.name

@@ -35,25 +35,56 @@ class Mailbox:
         self._barrier = Barrier(size, timeout=20)
         self._sent: dict[int, tuple[Tensor, ...]] = {}
 
-    def transport(self, rank: int) -> Callable[..., None]:
-        def all_to_all(
-            received: Tensor,
-            sent: Tensor,
-            *,
-            receive_splits: Sequence[int],
-            send_splits: Sequence[int],
-        ) -> None:
-            self._sent[rank] = sent.split(list(send_splits))
-            self._barrier.wait()
-            for other, place in enumerate(received.split(list(receive_splits))):
-                place.copy_(self._sent[other][rank])
-            self._barrier.wait()
+    def transport(self, rank: int) -> "MailboxTransport":
+        return MailboxTransport(self, rank)
 
-        return all_to_all
+    def deliver(self, rank: int, received: Sequence[Tensor], sent: tuple[Tensor, ...]) -> None:
+        self._sent[rank] = sent
+        self._barrier.wait()
+        for other, place in enumerate(received):
+            place.copy_(self._sent[other][rank])
+        self._barrier.wait()
 
     def run(self, fn: Callable[[int], Any], size: int) -> list[Any]:
         with ThreadPoolExecutor(size) as pool:
             return list(pool.map(fn, range(size)))
+
+
+@dataclass(frozen=True)
+class MailboxTransport:
+    """One rank's side of a mailbox. Nothing moves before `wait`, as late as it could be."""
+
+    mailbox: Mailbox
+    rank: int
+
+    def start(
+        self,
+        received: Tensor,
+        sent: Tensor,
+        *,
+        receive_splits: Sequence[int],
+        send_splits: Sequence[int],
+    ) -> "Delivery":
+        places = received.split(list(receive_splits))
+        return Delivery(self.mailbox, self.rank, places, sent.split(list(send_splits)))
+
+
+@dataclass(frozen=True)
+class Delivery:
+    mailbox: Mailbox
+    rank: int
+    received: Sequence[Tensor]
+    sent: tuple[Tensor, ...]
+
+    def wait(self) -> None:
+        self.mailbox.deliver(self.rank, self.received, self.sent)
+
+
+class NoTransport:
+    """Moves nothing; for exchanges that are only planned."""
+
+    def start(self, *args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("planned only")
 
 
 def matrix_params(layer: LayerShape, hidden: int, tensor_size: int) -> list[ParamInfo]:
@@ -182,7 +213,13 @@ class Stage:
         return scatter(units, self.table.units) | norms
 
     def optimizer(
-        self, rank: int, masters: dict[str, Tensor], transport: Transport | None, **options: Any
+        self,
+        rank: int,
+        masters: dict[str, Tensor],
+        transport: Transport | None,
+        *,
+        exchange_chunks: int = 1,
+        **options: Any,
     ) -> MuonAdamW:
         """Return a bound optimizer, built in the steps in which Megatron's builds it."""
         model = [torch.nn.Parameter(torch.zeros(p.local_shape)) for p in self.params.values()]
@@ -192,7 +229,12 @@ class Stage:
         exchange = None
         if self.table.units:
             exchange = ShardExchange(
-                self.table.units, self.table.owners, self.layout, rank=rank, transport=transport
+                self.table.units,
+                self.table.owners,
+                self.layout,
+                rank=rank,
+                transport=transport,
+                chunks=exchange_chunks,
             )
         shards = [
             (tensor, Shard(self.params[name], *self.layout[rank].ranges[name]))

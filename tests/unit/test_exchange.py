@@ -10,13 +10,15 @@ from torch import Tensor
 
 from megatron_muloco.errors import RuntimeMismatch
 from megatron_muloco.optim.assignment import assign
-from megatron_muloco.optim.exchange import ShardExchange
+from megatron_muloco.optim.chunks import divide
+from megatron_muloco.optim.exchange import ShardExchange, Transform
 from megatron_muloco.optim.segments import RankShards, check_coverage, plan_paths
 from megatron_muloco.optim.units import LayerShape, Unit, split
 from megatron_muloco.shards import ParamInfo
 from tests.support.scattered import (
     VECTOR,
     Mailbox,
+    NoTransport,
     cut,
     cut_evenly,
     matrix_params,
@@ -49,9 +51,22 @@ def scattered_layers(
     return params, units, layout, owners
 
 
-@given(scattered_layers())
+Seen = dict[str, Tensor]
+
+
+def doubling(seen: Seen) -> Transform:
+    """Return a transform that notes the matrices it is given and doubles them."""
+
+    def double(units: tuple[Unit, ...], matrices: Tensor) -> Tensor:
+        seen.update({u.name: m.clone() for u, m in zip(units, matrices, strict=True)})
+        return 2 * matrices.float()
+
+    return double
+
+
+@given(scattered_layers(), st.integers(1, 4))
 def test_owners_see_whole_matrices_and_shards_come_back(
-    case: tuple[list[ParamInfo], list[Unit], list[RankShards], list[int]],
+    case: tuple[list[ParamInfo], list[Unit], list[RankShards], list[int]], chunks: int
 ) -> None:
     params, units, layout, owners = case
     pieces = {
@@ -61,14 +76,16 @@ def test_owners_see_whole_matrices_and_shards_come_back(
     }
     mailbox = Mailbox(len(layout))
 
-    def one_rank(rank: int) -> tuple[dict[str, Tensor], dict[str, Tensor], ShardExchange]:
+    def one_rank(rank: int) -> tuple[Seen, dict[str, Tensor], ShardExchange]:
         exchange = ShardExchange(
-            units, owners, layout, rank=rank, transport=mailbox.transport(rank)
+            units, owners, layout, rank=rank, transport=mailbox.transport(rank), chunks=chunks
         )
-        matrices = exchange.collect(shards_of(pieces, layout[rank]))
-        return matrices, exchange.return_({n: 2 * m for n, m in matrices.items()}), exchange
+        seen: Seen = {}
+        returned = exchange.transform(shards_of(pieces, layout[rank]), doubling(seen))
+        return seen, returned, exchange
 
     results = mailbox.run(one_rank, len(layout))
+    assert len({exchange.chunks for _, _, exchange in results}) == 1
     collected = {name: matrix for matrices, _, _ in results for name, matrix in matrices.items()}
     assert sum(len(matrices) for matrices, _, _ in results) == len(units) == len(collected)
     for unit, owner in zip(units, owners, strict=True):
@@ -94,11 +111,11 @@ def test_what_is_sent_is_what_is_received(
     assert sum(sum(p.shard_splits) for p in paths) == sum(unit.numel for unit in units)
 
 
-def tiny_case() -> tuple[list[Unit], list[RankShards]]:
+def tiny_case(ranks: int = 2) -> tuple[list[Unit], list[RankShards]]:
     layer = LayerShape(2, 2, 1, 2)
     params = matrix_params(layer, 2, 1)
     units = [u for p in params for u in split(p, layer, tensor_size=1)]
-    return units, cut_evenly([norm_param(), *params], 1, 2)
+    return units, cut_evenly([norm_param(), *params], 1, ranks)
 
 
 def test_bytes_are_those_that_leave_a_rank() -> None:
@@ -107,7 +124,7 @@ def test_bytes_are_those_that_leave_a_rank() -> None:
     held = sum(end - start for name, (start, end) in layout[1].ranges.items() if name != VECTOR)
     exchanges = [
         ShardExchange(
-            units, owners, layout, rank=r, transport=lambda *a, **k: None, wire_dtype=torch.bfloat16
+            units, owners, layout, rank=r, transport=NoTransport(), wire_dtype=torch.bfloat16
         )
         for r in (0, 1)
     ]
@@ -123,21 +140,61 @@ def test_a_group_of_one_rank_needs_no_transport_but_rounds_like_the_others() -> 
         units, [0] * len(units), layout, rank=0, transport=None, wire_dtype=torch.bfloat16
     )
     shards = {p.name: torch.randn(p.numel) for p in params}
-    returned = exchange.return_(exchange.collect(shards))
+    returned = exchange.transform(shards, lambda _, matrices: matrices)
     for name, shard in shards.items():
         assert_equal(returned[name], shard.bfloat16().float())
     assert exchange.bytes_sent == exchange.planned_bytes == 0
 
 
-def test_a_later_call_does_not_change_earlier_results() -> None:
-    layer = LayerShape(1, 1, 2, 2)
-    params = matrix_params(layer, 3, 1)
-    units = [u for p in params for u in split(p, layer, tensor_size=1)]
-    layout = [RankShards(0, {p.name: (0, p.numel) for p in params})]
-    exchange = ShardExchange(units, [0] * len(units), layout, rank=0, transport=None)
-    first = exchange.collect({p.name: torch.ones(p.numel) for p in params})
-    exchange.collect({p.name: torch.zeros(p.numel) for p in params})
-    assert all(torch.equal(m, torch.ones_like(m)) for m in first.values())
+@given(scattered_layers(), st.integers(1, 5))
+def test_chunks_contain_each_unit_once_and_share_every_owners_work(
+    case: tuple[list[ParamInfo], list[Unit], list[RankShards], list[int]], chunks: int
+) -> None:
+    _, units, layout, owners = case
+    divided = divide(units, owners, chunks)
+    assert len(divided) <= chunks
+    assert sorted(index for chunk in divided for index in chunk) == list(range(len(units)))
+    assert all(chunk and list(chunk) == sorted(chunk) for chunk in divided)
+    for owner in range(len(layout)):
+        sizes = [unit.numel for unit, other in zip(units, owners, strict=True) if other == owner]
+        for chunk in divided:
+            share = sum(units[index].numel for index in chunk if owners[index] == owner)
+            # Cut at the middle of a unit: at most half of one too many at either end.
+            assert share <= sum(sizes) / chunks + max(sizes, default=0)
+
+
+def test_one_chunk_less_than_one_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one chunk"):
+        divide([], [], 0)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_memory_is_allocated_once(ranks: int) -> None:
+    """Neither buffers nor results move between calls: no allocation is left behind by a step."""
+    units, layout = tiny_case(ranks)
+    owners = assign(units, ranks).owners
+    mailbox = Mailbox(ranks)
+
+    def one_rank(rank: int) -> list[set[int]]:
+        exchange = ShardExchange(
+            units, owners, layout, rank=rank, transport=mailbox.transport(rank), chunks=3
+        )
+        seen: list[set[int]] = []
+        for _ in range(3):
+            shards = {n: torch.ones(b - a) for n, (a, b) in layout[rank].ranges.items()}
+            shards.pop(VECTOR, None)
+            places: set[int] = set()
+
+            def note(_: tuple[Unit, ...], matrices: Tensor, places: set[int] = places) -> Tensor:
+                places.add(matrices.data_ptr())
+                return matrices
+
+            returned = exchange.transform(shards, note)
+            seen.append(places | {piece.data_ptr() for piece in returned.values()})
+        return seen
+
+    for first, *others in mailbox.run(one_rank, ranks):
+        assert others == [first, first]
 
 
 def test_elements_held_by_nobody_or_twice_are_refused() -> None:
@@ -153,7 +210,7 @@ def test_elements_held_by_nobody_or_twice_are_refused() -> None:
             [0] * len(units),
             [layout[0], halved],
             rank=0,
-            transport=lambda *args, **kwargs: None,
+            transport=NoTransport(),
         )
 
 
@@ -166,20 +223,18 @@ def test_an_exchange_of_only_some_units_of_a_parameter_is_refused() -> None:
             [0] * len(without_k),
             layout,
             rank=0,
-            transport=lambda *args, **kwargs: None,
+            transport=NoTransport(),
         )
 
 
 def test_tensors_that_were_not_planned_are_refused() -> None:
     units, layout = tiny_case()
     owners = assign(units, 2).owners
-    exchange = ShardExchange(units, owners, layout, rank=0, transport=lambda *a, **k: None)
+    exchange = ShardExchange(units, owners, layout, rank=0, transport=NoTransport())
     with pytest.raises(RuntimeMismatch, match=r"unknown \['other'\]"):
-        exchange.collect({"other": torch.zeros(1)})
+        exchange.transform({"other": torch.zeros(1)}, doubling({}))
     with pytest.raises(RuntimeMismatch, match="planned were"):
-        exchange.collect({name: torch.zeros(1) for name in exchange.shard_names})
-    with pytest.raises(RuntimeMismatch, match="missing"):
-        exchange.return_({})
+        exchange.transform({n: torch.zeros(1) for n in exchange.shard_names}, doubling({}))
     with pytest.raises(RuntimeMismatch, match="needs an all-to-all"):
         ShardExchange(units, owners, layout, rank=0, transport=None)
     with pytest.raises(ValueError, match="float32 or bfloat16"):
@@ -188,6 +243,6 @@ def test_tensors_that_were_not_planned_are_refused() -> None:
             owners,
             layout,
             rank=0,
-            transport=lambda *a, **k: None,
+            transport=NoTransport(),
             wire_dtype=torch.float16,
         )
