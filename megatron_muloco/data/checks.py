@@ -1,9 +1,10 @@
 """What is wrong with a run's data, found before anything is built; neither torch nor Megatron."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_muloco.config.problems import Problem
 from megatron_muloco.data.indexed import check_indexed, read_manifest
 from megatron_muloco.data.tokenizer import (
     check_tokenizer,
@@ -14,16 +15,30 @@ from megatron_muloco.data.tokenizer import (
 from megatron_muloco.errors import ConfigError
 
 if TYPE_CHECKING:
-    from megatron_muloco.config.schema import DataConfig
+    from megatron_muloco.config.schema import DataConfig, RunConfig
 
-__all__ = ["check_data", "check_sources"]
+__all__ = ["check_data", "check_run_data", "check_sources"]
 
 # Tokenizers that can be opened without Megatron and the libraries behind it.
 _LIGHT_TOKENIZERS = frozenset({"sentencepiece", "byte-level"})
 
 
+def check_run_data(config: "RunConfig") -> list[str]:
+    """Return every problem of a run's data and tokenizer, with the place of its key."""
+    return check_data(
+        config.data,
+        model_vocab_size=config.model.vocab_size,
+        seq_length=config.model.seq_length,
+        where=config.where,
+    )
+
+
 def check_data(
-    data: "DataConfig", *, model_vocab_size: int | None = None, seq_length: int = 0
+    data: "DataConfig",
+    *,
+    model_vocab_size: int | None = None,
+    seq_length: int = 0,
+    where: Callable[[str], str] | None = None,
 ) -> list[str]:
     """Return every problem of the data section as a sentence that says what to do.
 
@@ -31,9 +46,14 @@ def check_data(
         data: The section of the config.
         model_vocab_size: Rows of the embedding; a larger vocabulary is a problem.
         seq_length: Tokens of a sample; a dataset must hold at least one.
+        where: Gives the ``file:line`` of a dotted key; without it, messages begin with the key.
     """
-    paths = [source.path for source in (*data.train, *data.valid)]
-    problems = check_sources(paths, seq_length)
+    sources = _first_keys(data)
+    problems = [
+        Problem(key, text)
+        for path, key in sources.items()
+        for text in check_sources([path], seq_length)
+    ]
     tokenizer_type, tokenizer_model = data.tokenizer_type, data.tokenizer_model
     tokenizer_problems = check_tokenizer(tokenizer_type, tokenizer_model)
     if not tokenizer_problems and tokenizer_type in _LIGHT_TOKENIZERS:
@@ -43,14 +63,36 @@ def check_data(
             tokenizer_problems = list(error.problems)
         else:
             if model_vocab_size is not None:
-                problems += check_vocab_size(vocab_size, model_vocab_size)
-    problems += tokenizer_problems
+                problems += [
+                    Problem("model.vocab_size", text)
+                    for text in check_vocab_size(vocab_size, model_vocab_size)
+                ]
+    problems += [Problem("data.tokenizer_model", text) for text in tokenizer_problems]
     if not tokenizer_problems:
-        problems += _check_same_tokenizer(paths, tokenizer_type, tokenizer_model)
+        problems += _check_same_tokenizer(sources, tokenizer_type, tokenizer_model)
     cache = Path(data.cache_dir) if data.cache_dir else None
     if cache is not None and cache.exists() and not cache.is_dir():
-        problems.append(f"data.cache_dir: {cache} is a file. Name a directory.")
-    return problems
+        problems.append(Problem("data.cache_dir", f"{cache} is a file. Name a directory."))
+    return [_located(problem, where or _nowhere) for problem in problems]
+
+
+def _first_keys(data: "DataConfig") -> dict[str, str]:
+    """Return path -> the first key that names it; each dataset is looked at once."""
+    keys: dict[str, str] = {}
+    for name, sources in (("train", data.train), ("valid", data.valid)):
+        for index, source in enumerate(sources):
+            keys.setdefault(source.path, f"data.{name}.{index}.path")
+    return keys
+
+
+def _nowhere(key: str) -> str:
+    return ""
+
+
+def _located(problem: Problem, where: Callable[[str], str]) -> str:
+    """Return the message behind its place and key; some of the sentences name the key already."""
+    text = problem.text.removeprefix(f"{problem.key}: ")
+    return Problem(problem.key, text).format(where)
 
 
 def check_sources(prefixes: Sequence[str], seq_length: int = 0) -> list[str]:
@@ -68,22 +110,26 @@ def check_sources(prefixes: Sequence[str], seq_length: int = 0) -> list[str]:
 
 
 def _check_same_tokenizer(
-    prefixes: Sequence[str], tokenizer_type: str, tokenizer_model: str | None
-) -> list[str]:
-    """Compare the tokenizer that made each dataset with the one in the config."""
+    sources: Mapping[str, str], tokenizer_type: str, tokenizer_model: str | None
+) -> list[Problem]:
+    """Compare the tokenizer that made each dataset (path -> key) with the one in the config."""
     digest = tokenizer_digest(tokenizer_type, tokenizer_model)
-    problems: list[str] = []
-    for prefix in dict.fromkeys(prefixes):
+    problems: list[Problem] = []
+    for prefix, key in sources.items():
         try:
             manifest = read_manifest(prefix)
         except ConfigError as error:
-            problems += error.problems
+            problems += [Problem(key, text) for text in error.problems]
             continue
         if manifest is not None and manifest.tokenizer_digest != digest:
             problems.append(
-                f"dataset {prefix}: its tokens were made by a {manifest.tokenizer_type} tokenizer "
-                f"of {manifest.vocab_size} ids with digest {manifest.tokenizer_digest[:12]}, but "
-                f"{tokenizer_model or tokenizer_type} has {digest[:12]}, so ids would mean other "
-                f"text. Run tools/prepare_data.py again, or name the tokenizer it was made with."
+                Problem(
+                    key,
+                    f"dataset {prefix}: its tokens were made by a {manifest.tokenizer_type} "
+                    f"tokenizer of {manifest.vocab_size} ids with digest "
+                    f"{manifest.tokenizer_digest[:12]}, but {tokenizer_model or tokenizer_type} "
+                    f"has {digest[:12]}, so ids would mean other text. Run tools/prepare_data.py "
+                    "again, or name the tokenizer it was made with.",
+                )
             )
     return problems

@@ -126,13 +126,9 @@ def _accelerators() -> int:
 
 def _check_inputs(config: RunConfig) -> None:
     """Raise one ConfigError with everything that is wrong with the files the run names."""
-    from megatron_muloco.data.checks import check_data
+    from megatron_muloco.data.checks import check_run_data
 
-    problems = check_data(
-        config.data,
-        model_vocab_size=config.model.vocab_size,
-        seq_length=config.model.seq_length,
-    )
+    problems = check_run_data(config)
     if problems:
         raise ConfigError(problems)
 

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_muloco.config import load_config
 from megatron_muloco.config.schema import DataConfig
 from megatron_muloco.data.batches import BatchSource, collate, document_ids
-from megatron_muloco.data.checks import check_data
+from megatron_muloco.data.checks import check_data, check_run_data
 from megatron_muloco.data.datasets import build_datasets
 from megatron_muloco.data.indexed import open_indexed
 from megatron_muloco.data.prepare import PrepareOptions, prepare
@@ -227,6 +228,17 @@ def test_damaged_dataset_is_one_problem_that_says_what_to_do(prefixes, damage, r
     assert "Run: python tools/prepare_data.py" in problem
     with pytest.raises(ConfigError, match=reason):
         build([source(prefixes[0])])
+
+
+def test_problems_of_a_run_are_placed_in_its_config(tmp_path):
+    path = tmp_path / "run.yaml"
+    lines = ["train: [{path: a}, {path: b}]", "valid: [{path: b}]", "tokenizer_model: absent"]
+    shipped = Path(__file__).parents[2] / "configs" / "cpu_k2.yaml"
+    path.write_text(f"extends: {shipped}\ndata:\n" + "".join(f"  {line}\n" for line in lines))
+    first, second, tokenizer = check_run_data(load_config(path))
+    assert first.startswith(f"{path}:3  data.train.0.path: dataset a: neither")
+    assert second.startswith(f"{path}:3  data.train.1.path: dataset b: neither")  # and only once
+    assert tokenizer.startswith(f"{path}:5  data.tokenizer_model: absent does not exist.")
 
 
 def test_prefix_with_suffix_is_recognised(prefixes):
