@@ -32,8 +32,8 @@ HEADER = """# Test matrix
 
 {count} cases, {passed} passed, in {minutes:.1f} minutes. Every case trains a two-layer model for
 four steps with an outer step after the second and the fourth (none for the baselines), on made-up
-tokens. It is ok when losses are finite and those of the same method on the same samples with one rank
-a replica, within {fp32:.1e} (fp32) or {bf16:.1e} (bf16) relative, and when all replicas and
+tokens. It is ok when losses are finite and those of the same method on the same samples with one
+rank a replica, within {fp32:.1e} (fp32) or {bf16:.1e} (bf16) relative, and when all replicas and
 data-parallel ranks end with the same bits in every parameter.
 
 - commit {commit}, {date}
