@@ -21,15 +21,19 @@ def method_name(config: RunConfig) -> str:
     return f"{'MuLoCo' if muon else 'DiLoCo'}, K = {config.parallel.num_replicas}"
 
 
+def _counted(number: int, one: str, many: str = "") -> str:
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
 def _outer_words(outer: NesterovOuter | AverageOuter) -> str:
     rule = "plain mean"
     if isinstance(outer, NesterovOuter):
         rule = f"nesterov, lr {outer.lr:g}, momentum {outer.momentum:g}"
-    words = [rule, f"every {outer.sync_interval} steps"]
+    words = [rule, f"every {_counted(outer.sync_interval, 'step')}"]
     if outer.fragments.count > 1:
         words.append(f"{outer.fragments.count} fragments ({outer.fragments.pattern})")
     if outer.overlap_steps:
-        words.append(f"overlapped by {outer.overlap_steps} steps")
+        words.append(f"overlapped by {_counted(outer.overlap_steps, 'step')}")
     compression = outer.compression
     words.append(
         f"{compression.wire_dtype} on the wire"
@@ -67,9 +71,10 @@ def start_banner(
         f"warm-up {derived.lr_warmup_iters} steps, weight decay {derived.weight_decay:g}",
         "outer": "none" if isinstance(config.outer, NoOuter) else _outer_words(config.outer),
         "batch": f"{training.global_batch_size} sequences of {config.model.seq_length} tokens, "
-        f"{derived.replica_batch_size} per replica in {derived.num_microbatches} microbatches",
+        f"{derived.replica_batch_size} per replica in "
+        f"{_counted(derived.num_microbatches, 'microbatch', 'microbatches')}",
         "length": f"{derived.train_iters} steps, {count(derived.train_tokens)} tokens"
-        + (f", {derived.rounds} rounds" if derived.rounds else "")
+        + (f", {_counted(derived.rounds, 'round')}" if derived.rounds else "")
         + f", {begin}",
         "tensorboard": f"tensorboard --logdir {config.monitor.dir}"
         if config.monitor.dir

@@ -131,6 +131,15 @@ def test_the_banner_says_what_is_trained_on_what():
         assert fact in text
 
 
+def test_the_banner_counts_one_of_something():
+    text = banner(config("outer.overlap_steps=1"), 2)
+    assert "8 per replica in 1 microbatch\n" in text
+    assert "overlapped by 1 step," in text
+    text = banner(config("outer.overlap_steps=2", "training.micro_batch_size=4"), 2)
+    assert "8 per replica in 2 microbatches\n" in text
+    assert "overlapped by 2 steps," in text
+
+
 def plain(kind):
     run = config()
     inner = run.inner.model_copy(update={"kind": kind})
