@@ -1,6 +1,7 @@
 """Print the plan of a config: parameters, length, rounds, memory and traffic. Starts nothing."""
 
 import argparse
+import os
 import sys
 
 from megatron_muloco.config import check, load_config, topology_of
@@ -14,18 +15,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--config", required=True, help="YAML file of the run")
     parser.add_argument("--world-size", type=int, help="ranks; default the smallest that fit")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
-        help="override one key; repeatable",
+        "--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", dest="overrides",
+        help="replace keys of the configuration, for instance inner.lr=0.01",
     )  # fmt: skip
     options = parser.parse_args(arguments)
     try:
         config = load_config(options.config, options.overrides)
-        topology = topology_of(config, options.world_size) if options.world_size else None
+        topology = None
+        if options.world_size is not None:
+            topology = topology_of(config, options.world_size)
         check(config, topology)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
-    print(f"plan of {options.config}\n\n{render_plan(config, topology)}")
+    try:
+        print(f"plan of {options.config}\n\n{render_plan(config, topology)}", flush=True)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
     return 0
 
 

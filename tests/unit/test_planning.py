@@ -1,5 +1,9 @@
 """The plan's bytes add up, follow the sharding rules, and the report says what it assumes."""
 
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -254,9 +258,24 @@ def test_sizes_are_readable(number: float, text: str) -> None:
 
 
 def test_the_tool_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--config", str(CPU), "--set", "training.micro_batch_size=1", "--world-size", "4"]
-    assert plan_tool.main(arguments) == 0
-    assert "2 replicas x tp 1 x pp 1 x dp 2 = 4 ranks" in capsys.readouterr().out
+    overrides = ["--set", "training.micro_batch_size=1", "inner.lr=0.5", "--set", "training.seed=7"]
+    assert plan_tool.main(["--config", str(CPU), *overrides, "--world-size", "4"]) == 0
+    text = capsys.readouterr().out
+    assert "2 replicas x tp 1 x pp 1 x dp 2" in text
+    assert re.search(r"learning rate +0\.5 ", text)
+
+
+def test_the_tool_bears_a_reader_that_leaves() -> None:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    command = [sys.executable, "-m", "tools.plan", "--config", str(CPU)]
+    try:
+        done = subprocess.run(
+            command, cwd=CONFIGS.parent, stdout=write_end, stderr=subprocess.PIPE, check=False
+        )
+    finally:
+        os.close(write_end)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 @pytest.mark.parametrize(
