@@ -1,7 +1,8 @@
 """What each flat tensor of the inner optimizer is, checked from both sides before the first step.
 
-Megatron's DistributedOptimizer builds the param groups; the plan (table and exchange) is built from
-names and ranges. A shard that one of them knows and the other does not would silently stay behind.
+The param groups hold the masters of Megatron's DistributedOptimizer; the plan (table and exchange)
+is built from names and ranges. A shard that one of them knows and the other does not would silently
+stay behind.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

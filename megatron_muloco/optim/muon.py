@@ -1,11 +1,14 @@
 """`MuonAdamW`: Muon for matrices and AdamW for vector parameters, on flat fp32 shards.
 
-It is a `torch.optim.AdamW` because Megatron's DistributedOptimizer accepts no other kind, and it
-lives through three phases::
+It takes the place of the Adam inside Megatron's DistributedOptimizer when that has made its flat
+fp32 masters, and works on the same tensors (`training/wiring.py`)::
 
-    MuonAdamW(param_groups)             parameters are the model's
-    DistributedOptimizer(optimizer...)  replaces them by this rank's flat fp32 shards
+    DistributedOptimizer(model, any Adam)     makes this rank's flat fp32 shards
+    MuonAdamW(param_groups)                   these shards, grouped by their factors
     optimizer.bind(shards, table, exchange)   says what each shard is; step() works from here on
+    distributed.optimizer = optimizer
+
+It is a `torch.optim.AdamW`, the kind that Megatron expects there.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -333,13 +336,13 @@ class MuonAdamW(torch.optim.AdamW):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Return the param groups; only for DistributedOptimizer's constructor, before `bind`."""
+        """Return torch's state; refused after `bind`, where it would lose momentum of matrices."""
         self._refuse_after_bind("state_dict", "named_state")
         return super().state_dict()
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load param groups; only for DistributedOptimizer's constructor, before `bind`."""
+        """Load torch's state; refused after `bind`, as `state_dict` is."""
         self._refuse_after_bind("load_state_dict", "load_named_state")
         super().load_state_dict(state_dict)
 
