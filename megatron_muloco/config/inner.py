@@ -49,6 +49,18 @@ class MuonConfig(Section):
         "Smaller chunks have smaller batches of one shape. A stage of one rank has one chunk.",
     )
 
+    def compute_dtype(self, *, accelerator: bool) -> Literal["bf16", "fp32"]:
+        """Return ``ns_dtype`` with ``auto`` resolved for a device."""
+        if self.ns_dtype != "auto":
+            return self.ns_dtype
+        return "bf16" if accelerator else "fp32"
+
+    def wire_dtype(self, *, accelerator: bool) -> Literal["bf16", "fp32"]:
+        """Return ``exchange_dtype`` with ``auto`` resolved for a device."""
+        if self.exchange_dtype != "auto":
+            return self.exchange_dtype
+        return self.compute_dtype(accelerator=accelerator)
+
 
 class AdamConfig(Section):
     """AdamW constants: for all parameters of kind adamw, for vector parameters of kind muon."""

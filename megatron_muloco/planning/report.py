@@ -7,7 +7,7 @@ from megatron_muloco.config.outer import AverageOuter, NesterovOuter, NoCompress
 from megatron_muloco.config.schema import RunConfig
 from megatron_muloco.model.flops import flops_per_token
 from megatron_muloco.planning.memory import MemoryPlan, memory_plan
-from megatron_muloco.planning.traffic import TrafficPlan, traffic_plan
+from megatron_muloco.planning.traffic import TrafficPlan, planned_on_accelerator, traffic_plan
 from megatron_muloco.topology import Topology
 
 __all__ = ["human_bytes", "human_count", "render_plan"]
@@ -30,7 +30,7 @@ def render_plan(config: RunConfig, topology: Topology | None = None) -> str:
         "world": list(_world_rows(config, layout, assumed=topology is None)),
         "model": list(_model_rows(config, derived)),
         "run": list(_run_rows(config, layout, derived)),
-        "memory per rank": list(_memory_rows(memory_plan(config, layout), layout)),
+        "memory per rank": list(_memory_rows(config, memory_plan(config, layout), layout)),
         "sent per rank": list(_traffic_rows(config, traffic_plan(config, layout), layout)),
     }
     rows = [row for section in sections.values() for row in section]
@@ -62,8 +62,11 @@ def human_bytes(number: float) -> str:
 
 
 def _world_rows(config: RunConfig, layout: Topology, *, assumed: bool) -> Iterator[Row]:
-    """Yield the layout."""
-    yield "ranks", f"{layout.world_size:,}", str(layout)
+    """Yield the layout, and the device that is assumed."""
+    yield "ranks", f"{layout.world_size:,}", str(layout).partition(" = ")[0]
+    precision = config.training.precision
+    device = "accelerators" if planned_on_accelerator(config) else "CPUs"
+    yield "", "", f"for {device}, as training.precision is {precision}"
     if assumed:
         yield "", "", "the smallest world of this config, as no other is known"
 
@@ -108,8 +111,7 @@ def _run_rows(config: RunConfig, layout: Topology, derived: Derived) -> Iterator
     yield (
         "batch per replica",
         f"{derived.replica_batch_size:,}",
-        f"sequences; {derived.num_microbatches} x {training.micro_batch_size} in turn on each of "
-        f"dp {layout.data}",
+        f"sequences: {_microbatches(derived, training.micro_batch_size, layout)}",
     )
     yield (
         "learning rate",
@@ -132,6 +134,13 @@ def _run_rows(config: RunConfig, layout: Topology, derived: Derived) -> Iterator
         yield from _round_rows(outer, derived)
 
 
+def _microbatches(derived: Derived, size: int, layout: Topology) -> str:
+    """Return how a replica's batch is worked off."""
+    number = derived.num_microbatches
+    turns = f"{number:,} microbatches of {size}" if number > 1 else f"one microbatch of {size}"
+    return f"{turns} on each of {layout.data} data-parallel ranks" if layout.data > 1 else turns
+
+
 def _round_rows(outer: NesterovOuter | AverageOuter, derived: Derived) -> Iterator[Row]:
     """Yield what happens between replicas."""
     yield "rounds", f"{derived.rounds:,}", f"of {outer.sync_interval} inner steps"
@@ -148,12 +157,14 @@ def _round_rows(outer: NesterovOuter | AverageOuter, derived: Derived) -> Iterat
         )
 
 
-def _memory_rows(memory: MemoryPlan, layout: Topology) -> Iterator[Row]:
+def _memory_rows(config: RunConfig, memory: MemoryPlan, layout: Topology) -> Iterator[Row]:
     """Yield bytes by kind, and their sum."""
     shared = f"1/{layout.sharding} of the slice" if layout.sharding > 1 else "the whole slice"
     where = "host memory" if memory.outer_on_host else "fp32"
-    yield "weights", human_bytes(memory.weights), f"pipeline stage {memory.stage} needs most"
-    yield "gradients", human_bytes(memory.gradients), ""
+    training = config.training
+    stage = f", pipeline stage {memory.stage}, which needs most" if layout.pipeline > 1 else ""
+    yield "weights", human_bytes(memory.weights), f"{training.precision}{stage}"
+    yield "gradients", human_bytes(memory.gradients), f"{training.accumulate_dtype}, accumulated"
     note = f"fp32, {shared}" if memory.masters else "fp32 weights are their own masters"
     yield "masters", human_bytes(memory.masters), note
     yield "inner state", human_bytes(memory.inner_state), f"fp32, {shared}"
@@ -185,7 +196,8 @@ def _traffic_rows(config: RunConfig, traffic: TrafficPlan, layout: Topology) -> 
         return
     code = config.outer.compression
     wire = code.wire_dtype if isinstance(code, NoCompression) else code.kind
-    note = f"to {layout.num_replicas - 1} other replicas, {wire}"
+    others = layout.num_replicas - 1
+    note = f"to {others} other {'replicas' if others > 1 else 'replica'}, {wire}"
     if layout.num_replicas == 1:
         note = "one replica: the outer step needs no network"
     yield "each round", human_bytes(traffic.outer_per_rank), note
@@ -195,7 +207,7 @@ def _traffic_rows(config: RunConfig, traffic: TrafficPlan, layout: Topology) -> 
             for gbit in _LINKS_GBIT
         )
         yield (
-            "a replica's round",
+            "  whole replica",
             human_bytes(traffic.outer_per_replica),
-            f"all its ranks: {seconds} Gbit/s",
+            f"sent by all its ranks together: {seconds} Gbit/s",
         )

@@ -15,7 +15,7 @@ from megatron_muloco.planning.outer_traffic import outer_bytes
 from megatron_muloco.planning.slices import Slice, stage_slices
 from megatron_muloco.topology import Topology
 
-__all__ = ["TrafficPlan", "traffic_plan"]
+__all__ = ["TrafficPlan", "planned_on_accelerator", "traffic_plan"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,16 +81,18 @@ def _stage_traffic(config: RunConfig, topology: Topology, part: Slice) -> tuple[
     if not isinstance(config.inner, MuonInner):
         return gradients, gathers, 0
     held = part.matrices // shards
-    size = BYTES[exchange_dtype(config.inner, training.precision)]
-    exchange = 2 * held * size * (topology.stage_size - 1) // topology.stage_size
+    wire = config.inner.muon.wire_dtype(accelerator=planned_on_accelerator(config))
+    exchange = 2 * held * BYTES[wire] * (topology.stage_size - 1) // topology.stage_size
     return gradients, gathers, exchange
 
 
-def exchange_dtype(inner: MuonInner, precision: str) -> str:
-    """Return the dtype of Muon's exchange, ``auto`` resolved as on the device precision is for."""
-    muon = inner.muon
-    chosen = muon.ns_dtype if muon.exchange_dtype == "auto" else muon.exchange_dtype
-    return precision if chosen == "auto" else chosen
+def planned_on_accelerator(config: RunConfig) -> bool:
+    """Return which device a plan assumes, as it is often made on another machine than the run's.
+
+    Runs in bf16 are taken for runs on accelerators, others for runs on CPUs. Only Muon's ``auto``
+    dtypes depend on it.
+    """
+    return config.training.precision == "bf16"
 
 
 def _activation_bytes(config: RunConfig) -> int:

@@ -142,10 +142,8 @@ def _muon_settings(config: RunConfig) -> tuple[MuonSettings | None, torch.dtype]
     if not isinstance(config.inner, MuonInner):
         return None, torch.float32
     muon = config.inner.muon
-    auto = "bf16" if torch.cuda.is_available() else "fp32"
+    on_accelerator = torch.cuda.is_available()
     dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
-    compute = auto if muon.ns_dtype == "auto" else muon.ns_dtype
-    wire = compute if muon.exchange_dtype == "auto" else muon.exchange_dtype
     settings = MuonSettings(
         momentum=muon.momentum,
         accumulation=muon.accumulation,
@@ -153,10 +151,10 @@ def _muon_settings(config: RunConfig) -> tuple[MuonSettings | None, torch.dtype]
         num_ns_steps=muon.num_ns_steps,
         coefficient_type=muon.coefficient_type,
         scale_mode=muon.scale_mode,
-        ns_dtype=dtypes[compute],
+        ns_dtype=dtypes[muon.compute_dtype(accelerator=on_accelerator)],
         eps=muon.eps,
     )
-    return settings, dtypes[wire]
+    return settings, dtypes[muon.wire_dtype(accelerator=on_accelerator)]
 
 
 def _exchange(

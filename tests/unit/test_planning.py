@@ -1,5 +1,6 @@
 """The plan's bytes add up, follow the sharding rules, and the report says what it assumes."""
 
+import itertools
 import os
 import re
 import subprocess
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from megatron_muloco.config import RunConfig, load_config, topology_of
 from megatron_muloco.config.counts import parameter_counts
+from megatron_muloco.config.inner import MuonConfig
 from megatron_muloco.planning import memory_plan, render_plan, traffic_plan
 from megatron_muloco.planning.outer_traffic import mean_wire_bytes, outer_bytes, sketch_width
 from megatron_muloco.planning.report import human_bytes, human_count
@@ -153,6 +155,24 @@ def test_exchange_dtype_is_what_is_asked_for() -> None:
     )
 
 
+@pytest.mark.parametrize("accelerator", [True, False])
+def test_auto_dtypes_have_one_rule(accelerator: bool) -> None:
+    on_device = "bf16" if accelerator else "fp32"
+    for compute, wire in itertools.product(("auto", "bf16", "fp32"), repeat=2):
+        muon = MuonConfig(ns_dtype=compute, exchange_dtype=wire)
+        expected = on_device if compute == "auto" else compute
+        assert muon.compute_dtype(accelerator=accelerator) == expected
+        assert muon.wire_dtype(accelerator=accelerator) == (expected if wire == "auto" else wire)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_the_plan_says_which_device_it_assumes(precision: str) -> None:
+    device = {"bf16": "accelerators", "fp32": "CPUs"}[precision]
+    assert f"for {device}, as training.precision is {precision}" in render_plan(
+        config_of(f"training.precision={precision}")
+    )
+
+
 @given(st.integers(1, 10_000), st.integers(2, 16), st.integers(0, 5))
 def test_a_mean_sends_two_copies_less_two_shares(elements: int, replicas: int, riders: int) -> None:
     ideal = 2 * (replicas - 1) / replicas * elements
@@ -210,7 +230,10 @@ def test_the_15b_plan_says_what_the_paper_says() -> None:
     config = load_config(CONFIGS / "15b_k16.yaml")
     text = render_plan(config, topology_of(config, 1024))
     for words in (
-        "16 replicas x tp 4 x pp 2 x dp 8 = 1024 ranks",
+        "1,024  16 replicas x tp 4 x pp 2 x dp 8\n",
+        "sequences: 32 microbatches of 1 on each of 8 data-parallel ranks",
+        "bf16, pipeline stage 1, which needs most",
+        "to 15 other replicas, fp32",
         "15.23B",
         "15,229,089,792",
         "36,330",
@@ -227,6 +250,13 @@ def test_the_15b_plan_says_what_the_paper_says() -> None:
 
 def test_an_assumed_world_is_said() -> None:
     assert "the smallest world of this config" in render_plan(load_config(CPU))
+
+
+def test_one_of_something_is_said_as_one() -> None:
+    text = render_plan(load_config(CPU))
+    for words in ("sequences: one microbatch of 8\n", "to 1 other replica, fp32\n"):
+        assert words in text
+    assert "pipeline stage" not in text  # there is no other
 
 
 def test_steps_after_the_last_round_are_a_warning() -> None:
