@@ -100,7 +100,8 @@ class DuplicateBroadcast:
 
     @staticmethod
     def _pieces(flat: Tensor, shards: Sequence[Shard]) -> Sequence[Tensor]:
-        return flat.split([shard.numel for shard in shards])
+        pieces: Sequence[Tensor] = flat.split([shard.numel for shard in shards])
+        return pieces
 
 
 def _check_equal_ranges(group: Any, shards: Sequence[Shard]) -> None:

@@ -1,10 +1,10 @@
 """Process start-up: DeepSpeed's accelerator and communication, without its CPU compile step."""
 
 import os
-import warnings
 from datetime import timedelta
 
 from megatron_muloco.runtime.ranks import RankInfo, discover_ranks
+from megatron_muloco.runtime.warnings import silence_known_warnings
 
 __all__ = ["shutdown", "start_distributed"]
 
@@ -37,10 +37,7 @@ def start_distributed(*, timeout: timedelta) -> RankInfo:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         threads = max(1, (os.cpu_count() or 1) // ranks.local_world_size)
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", threads)))
-    # torch 2.13 deprecates names that deepspeed and megatron still call; once per call is noise.
-    warnings.filterwarnings(
-        "ignore", category=FutureWarning, module=r"(deepspeed|megatron|torch)\."
-    )
+    silence_known_warnings()
 
     import deepspeed
     import deepspeed.ops

@@ -17,6 +17,7 @@ from megatron_muloco.config.checks import check
 from megatron_muloco.config.derived import smallest_topology, topology_of
 from megatron_muloco.errors import ConfigError, MulocoError, TopologyError
 from megatron_muloco.runtime.ranks import RankInfo, discover_ranks
+from megatron_muloco.runtime.warnings import silence_known_warnings
 from megatron_muloco.training.signals import StopRequest
 
 __all__ = ["main"]
@@ -135,6 +136,7 @@ def _check_inputs(config: RunConfig) -> None:
 
 def _train(config: RunConfig, stop: StopRequest) -> int:
     """Train and return the exit code. After an error ranks may disagree: no more collectives."""
+    silence_known_warnings()
     from megatron_muloco.training.loop import Outcome, run
 
     exit_codes = {
