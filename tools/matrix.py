@@ -125,7 +125,7 @@ def _page(rows: Sequence[Row], minutes: float) -> str:
 
 def _commit() -> str:
     done = subprocess.run(
-        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"],
+        ["git", "-C", str(ROOT), "describe", "--always", "--dirty"],
         capture_output=True,
         text=True,
         check=False,
