@@ -2,8 +2,9 @@
 
 Megatron's distributed optimizer keeps weights and gradients of the rank's slice whole and divides
 masters and moments evenly over data-parallel (x context-parallel) ranks. Anchor and outer momentum
-are divided like the masters. Activations, temporary buffers and the allocator's slack are not
-counted; Megatron pads buffers by at most a few kilobytes per bucket.
+are divided like the masters, and so is what an outer step needs (`outer_memory`). Activations,
+other temporary buffers and the allocator's slack are not counted; Megatron pads buffers by at most
+a few kilobytes per bucket.
 """
 
 from dataclasses import dataclass
@@ -11,12 +12,11 @@ from dataclasses import dataclass
 from megatron_muloco.config.inner import MuonInner
 from megatron_muloco.config.outer import NoOuter
 from megatron_muloco.config.schema import RunConfig
-from megatron_muloco.planning.slices import Slice, stage_slices
+from megatron_muloco.planning.outer_memory import OuterMemory, outer_memory
+from megatron_muloco.planning.slices import BYTES, Slice, stage_slices
 from megatron_muloco.topology import Topology
 
-__all__ = ["BYTES", "MemoryPlan", "memory_plan"]
-
-BYTES = {"fp32": 4, "bf16": 2}
+__all__ = ["MemoryPlan", "memory_plan"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class MemoryPlan:
         inner_state: Momentum and moments, fp32.
         anchor: fp32.
         outer_momentum: fp32; none without momentum.
-        pseudogradient: Buffer of one outer step, in the dtype of the wire.
+        outer_step: What outer steps need beside their state; always on the device.
         outer_on_host: Whether anchor and outer momentum are in host memory.
     """
 
@@ -42,7 +42,7 @@ class MemoryPlan:
     inner_state: int
     anchor: int
     outer_momentum: int
-    pseudogradient: int
+    outer_step: OuterMemory
     outer_on_host: bool
 
     @property
@@ -57,15 +57,18 @@ class MemoryPlan:
 
     @property
     def device(self) -> int:
-        """Bytes in device memory, activations not included."""
+        """Bytes in device memory in the middle of an outer step, activations not included."""
         kept = 0 if self.outer_on_host else self.outer_state
+        step = self.outer_step
         return (
             self.weights
             + self.gradients
             + self.masters
             + self.inner_state
             + kept
-            + self.pseudogradient
+            + step.buffers
+            + step.at_launch
+            + step.temporary
         )
 
 
@@ -84,8 +87,6 @@ def _stage_memory(config: RunConfig, topology: Topology, part: Slice) -> MemoryP
         moments -= part.matrices
     has_outer = not isinstance(outer, NoOuter)
     synchronised = part.synchronised(tp_rank=0) if has_outer else 0
-    exchanged = topology.num_replicas > 1 and has_outer
-    wire = BYTES["fp32"] if isinstance(outer, NoOuter) else _wire_bytes(config)
     return MemoryPlan(
         stage=part.stage,
         weights=part.total * BYTES[training.precision],
@@ -98,16 +99,9 @@ def _stage_memory(config: RunConfig, topology: Topology, part: Slice) -> MemoryP
             if isinstance(outer, NoOuter) or outer.momentum == 0
             else _share(synchronised, shards) * 4
         ),
-        pseudogradient=_share(synchronised, shards) * wire if exchanged else 0,
+        outer_step=outer_memory(config, topology, stage=part.stage, tp_rank=0),
         outer_on_host=not isinstance(outer, NoOuter) and outer.state_device == "cpu",
     )
-
-
-def _wire_bytes(config: RunConfig) -> int:
-    """Return the bytes per value on the outer wire."""
-    if isinstance(config.outer, NoOuter) or not hasattr(config.outer.compression, "wire_dtype"):
-        return BYTES["fp32"]
-    return BYTES[config.outer.compression.wire_dtype]
 
 
 def _share(elements: int, ranks: int) -> int:

@@ -11,10 +11,8 @@ it cuts into shards, so shares differ by that padding from the even cut that is 
 from megatron_muloco.config.outer import AverageOuter, NesterovOuter, NoCompression, NoOuter
 from megatron_muloco.config.schema import RunConfig
 from megatron_muloco.monitor.lines import LineCalendar
-from megatron_muloco.outer.fragments import FragmentPlan
 from megatron_muloco.outer.schedule import SyncSchedule
-from megatron_muloco.planning.memory import BYTES
-from megatron_muloco.planning.slices import synchronised_elements
+from megatron_muloco.planning.slices import BYTES, fragment_shares
 from megatron_muloco.topology import Topology
 
 __all__ = ["mean_wire_bytes", "outer_bytes", "sketch_width"]
@@ -48,18 +46,10 @@ def outer_bytes(
     code = outer.compression
     if not isinstance(code, NoCompression):
         raise NotImplementedError(f"bytes of outer.compression.kind {code.kind} are not known")
-    elements = synchronised_elements(config.model, topology, stage, tp_rank)
-    plan = FragmentPlan.by_layer(
-        elements,
-        num_layers=config.model.num_layers,
-        count=outer.fragments.count,
-        pattern=outer.fragments.pattern,
-    )
     numbers = 1 + _lines(config, outer)
     width = sketch_width(config, topology) if sketch else 0
     sent = 0
-    for names in plan.fragments:
-        share = -(-sum(elements[name] for name in names) // topology.sharding)
+    for share in fragment_shares(config, topology, stage, tp_rank):
         riders = numbers + (width if share else 0)
         sent += mean_wire_bytes(share, topology.num_replicas, code.wire_dtype, riders)
     return sent

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from megatron_muloco.config.derived import Derived, derive, smallest_topology
+from megatron_muloco.config.derived import Derived, derive, smallest_topology, spacing_of_launches
 from megatron_muloco.config.outer import AverageOuter, NesterovOuter, NoCompression, NoOuter
 from megatron_muloco.config.schema import RunConfig
 from megatron_muloco.model.flops import flops_per_token
@@ -149,12 +149,35 @@ def _round_rows(outer: NesterovOuter | AverageOuter, derived: Derived) -> Iterat
         outer.kind,
         f"lr {outer.lr:g}, momentum {outer.momentum:g}",
     )
+    yield "fragments", str(outer.fragments.count), _fragment_words(outer)
+    yield "overlap", *_overlap_words(outer)
     if derived.flushed_steps:
         yield (
             "warning",
             f"{derived.flushed_steps} steps",
             "follow the last round; the run ends with the plain mean of the replicas",
         )
+
+
+def _fragment_words(outer: NesterovOuter | AverageOuter) -> str:
+    """Return what a fragment is and how often one is sent."""
+    if outer.fragments.count == 1:
+        return "all parameters at once"
+    spacing = spacing_of_launches(outer)
+    uneven = f" or {spacing + 1}" if outer.sync_interval % outer.fragments.count else ""
+    steps = "step" if spacing == 1 and not uneven else "steps"
+    return f"{outer.fragments.pattern} layers, a launch every {spacing}{uneven} {steps}"
+
+
+def _overlap_words(outer: NesterovOuter | AverageOuter) -> tuple[str, str]:
+    """Return how long a launch is under way, and how its result is taken."""
+    steps = outer.overlap_steps
+    if not steps:
+        return "none", "training waits for every launch"
+    rule = "the progress since the launch is added"
+    if outer.apply == "mix":
+        rule = f"{outer.effective_mixing_weight:g} of the local value is kept"
+    return f"{steps} {'step' if steps == 1 else 'steps'}", f"from launch to apply; {rule}"
 
 
 def _memory_rows(config: RunConfig, memory: MemoryPlan, layout: Topology) -> Iterator[Row]:
@@ -174,9 +197,15 @@ def _memory_rows(config: RunConfig, memory: MemoryPlan, layout: Topology) -> Ite
             human_bytes(memory.outer_state),
             f"anchor and momentum, {where}, {shared}",
         )
-    if memory.pseudogradient:
-        yield "pseudogradient", human_bytes(memory.pseudogradient), "while replicas exchange"
-    yield "sum", human_bytes(memory.device), "activations and temporary buffers not counted"
+    step = memory.outer_step
+    if step.buffers:
+        flights = f"of {step.in_flight} fragments in flight" if step.in_flight > 1 else ""
+        yield "outer buffers", human_bytes(step.buffers), f"kept between rounds {flights}".strip()
+    if step.at_launch:
+        yield "copies at launch", human_bytes(step.at_launch), "fp32, for the merge after overlap"
+    if step.temporary:
+        yield "pseudogradient", human_bytes(step.temporary), "fp32, while an outer step is made"
+    yield "sum", human_bytes(memory.device), "activations and other temporary buffers not counted"
 
 
 def _traffic_rows(config: RunConfig, traffic: TrafficPlan, layout: Topology) -> Iterator[Row]:
@@ -198,6 +227,8 @@ def _traffic_rows(config: RunConfig, traffic: TrafficPlan, layout: Topology) -> 
     wire = code.wire_dtype if isinstance(code, NoCompression) else code.kind
     others = layout.num_replicas - 1
     note = f"to {others} other {'replicas' if others > 1 else 'replica'}, {wire}"
+    if config.outer.fragments.count > 1:
+        note += f", in {config.outer.fragments.count} launches"
     if layout.num_replicas == 1:
         note = "one replica: the outer step needs no network"
     yield "each round", human_bytes(traffic.outer_per_rank), note
@@ -209,5 +240,5 @@ def _traffic_rows(config: RunConfig, traffic: TrafficPlan, layout: Topology) -> 
         yield (
             "  whole replica",
             human_bytes(traffic.outer_per_replica),
-            f"sent by all its ranks together: {seconds} Gbit/s",
+            f"sent by its ranks: {seconds} Gbit/s",
         )

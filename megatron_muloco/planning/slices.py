@@ -13,10 +13,14 @@ from megatron_muloco.config.counts import (
     norm_parameters_per_layer,
     padded_vocab_size,
 )
-from megatron_muloco.config.schema import ModelConfig
+from megatron_muloco.config.outer import NoOuter
+from megatron_muloco.config.schema import ModelConfig, RunConfig
+from megatron_muloco.outer.fragments import FragmentPlan
 from megatron_muloco.topology import Topology
 
-__all__ = ["Slice", "stage_slices", "synchronised_elements"]
+__all__ = ["BYTES", "Slice", "fragment_shares", "stage_slices", "synchronised_elements"]
+
+BYTES = {"fp32": 4, "bf16": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,3 +98,22 @@ def synchronised_elements(
     if last and tp_rank == 0:
         elements["decoder.final_layernorm.weight"] = model.hidden_size
     return elements
+
+
+def fragment_shares(
+    config: RunConfig, topology: Topology, stage: int, tp_rank: int
+) -> tuple[int, ...]:
+    """Return the elements of every fragment that one rank exchanges; none without an outer step."""
+    outer = config.outer
+    if isinstance(outer, NoOuter):
+        return ()
+    elements = synchronised_elements(config.model, topology, stage, tp_rank)
+    plan = FragmentPlan.by_layer(
+        elements,
+        num_layers=config.model.num_layers,
+        count=outer.fragments.count,
+        pattern=outer.fragments.pattern,
+    )
+    return tuple(
+        -(-sum(elements[name] for name in names) // topology.sharding) for names in plan.fragments
+    )

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from megatron_muloco.config.derived import derive
 from megatron_muloco.config.inner import MuonInner
 from megatron_muloco.config.schema import RunConfig
-from megatron_muloco.planning.memory import BYTES
 from megatron_muloco.planning.outer_traffic import outer_bytes
-from megatron_muloco.planning.slices import Slice, stage_slices
+from megatron_muloco.planning.slices import BYTES, Slice, stage_slices
 from megatron_muloco.topology import Topology
 
 __all__ = ["TrafficPlan", "planned_on_accelerator", "traffic_plan"]

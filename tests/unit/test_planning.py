@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from hypothesis import given, settings
@@ -15,6 +16,7 @@ from megatron_muloco.config import RunConfig, load_config, topology_of
 from megatron_muloco.config.counts import parameter_counts
 from megatron_muloco.config.inner import MuonConfig
 from megatron_muloco.planning import memory_plan, render_plan, traffic_plan
+from megatron_muloco.planning.outer_memory import OuterMemory
 from megatron_muloco.planning.outer_traffic import mean_wire_bytes, outer_bytes, sketch_width
 from megatron_muloco.planning.report import human_bytes, human_count
 from megatron_muloco.planning.slices import stage_slices, synchronised_elements
@@ -66,9 +68,14 @@ def test_one_rank_holds_everything() -> None:
     assert memory.masters == 0  # fp32 parameters are their own masters
     assert memory.inner_state == 4 * (counts.matrices + 2 * counts.vectors)
     assert memory.anchor == memory.outer_momentum == 4 * counts.total
-    assert memory.pseudogradient == 0  # nobody to send it to
+    # the pseudogradient and the reducer's flat buffer, also where there is nobody to send it to
+    assert memory.outer_step == OuterMemory(1, 4 * counts.total, 0, 4 * counts.total)
     assert memory.device == (
-        memory.weights + memory.gradients + memory.inner_state + memory.outer_state
+        memory.weights
+        + memory.gradients
+        + memory.inner_state
+        + memory.outer_state
+        + 2 * 4 * counts.total
     )
 
 
@@ -99,8 +106,11 @@ def test_data_parallel_ranks_share_state_but_not_weights(data: int) -> None:
     alone = memory_plan(config, Topology(2, 1, 1, 1))
     shared = memory_plan(config, Topology(2, 1, 1, data))
     assert (shared.weights, shared.gradients) == (alone.weights, alone.gradients)
-    for name in ("masters", "inner_state", "anchor", "outer_momentum", "pseudogradient"):
+    for name in ("masters", "inner_state", "anchor", "outer_momentum"):
         assert getattr(shared, name) == -(-getattr(alone, name) // 4 // data) * 4
+    for name in ("buffers", "temporary"):
+        whole = getattr(alone.outer_step, name)
+        assert getattr(shared.outer_step, name) == -(-whole // 4 // data) * 4
 
 
 def test_outer_state_can_live_on_the_host() -> None:
@@ -116,10 +126,77 @@ def test_what_has_no_outer_step_or_no_momentum_needs_no_state() -> None:
     none = memory_plan(
         config_of("outer=null", "outer.kind=none", "parallel.num_replicas=1"), Topology(1, 1, 1, 1)
     )
-    assert (none.anchor, none.outer_momentum, none.pseudogradient) == (0, 0, 0)
+    assert (none.anchor, none.outer_momentum) == (0, 0)
+    assert none.outer_step == OuterMemory(0, 0, 0, 0)
     average = memory_plan(config_of("outer=null", "outer.kind=average"), Topology(2, 1, 1, 1))
     assert average.anchor > 0
     assert average.outer_momentum == 0
+
+
+def outer_step_of(*overrides: str) -> OuterMemory:
+    config = config_of("model.num_layers=4", *overrides)
+    return memory_plan(config, Topology(2, 1, 1, 1)).outer_step
+
+
+def test_fragments_and_overlap_need_what_is_in_flight() -> None:
+    whole, parts = outer_step_of(), outer_step_of("outer.fragments.count=4")
+    assert (whole.in_flight, parts.in_flight) == (1, 1)
+    assert parts.buffers < whole.buffers / 2  # the embedding is in one of the four
+    assert parts.temporary == 2 * parts.buffers  # the run ends within a round: fragments average
+    assert whole.at_launch == parts.at_launch == 0
+    late = outer_step_of("outer.fragments.count=4", "outer.overlap_steps=1")
+    assert (late.in_flight, late.buffers) == (1, parts.buffers)
+    assert late.at_launch == late.temporary == late.buffers
+    # offsets 2, 5, 7, 10: never more than two launches within four steps, three within five
+    for steps, flights in ((3, 2), (4, 2), (5, 2), (6, 3)):
+        more = outer_step_of(
+            "outer.fragments.count=4", f"outer.overlap_steps={steps}", "outer.max_in_flight=4"
+        )
+        assert more.in_flight == flights
+        assert more.buffers == more.at_launch == flights * parts.buffers
+
+
+@pytest.mark.parametrize("wire", ["fp32", "bf16"])
+def test_buffers_are_those_of_the_reducers(wire: Literal["fp32", "bf16"]) -> None:
+    import torch
+
+    from megatron_muloco.comm.reducers import mean_reducer
+
+    config = config_of("parallel.num_replicas=1", f"outer.compression.wire_dtype={wire}")
+    planned = memory_plan(config, Topology(1, 1, 1, 1)).outer_step
+    elements = parameter_counts(config.model).total
+    reducer = mean_reducer(None, torch.device("cpu"), wire_dtype=wire)
+    riders = torch.zeros(3)
+    flight = reducer.launch(0, {"all": torch.zeros(elements)}, 1.0, riders, round_index=1)
+    held = {buffer.data_ptr(): buffer.nbytes for buffer in flight.buffers}
+    # a row of weight and riders; a chunk is even
+    row = 4 * (1 + len(riders))
+    assert planned.buffers <= sum(held.values()) <= planned.buffers + row + 2 * 2
+
+
+def test_a_narrow_wire_needs_more_memory_than_it_saves() -> None:
+    wide, narrow = outer_step_of(), outer_step_of("outer.compression.wire_dtype=bf16")
+    assert 2 * narrow.buffers == 3 * wide.buffers  # three copies of half the size
+    # the chunks of both replicas in fp32 and their sum
+    assert 2 * narrow.temporary == 3 * wide.temporary
+
+
+def test_the_plan_shows_fragments_and_overlap() -> None:
+    overrides = ["outer.fragments.count=3", "outer.overlap_steps=1"]
+    text = render_plan(load_config(CPU, overrides))
+    for words in (
+        "sequential layers, a launch every 3 or 4 steps",
+        "1 step  from launch to apply; 0.5 of the local value is kept",
+        "copies at launch",
+        "to 1 other replica, fp32, in 3 launches",
+    ):
+        assert words in text
+    assert "the progress since the launch is added" in render_plan(
+        load_config(CPU, [*overrides, "outer.apply=additive"])
+    )
+    blocking = render_plan(load_config(CPU))
+    assert "training waits for every launch" in blocking
+    assert "copies at launch" not in blocking
 
 
 def test_one_rank_per_replica_sends_nothing_inside() -> None:
