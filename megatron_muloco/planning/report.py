@@ -204,7 +204,8 @@ def _memory_rows(config: RunConfig, memory: MemoryPlan, layout: Topology) -> Ite
     if step.at_launch:
         yield "copies at launch", human_bytes(step.at_launch), "fp32, for the merge after overlap"
     if step.temporary:
-        yield "pseudogradient", human_bytes(step.temporary), "fp32, while an outer step is made"
+        note = "fp32 pseudogradients or their sum, during the step"
+        yield "outer step", human_bytes(step.temporary), note
     yield "sum", human_bytes(memory.device), "activations and other temporary buffers not counted"
 
 
