@@ -1,5 +1,7 @@
 """A monitor from a config."""
 
+from pathlib import Path
+
 import torch
 import yaml
 
@@ -12,10 +14,13 @@ from megatron_muloco.monitor.lines import LineCalendar
 from megatron_muloco.monitor.monitor import Monitor, RunFacts
 from megatron_muloco.monitor.tensorboard import EventWriter
 from megatron_muloco.monitor.throughput import peak_tflops
+from megatron_muloco.optim.truth_report import TruthReport
 from megatron_muloco.outer.schedule import SyncSchedule
 from megatron_muloco.topology import Topology
 
-__all__ = ["build_monitor", "device_name"]
+__all__ = ["PARAMETERS_FILE", "build_monitor", "device_name"]
+
+PARAMETERS_FILE = "parameters.txt"
 
 
 def device_name(device: torch.device) -> str:
@@ -32,6 +37,7 @@ def build_monitor(
     writes: bool,
     resumed_step: int = 0,
     plan_text: str = "",
+    parameters: TruthReport | None = None,
     console: Console | None = None,
 ) -> Monitor:
     """Return this rank's monitor; on the writing rank, print the banner and open the event file.
@@ -45,6 +51,8 @@ def build_monitor(
         resumed_step: Inner step that this start continues from, 0 for a new run. Points of later
             steps that an earlier start wrote disappear for readers.
         plan_text: Kept beside the config in TensorBoard.
+        parameters: What happens to every parameter: in a line on the console, in full in
+            TensorBoard and in `PARAMETERS_FILE` beside the event files.
         console: Where lines go; standard output by default.
     """
     derived = derive(config, topology)
@@ -64,6 +72,8 @@ def build_monitor(
         return Monitor(facts, calendar, device=device)
     console = console or Console()
     console.line(start_banner(config, topology, derived, device=name, resumed_step=resumed_step))
+    if parameters is not None:
+        console.line(parameters.summary)
     writer = None
     if config.monitor.dir is not None:
         writer = EventWriter(config.monitor.dir, resumed_step=resumed_step, report=console.stamped)
@@ -71,4 +81,15 @@ def build_monitor(
         writer.text("run/config", yaml.safe_dump(resolved, sort_keys=False))
         if plan_text:
             writer.text("run/plan", plan_text)
+        if parameters is not None:
+            writer.text("run/parameters", parameters.table)
+            _keep(Path(config.monitor.dir) / PARAMETERS_FILE, parameters.table, console)
     return Monitor(facts, calendar, device=device, console=console, writer=writer)
+
+
+def _keep(path: Path, text: str, console: Console) -> None:
+    """Write a text file; training is worth more than it, so a file system may fail."""
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        console.stamped(f"monitor.dir: cannot write {path}: {error}. Training goes on without it.")

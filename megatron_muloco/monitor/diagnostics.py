@@ -1,11 +1,6 @@
-"""How long and how well this rank orthogonalises: a probe around Muon's orthogonaliser.
-
-On an accelerator the time is taken by events in the stream, so that nothing waits while training;
-they are read when the numbers are asked for. (That branch has not been run yet.)
-"""
+"""How well this rank orthogonalises: a probe around Muon's orthogonaliser."""
 
 import math
-import time
 from collections.abc import Callable
 
 import torch
@@ -15,49 +10,40 @@ __all__ = ["OrthogonalisationProbe", "orthogonality_error"]
 
 
 class OrthogonalisationProbe:
-    """An orthogonaliser that measures the one it wraps.
+    """An orthogonaliser that looks at one matrix of those it returns, each time another one.
 
     Args:
         orthogonalise: Maps a batch of matrices ``[b, rows, columns]`` to their directions.
+        matrices_per_step: Matrices that pass in every inner step, always in the same order.
     """
 
-    def __init__(self, orthogonalise: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self, orthogonalise: Callable[[Tensor], Tensor], *, matrices_per_step: int
+    ) -> None:
         self._orthogonalise = orthogonalise
-        self._host_ms = 0.0
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._period = max(matrices_per_step, 1)
+        self._sample, self._passed = 0, 0
         self._error: Tensor | None = None
 
     def __call__(self, batch: Tensor) -> Tensor:
-        """Orthogonalise a batch, and note the time."""
-        if batch.is_cuda:
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            directions = self._orthogonalise(batch)
-            end.record()
-            self._events.append((begin, end))
-        else:
-            started = time.perf_counter()
-            directions = self._orthogonalise(batch)
-            self._host_ms += (time.perf_counter() - started) * 1e3
-        if self._error is None:
-            self._error = orthogonality_error(directions[0])
+        """Orthogonalise a batch; note the error of the sample if it is in it."""
+        directions = self._orthogonalise(batch)
+        place = self._sample - self._passed
+        if self._error is None and 0 <= place < len(directions):
+            self._error = orthogonality_error(directions[place])
+        self._passed = (self._passed + len(directions)) % self._period
         return directions
 
-    def take(self, steps: int) -> dict[str, float | Tensor]:
-        """Return the metrics since the last call and start over; waits for the accelerator.
+    def take(self) -> dict[str, float | Tensor]:
+        """Return the metrics since the last call, and go on to the next matrix.
 
-        Args:
-            steps: Inner steps since the last call. A rank that owned no matrix returns no error.
+        A rank that owned no matrix returns nothing.
         """
-        milliseconds = self._host_ms
-        if self._events:
-            self._events[-1][1].synchronize()
-            milliseconds += sum(begin.elapsed_time(end) for begin, end in self._events)
-        metrics: dict[str, float | Tensor] = {"perf/newton_schulz_ms": milliseconds / steps}
-        if self._error is not None:
-            metrics["muon/orthogonality_error"] = self._error
-        self._host_ms, self._events, self._error = 0.0, [], None
-        return metrics
+        error, self._error = self._error, None
+        if error is None:
+            return {}
+        self._sample = (self._sample + 1) % self._period
+        return {"muon/orthogonality_error": error}
 
 
 def orthogonality_error(X: Tensor) -> Tensor:

@@ -90,8 +90,22 @@ METRICS: tuple[Metric, ...] = (
         "Time of the inner optimizer's step, its communication and clipping included.",
     ),
     Metric(
+        "perf/adamw_ms", "ms", "mean", "writing rank", "always",
+        "Time of an inner step for AdamW's part.",
+    ),
+    Metric(
+        "perf/collect_ms", "ms", "mean", "writing rank", "muon",
+        "Time of an inner step for momentum, packing, and waiting until matrices are at their "
+        "owners; what Newton-Schulz hides is not in it.",
+    ),
+    Metric(
         "perf/newton_schulz_ms", "ms", "mean", "writing rank", "muon",
         "Time of an inner step in which this rank orthogonalises.",
+    ),
+    Metric(
+        "perf/return_ms", "ms", "mean", "writing rank", "muon",
+        "Time of an inner step for waiting until updates are back, and applying them; what "
+        "Newton-Schulz hides is not in it.",
     ),
     # Muon.
     Metric(
@@ -104,8 +118,8 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric(
         "muon/orthogonality_error", "1", "last", "writing rank", "muon",
-        "Frobenius norm of X·Xᵀ − I over the root of the shorter side, for the first matrix "
-        "orthogonalised; the default polynomials do not go to 0.",
+        "Frobenius norm of X·Xᵀ − I over the root of the shorter side, for one matrix; each line "
+        "takes the next of this rank's. The default polynomials do not go to 0.",
     ),
     # The outer step: of the fragments applied after this inner step.
     Metric(

@@ -22,6 +22,7 @@ from torch.optim.adamw import adamw
 from typing_extensions import override
 
 from megatron_muloco.errors import CheckpointError, RuntimeMismatch
+from megatron_muloco.optim.assignment import Assignment
 from megatron_muloco.optim.binding import BoundShard, bind_shards, check_exchange
 from megatron_muloco.optim.exchange import ShardExchange
 from megatron_muloco.optim.newton_schulz import (
@@ -106,7 +107,7 @@ class MuonAdamW(torch.optim.AdamW):
     Attributes:
         muon: How matrices are updated.
         orthogonalise: Newton-Schulz, or what replaces it.
-        table: The stage's parameters; ``None`` before `bind`.
+        table: The stage's parameters; empty before `bind`.
         timer: Milliseconds of the phases ``collect`` (momentum, packing, waiting for matrices),
             ``newton_schulz``, ``return`` (waiting for updates, unpacking, applying) and ``adamw``.
         last_step: What the last step did.
@@ -139,7 +140,7 @@ class MuonAdamW(torch.optim.AdamW):
         self._bound: list[list[BoundShard]] | None = None
         self._exchange: ShardExchange | None = None
         self._planned: tuple[str, ...] = ()
-        self.table: ParameterTable | None = None
+        self.table = ParameterTable((), Assignment((), (0,)))
         self.timer = PhaseTimer()
         self.last_step = StepReport(0, 0)
         super().__init__(
@@ -289,9 +290,14 @@ class MuonAdamW(torch.optim.AdamW):
         return self._exchange is not None
 
     @property
+    def planned_calls(self) -> int:
+        """Matrices that this rank must orthogonalise in every step."""
+        return len(self._planned)
+
+    @property
     def balance(self) -> float:
         """Largest over mean Newton-Schulz cost of the ranks of the stage; 1 is perfect."""
-        return 1.0 if self.table is None else self.table.assignment.balance
+        return self.table.assignment.balance
 
     @property
     def step_count(self) -> int:

@@ -17,6 +17,7 @@ from megatron_muloco.checkpoint.state import ANCHOR
 from megatron_muloco.config import RunConfig
 from megatron_muloco.errors import CheckpointError
 from megatron_muloco.monitor.interval import Value
+from megatron_muloco.optim.muon import MuonAdamW
 from megatron_muloco.outer.report import OuterReport
 from megatron_muloco.runtime.distributed import shutdown
 from megatron_muloco.training.evaluate import anchor_in_place, evaluate, generate
@@ -149,8 +150,17 @@ def _metrics(
         metrics["muon/ns_calls"] = inner.last_step.newton_schulz_calls
         metrics["muon/balance"] = inner.balance
         if trainer.monitor.due(step):
-            metrics |= trainer.probe.take(trainer.config.monitor.log_interval)
+            metrics |= trainer.probe.take()
+    if trainer.monitor.due(step):
+        metrics |= _phase_times(inner, trainer.config.monitor.log_interval)
     return metrics
+
+
+def _phase_times(inner: MuonAdamW, steps: int) -> dict[str, Value]:
+    """Return the mean time of each phase of the inner optimizer over the last ``steps`` steps."""
+    phases = ("adamw", "collect", "newton_schulz", "return") if inner.has_matrices else ("adamw",)
+    taken = inner.timer.take()
+    return {f"perf/{phase}_ms": taken.get(phase, 0.0) / steps for phase in phases}
 
 
 def _evaluate(trainer: Trainer, step: int) -> None:

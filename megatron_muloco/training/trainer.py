@@ -26,6 +26,7 @@ from megatron_muloco.planning.report import render_plan
 from megatron_muloco.runtime.accelerator import training_device
 from megatron_muloco.runtime.megatron import wrap_data_parallel
 from megatron_muloco.training.forward import ForwardBackward
+from megatron_muloco.training.parameter_report import gather_report
 from megatron_muloco.training.replica_optimizer import ReplicaOptimizer
 from megatron_muloco.training.stopping import StopAgreement
 from megatron_muloco.training.wiring import build_replica_optimizer
@@ -48,7 +49,7 @@ class Trainer:
         train_data: Microbatches by step.
         valid_data: Held-out microbatches; ``None`` without evaluation.
         monitor: Console and TensorBoard.
-        probe: Times Newton-Schulz; ``None`` without Muon.
+        probe: Checks samples of what Newton-Schulz returns; ``None`` without Muon.
         store: Checkpoints; ``None`` where none are kept.
         state: What checkpoints hold.
         agreement: How leaders of replicas agree on the step to stop at.
@@ -104,6 +105,7 @@ def build_trainer(config: RunConfig) -> Trainer:
         writes=torch.distributed.get_rank() == 0,
         resumed_step=resumed,
         plan_text=render_plan(config, groups.topology),
+        parameters=gather_report(optimizer.inner.table, groups),
     )
     monitor.say(note)
     return Trainer(
@@ -185,7 +187,7 @@ def _probe(optimizer: ReplicaOptimizer) -> OrthogonalisationProbe | None:
     inner = optimizer.inner
     if not inner.has_matrices:
         return None
-    probe = OrthogonalisationProbe(inner.orthogonalise)
+    probe = OrthogonalisationProbe(inner.orthogonalise, matrices_per_step=inner.planned_calls)
     inner.orthogonalise = probe
     return probe
 

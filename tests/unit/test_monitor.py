@@ -11,13 +11,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megatron_muloco.config import load_config
 from megatron_muloco.config.derived import topology_of
 from megatron_muloco.errors import RuntimeMismatch
-from megatron_muloco.monitor.build import build_monitor
+from megatron_muloco.monitor.build import PARAMETERS_FILE, build_monitor
 from megatron_muloco.monitor.console import Console
 from megatron_muloco.monitor.interval import floats
 from megatron_muloco.monitor.lines import LineCalendar
 from megatron_muloco.monitor.monitor import Monitor, RunFacts
 from megatron_muloco.monitor.registry import applicable_tags
 from megatron_muloco.monitor.tensorboard import EventWriter
+from megatron_muloco.optim.truth_report import TruthReport
 from megatron_muloco.outer.guard import Verdict
 from megatron_muloco.outer.report import FragmentReport, OuterReport
 from megatron_muloco.outer.schedule import Apply, Launch, SyncSchedule
@@ -361,15 +362,19 @@ def test_a_monitor_from_a_config_writes_banner_texts_and_what_applies(tmp_path):
             device=CPU,
             writes=replica == 0,
             plan_text="the plan",
+            parameters=TruthReport("7 parameters", "every parameter"),
             console=Console(stream),
         )
         for replica in range(2)
     ]
     assert stream.getvalue().count("MuLoCo, K = 2") == 1
+    assert stream.getvalue().count("7 parameters") == 1
+    assert (tmp_path / PARAMETERS_FILE).read_text(encoding="utf-8") == "every parameter"
     monitors[0].evaluation(0, 8.0)
     inner = {
         "lm loss": 1.0, "learning-rate": 0.1, "grad-norm": 1.0, "perf/inner_optimizer_ms": 1.0,
-        "perf/newton_schulz_ms": 1.0, "muon/ns_calls": 3, "muon/balance": 1.0,
+        "perf/adamw_ms": 1.0, "perf/collect_ms": 1.0, "perf/newton_schulz_ms": 1.0,
+        "perf/return_ms": 1.0, "muon/ns_calls": 3, "muon/balance": 1.0,
         "muon/orthogonality_error": 0.1,
     }  # fmt: skip
     for step in range(1, 11):
@@ -381,5 +386,5 @@ def test_a_monitor_from_a_config_writes_banner_texts_and_what_applies(tmp_path):
     monitors[0].close()
     events = EventAccumulator(str(tmp_path)).Reload()
     assert set(events.Tags()["scalars"]) == set(applicable_tags(config))
-    texts = {f"run/{name}/text_summary" for name in ("config", "plan")}
+    texts = {f"run/{name}/text_summary" for name in ("config", "plan", "parameters")}
     assert texts <= set(events.Tags()["tensors"])

@@ -215,16 +215,20 @@ def test_speed_by_hand():
 # ---- diagnostics --------------------------------------------------------------------------------
 
 
-def test_the_probe_returns_what_it_wraps_and_measures_the_first_matrix():
-    probe = OrthogonalisationProbe(lambda batch: 2 * batch)
-    batch = torch.eye(3, 4).expand(2, 3, 4)
-    assert torch.equal(probe(batch), 2 * batch)
-    probe(torch.zeros(1, 2, 2))
-    metrics = probe.take(steps=1)
-    assert metrics["perf/newton_schulz_ms"] > 0.0
-    # X X^T - I = 3 I, so the norm is 3 sqrt(3), over sqrt(3).
-    assert float(metrics["muon/orthogonality_error"]) == pytest.approx(3.0)
-    assert probe.take(steps=1) == {"perf/newton_schulz_ms": 0.0}
+def test_the_probe_returns_what_it_wraps_and_takes_another_matrix_for_every_line():
+    probe = OrthogonalisationProbe(lambda batch: batch, matrices_per_step=3)
+    pair = torch.stack([torch.eye(3, 4), 2 * torch.eye(3, 4)])
+    found = []
+    for _ in range(4):  # lines of two steps each
+        for batch in (pair, 3 * torch.eye(2)[None]) * 2:
+            assert torch.equal(probe(batch), batch)
+        found.append(float(probe.take()["muon/orthogonality_error"]))
+    # For X = s I, X X^T - I = (s^2 - 1) I.
+    assert found == pytest.approx([0.0, 3.0, 8.0, 0.0])
+
+
+def test_a_probe_without_matrices_has_nothing_to_say():
+    assert OrthogonalisationProbe(lambda batch: batch, matrices_per_step=0).take() == {}
 
 
 def test_orthogonality_is_that_of_the_shorter_side():

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from megatron_muloco.errors import CheckpointError, RuntimeMismatch
+from megatron_muloco.optim.assignment import Assignment
 from megatron_muloco.optim.exchange import ShardExchange
 from megatron_muloco.optim.muon import MuonAdamW, MuonSettings
 from megatron_muloco.optim.newton_schulz import newton_schulz, scale_factor
+from megatron_muloco.optim.parameter_table import ParameterTable
 from megatron_muloco.optim.units import LayerShape
 from megatron_muloco.shards import Shard
 from tests.support.scattered import (
@@ -283,20 +285,59 @@ def test_a_shard_without_gradient_is_refused() -> None:
         optimizer.step()
 
 
-def test_a_unit_taken_out_of_the_exchange_makes_bind_refuse() -> None:
+UNIT_KINDS = ("q", "k", "v", "proj", "gate", "up", "down")
+
+
+@pytest.mark.parametrize("kind", UNIT_KINDS)
+@pytest.mark.parametrize("where", ["exchange", "table", "both"])
+def test_a_unit_taken_out_of_the_plan_makes_bind_refuse(kind: str, where: str) -> None:
     stage = Stage.even(GQA, HIDDEN, 1, 1)
     masters = shards_of(stage.random(0), stage.layout[0])
     optimizer = MuonAdamW([{"params": list(masters.values())}], lr=0.1)
-    units = [unit for unit in stage.table.units if unit.kind != "down"]
-    exchange = ShardExchange(units, [0] * len(units), stage.layout, rank=0, transport=None)
+    units = stage.table.units
+    fewer = tuple(unit for unit in units if unit.kind != kind)
+    rows = tuple(
+        replace(row, units=tuple(unit for unit in row.units if unit.kind != kind))
+        for row in stage.table.rows
+    )
+    smaller = ParameterTable(rows, Assignment((0,) * len(fewer), (1,)))
+    moved, table = (
+        units if where == "table" else fewer,
+        stage.table if where == "exchange" else smaller,
+    )
     shards = [
         (tensor, Shard(stage.params[name], *stage.layout[0].ranges[name]))
         for name, tensor in masters.items()
     ]
+
+    def bind() -> None:
+        exchange = ShardExchange(moved, [0] * len(moved), stage.layout, rank=0, transport=None)
+        optimizer.bind(shards, table, exchange)
+
+    with pytest.raises(
+        RuntimeMismatch, match=r"without Muon|only part of the shards|groups and exchange disagree"
+    ):
+        bind()
+
+
+def test_matrices_without_an_exchange_are_refused() -> None:
+    stage = Stage.even(GQA, HIDDEN, 1, 1)
+    masters = shards_of(stage.random(0), stage.layout[0])
     with pytest.raises(RuntimeMismatch, match="a matrix would be left without Muon"):
-        optimizer.bind(shards, stage.table, exchange)
-    with pytest.raises(RuntimeMismatch, match="a matrix would be left without Muon"):
-        optimizer.bind(shards, stage.table, None)
+        MuonAdamW([{"params": list(masters.values())}], lr=0.1).bind(
+            [(t, Shard(stage.params[n], *stage.layout[0].ranges[n])) for n, t in masters.items()],
+            stage.table,
+            None,
+        )
+
+
+def test_phases_of_a_step_are_timed() -> None:
+    optimizer, masters, stage = lone_optimizer()
+    step(optimizer, masters, stage, 1)
+    taken = optimizer.timer.take()
+    assert set(taken) == {"adamw", "collect", "newton_schulz", "return"}
+    assert all(milliseconds > 0 for milliseconds in taken.values())
+    assert optimizer.timer.take() == {}
 
 
 def test_a_unit_that_is_not_orthogonalised_makes_the_step_refuse() -> None:

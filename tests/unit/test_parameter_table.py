@@ -7,6 +7,7 @@ import pytest
 
 from megatron_muloco.errors import RuntimeMismatch
 from megatron_muloco.optim.parameter_table import ParameterTable, build_parameter_table
+from megatron_muloco.optim.truth_report import truth_report
 from megatron_muloco.optim.units import LayerShape
 from megatron_muloco.shards import ParamInfo
 from tests.support.scattered import matrix_params
@@ -131,3 +132,15 @@ def test_planning_needs_no_torch() -> None:
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_report_shows_every_stage_and_says_how_much_is_muon() -> None:
+    stages = [table_of(1, 3), table_of(1, 3)]
+    report = truth_report(stages)
+    assert all(table.render() in report.table for table in stages)
+    assert "pipeline stage 1 of 2" in report.table
+    assert report.summary.startswith("inner optimizer: 16 parameters by Muon in 28 units, 6 by Ad")
+    assert "over 6 ranks" in report.summary
+    assert "\n" not in report.summary
+    plain = truth_report([table_of(1, 3, kind="adamw")])
+    assert plain.summary == "inner optimizer: 11 parameters by AdamW"
