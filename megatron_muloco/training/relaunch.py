@@ -29,6 +29,8 @@ _LAUNCHER_VARIABLES = (
     "MASTER_PORT",
     "CUDA_VISIBLE_DEVICES",
 )
+# torchrun's; with them torch would look for the store of an agent that the new ranks do not have.
+_LAUNCHER_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_")
 
 
 def launcher_command(ranks: int, port: int, script: str, arguments: Sequence[str]) -> list[str]:
@@ -52,23 +54,39 @@ def launcher_command(ranks: int, port: int, script: str, arguments: Sequence[str
 def relaunch(ranks: int, arguments: Sequence[str], environ: Mapping[str, str]) -> NoReturn:
     """Replace this process by a launcher of ``ranks`` ranks; its exit code is theirs.
 
-    The launcher is started with the stop signals ignored, so that a signal to the process group
-    reaches the ranks, which save and exit, and does not end the launcher first.
+    The launcher is started with SIGUSR1 ignored, so that one sent to the process group reaches the
+    ranks, which save and exit with 85, and does not end the launcher first. SIGTERM ends the
+    launcher in any case: it passes the signal on, waits for the ranks, and returns 1.
 
     Args:
         ranks: Ranks to start.
         arguments: Of the script.
         environ: Usually ``os.environ``.
     """
-    environment = {k: v for k, v in environ.items() if k not in _LAUNCHER_VARIABLES}
+    environment = {
+        name: value
+        for name, value in environ.items()
+        if name not in _LAUNCHER_VARIABLES and not name.startswith(_LAUNCHER_PREFIXES)
+    }
     environment.setdefault("DS_ACCELERATOR", "cpu")
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    for number in (signal.SIGUSR1, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    command = launcher_command(ranks, port, os.path.abspath(sys.argv[0]), arguments)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    command = launcher_command(ranks, _held_port(), os.path.abspath(sys.argv[0]), arguments)
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(command[0], command, environment)
+
+
+def _held_port() -> int:
+    """Return a port that the system gives to nobody else while the launcher runs.
+
+    The socket stays open across the exec, bound and not listening. Rank 0's store may listen on the
+    same port, because both set SO_REUSEADDR.
+    """
+    holder = socket.socket()
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    holder.bind(("127.0.0.1", 0))
+    holder.set_inheritable(True)
+    port = int(holder.getsockname()[1])
+    holder.detach()
+    return port
