@@ -18,6 +18,7 @@ from megatron_muloco.outer.optimizer import average
 from megatron_muloco.outer.reference import Parameters, Reference, Settings
 from megatron_muloco.outer.report import OuterReport
 from megatron_muloco.outer.schedule import SyncSchedule
+from megatron_muloco.outer.sketch import PseudogradientSketch
 from megatron_muloco.outer.synchronizer import Synchronizer
 from tests.support.replicas import (
     Exchange,
@@ -372,6 +373,33 @@ def test_saving_does_not_disturb_the_run() -> None:
         return dict(synchronizer.anchors())
 
     for anchor, (expected, _, _) in zip(in_lockstep(body, 2), train(s, 2), strict=True):
+        assert_same(anchor, expected, "anchor")
+
+
+def test_sketches_compare_replicas_and_are_no_part_of_the_state() -> None:
+    s = settings(fragments=FRAGMENTS[2], overlap_steps=1)
+
+    def body(k: int, reducer: ExchangeReducer) -> Any:
+        replica = Replica(start())
+        sketch = PseudogradientSketch(width=8, interval=2)
+        synchronizer = synchronizer_of(replica.port(), s, reducer, 2, sketch=sketch)
+        compared = []
+        for t in range(1, s.train_iters + 1):
+            descend(k)(replica.parameters, t)
+            report = synchronizer.after_inner_step(t, torch.tensor([float(k)]))
+            for part in report.applied if report else ():
+                assert part.riders.tolist() == [[0.0], [1.0]]
+                if part.pairwise_cosines is not None:
+                    compared.append((t, part.fragment))
+                    assert part.pairwise_cosines.diagonal().tolist() == pytest.approx([1.0, 1.0])
+            for entry in synchronizer.state_dict()["scalars"]["in_flight"]:
+                assert [len(row) for row in entry["riders"]] == [2, 2]  # norm and rider
+        synchronizer.flush()
+        return compared, dict(synchronizer.anchors())
+
+    # Rounds of four steps; in the second, launches after steps 6 and 8 are applied one step later.
+    for (compared, anchor), (expected, _, _) in zip(in_lockstep(body, 2), train(s, 2), strict=True):
+        assert compared == [(7, 0), (9, 1)]
         assert_same(anchor, expected, "anchor")
 
 
