@@ -1,12 +1,12 @@
 """Print the plan of a config: parameters, length, rounds, memory and traffic. Starts nothing."""
 
 import argparse
-import os
 import sys
 
 from megatron_muloco.config import check, load_config, topology_of
 from megatron_muloco.errors import ConfigError
 from megatron_muloco.planning import render_plan
+from megatron_muloco.planning.text import write_out
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,10 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
-    try:
-        print(f"plan of {options.config}\n\n{render_plan(config, topology)}", flush=True)
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+    write_out(f"plan of {options.config}\n\n{render_plan(config, topology)}\n")
     return 0
 
 

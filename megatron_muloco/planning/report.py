@@ -7,10 +7,11 @@ from megatron_muloco.config.outer import AverageOuter, NesterovOuter, NoCompress
 from megatron_muloco.config.schema import RunConfig
 from megatron_muloco.model.flops import flops_per_token
 from megatron_muloco.planning.memory import MemoryPlan, memory_plan
+from megatron_muloco.planning.text import human_bytes, human_count
 from megatron_muloco.planning.traffic import TrafficPlan, planned_on_accelerator, traffic_plan
 from megatron_muloco.topology import Topology
 
-__all__ = ["human_bytes", "human_count", "render_plan"]
+__all__ = ["render_plan"]
 
 Row = tuple[str, str, str]
 
@@ -42,23 +43,6 @@ def render_plan(config: RunConfig, topology: Topology | None = None) -> str:
         for name, value, note in section:
             lines.append(f"  {name:<{name_width}}  {value:>{value_width}}  {note}".rstrip())
     return "\n".join(lines)
-
-
-def human_count(number: float) -> str:
-    """Return a count with three or four digits and a unit: ``15.23B``."""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            scaled = number / size
-            return f"{scaled:.2f}{unit}" if scaled < 100 else f"{scaled:.1f}{unit}"
-    return f"{number:g}"
-
-
-def human_bytes(number: float) -> str:
-    """Return a size in decimal units: ``3.81 GB`` is 3.81e9 bytes."""
-    for size, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if number >= size:
-            return f"{number / size:.2f} {unit}"
-    return f"{number:.0f} B"
 
 
 def _world_rows(config: RunConfig, layout: Topology, *, assumed: bool) -> Iterator[Row]:

@@ -6,6 +6,7 @@ start the same command again; anything else is a fault.
 
 import argparse
 import os
+import shlex
 import sys
 import time
 import traceback
@@ -26,6 +27,8 @@ EXIT_DONE = 0
 EXIT_FAULT = 1
 EXIT_BAD_INPUT = 2
 EXIT_STOPPED = 85  # survives the launcher, and no shell or scheduler uses it
+
+_USUAL_ACCELERATORS = 8  # of one machine; more need a list of machines
 
 # The launcher ends all ranks when it sees the first one gone; the rank that explains must come
 # first.
@@ -78,12 +81,23 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _print_plan(config: RunConfig, world_size: int | None) -> None:
+    from megatron_muloco.data.checks import check_run_data
     from megatron_muloco.planning.report import render_plan
+    from megatron_muloco.planning.text import write_out
 
     topology = None if world_size is None else topology_of(config, world_size)
     check(config, topology or smallest_topology(config))
     if _rank() == 0:
-        sys.stdout.write(render_plan(config, topology) + "\n")
+        write_out(f"{render_plan(config, topology)}\n{_data_words(check_run_data(config))}\n")
+
+
+def _data_words(problems: Sequence[str]) -> str:
+    """Return what a plan says about the data: often made where the data is not."""
+    if not problems:
+        return "data\n  no problem found"
+    number = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    head = f"data\n  {number}: a run would be refused. A plan needs no data, so the exit code is 0."
+    return "\n\n".join([head, *(f"  {problem}" for problem in problems)])
 
 
 def _fit_world(
@@ -101,14 +115,9 @@ def _fit_world(
         needed = smallest_topology(config).world_size
         if ranks.world_size > 1 or needed == 1:
             raise
-        if _accelerators():
-            from megatron_muloco.planning.report import render_plan
-
-            raise TopologyError(
-                f"{error}\n{render_plan(config, None)}\nStart it on {needed} or a multiple of "
-                f"{needed} accelerators, for instance:\n  deepspeed --num_gpus {needed} "
-                f"launch/pretrain.py --config {config_path}"
-            ) from error
+        reason = _why_not_here(config)
+        if reason:
+            raise TopologyError(_how_to_start(config, reason, str(error), arguments)) from error
     check(config, smallest_topology(config))
     sys.stdout.write(
         f"{config_path} needs {needed} ranks ({smallest_topology(config)}) and one was started; "
@@ -117,6 +126,29 @@ def _fit_world(
     from megatron_muloco.training.relaunch import relaunch
 
     relaunch(needed, arguments, os.environ)
+
+
+def _why_not_here(config: RunConfig) -> str:
+    """Return why the missing ranks of a config are not started by this process, or nothing."""
+    from megatron_muloco.planning.cpu_world import machine_memory, why_not_on_cpus
+
+    if _accelerators():
+        return "on accelerators the launcher starts the ranks"
+    reason = why_not_on_cpus(config, machine_memory())
+    return f"there is no accelerator here, and {reason}" if reason else ""
+
+
+def _how_to_start(config: RunConfig, reason: str, error: str, arguments: Sequence[str]) -> str:
+    """Return the message of a refusal: the plan, and the command for enough accelerators."""
+    from megatron_muloco.planning.report import render_plan
+
+    needed = smallest_topology(config).world_size
+    machine = f"--num_gpus {needed}" if needed <= _USUAL_ACCELERATORS else "--hostfile HOSTFILE"
+    return (
+        f"{error}\n  Not started here: {reason}.\n\n{render_plan(config)}\n\n"
+        f"Start it on {needed} or a multiple of {needed} accelerators, for instance:\n"
+        f"  deepspeed {machine} launch/pretrain.py {shlex.join(arguments)}"
+    )
 
 
 def _accelerators() -> int:

@@ -18,8 +18,8 @@ from megatron_muloco.config.inner import MuonConfig
 from megatron_muloco.planning import memory_plan, render_plan, traffic_plan
 from megatron_muloco.planning.outer_memory import OuterMemory
 from megatron_muloco.planning.outer_traffic import mean_wire_bytes, outer_bytes, sketch_width
-from megatron_muloco.planning.report import human_bytes, human_count
 from megatron_muloco.planning.slices import stage_slices, synchronised_elements
+from megatron_muloco.planning.text import human_bytes, human_count
 from megatron_muloco.topology import Topology
 from tools import plan as plan_tool
 
