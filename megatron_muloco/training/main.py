@@ -143,7 +143,7 @@ def _how_to_start(config: RunConfig, reason: str, error: str, arguments: Sequenc
     from megatron_muloco.planning.report import render_plan
 
     needed = smallest_topology(config).world_size
-    machine = f"--num_gpus {needed}" if needed <= _USUAL_ACCELERATORS else "--hostfile HOSTFILE"
+    machine = f"--num_gpus {needed}" if needed <= _USUAL_ACCELERATORS else "--hostfile hosts"
     return (
         f"{error}\n  Not started here: {reason}.\n\n{render_plan(config)}\n\n"
         f"Start it on {needed} or a multiple of {needed} accelerators, for instance:\n"

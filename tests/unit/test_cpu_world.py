@@ -82,8 +82,7 @@ def test_a_cluster_run_is_refused_with_plan_and_command(started: list[int]) -> N
         "128 ranks are more than the 8",
         "memory per rank",
         "128 or a multiple of 128 accelerators",
-        f"deepspeed --hostfile HOSTFILE launch/pretrain.py --config {path} --set "
-        "'checkpoint.dir=a b'",
+        f"deepspeed --hostfile hosts launch/pretrain.py --config {path} --set 'checkpoint.dir=a b'",
     ):
         assert words in message
     assert started == []
