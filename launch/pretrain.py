@@ -3,5 +3,5 @@
 
 from megatron_muloco.training.main import main
 
-if __name__ == "__main__":  # saving a checkpoint spawns a process that imports this file
+if __name__ == "__main__":
     main()

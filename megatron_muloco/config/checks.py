@@ -152,6 +152,16 @@ def saving_has_a_place(config: RunConfig, topology: Topology | None) -> Iterator
         )
 
 
+def resuming_has_a_place(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
+    """A run that goes on from a checkpoint also writes some."""
+    if config.checkpoint.resume not in ("auto", "none") and config.checkpoint.dir is None:
+        yield Problem(
+            "checkpoint.resume",
+            f"{config.checkpoint.resume}, but checkpoint.dir is not set, so what follows could not "
+            "be saved.\nName a directory for the checkpoints of this run.",
+        )
+
+
 def precision_of_gradients_fits(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
     """fp32 runs accumulate in fp32."""
     if config.training.precision == "fp32" and config.training.accumulate_dtype == "bf16":
@@ -191,6 +201,7 @@ RULES: tuple[Rule, ...] = (
     evaluation_has_data,
     tokenizer_is_named,
     saving_has_a_place,
+    resuming_has_a_place,
     precision_of_gradients_fits,
     supported,
 )

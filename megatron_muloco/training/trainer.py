@@ -216,7 +216,7 @@ def _resume(
             path, note = Path(wanted), ""
         step = store.load(path, state).step
     except CheckpointError as error:
-        raise ConfigError(f"checkpoint.resume: {wanted}: {error}") from error
+        raise ConfigError(f"checkpoint.resume: {error}") from error
     optimizer.steps = step
     return step, f"{note}\nresumed from {path} after inner step {step}".strip()
 

@@ -107,6 +107,10 @@ RULE_CASES: dict[str, tuple[list[str], list[str]]] = {
         ["checkpoint.dir=null"],
         ["checkpoint.save_interval: 100, but checkpoint.dir is not set."],
     ),
+    "resuming_has_a_place": (
+        ["checkpoint.dir=null", "checkpoint.save_interval=0", "checkpoint.resume=runs/old"],
+        ["checkpoint.resume: runs/old, but checkpoint.dir is not set, so what follows could not"],
+    ),
     "precision_of_gradients_fits": (
         ["training.accumulate_dtype=bf16"],
         ["training.accumulate_dtype: bf16, but precision is fp32"],
