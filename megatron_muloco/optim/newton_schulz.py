@@ -4,30 +4,44 @@ For ``M = U S V^T`` every step maps the singular values through the odd polynomi
 ``s -> a s + b s^3 + c s^5``, so the result is ``U p(S) V^T`` with p the composition of all steps;
 no decomposition is ever computed. Products are formed on the smaller side (the Gram side).
 
+`_iterate_plain` is the algorithm as it is published. `gram` has the same steps with fewer
+multiplications; `choose` says which of them a matrix gets.
+
 Shapes: ``...`` batch, m rows (fan_out), n columns (fan_in).
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from megatron_muloco.optim import gram
+from megatron_muloco.optim.gram import Triple
+
 __all__ = [
     "NORM_EPSILON",
     "CoefficientType",
+    "Implementation",
     "ScaleMode",
+    "choose",
     "coefficient_triples",
     "newton_schulz",
     "scale_factor",
 ]
 
-Triple = tuple[float, float, float]
 CoefficientType = Literal["quintic", "simple", "polar_express"]
+Implementation = Literal["plain", "triangle", "gram"]
+"""``plain``: as published. ``triangle``: half of each symmetric product. ``gram``: pairs too."""
 ScaleMode = Literal["unit_rms_norm", "spectral", "shape_scaling", "match_rms"]
 
 NORM_EPSILON = 1e-8  # added to the Frobenius norm; value of the MuLoCo paper's code
+
+# Measured on CPU, see docs/performance/newton_schulz.md. Below the first, many small products cost
+# more than what they save; pairs save FLOPs above a ratio of 1, and time from about the second.
+_SMALLEST_TRIANGLE_ROWS = 512
+_SMALLEST_GRAM_RATIO = 1.5
 
 _TRIPLES: Mapping[CoefficientType, tuple[Triple, ...]] = {
     # Five tuned steps, the MuLoCo paper's choice. Source: F. L. Cesista et al., "Squeezing 1-2 %
@@ -75,6 +89,25 @@ def coefficient_triples(coefficients: CoefficientType, steps: int) -> tuple[Trip
     return tuple(triples[min(i, len(triples) - 1)] for i in range(steps))
 
 
+def choose(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Implementation:
+    """Return what ``impl="auto"`` runs for a matrix of this shape, dtype and device.
+
+    - ``plain`` in any dtype but fp32 and fp64: in bf16 a Gram matrix loses small singular values.
+      Also on any device but the CPU, where nothing else was measured, and below 512 on the smaller
+      side.
+    - ``gram`` where the longer side is at least 1.5 times the smaller.
+    - ``triangle`` otherwise.
+
+    The batch and the number of threads have no say: a unit gets the same arithmetic in any layout.
+    """
+    smaller, longer = sorted((rows, columns))
+    if dtype not in (torch.float32, torch.float64) or device.type != "cpu":
+        return "plain"
+    if smaller < _SMALLEST_TRIANGLE_ROWS:
+        return "plain"
+    return "gram" if longer >= _SMALLEST_GRAM_RATIO * smaller else "triangle"
+
+
 def newton_schulz(
     M: Tensor,
     *,
@@ -82,6 +115,7 @@ def newton_schulz(
     coefficients: CoefficientType = "quintic",
     dtype: torch.dtype,
     eps: float = NORM_EPSILON,
+    impl: Literal["auto"] | Implementation = "auto",
 ) -> Tensor:
     """Return ``U p(S) V^T`` for each matrix ``U S V^T / (|M|_F + eps)`` of a batch.
 
@@ -94,6 +128,11 @@ def newton_schulz(
         coefficients: Which polynomials.
         dtype: Dtype of the iteration, ``torch.float32`` or ``torch.bfloat16``.
         eps: Added to the Frobenius norm.
+        impl: How the steps are computed; ``auto`` asks `choose`. All agree within rounding.
+
+    Raises:
+        ValueError: Not a matrix; unknown ``coefficients`` or ``impl``; ``triangle`` or ``gram`` in
+            a dtype that they are not accurate in.
 
     Dtypes: the norm is accumulated in float64, so that entries of 1e30 or 1e-30 neither overflow
     nor vanish, and the division is done in fp32; iterated in ``dtype``; returned in fp32.
@@ -107,12 +146,35 @@ def newton_schulz(
     X = X.mT if tall else X
     # One contiguous batch, so that the same matrix gives the same bits however it was stored.
     X = X.reshape(-1, *X.shape[-2:]).contiguous()
-    for a, b, c in coefficient_triples(coefficients, steps):
+    triples = coefficient_triples(coefficients, steps)
+    if impl == "auto":
+        impl = choose(M.shape[-2], M.shape[-1], dtype, M.device)
+    if impl == "plain":
+        X = _iterate_plain(X, triples)
+    else:
+        _check_implementation(impl, dtype)
+        X = gram.iterate(X, triples, pairs=impl == "gram")
+    result: Tensor = X.mT if tall else X
+    return result.reshape(M.shape).to(torch.float32).contiguous()
+
+
+def _iterate_plain(X: Tensor, triples: Sequence[Triple]) -> Tensor:
+    """Apply every step to ``[batch, m, n]`` with m at most n: three products each."""
+    for a, b, c in triples:
         A = X @ X.mT
         B = torch.baddbmm(A, A, A, beta=b, alpha=c)  # b A + c A A, rounded once
         X = torch.baddbmm(X, B, X, beta=a)  # a X + B X
-    result: Tensor = X.mT if tall else X
-    return result.reshape(M.shape).to(torch.float32).contiguous()
+    return X
+
+
+def _check_implementation(impl: Implementation, dtype: torch.dtype) -> None:
+    if impl not in ("triangle", "gram"):
+        raise ValueError(f"impl {impl!r} is not one of ['auto', 'gram', 'plain', 'triangle']")
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"impl {impl!r} iterates in fp32 or fp64, not {dtype}: a Gram matrix in a shorter "
+            "dtype loses small singular values. Use impl 'auto' or 'plain'."
+        )
 
 
 def _unit_rms_norm(fan_out: int, fan_in: int) -> float:
