@@ -10,7 +10,7 @@ from megatron_muloco.config.derived import topology_of
 from megatron_muloco.monitor.lines import LineCalendar
 from megatron_muloco.planning import render_plan, traffic_plan
 from megatron_muloco.planning.outer_traffic import outer_bytes
-from megatron_muloco.planning.report import human_bytes
+from megatron_muloco.planning.text import human_bytes
 from tests.support.spawn import run_ranks
 from tests.support.tiny_models import finish_tiny, start_tiny, tiny_config
 
