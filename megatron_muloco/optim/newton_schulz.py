@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_muloco.optim import gram
+from megatron_muloco.optim import gram, library_steps
 from megatron_muloco.optim.gram import Triple
 
 __all__ = [
@@ -32,8 +32,10 @@ __all__ = [
 ]
 
 CoefficientType = Literal["quintic", "simple", "polar_express"]
-Implementation = Literal["plain", "triangle", "gram"]
-"""``plain``: as published. ``triangle``: half of each symmetric product. ``gram``: pairs too."""
+Implementation = Literal["plain", "triangle", "gram", "library"]
+"""``plain``: as published. ``triangle``: half of each symmetric product. ``gram``: pairs of steps
+too. ``library``: kernels for CUDA, which ``auto`` does not choose as long as nobody has run them.
+"""
 ScaleMode = Literal["unit_rms_norm", "spectral", "shape_scaling", "match_rms"]
 
 NORM_EPSILON = 1e-8  # added to the Frobenius norm; value of the MuLoCo paper's code
@@ -131,8 +133,8 @@ def newton_schulz(
         impl: How the steps are computed; ``auto`` asks `choose`. All agree within rounding.
 
     Raises:
-        ValueError: Not a matrix; unknown ``coefficients`` or ``impl``; ``triangle`` or ``gram`` in
-            a dtype that they are not accurate in.
+        ValueError: Not a matrix; unknown ``coefficients`` or ``impl``; an ``impl`` that
+            cannot run, or not accurately, in ``dtype`` on this device.
 
     Dtypes: the norm is accumulated in float64, so that entries of 1e30 or 1e-30 neither overflow
     nor vanish, and the division is done in fp32; iterated in ``dtype``; returned in fp32.
@@ -151,6 +153,8 @@ def newton_schulz(
         impl = choose(M.shape[-2], M.shape[-1], dtype, M.device)
     if impl == "plain":
         X = _iterate_plain(X, triples)
+    elif impl == "library":
+        X = library_steps.iterate(X, triples)
     else:
         _check_implementation(impl, dtype)
         X = gram.iterate(X, triples, pairs=impl == "gram")
@@ -169,7 +173,7 @@ def _iterate_plain(X: Tensor, triples: Sequence[Triple]) -> Tensor:
 
 def _check_implementation(impl: Implementation, dtype: torch.dtype) -> None:
     if impl not in ("triangle", "gram"):
-        raise ValueError(f"impl {impl!r} is not one of ['auto', 'gram', 'plain', 'triangle']")
+        raise ValueError(f"impl {impl!r} is not 'auto', 'plain', 'triangle', 'gram' or 'library'")
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(
             f"impl {impl!r} iterates in fp32 or fp64, not {dtype}: a Gram matrix in a shorter "

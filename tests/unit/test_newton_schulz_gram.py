@@ -150,5 +150,7 @@ def test_impossible_implementations_are_refused() -> None:
     M = torch.zeros(2, 2)
     with pytest.raises(ValueError, match="loses small singular values"):
         newton_schulz(M, dtype=torch.bfloat16, impl="gram")
-    with pytest.raises(ValueError, match="'fast' is not one of"):
+    with pytest.raises(ValueError, match="'fast' is not 'auto'"):
         newton_schulz(M, dtype=torch.float32, impl="fast")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="impl 'library' iterates in bf16 on CUDA"):
+        newton_schulz(M, dtype=torch.bfloat16, impl="library")
