@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_muloco.errors import RuntimeMismatch, TopologyError
@@ -159,12 +161,24 @@ def units_of_cost(*costs: int) -> list[Unit]:
     return [Unit(f"p{i}::x", f"p{i}", "x", ((0, 1),), 1, 0, 1, c) for i, c in enumerate(costs)]
 
 
-def test_assignment_takes_the_heaviest_first_and_breaks_ties_by_order() -> None:
+def test_assignment_shares_the_busiest_ranks_units_anew() -> None:
+    # The heaviest first: 5 + 4, 5 + 3 + 3. Better: 5 + 5, 3 + 4 + 3.
     assignment = assign(units_of_cost(3, 5, 5, 4, 3), 2)
-    # 5 -> 0, 5 -> 1, 4 -> 0, 3 -> 1, 3 -> 1
-    assert assignment.owners == (1, 0, 1, 0, 1)
-    assert assignment.loads == (9, 11)
-    assert assignment.balance == pytest.approx(1.1)
+    assert assignment.loads == (10, 10)
+    assert assignment.balance == 1.0
+    assert assignment.owners in ((0, 1, 1, 0, 0), (1, 0, 0, 1, 1))
+
+
+@given(st.lists(st.integers(1, 20), max_size=14), st.integers(1, 5))
+def test_assignment_is_whole_and_repeatable(costs: list[int], ranks: int) -> None:
+    assignment = assign(units_of_cost(*costs), ranks)
+    assert assignment == assign(units_of_cost(*costs), ranks)
+    loads = [0] * ranks
+    for cost, owner in zip(costs, assignment.owners, strict=True):
+        loads[owner] += cost
+    assert assignment.loads == tuple(loads)
+    # Every greedy schedule is within one unit of the mean, and refining lowers the largest load.
+    assert max(loads) <= sum(costs) / ranks + max(costs, default=0)
 
 
 def test_assignment_with_fewer_units_than_ranks_leaves_ranks_idle() -> None:

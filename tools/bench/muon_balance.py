@@ -164,9 +164,9 @@ def report(rows: Sequence[Row], config: str) -> str:
     lines = [
         "# Balance of Newton-Schulz over the ranks of a stage",
         "",
-        f"Units of one pipeline stage of `{config}`, assigned by longest processing time on",
-        "counted FLOPs (`optim/assignment.py`), against the best assignment there is: matrices are",
-        "not divided, so with few units a rank the mean cannot be reached. The optimum is exact",
+        f"Units of one pipeline stage of `{config}`, assigned by counted FLOPs, heaviest first,",
+        "then refined by pairs of ranks (`optim/assignment.py`), against the best assignment there",
+        "is: matrices are not divided, so few units a rank cannot reach the mean. It is exact",
         "where units have at most two different costs; otherwise it is the larger of mean load and",
         "largest unit, which no assignment beats. Written by `python tools/bench/muon_balance.py`.",
         "",
