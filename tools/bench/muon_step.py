@@ -314,7 +314,8 @@ def report(ranks: list[dict[str, Any]], options: argparse.Namespace) -> tuple[st
         f"  time that is 1/{RANKS} of the duplicated form's Newton-Schulz, {floor:.2f} s a step. "
         "Ours",
         f"  takes {mean['ours'] / floor:.2f} times that, with AdamW, momentum and moving shards.",
-        f"  A ratio above {RANKS} is not fewer FLOPs: on shared cores the CPU time of the same work",
+        f"  A ratio above {RANKS} is not fewer FLOPs: on shared cores the CPU time of the same "
+        "work",
         "  varies, as the single pairs do.",
         f"- Largest relative difference of the parameters of the two forms: {error:.1e}",
         f"  (allowed: {TOLERANCE:.0e}).",
