@@ -10,6 +10,7 @@ from torch import Tensor
 from megatron_muloco.optim.newton_schulz import (
     NORM_EPSILON,
     CoefficientType,
+    Implementation,
     coefficient_triples,
     newton_schulz,
     scale_factor,
@@ -169,14 +170,17 @@ def test_unknown_names_are_refused_with_the_known_ones() -> None:
 )
 @pytest.mark.parametrize("coefficients", ["quintic", "simple", "polar_express"])
 @pytest.mark.parametrize("shape", [(24, 24), (16, 44), (44, 16)], ids=str)
+@pytest.mark.parametrize("impl", ["plain", "triangle", "gram"])
 def test_agrees_with_emerging_optimizers(
-    coefficients: CoefficientType, shape: tuple[int, int]
+    coefficients: CoefficientType, shape: tuple[int, int], impl: Implementation
 ) -> None:
     from emerging_optimizers.orthogonalized_optimizers.muon_utils import newton_schulz as theirs
 
     M = matrix("gaussian", shape)
     for steps in (5, 7):
-        ours = newton_schulz(M, steps=steps, coefficients=coefficients, dtype=torch.float32)
+        ours = newton_schulz(
+            M, steps=steps, coefficients=coefficients, dtype=torch.float32, impl=impl
+        )
         other = theirs(M, steps=steps, coefficient_type=coefficients)
         # Both are within 1e-4 of the exact polynomial.
         assert relative_error(ours, other.double()) <= 2e-4
