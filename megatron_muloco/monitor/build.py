@@ -73,7 +73,7 @@ def build_monitor(
     console = console or Console()
     console.line(start_banner(config, topology, derived, device=name, resumed_step=resumed_step))
     if parameters is not None:
-        console.line(parameters.summary)
+        console.line(f" > parameters:  {parameters.summary}")
     writer = None
     if config.monitor.dir is not None:
         writer = EventWriter(config.monitor.dir, resumed_step=resumed_step, report=console.stamped)

@@ -25,19 +25,18 @@ def truth_report(stages: Sequence[ParameterTable]) -> TruthReport:
     """Return the report of the stages, in their order."""
     rows = [row for table in stages for row in table.rows]
     matrices = [row for row in rows if row.route == "matrix"]
-    summary = f"inner optimizer: {len(rows)} parameters by AdamW"
+    summary = f"{len(rows)} by AdamW"
     if matrices:
         flops = sum(sum(table.assignment.loads) for table in stages)
         balances = [table.assignment.balance for table in stages]
+        ranks = sum(len(table.assignment.loads) for table in stages)
         summary = (
-            f"inner optimizer: {len(matrices)} parameters by Muon in "
-            f"{sum(len(row.units) for row in matrices)} units, {len(rows) - len(matrices)} by "
-            f"AdamW; Newton-Schulz {flops:.3e} FLOPs a step over "
-            f"{sum(len(table.assignment.loads) for table in stages)} ranks, "
-            f"balance (max/mean) {max(balances):.3f}"
+            f"{len(matrices)} by Muon in {sum(len(row.units) for row in matrices)} units, "
+            f"{len(rows) - len(matrices)} by AdamW; Newton-Schulz {flops:.3e} FLOPs a step over "
+            f"{ranks} rank{'s' * (ranks > 1)}, balance (max/mean) {max(balances):.3f}"
         )
     parts = [
         f"pipeline stage {stage} of {len(stages)}\n{table.render()}\n"
         for stage, table in enumerate(stages)
     ]
-    return TruthReport(summary, "\n".join([*parts, summary + "\n"]))
+    return TruthReport(summary, "\n".join([*parts, f"in all: {summary}\n"]))

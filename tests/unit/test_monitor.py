@@ -362,13 +362,13 @@ def test_a_monitor_from_a_config_writes_banner_texts_and_what_applies(tmp_path):
             device=CPU,
             writes=replica == 0,
             plan_text="the plan",
-            parameters=TruthReport("7 parameters", "every parameter"),
+            parameters=TruthReport("7 by Muon", "every parameter"),
             console=Console(stream),
         )
         for replica in range(2)
     ]
     assert stream.getvalue().count("MuLoCo, K = 2") == 1
-    assert stream.getvalue().count("7 parameters") == 1
+    assert stream.getvalue().count(" > parameters:  7 by Muon") == 1
     assert (tmp_path / PARAMETERS_FILE).read_text(encoding="utf-8") == "every parameter"
     monitors[0].evaluation(0, 8.0)
     inner = {

@@ -139,8 +139,8 @@ def test_the_report_shows_every_stage_and_says_how_much_is_muon() -> None:
     report = truth_report(stages)
     assert all(table.render() in report.table for table in stages)
     assert "pipeline stage 1 of 2" in report.table
-    assert report.summary.startswith("inner optimizer: 16 parameters by Muon in 28 units, 6 by Ad")
+    assert report.summary.startswith("16 by Muon in 28 units, 6 by AdamW; Newton-Schulz")
     assert "over 6 ranks" in report.summary
     assert "\n" not in report.summary
     plain = truth_report([table_of(1, 3, kind="adamw")])
-    assert plain.summary == "inner optimizer: 11 parameters by AdamW"
+    assert plain.summary == "11 by AdamW"
