@@ -8,6 +8,7 @@ join through the ``rules`` argument.
 from collections.abc import Callable, Iterable, Iterator
 
 from megatron_muloco.config.derived import train_iterations
+from megatron_muloco.config.inner import MuonInner
 from megatron_muloco.config.layout_checks import (
     batch_divides,
     ffn_divides,
@@ -172,6 +173,22 @@ def precision_of_gradients_fits(config: RunConfig, topology: Topology | None) ->
         )
 
 
+def symmetric_forms_have_precision(
+    config: RunConfig, topology: Topology | None
+) -> Iterator[Problem]:
+    """Gram matrices are not iterated in bf16, where they lose small singular values."""
+    inner = config.inner
+    if not isinstance(inner, MuonInner) or inner.muon.ns_impl not in ("triangle", "gram"):
+        return
+    if inner.muon.ns_dtype != "fp32":
+        also = " (auto is bf16 on accelerators)" if inner.muon.ns_dtype == "auto" else ""
+        yield Problem(
+            "inner.muon.ns_impl",
+            f"{inner.muon.ns_impl}, but ns_dtype is {inner.muon.ns_dtype}{also}; a Gram matrix in "
+            "bf16 loses small singular values.\nUse ns_impl: auto or plain, or ns_dtype: fp32.",
+        )
+
+
 def supported(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
     """The program can do what the schema can say."""
     for refuse in UNSUPPORTED:
@@ -202,6 +219,7 @@ RULES: tuple[Rule, ...] = (
     tokenizer_is_named,
     saving_has_a_place,
     resuming_has_a_place,
+    symmetric_forms_have_precision,
     precision_of_gradients_fits,
     supported,
 )

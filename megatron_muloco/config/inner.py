@@ -36,6 +36,13 @@ class MuonConfig(Section):
         description="Dtype of the Newton-Schulz products; auto is bf16 on an accelerator and fp32 "
         "on a CPU.",
     )
+    ns_impl: Literal["auto", "plain", "triangle", "gram"] = Field(
+        "auto",
+        description="How the Newton-Schulz products are computed: plain as published, triangle by "
+        "halves of symmetric products, gram with steps in pairs as well; all agree within "
+        "rounding. auto chooses by shape: plain in bf16, on an accelerator and for small matrices. "
+        "triangle and gram need ns_dtype fp32.",
+    )
     exchange_dtype: Literal["auto", "bf16", "fp32"] = Field(
         "auto",
         description="Dtype in which shards travel to the rank that orthogonalises them; auto is "

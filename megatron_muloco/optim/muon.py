@@ -28,7 +28,9 @@ from megatron_muloco.optim.exchange import ShardExchange
 from megatron_muloco.optim.newton_schulz import (
     NORM_EPSILON,
     CoefficientType,
+    Implementation,
     ScaleMode,
+    choose,
     newton_schulz,
     scale_factor,
 )
@@ -62,6 +64,7 @@ class MuonSettings:
         scale_mode: Factor on the update by the shape of its matrix.
         ns_dtype: Dtype of the iteration.
         eps: Added to the Frobenius norm.
+        impl: How the iteration is computed; ``auto`` asks `choose`.
     """
 
     momentum: float = 0.9
@@ -72,6 +75,13 @@ class MuonSettings:
     scale_mode: ScaleMode = "unit_rms_norm"
     ns_dtype: torch.dtype = torch.bfloat16
     eps: float = NORM_EPSILON
+    impl: Literal["auto"] | Implementation = "auto"
+
+    def form(self, rows: int, columns: int, device: torch.device) -> Implementation:
+        """Return how `orthogonalise` computes matrices of a shape on a device."""
+        if self.impl == "auto":
+            return choose(rows, columns, self.ns_dtype, device)
+        return self.impl
 
     def orthogonalise(self, batch: Tensor) -> Tensor:
         """Return the Newton-Schulz directions of a batch of matrices."""
@@ -81,6 +91,7 @@ class MuonSettings:
             coefficients=self.coefficient_type,
             dtype=self.ns_dtype,
             eps=self.eps,
+            impl=self.impl,
         )
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_muloco.optim import gram, library_steps
+from megatron_muloco.optim.forms import Implementation
 from megatron_muloco.optim.gram import Triple
 
 __all__ = [
@@ -32,10 +33,6 @@ __all__ = [
 ]
 
 CoefficientType = Literal["quintic", "simple", "polar_express"]
-Implementation = Literal["plain", "triangle", "gram", "library"]
-"""``plain``: as published. ``triangle``: half of each symmetric product. ``gram``: pairs of steps
-too. ``library``: kernels for CUDA, which ``auto`` does not choose as long as nobody has run them.
-"""
 ScaleMode = Literal["unit_rms_norm", "spectral", "shape_scaling", "match_rms"]
 
 NORM_EPSILON = 1e-8  # added to the Frobenius norm; value of the MuLoCo paper's code

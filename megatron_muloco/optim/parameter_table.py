@@ -10,6 +10,7 @@ from typing import Literal
 
 from megatron_muloco.errors import RuntimeMismatch
 from megatron_muloco.optim.assignment import Assignment, assign
+from megatron_muloco.optim.forms import ChooseForm, always_plain
 from megatron_muloco.optim.units import LayerShape, Route, Unit, route, split
 from megatron_muloco.shards import ParamInfo, coverage
 
@@ -109,6 +110,7 @@ def build_parameter_table(
     tensor_size: int,
     group_size: int,
     num_ns_steps: int = 5,
+    choose_form: ChooseForm = always_plain,
     multipliers: Mapping[str, tuple[float, float]] | None = None,
 ) -> ParameterTable:
     """Return the table of one pipeline stage.
@@ -121,6 +123,7 @@ def build_parameter_table(
         tensor_size: Number of tensor-parallel ranks.
         group_size: Number of ranks of the stage group (tp x cp x dp).
         num_ns_steps: Newton-Schulz steps, for the cost.
+        choose_form: In which form a matrix is orthogonalised, for the cost.
         multipliers: Factors on (learning rate, weight decay) of the parameters that have them.
 
     Raises:
@@ -137,7 +140,15 @@ def build_parameter_table(
         )
     routed = [_route(param, kind) for param in params]
     split_up = [
-        split(param, layer, tensor_size=tensor_size, steps=num_ns_steps) if to == "matrix" else ()
+        split(
+            param,
+            layer,
+            tensor_size=tensor_size,
+            steps=num_ns_steps,
+            choose_form=choose_form,
+        )
+        if to == "matrix"
+        else ()
         for param, (to, _) in zip(params, routed, strict=True)
     ]
     assignment = assign([unit for units in split_up for unit in units], group_size)
@@ -174,12 +185,12 @@ def _full_shape(param: ParamInfo, tensor_size: int) -> tuple[int, ...]:
     )
 
 
-_HEADER = ("parameter", "route", "units @owner", "shape", "lr", "wd", "cost", "why")
+_HEADER = ("parameter", "route", "units, form @owner", "shape", "lr", "wd", "cost", "why")
 
 
 def _cells(row: ParameterRow) -> tuple[str, ...]:
     units = ", ".join(
-        f"{unit.kind} [{unit.shape[0]} x {unit.shape[1]}] @{owner}"
+        f"{unit.kind} [{unit.shape[0]} x {unit.shape[1]}] {unit.form} @{owner}"
         for unit, owner in zip(row.units, row.owners, strict=True)
     )
     shape = " x ".join(str(size) for size in row.shape)

@@ -16,6 +16,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_muloco.errors import RuntimeMismatch, TopologyError
+from megatron_muloco.optim.forms import (
+    ChooseForm,
+    Implementation,
+    always_plain,
+    newton_schulz_flops,
+)
 from megatron_muloco.shards import ParamInfo
 
 __all__ = [
@@ -24,7 +30,6 @@ __all__ = [
     "Unit",
     "check_rows",
     "is_vector",
-    "newton_schulz_flops",
     "route",
     "split",
 ]
@@ -90,6 +95,7 @@ class Unit:
         partition_dim: Dimension split over tensor-parallel ranks.
         tensor_size: Number of tensor-parallel ranks.
         cost: FLOPs of its Newton-Schulz iteration.
+        form: How that is computed.
     """
 
     name: str
@@ -100,6 +106,7 @@ class Unit:
     partition_dim: int
     tensor_size: int
     cost: int
+    form: Implementation = "plain"
 
     @property
     def local_shape(self) -> tuple[int, int]:
@@ -116,15 +123,6 @@ class Unit:
         """Elements of the whole matrix."""
         rows, columns = self.shape
         return rows * columns
-
-
-def newton_schulz_flops(rows: int, columns: int, steps: int) -> int:
-    """Return the FLOPs of ``steps`` quintic steps: two wide products and a small one each.
-
-    With m the smaller side, ``X X^T`` and ``B X`` take 2 m^2 n each and ``A A`` takes 2 m^3.
-    """
-    m, n = sorted((rows, columns))
-    return steps * (4 * m * m * n + 2 * m * m * m)
 
 
 def is_vector(param: ParamInfo) -> bool:
@@ -154,7 +152,12 @@ def route(param: ParamInfo) -> tuple[Route, str]:
 
 
 def split(
-    param: ParamInfo, layer: LayerShape, *, tensor_size: int, steps: int = 5
+    param: ParamInfo,
+    layer: LayerShape,
+    *,
+    tensor_size: int,
+    steps: int = 5,
+    choose_form: ChooseForm = always_plain,
 ) -> tuple[Unit, ...]:
     """Return the units of a matrix parameter; together they contain each local row once.
 
@@ -163,6 +166,7 @@ def split(
         layer: Sizes over all tensor-parallel ranks.
         tensor_size: Number of tensor-parallel ranks.
         steps: Newton-Schulz steps, for the cost.
+        choose_form: In which form a matrix is orthogonalised, for the cost.
 
     Raises:
         TopologyError: Query groups or FFN width do not divide over the tensor-parallel ranks.
@@ -179,7 +183,9 @@ def split(
                 "matrix must be held once; its module is not one of Megatron's parallel layers."
             )
         dim = 0
-    return tuple(_unit(param, kind, r, dim, tensor_size, steps) for kind, r in rows.items())
+    return tuple(
+        _unit(param, kind, r, dim, tensor_size, steps, choose_form) for kind, r in rows.items()
+    )
 
 
 def check_rows(param: ParamInfo, pieces: Iterable[tuple[Rows, ...]]) -> None:
@@ -202,10 +208,17 @@ def check_rows(param: ParamInfo, pieces: Iterable[tuple[Rows, ...]]) -> None:
 
 
 def _unit(
-    param: ParamInfo, kind: str, rows: tuple[Rows, ...], dim: int, tensor_size: int, steps: int
+    param: ParamInfo,
+    kind: str,
+    rows: tuple[Rows, ...],
+    dim: int,
+    tensor_size: int,
+    steps: int,
+    choose_form: ChooseForm,
 ) -> Unit:
     local_rows = sum(end - start for start, end in rows)
     whole = _whole((local_rows, param.local_shape[1]), dim, tensor_size)
+    form = choose_form(*whole)
     return Unit(
         name=f"{param.name}::{kind}",
         param=param.name,
@@ -214,7 +227,8 @@ def _unit(
         local_columns=param.local_shape[1],
         partition_dim=dim,
         tensor_size=tensor_size,
-        cost=newton_schulz_flops(*whole, steps),
+        cost=newton_schulz_flops(*whole, steps, form),
+        form=form,
     )
 
 

@@ -4,6 +4,7 @@ The order matters: Megatron's distributed optimizer decides which flat ranges th
 inner optimizer is bound to them; the outer step starts from the values they hold.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from megatron_muloco.config import RunConfig
 from megatron_muloco.config.derived import derive
 from megatron_muloco.config.inner import MuonInner
 from megatron_muloco.optim.exchange import ShardExchange
+from megatron_muloco.optim.forms import always_plain
 from megatron_muloco.optim.muon import MuonAdamW, MuonSettings
 from megatron_muloco.optim.parameter_table import ParameterTable, build_parameter_table
 from megatron_muloco.optim.segments import RankShards
@@ -92,6 +94,7 @@ def optimizer_config(config: RunConfig) -> OptimizerConfig:
 def parameter_table(view: MasterView, config: RunConfig, groups: Groups) -> ParameterTable:
     """Return the table of this stage's parameters: route, units, owners, multipliers."""
     model, vector = config.model, config.inner.vector
+    settings, _ = _muon_settings(config)
     topology = groups.topology
     return build_parameter_table(
         list(view.infos.values()),
@@ -104,7 +107,8 @@ def parameter_table(view: MasterView, config: RunConfig, groups: Groups) -> Para
         kind=config.inner.kind,
         tensor_size=topology.tensor,
         group_size=groups.stage.size(),
-        num_ns_steps=config.inner.muon.num_ns_steps if isinstance(config.inner, MuonInner) else 0,
+        num_ns_steps=settings.num_ns_steps if settings else 0,
+        choose_form=partial(settings.form, device=training_device()) if settings else always_plain,
         multipliers={
             name: (vector.lr_mult, vector.weight_decay_mult)
             for name, info in view.infos.items()
@@ -153,6 +157,7 @@ def _muon_settings(config: RunConfig) -> tuple[MuonSettings | None, torch.dtype]
         scale_mode=muon.scale_mode,
         ns_dtype=dtypes[muon.compute_dtype(accelerator=on_accelerator)],
         eps=muon.eps,
+        impl=muon.ns_impl,
     )
     return settings, dtypes[muon.wire_dtype(accelerator=on_accelerator)]
 

@@ -111,6 +111,10 @@ RULE_CASES: dict[str, tuple[list[str], list[str]]] = {
         ["checkpoint.dir=null", "checkpoint.save_interval=0", "checkpoint.resume=runs/old"],
         ["checkpoint.resume: runs/old, but checkpoint.dir is not set, so what follows could not"],
     ),
+    "symmetric_forms_have_precision": (
+        ["inner.muon.ns_impl=gram", "inner.muon.ns_dtype=bf16"],
+        ["inner.muon.ns_impl: gram, but ns_dtype is bf16;", "auto or plain, or ns_dtype: fp32"],
+    ),
     "precision_of_gradients_fits": (
         ["training.accumulate_dtype=bf16"],
         ["training.accumulate_dtype: bf16, but precision is fp32"],

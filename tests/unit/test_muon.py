@@ -10,6 +10,7 @@ from torch import Tensor
 from megatron_muloco.errors import CheckpointError, RuntimeMismatch
 from megatron_muloco.optim.assignment import Assignment
 from megatron_muloco.optim.exchange import ShardExchange
+from megatron_muloco.optim.forms import Implementation
 from megatron_muloco.optim.muon import MuonAdamW, MuonSettings
 from megatron_muloco.optim.newton_schulz import newton_schulz, scale_factor
 from megatron_muloco.optim.parameter_table import ParameterTable
@@ -178,6 +179,21 @@ def step(optimizer: MuonAdamW, masters: dict[str, Tensor], stage: Stage, seed: i
     for name, master in masters.items():
         master.grad = gradients[name]
     optimizer.step()
+
+
+def test_what_is_said_of_a_form_is_what_runs() -> None:
+    # In bf16 the symmetric forms refuse, so a step says which form it was given.
+    batch, cpu = torch.ones(1, 2, 3), torch.device("cpu")
+    forms: tuple[Implementation, ...] = ("triangle", "gram")
+    for impl in forms:
+        forced = MuonSettings(impl=impl, ns_dtype=torch.bfloat16)
+        assert forced.form(2, 3, cpu) == impl
+        with pytest.raises(ValueError, match=f"impl '{impl}' iterates in fp32"):
+            forced.orthogonalise(batch)
+    assert FP32.form(512, 512, cpu) == "triangle"
+    assert FP32.form(512, 1024, cpu) == FP32.form(1024, 512, cpu) == "gram"
+    assert MuonSettings().form(512, 1024, cpu) == "plain"
+    assert MuonSettings().orthogonalise(batch).isfinite().all()
 
 
 def test_learning_rate_and_weight_decay_are_read_in_every_step() -> None:

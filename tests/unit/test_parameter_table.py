@@ -80,7 +80,13 @@ def test_rendering_shows_every_parameter_unit_owner_and_the_totals() -> None:
     lines = text.splitlines()
     assert len(lines) == 1 + 11 + 1
     qkv = next(line for line in lines if "layers.1.self_attention.linear_qkv" in line)
-    for part in ("matrix", "q [32 x 32] @", "k [16 x 32] @", "v [16 x 32] @", "64 x 32"):
+    for part in (
+        "matrix",
+        "q [32 x 32] plain @",
+        "k [16 x 32] plain @",
+        "v [16 x 32] plain @",
+        "64 x 32",
+    ):
         assert part in qkv
     output = next(line for line in lines if line.startswith("output_layer"))
     assert "vector" in output

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from megatron_muloco.errors import RuntimeMismatch, TopologyError
 from megatron_muloco.optim.assignment import assign
+from megatron_muloco.optim.forms import newton_schulz_flops
 from megatron_muloco.optim.units import (
     LayerShape,
     Unit,
     check_rows,
-    newton_schulz_flops,
     route,
     split,
 )
@@ -155,6 +155,33 @@ def test_cost_is_that_of_the_products() -> None:
     # (20 r + 10) m^3 for five steps with r = n / m, the count for square and for ratio 3
     assert newton_schulz_flops(4, 4, 5) == 30 * 4**3
     assert newton_schulz_flops(12, 4, 5) == newton_schulz_flops(4, 12, 5) == 70 * 4**3
+
+
+def test_cost_of_the_symmetric_forms() -> None:
+    # With r = n / m: (15 r + 5) m^3 by halves, (9 r + 11) m^3 in pairs, for five steps
+    for r in (1, 3):
+        assert newton_schulz_flops(4 * r, 4, 5, "triangle") == (15 * r + 5) * 4**3
+        assert newton_schulz_flops(4 * r, 4, 5, "gram") == (9 * r + 11) * 4**3
+        # One step alone, and after an odd number of others one that is left over
+        assert newton_schulz_flops(4, 4 * r, 1, "gram") == (3 * r + 1) * 4**3
+        assert newton_schulz_flops(4, 4 * r, 4, "gram") == (9 * r + 7) * 4**3
+
+
+def test_a_unit_is_as_dear_as_the_form_that_its_shape_gets() -> None:
+    param, _ = local_pieces(QKV, GQA, 2)
+    q, k, v = split(
+        param, GQA, tensor_size=2, choose_form=lambda m, n: "gram" if m > n else "triangle"
+    )
+    assert (q.shape, q.form, q.cost) == ((24, 6), "gram", newton_schulz_flops(24, 6, 5, "gram"))
+    assert k.form == v.form == "gram"
+    (proj,) = split(
+        ParamInfo(PROJ, (6, 12), 1, False),
+        GQA,
+        tensor_size=2,
+        steps=3,
+        choose_form=lambda m, n: "gram" if m > n else "triangle",
+    )
+    assert (proj.form, proj.cost) == ("triangle", newton_schulz_flops(6, 24, 3, "triangle"))
 
 
 def units_of_cost(*costs: int) -> list[Unit]:
