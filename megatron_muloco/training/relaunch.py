@@ -70,6 +70,8 @@ def relaunch(ranks: int, arguments: Sequence[str], environ: Mapping[str, str]) -
     }
     environment.setdefault("DS_ACCELERATOR", "cpu")
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    # Read when torch is loaded. Several threads a rank would else spin at barriers on busy cores.
+    environment.setdefault("OMP_WAIT_POLICY", "passive")
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     command = launcher_command(ranks, _held_port(), os.path.abspath(sys.argv[0]), arguments)
     sys.stdout.flush()

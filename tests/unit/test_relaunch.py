@@ -76,7 +76,8 @@ def test_nothing_of_the_old_launcher_is_left(executed: dict[str, Any]) -> None:
     with pytest.raises(Replaced):
         relaunch(2, ["--config", "c.yaml"], old | {"HOME": "/h", "OMP_NUM_THREADS": "5"})
     kept = executed["environment"]
-    assert kept == {"HOME": "/h", "OMP_NUM_THREADS": "5", "DS_ACCELERATOR": "cpu"}
+    ours = {"DS_ACCELERATOR": "cpu", "OMP_WAIT_POLICY": "passive"}
+    assert kept == {"HOME": "/h", "OMP_NUM_THREADS": "5"} | ours
     assert executed["arguments"][-2:] == ["--config", "c.yaml"]
     assert executed["path"] == sys.executable
 
@@ -88,6 +89,13 @@ def test_threads_are_divided_over_the_ranks(
     with pytest.raises(Replaced):
         relaunch(4, [], {})
     assert executed["environment"]["OMP_NUM_THREADS"] == "2"
+
+
+def test_what_the_user_set_for_threads_stays(executed: dict[str, Any]) -> None:
+    chosen = {"OMP_NUM_THREADS": "3", "OMP_WAIT_POLICY": "active"}
+    with pytest.raises(Replaced):
+        relaunch(2, [], chosen)
+    assert executed["environment"].items() >= chosen.items()
 
 
 def test_the_launcher_survives_a_warning_signal_to_its_group(executed: dict[str, Any]) -> None:
