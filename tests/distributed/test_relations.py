@@ -8,6 +8,7 @@ import torch
 
 from megatron_muloco.comm.groups import Groups
 from megatron_muloco.config import RunConfig
+from megatron_muloco.training.forward import ForwardBackward
 from tests.support.collectives import counted_collectives
 from tests.support.spawn import run_ranks
 from tests.support.tensors import assert_equal
@@ -257,3 +258,51 @@ def test_overlapped_communication_changes_nothing(precision: str) -> None:
         assert one["losses"] == two["losses"]
         for name, anchor in one["anchors"].items():
             assert_equal(two["anchors"][name], anchor)
+
+
+@pytest.mark.parametrize("granularity", ["selective", "full"])
+def test_recomputing_activations_changes_nothing(granularity: str) -> None:
+    """The same bits: what is recomputed is what was computed."""
+    layout = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+    again: dict[str, Any] = {"recompute_granularity": granularity}
+    if granularity == "full":
+        again["recompute_num_layers"] = 1
+    kept = run_ranks(trained, 2, config_of("muon", 1, parallel=layout), 3)
+    recomputed = run_ranks(trained, 2, config_of("muon", 1, parallel=layout, training=again), 3)
+    for one, two in zip(kept, recomputed, strict=True):
+        assert one["losses"] == two["losses"]
+        for name, (_, master) in one["masters"].items():
+            assert_equal(two["masters"][name][1], master)
+
+
+def _losses_with_boundaries(config: RunConfig) -> dict[str, float]:
+    run = start_tiny(config)
+    end = config.model.vocab_size - 1
+    samples = run.assignment(1, run.groups, config)
+    losses = {}
+    for name, position in (("none", None), ("middle", config.model.seq_length // 2)):
+        for masked in (False, True):
+            forward = ForwardBackward(
+                run.model,
+                run.groups,
+                micro_batch_size=config.training.micro_batch_size,
+                seq_length=config.model.seq_length,
+                end_of_document=end if masked else None,
+            )
+            batches = list(run.batches(samples))
+            for batch in batches:
+                batch["tokens"].masked_fill_(batch["tokens"] == end, 0)
+                if position is not None:
+                    batch["tokens"][:, position] = end
+            losses[f"{name} {masked}"] = float(
+                forward(iter(batches), len(batches), forward_only=True)
+            )
+    finish_tiny()
+    return losses
+
+
+def test_attention_stops_at_the_end_of_a_document_and_only_there() -> None:
+    (losses,) = run_ranks(_losses_with_boundaries, 1, config_of("adamw", 1))
+    # The masked kernel adds in another order: 16 terms a softmax, a few roundings of 2^-24 each.
+    assert losses["none True"] == pytest.approx(losses["none False"], rel=64 * 2.0**-24)
+    assert abs(losses["middle True"] - losses["middle False"]) > 1e-4
