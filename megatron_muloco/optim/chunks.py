@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from megatron_muloco.optim.units import Unit
 
-__all__ = ["divide"]
+__all__ = ["by_shape", "divide", "largest_batch"]
 
 
 def divide(
@@ -34,3 +34,16 @@ def divide(
             members[middle * chunks // (2 * total)].append(index)
             before += units[index].numel
     return tuple(tuple(sorted(chunk)) for chunk in members if chunk)
+
+
+def by_shape(units: Sequence[Unit]) -> list[list[Unit]]:
+    """Return the units of each shape, which an owner computes together, in order."""
+    batches: dict[tuple[int, int], list[Unit]] = {}
+    for unit in units:
+        batches.setdefault(unit.shape, []).append(unit)
+    return list(batches.values())
+
+
+def largest_batch(units: Sequence[Unit]) -> int:
+    """Return the elements of the largest batch that the units form by shape."""
+    return max((sum(unit.numel for unit in batch) for batch in by_shape(units)), default=0)

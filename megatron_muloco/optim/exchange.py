@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from megatron_muloco.errors import RuntimeMismatch
-from megatron_muloco.optim.chunks import divide
-from megatron_muloco.optim.lane import Lane, Transport, largest_batch
+from megatron_muloco.optim.chunks import divide, largest_batch
+from megatron_muloco.optim.lane import Lane, Transport
 from megatron_muloco.optim.phase_timer import PhaseTimer
 from megatron_muloco.optim.segments import RankShards, check_coverage, unit_segments
 from megatron_muloco.optim.units import Unit
@@ -90,6 +90,7 @@ class ShardExchange:
         members = [[units[i] for i in chunk] for chunk in divided]
         # No chunk has larger batches than all units together.
         scratch = torch.empty(largest_batch(self.owned), dtype=wire_dtype, device=device)
+        self._scratch = scratch
         self._lanes = [
             Lane(
                 chunk,
@@ -118,6 +119,12 @@ class ShardExchange:
     def bytes_sent(self) -> int:
         """Bytes sent to other ranks over all calls so far."""
         return sum(lane.bytes_sent for lane in self._lanes)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes that this rank keeps between steps."""
+        own = sum(piece.nbytes for piece in self._pieces.values()) + self._scratch.nbytes
+        return own + sum(lane.buffer_bytes for lane in self._lanes)
 
     def transform(
         self, shards: Mapping[str, Tensor], function: Transform, timer: PhaseTimer | None = None

@@ -6,7 +6,7 @@ Sources of the counts: `newton_schulz` (plain) and `gram` (the others), where th
 from collections.abc import Callable
 from typing import Literal
 
-__all__ = ["ChooseForm", "Implementation", "always_plain", "newton_schulz_flops"]
+__all__ = ["ChooseForm", "Implementation", "always_plain", "automatic_form", "newton_schulz_flops"]
 
 Implementation = Literal["plain", "triangle", "gram", "library"]
 """``plain``: as published. ``triangle``: half of each symmetric product. ``gram``: pairs of steps
@@ -15,6 +15,29 @@ too. ``library``: kernels for CUDA, which ``auto`` does not choose as long as no
 
 ChooseForm = Callable[[int, int], Implementation]
 """Says which form a matrix of so many rows and columns gets."""
+
+
+# Measured on CPU, see docs/performance/newton_schulz.md. Below the first, many small products cost
+# more than what they save; pairs save FLOPs above a ratio of 1, and time from about the second.
+_SMALLEST_TRIANGLE_ROWS = 512
+_SMALLEST_GRAM_RATIO = 1.5
+
+
+def automatic_form(rows: int, columns: int, *, precise: bool, cpu: bool) -> Implementation:
+    """Return the form that pays for a matrix of this shape.
+
+    - ``plain`` where the iteration is not in fp32 or fp64 (``precise``): in bf16 a Gram matrix
+      loses small singular values. Also on any device but the CPU, where nothing else was measured,
+      and below 512 on the smaller side.
+    - ``gram`` where the longer side is at least 1.5 times the smaller.
+    - ``triangle`` otherwise.
+
+    The batch and the number of threads have no say: a unit gets the same arithmetic in any layout.
+    """
+    smaller, longer = sorted((rows, columns))
+    if not precise or not cpu or smaller < _SMALLEST_TRIANGLE_ROWS:
+        return "plain"
+    return "gram" if longer >= _SMALLEST_GRAM_RATIO * smaller else "triangle"
 
 
 def always_plain(rows: int, columns: int) -> Implementation:

@@ -16,10 +16,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megatron_muloco.optim.chunks import by_shape
 from megatron_muloco.optim.segments import Block, RankShards, Segment, blocks, plan_paths
 from megatron_muloco.optim.units import Unit
 
-__all__ = ["Batch", "Lane", "Pending", "Transport", "largest_batch"]
+__all__ = ["Batch", "Lane", "Pending", "Transport"]
 
 
 class Pending(Protocol):
@@ -76,7 +77,7 @@ class Lane:
         layout: What each rank of the group holds.
         rank: This rank's place in the group.
         transport: The all-to-all; ``None`` in a group of one rank.
-        scratch: Flat memory in the dtype of the wire, for `largest_batch` of the owned units.
+        scratch: Flat memory in the dtype of the wire, for the `largest_batch` of the owned units.
         pieces: For each parameter of which this rank holds elements, where updates come back to.
     """
 
@@ -105,9 +106,14 @@ class Lane:
             moved = _consecutive(self._owner_side, paths.owner_segments)
         owned = [unit for unit, owner in zip(units, owners, strict=True) if owner == rank]
         runs = dict(zip(paths.owner_segments, moved, strict=True))
-        self.batches = tuple(_batch(batch, runs, scratch) for batch in _by_shape(owned))
+        self.batches = tuple(_batch(batch, runs, scratch) for batch in by_shape(owned))
         self.planned_bytes = paths.elements_sent(rank) * scratch.element_size()
         self.bytes_sent = 0
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of the buffers that the all-to-alls read and write."""
+        return self._shard_side.nbytes + self._owner_side.nbytes
 
     def start_collect(self, shards: Mapping[str, Tensor]) -> None:
         """Pack this rank's elements and start sending them to their owners.
@@ -168,18 +174,6 @@ class Lane:
             received, sent, receive_splits=receive_splits, send_splits=send_splits
         )
         self.bytes_sent += (sent.numel() - send_splits[self._rank]) * sent.element_size()
-
-
-def largest_batch(units: Sequence[Unit]) -> int:
-    """Return the elements of the largest batch that the units form by shape."""
-    return max((sum(unit.numel for unit in batch) for batch in _by_shape(units)), default=0)
-
-
-def _by_shape(units: Sequence[Unit]) -> list[list[Unit]]:
-    batches: dict[tuple[int, int], list[Unit]] = {}
-    for unit in units:
-        batches.setdefault(unit.shape, []).append(unit)
-    return list(batches.values())
 
 
 def _batch(units: Sequence[Unit], runs: Mapping[Segment, Tensor], scratch: Tensor) -> Batch:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_muloco.optim import gram, library_steps
-from megatron_muloco.optim.forms import Implementation
+from megatron_muloco.optim.forms import Implementation, automatic_form
 from megatron_muloco.optim.gram import Triple
 
 __all__ = [
@@ -36,11 +36,6 @@ CoefficientType = Literal["quintic", "simple", "polar_express"]
 ScaleMode = Literal["unit_rms_norm", "spectral", "shape_scaling", "match_rms"]
 
 NORM_EPSILON = 1e-8  # added to the Frobenius norm; value of the MuLoCo paper's code
-
-# Measured on CPU, see docs/performance/newton_schulz.md. Below the first, many small products cost
-# more than what they save; pairs save FLOPs above a ratio of 1, and time from about the second.
-_SMALLEST_TRIANGLE_ROWS = 512
-_SMALLEST_GRAM_RATIO = 1.5
 
 _TRIPLES: Mapping[CoefficientType, tuple[Triple, ...]] = {
     # Five tuned steps, the MuLoCo paper's choice. Source: F. L. Cesista et al., "Squeezing 1-2 %
@@ -91,20 +86,10 @@ def coefficient_triples(coefficients: CoefficientType, steps: int) -> tuple[Trip
 def choose(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Implementation:
     """Return what ``impl="auto"`` runs for a matrix of this shape, dtype and device.
 
-    - ``plain`` in any dtype but fp32 and fp64: in bf16 a Gram matrix loses small singular values.
-      Also on any device but the CPU, where nothing else was measured, and below 512 on the smaller
-      side.
-    - ``gram`` where the longer side is at least 1.5 times the smaller.
-    - ``triangle`` otherwise.
-
-    The batch and the number of threads have no say: a unit gets the same arithmetic in any layout.
+    The rules are those of `automatic_form`.
     """
-    smaller, longer = sorted((rows, columns))
-    if dtype not in (torch.float32, torch.float64) or device.type != "cpu":
-        return "plain"
-    if smaller < _SMALLEST_TRIANGLE_ROWS:
-        return "plain"
-    return "gram" if longer >= _SMALLEST_GRAM_RATIO * smaller else "triangle"
+    precise = dtype in (torch.float32, torch.float64)
+    return automatic_form(rows, columns, precise=precise, cpu=device.type == "cpu")
 
 
 def newton_schulz(

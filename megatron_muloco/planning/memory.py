@@ -2,9 +2,10 @@
 
 Megatron's distributed optimizer keeps weights and gradients of the rank's slice whole and divides
 masters and moments evenly over data-parallel (x context-parallel) ranks. Anchor and outer momentum
-are divided like the masters, and so is what an outer step needs (`outer_memory`). Activations,
-other temporary buffers and the allocator's slack are not counted; Megatron pads buffers by at most
-a few kilobytes per bucket.
+are divided like the masters, and so is what an outer step needs (`outer_memory`). The buffers in
+which matrices travel follow their owners (`exchange_memory`). Activations, other temporary buffers
+and the allocator's slack are not counted; Megatron pads buffers by at most a few kilobytes per
+bucket.
 """
 
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from megatron_muloco.config.inner import MuonInner
 from megatron_muloco.config.outer import NoOuter
 from megatron_muloco.config.schema import RunConfig
+from megatron_muloco.planning.exchange_memory import exchange_bytes
 from megatron_muloco.planning.outer_memory import OuterMemory, outer_memory
 from megatron_muloco.planning.slices import BYTES, Slice, stage_slices
 from megatron_muloco.topology import Topology
@@ -29,6 +31,7 @@ class MemoryPlan:
         gradients: Gradient buffer in the accumulation dtype.
         masters: fp32 masters; 0 where fp32 parameters are their own masters.
         inner_state: Momentum and moments, fp32.
+        exchange: What the exchange of matrices keeps between steps.
         anchor: fp32.
         outer_momentum: fp32; none without momentum.
         outer_step: What outer steps need beside their state; always on the device.
@@ -40,6 +43,7 @@ class MemoryPlan:
     gradients: int
     masters: int
     inner_state: int
+    exchange: int
     anchor: int
     outer_momentum: int
     outer_step: OuterMemory
@@ -65,6 +69,7 @@ class MemoryPlan:
             + self.gradients
             + self.masters
             + self.inner_state
+            + self.exchange
             + kept
             + step.buffers
             + step.at_launch
@@ -93,6 +98,7 @@ def _stage_memory(config: RunConfig, topology: Topology, part: Slice) -> MemoryP
         gradients=part.total * BYTES[training.accumulate_dtype],
         masters=0 if training.precision == "fp32" else _share(part.total, shards) * 4,
         inner_state=_share(moments, shards) * 4,
+        exchange=exchange_bytes(config, topology),
         anchor=_share(synchronised, shards) * 4,
         outer_momentum=(
             0

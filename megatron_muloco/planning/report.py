@@ -175,6 +175,12 @@ def _memory_rows(config: RunConfig, memory: MemoryPlan, layout: Topology) -> Ite
     note = f"fp32, {shared}" if memory.masters else "fp32 weights are their own masters"
     yield "masters", human_bytes(memory.masters), note
     yield "inner state", human_bytes(memory.inner_state), f"fp32, {shared}"
+    if memory.exchange:
+        yield (
+            "Muon exchange",
+            human_bytes(memory.exchange),
+            "matrices under way, kept all the time",
+        )
     if memory.anchor:
         yield (
             "outer state",

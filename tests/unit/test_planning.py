@@ -74,6 +74,7 @@ def test_one_rank_holds_everything() -> None:
         memory.weights
         + memory.gradients
         + memory.inner_state
+        + memory.exchange
         + memory.outer_state
         + 2 * 4 * counts.total
     )
@@ -172,6 +173,54 @@ def test_buffers_are_those_of_the_reducers(wire: Literal["fp32", "bf16"]) -> Non
     # a row of weight and riders; a chunk is even
     row = 4 * (1 + len(riders))
     assert planned.buffers <= sum(held.values()) <= planned.buffers + row + 2 * 2
+
+
+@pytest.mark.parametrize("wire", ["fp32", "bf16"])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 1, 3), (4, 2, 1)])
+def test_exchange_memory_is_that_of_the_exchange(
+    sizes: tuple[int, int, int], wire: Literal["fp32", "bf16"]
+) -> None:
+    import torch
+
+    from megatron_muloco.optim.assignment import assign
+    from megatron_muloco.optim.exchange import ShardExchange
+    from megatron_muloco.planning.exchange_memory import exchange_bytes
+    from megatron_muloco.planning.stage_units import stage_units
+    from megatron_muloco.shards import ParamInfo
+    from tests.support.scattered import NoTransport, cut_evenly
+
+    tensor, pipeline, data = sizes
+    config = config_of(
+        "model.hidden_size=16",
+        "model.kv_channels=4",
+        "model.ffn_hidden_size=24",
+        f"inner.muon.exchange_dtype={wire}",
+    )
+    topology = Topology(1, tensor, pipeline, data)
+    units = stage_units(config, topology, accelerator=False)
+    rows = {unit.param: 0 for unit in units}
+    for unit in units:
+        rows[unit.param] += unit.local_shape[0]
+    params = [
+        ParamInfo(name, (rows[name], unit.local_columns), unit.partition_dim, False)
+        for name, unit in {unit.param: unit for unit in units}.items()
+    ]
+    layout = cut_evenly(params, tensor, data)
+    kept = [
+        ShardExchange(
+            units,
+            assign(units, len(layout)).owners,
+            layout,
+            rank=rank,
+            transport=NoTransport(),
+            wire_dtype=torch.float32 if wire == "fp32" else torch.bfloat16,
+            chunks=4,
+        ).buffer_bytes
+        for rank in range(len(layout))
+    ]
+    # One element more or less is held where shards are not all of one size: 4 bytes, 4 on the wire.
+    assert abs(exchange_bytes(config, topology) - max(kept)) <= 8
+    assert exchange_bytes(config_of("inner.kind=adamw"), topology) == 0
 
 
 def test_a_narrow_wire_needs_more_memory_than_it_saves() -> None:

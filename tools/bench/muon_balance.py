@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_muloco.config import RunConfig, load_config
-from megatron_muloco.config.inner import MuonInner
 from megatron_muloco.optim.assignment import assign
-from megatron_muloco.optim.units import LayerShape, Unit, split
-from megatron_muloco.shards import ParamInfo
+from megatron_muloco.planning.stage_units import stage_units
+from megatron_muloco.topology import Topology
 
 LAYOUTS = ((4, 16, 1, 1.06), (4, 8, 2, 1.06), (4, 16, 2, 1.17), (4, 8, 1, None), (1, 8, 1, None))
 """Tensor, data and pipeline sizes, and the largest balance allowed (none where not set)."""
@@ -72,7 +71,7 @@ def main() -> int:
 
 def measure(config: RunConfig, tensor: int, data: int, pipeline: int, allowed: float | None) -> Row:
     """Return how one layout is balanced and how it could be."""
-    units = stage_units(config, tensor, pipeline)
+    units = stage_units(config, Topology(1, tensor, pipeline, data), accelerator=True)
     assignment = assign(units, tensor * data)
     best, exact = optimum([unit.cost for unit in units], tensor * data)
     return Row(
@@ -84,37 +83,6 @@ def measure(config: RunConfig, tensor: int, data: int, pipeline: int, allowed: f
         exact=exact,
         allowed=allowed,
     )
-
-
-def stage_units(config: RunConfig, tensor: int, pipeline: int) -> list[Unit]:
-    """Return the units of one pipeline stage, as the parameter table has them."""
-    model = config.model
-    assert isinstance(config.inner, MuonInner), "only Muon has units"
-    shape = LayerShape(
-        num_attention_heads=model.num_attention_heads,
-        num_query_groups=model.query_groups,
-        kv_channels=model.kv_channels,
-        ffn_hidden_size=model.ffn_hidden_size,
-    )
-    h, heads = model.hidden_size, model.num_attention_heads * model.kv_channels
-    both = heads + 2 * model.query_groups * model.kv_channels
-    local = {
-        "self_attention.linear_qkv": (both // tensor, h, 0),
-        "self_attention.linear_proj": (h, heads // tensor, 1),
-        "mlp.linear_fc1": (2 * model.ffn_hidden_size // tensor, h, 0),
-        "mlp.linear_fc2": (h, model.ffn_hidden_size // tensor, 1),
-    }
-    return [
-        unit
-        for layer in range(model.num_layers // pipeline)
-        for name, (rows, columns, dim) in local.items()
-        for unit in split(
-            ParamInfo(f"decoder.layers.{layer}.{name}.weight", (rows, columns), dim, False),
-            shape,
-            tensor_size=tensor,
-            steps=config.inner.muon.num_ns_steps,
-        )
-    ]
 
 
 def optimum(costs: Sequence[int], ranks: int) -> tuple[int, bool]:

@@ -1,0 +1,58 @@
+"""The matrices of one pipeline stage and their owners, as the parameter table will have them."""
+
+from functools import partial
+
+from megatron_muloco.config.inner import MuonInner
+from megatron_muloco.config.schema import RunConfig
+from megatron_muloco.optim.forms import Implementation, automatic_form
+from megatron_muloco.optim.units import LayerShape, Unit, split
+from megatron_muloco.shards import ParamInfo
+from megatron_muloco.topology import Topology
+
+__all__ = ["stage_units"]
+
+
+def stage_units(config: RunConfig, topology: Topology, *, accelerator: bool) -> tuple[Unit, ...]:
+    """Return the units of a pipeline stage, all stages having as many; none without Muon.
+
+    Args:
+        config: The run.
+        topology: Its tensor and pipeline sizes count.
+        accelerator: Whether ranks have one, for the form and with it the cost of a unit.
+    """
+    if not isinstance(config.inner, MuonInner):
+        return ()
+    model, tensor, muon = config.model, topology.tensor, config.inner.muon
+    shape = LayerShape(
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.query_groups,
+        kv_channels=model.kv_channels,
+        ffn_hidden_size=model.ffn_hidden_size,
+    )
+    h, heads = model.hidden_size, model.num_attention_heads * model.kv_channels
+    both = heads + 2 * model.query_groups * model.kv_channels
+    local = {
+        "self_attention.linear_qkv": (both // tensor, h, 0),
+        "self_attention.linear_proj": (h, heads // tensor, 1),
+        "mlp.linear_fc1": (2 * model.ffn_hidden_size // tensor, h, 0),
+        "mlp.linear_fc2": (h, model.ffn_hidden_size // tensor, 1),
+    }
+    return tuple(
+        unit
+        for layer in range(model.num_layers // topology.pipeline)
+        for name, (rows, columns, dim) in local.items()
+        for unit in split(
+            ParamInfo(f"decoder.layers.{layer}.{name}.weight", (rows, columns), dim, False),
+            shape,
+            tensor_size=tensor,
+            steps=muon.num_ns_steps,
+            choose_form=partial(_form, config.inner, accelerator),
+        )
+    )
+
+
+def _form(inner: MuonInner, accelerator: bool, rows: int, columns: int) -> Implementation:
+    if inner.muon.ns_impl != "auto":
+        return inner.muon.ns_impl
+    precise = inner.muon.compute_dtype(accelerator=accelerator) == "fp32"
+    return automatic_form(rows, columns, precise=precise, cpu=not accelerator)
