@@ -1,0 +1,124 @@
+"""The seam between what a reducer sends and how it is written.
+
+A codec is a pure function of the values and their unit: no state, no process group. Its payload has
+no header, because sender and receiver know the unit; its size is known before the values are.
+
+Rules, the same for every codec:
+
+- A unit whose payload would not be smaller than its fp32 values is sent as those. That takes in
+  empty units (no byte), single values, and tables too large for their groups.
+- Values that are not finite are refused. A replica that has any sends nothing (weight 0).
+- Finite values of any size are allowed, up to the largest of fp32 and down to subnormal.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from megatron_muloco.compress.units import CodingUnit, Grouping
+from megatron_muloco.errors import SyncError
+
+__all__ = [
+    "Codec",
+    "RawFallback",
+    "Uncoded",
+    "from_bytes",
+    "group_matrices",
+    "refuse_non_finite",
+    "to_bytes",
+]
+
+
+class Codec(Protocol):
+    """Writes a coding unit into bytes and reads it back."""
+
+    def payload_bytes(self, unit: CodingUnit) -> int:
+        """Return the exact size of the unit's payload."""
+
+    def encode(self, values: Tensor, unit: CodingUnit) -> Tensor:
+        """Return the payload of flat fp32 ``values`` as uint8.
+
+        Raises:
+            SyncError: A value is not finite.
+        """
+
+    def decode(self, payload: Tensor, unit: CodingUnit, out: Tensor) -> None:
+        """Write the values of a payload to ``out``, flat fp32; ``payload`` may start anywhere."""
+
+
+class RawFallback:
+    """Sends a unit raw where coding it would not make it smaller.
+
+    Subclasses give `_coded_bytes`, `_encode` and `_decode`, which see no other units.
+    """
+
+    def payload_bytes(self, unit: CodingUnit) -> int:
+        """See `Codec.payload_bytes`."""
+        return min(self._coded_bytes(unit), unit.raw_bytes)
+
+    def encode(self, values: Tensor, unit: CodingUnit) -> Tensor:
+        """See `Codec.encode`."""
+        assert values.shape == (unit.numel,), (values.shape, unit)
+        if self._is_raw(unit):
+            refuse_non_finite(values)
+            return to_bytes(values)
+        payload = self._encode(values, unit)
+        assert payload.numel() == self.payload_bytes(unit), (payload.numel(), unit)
+        return payload
+
+    def decode(self, payload: Tensor, unit: CodingUnit, out: Tensor) -> None:
+        """See `Codec.decode`."""
+        assert payload.numel() == self.payload_bytes(unit), (payload.numel(), unit)
+        if self._is_raw(unit):
+            out.copy_(from_bytes(payload, torch.float32))
+        else:
+            self._decode(payload, unit, out)
+
+    def _is_raw(self, unit: CodingUnit) -> bool:
+        return self._coded_bytes(unit) >= unit.raw_bytes
+
+    def _coded_bytes(self, unit: CodingUnit) -> int:
+        raise NotImplementedError
+
+    def _encode(self, values: Tensor, unit: CodingUnit) -> Tensor:
+        raise NotImplementedError
+
+    def _decode(self, payload: Tensor, unit: CodingUnit, out: Tensor) -> None:
+        raise NotImplementedError
+
+
+class Uncoded(RawFallback):
+    """fp32 as it is; for parameters that are excluded from compression."""
+
+    @override
+    def _coded_bytes(self, unit: CodingUnit) -> int:
+        return unit.raw_bytes
+
+
+def to_bytes(values: Tensor) -> Tensor:
+    """Return a copy of ``values`` as flat uint8."""
+    return values.clone(memory_format=torch.contiguous_format).flatten().view(torch.uint8)
+
+
+def from_bytes(payload: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return bytes as values, copied, because a view needs an aligned start."""
+    return payload.clone().view(dtype)
+
+
+def group_matrices(flat: Tensor, grouping: Grouping, unit: CodingUnit) -> list[Tensor]:
+    """Return a unit's values as views [groups, width], one for each run of groups of one width."""
+    shapes = grouping.groups(unit).matrices()
+    pieces = flat.split([count * width for count, width in shapes])
+    return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+
+
+def refuse_non_finite(values: Tensor) -> None:
+    """Raise if a value, or a scale or sum that one would spoil, is not finite."""
+    if not bool(torch.isfinite(values).all()):
+        raise SyncError(
+            "a pseudogradient to be encoded is not finite. The guard takes such a replica out of "
+            "the mean before; values that overflow together with their residual come here. Lower "
+            "inner.lr or outer.compression.error_decay."
+        )

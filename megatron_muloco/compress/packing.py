@@ -1,0 +1,74 @@
+"""Small unsigned integers, packed into bytes without gaps.
+
+Widths of 1, 2, 4 and 8 bits divide a byte: value i of a byte lies in bits ``[i * bits, ...)``. They
+are packed by reading as many codes as fill a byte as one word and folding it onto itself, which
+runs over contiguous memory. Other widths (indices) go through single bits. Words are little-endian,
+as on every machine that torch's accelerators sit in.
+"""
+
+import torch
+from torch import Tensor
+
+__all__ = ["pack", "packed_bytes", "unpack"]
+
+_WORDS = {1: torch.int64, 2: torch.int32, 4: torch.int16}
+# (shift, mask after it), from packed to unpacked: each step doubles the number of fields.
+_SPREAD = {
+    1: ((28, 0x0000000F_0000000F), (14, 0x0003_0003_0003_0003), (7, 0x01010101_01010101)),
+    2: ((12, 0x000F_000F), (6, 0x03030303)),
+    4: ((4, 0x0F0F),),
+}
+_MAX_BITS = 16
+
+
+def packed_bytes(count: int, bits: int) -> int:
+    """Return the bytes of ``count`` packed values; the last byte may have unused bits."""
+    return -(-count * bits // 8)
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Return flat ``codes``, each in ``[0, 2**bits)``, as packed uint8.
+
+    Args:
+        codes: uint8 for up to 8 bits, else int32.
+        bits: 1 to 16.
+    """
+    if bits == 8:
+        return codes.to(torch.uint8, copy=True)
+    if bits not in _WORDS:
+        return _pack_any(codes, bits)
+    per_byte = 8 // bits
+    surplus = -codes.numel() % per_byte
+    padded = torch.nn.functional.pad(codes, (0, surplus)) if surplus else codes.contiguous()
+    word = padded.view(-1, per_byte).view(_WORDS[bits]).flatten()
+    for shift, _ in reversed(_SPREAD[bits]):
+        word = word | (word >> shift)
+    return (word & 0xFF).to(torch.uint8)
+
+
+def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
+    """Return the first ``count`` values of `pack`: uint8 for up to 8 bits, else int32."""
+    assert packed.numel() == packed_bytes(count, bits), (packed.numel(), bits, count)
+    if bits == 8:
+        return packed.clone()
+    if bits not in _WORDS:
+        return _unpack_any(packed, bits, count)
+    word = packed.to(_WORDS[bits])
+    for shift, mask in _SPREAD[bits]:
+        word = (word | (word << shift)) & mask
+    return word.view(torch.uint8)[:count]
+
+
+def _pack_any(codes: Tensor, bits: int) -> Tensor:
+    assert 1 <= bits <= _MAX_BITS, bits
+    places = torch.arange(bits, dtype=torch.int32, device=codes.device)
+    single = ((codes.to(torch.int32)[:, None] >> places) & 1).flatten().to(torch.uint8)
+    return pack(single, 1)
+
+
+def _unpack_any(packed: Tensor, bits: int, count: int) -> Tensor:
+    assert 1 <= bits <= _MAX_BITS, bits
+    places = torch.arange(bits, dtype=torch.int32, device=packed.device)
+    single = unpack(packed, 1, packed.numel() * 8)[: count * bits].view(count, bits)
+    codes = (single.to(torch.int32) << places).sum(1, dtype=torch.int32)
+    return codes.to(torch.uint8) if bits < 8 else codes

@@ -1,0 +1,121 @@
+"""The largest values of every block, with their places in it."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from megatron_muloco.compress.codec import (
+    RawFallback,
+    from_bytes,
+    group_matrices,
+    refuse_non_finite,
+    to_bytes,
+)
+from megatron_muloco.compress.packing import pack, packed_bytes, unpack
+from megatron_muloco.compress.units import CodingUnit, Grouping
+
+__all__ = ["TopK"]
+
+# 12-bit places. SparseLoCo (arXiv 2508.15706) selects inside chunks of this many values too.
+_BLOCK_SIZE = 4096
+_MAX_BLOCK_SIZE = 1 << 16
+_MAX_BF16 = torch.finfo(torch.bfloat16).max
+
+
+class TopK(RawFallback):
+    """Sends the ``density`` largest magnitudes of each block of a unit; the others become 0.
+
+    ::
+
+        payload = [ values, block by block | their places in the block, packed ]
+
+    Places rise inside a block. Where one bit for every value of the block is less, that is what is
+    sent. A block of n values keeps ``density * n``, rounded, at least one. The error is at most the
+    smallest magnitude kept; kept values are exact in fp32, and within 2**-9 of themselves in bf16
+    (beyond the largest bf16, they are that).
+
+    Args:
+        density: Share of the values that is sent, above 0 and at most 1.
+        wire_dtype: Dtype of the values sent.
+        block_size: Values that compete with each other; at most 65,536.
+    """
+
+    def __init__(
+        self,
+        density: float,
+        wire_dtype: Literal["fp32", "bf16"] = "fp32",
+        block_size: int = _BLOCK_SIZE,
+    ) -> None:
+        if not 0 < density <= 1:
+            raise ValueError(f"density is {density}, and must be above 0 and at most 1")
+        if not 1 <= block_size <= _MAX_BLOCK_SIZE:
+            raise ValueError(f"block_size is {block_size}; places have at most 16 bits")
+        self.density, self.grouping = density, Grouping("block", block_size)
+        self._dtype = torch.bfloat16 if wire_dtype == "bf16" else torch.float32
+
+    def kept(self, width: int) -> int:
+        """Return how many values of a block of ``width`` are sent."""
+        return max(1, round(self.density * width))
+
+    @override
+    def _coded_bytes(self, unit: CodingUnit) -> int:
+        parts = self.grouping.groups(unit).matrices()
+        values = sum(count * self.kept(width) for count, width in parts)
+        return values * self._dtype.itemsize + sum(self._place_bytes(*part) for part in parts)
+
+    @override
+    def _encode(self, values: Tensor, unit: CodingUnit) -> Tensor:
+        kept, places = [], []
+        for block in group_matrices(values, self.grouping, unit):
+            count, width = block.shape
+            index = block.abs().topk(self.kept(width), dim=1, sorted=False).indices
+            index = index.sort(dim=1).values
+            kept.append(self._on_wire(block.gather(1, index)).flatten())
+            places.append(self._pack_places(index, count, width))
+        sent = torch.cat(kept)
+        refuse_non_finite(sent)  # the largest magnitudes: nothing else can be infinite
+        return torch.cat([to_bytes(sent), *places])
+
+    @override
+    def _decode(self, payload: Tensor, unit: CodingUnit, out: Tensor) -> None:
+        parts = group_matrices(out.zero_(), self.grouping, unit)
+        sizes = [len(part) * self.kept(part.shape[1]) * self._dtype.itemsize for part in parts]
+        sizes += [self._place_bytes(*part.shape) for part in parts]
+        pieces = payload.split(sizes)
+        for part, sent, places in zip(parts, pieces, pieces[len(parts) :], strict=False):
+            values = from_bytes(sent, self._dtype).float().view(len(part), -1)
+            part.scatter_(1, self._unpack_places(places, *part.shape), values)
+
+    def _on_wire(self, values: Tensor) -> Tensor:
+        if self._dtype is torch.bfloat16:
+            finite = values.clamp(-_MAX_BF16, _MAX_BF16)  # which would round to infinity
+            values = torch.where(values.isfinite(), finite, values)
+        return values.to(self._dtype)
+
+    def _place_bits(self, width: int) -> int:
+        return max(1, (width - 1).bit_length())
+
+    def _is_mask(self, width: int) -> bool:
+        return width <= self.kept(width) * self._place_bits(width)
+
+    def _place_bytes(self, count: int, width: int) -> int:
+        if self._is_mask(width):
+            return packed_bytes(count * width, 1)
+        return packed_bytes(count * self.kept(width), self._place_bits(width))
+
+    def _pack_places(self, index: Tensor, count: int, width: int) -> Tensor:
+        if self._is_mask(width):
+            mask = torch.zeros(count, width, dtype=torch.uint8, device=index.device)
+            return pack(mask.scatter_(1, index, 1).flatten(), 1)
+        bits = self._place_bits(width)
+        codes = index.flatten()
+        return pack(codes.to(torch.uint8 if bits <= 8 else torch.int32), bits)
+
+    def _unpack_places(self, places: Tensor, count: int, width: int) -> Tensor:
+        if self._is_mask(width):
+            mask = unpack(places, 1, count * width).view(count, width)
+            return mask.nonzero()[:, 1].view(count, -1)
+        kept = self.kept(width)
+        return unpack(places, self._place_bits(width), count * kept).long().view(count, kept)

@@ -1,0 +1,261 @@
+"""Codecs lose what they say at most, send the bytes that they say, and repeat themselves."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from megatron_muloco.compress.codec import Codec, Uncoded
+from megatron_muloco.compress.float4 import E3M0
+from megatron_muloco.compress.linear import Linear
+from megatron_muloco.compress.statistical import Statistical
+from megatron_muloco.compress.topk import TopK
+from megatron_muloco.compress.units import CodingUnit, Granularity, Grouping
+from megatron_muloco.errors import SyncError
+from tests.support.tensors import assert_equal
+
+EPS = 2.0**-24  # half an ulp of fp32, relative
+TINY = 2.0**-149  # the smallest number above 0
+GRANULARITIES: tuple[Granularity, ...] = ("tensor", "row", "block")
+BITS = (8, 4, 2, 1)
+
+SHAPES: dict[str, Callable[[Tensor], Tensor]] = {
+    "normal": lambda x: x,
+    "zero": torch.zeros_like,
+    "constant": lambda x: torch.full_like(x, -1.7),
+    "outliers": lambda x: x.pow(9),
+    "far from zero": lambda x: 1000.0 + x,
+    "huge": lambda x: x.sign() * 3.4e38 / (1 + x.abs()),
+    "subnormal": lambda x: (x * 40).round() * TINY,
+    "two values": lambda x: (x > 0).float(),
+}
+
+
+def draw(shape: str, numel: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return SHAPES[shape](torch.randn(numel, generator=generator))
+
+
+def decoded(codec: Codec, values: Tensor, unit: CodingUnit) -> Tensor:
+    """Encode, count, move to an odd address, decode over garbage."""
+    kept = values.clone()
+    payload = codec.encode(values, unit)
+    assert payload.dtype == torch.uint8
+    assert payload.numel() == codec.payload_bytes(unit) <= unit.raw_bytes
+    assert_equal(values, kept)
+    assert_equal(codec.encode(values, unit), payload, "encoded again")
+    elsewhere = torch.cat([torch.zeros(1, dtype=torch.uint8), payload])[1:]
+    out = torch.full_like(values, math.nan)
+    codec.decode(elsewhere, unit, out)
+    return out
+
+
+def groups_of(values: Tensor, unit: CodingUnit, grouping: Grouping) -> list[Tensor]:
+    """Cut by the plain meaning of the words, one value at a time."""
+    key = {
+        "tensor": lambda i: 0,
+        "row": lambda i: (i + unit.row_offset) // unit.row_width if unit.row_width else 0,
+        "block": lambda i: i // grouping.block_size,
+    }[grouping.granularity]
+    keys = torch.tensor([key(i) for i in range(unit.numel)])
+    return [values[keys == each] for each in keys.unique()]
+
+
+units = st.builds(
+    lambda numel, width, offset: CodingUnit(numel, width, offset % max(1, width)),
+    st.integers(0, 300),
+    st.integers(0, 90),
+    st.integers(0, 89),
+)
+groupings = st.builds(Grouping, st.sampled_from(GRANULARITIES), st.sampled_from([1, 16, 64, 256]))
+shapes = st.sampled_from(list(SHAPES))
+seeds = st.integers(0, 99)
+
+
+@given(unit=units, grouping=groupings)
+def test_groups_partition_the_unit_as_the_words_say(unit: CodingUnit, grouping: Grouping) -> None:
+    groups = grouping.groups(unit)
+    widths = [width for count, width in groups.matrices() for _ in range(count)]
+    expected = groups_of(torch.arange(unit.numel), unit, grouping) if unit.numel else []
+    assert widths == [len(group) for group in expected]
+    assert groups.number == len(widths)
+
+
+def linear_bound(group: Tensor, bits: int) -> float:
+    steps = 2**bits - 1
+    low, high = float(group.min()), float(group.max())
+    # The place of a value among the steps takes four roundings, the level one. Below the normal
+    # numbers a step is rounded absolutely, by TINY, up to ``steps`` times; halving doubles that.
+    rounding = 4 * EPS * (high - low) + EPS * max(abs(low), abs(high)) + 2 * (steps + 2) * TINY
+    return (high - low) / (2 * steps) + rounding
+
+
+def statistical_bound(group: Tensor, bits: int) -> float:
+    values = group.double()
+    mean, sigma = float(values.mean()), float(values.std(correction=0))
+    beyond = max(0.0, float((values - mean).abs().max()) - 3 * sigma)
+    # Edges lie where ``(x - mean) * bins / (6 sigma) + bins / 2`` crosses an integer: fp32 mean
+    # (EPS * |mean|), and three roundings of numbers up to 6 sigma. Means: 2**-21 sigma, and EPS of
+    # the value. Where 6 sigma / bins is below 1 / the largest fp32, all values share a bin.
+    largest = float(values.abs().max())
+    rounding = 8 * EPS * (6 * sigma + largest) + 2**-21 * sigma + 2 * TINY
+    return 6 * sigma / 2**bits + beyond + rounding + (6 * sigma if sigma < 1e-37 else 0.0)
+
+
+@given(shape=shapes, unit=units, grouping=groupings, bits=st.sampled_from(BITS), seed=seeds)
+def test_linear(shape: str, unit: CodingUnit, grouping: Grouping, bits: int, seed: int) -> None:
+    values = draw(shape, unit.numel, seed)
+    result = decoded(Linear(bits, grouping), values, unit)
+    for exact, found in zip(
+        groups_of(values, unit, grouping), groups_of(result, unit, grouping), strict=True
+    ):
+        if len(exact):
+            error = (found.double() - exact.double()).abs().max()
+            assert error <= linear_bound(exact, bits)
+            if shape != "subnormal":
+                assert torch.equal(found.min(), exact.min())
+                assert torch.equal(found.max(), exact.max())
+
+
+@given(shape=shapes, unit=units, grouping=groupings, bits=st.sampled_from(BITS), seed=seeds)
+def test_statistical(
+    shape: str, unit: CodingUnit, grouping: Grouping, bits: int, seed: int
+) -> None:
+    values = draw(shape, unit.numel, seed)
+    result = decoded(Statistical(bits, grouping), values, unit)
+    for exact, found in zip(
+        groups_of(values, unit, grouping), groups_of(result, unit, grouping), strict=True
+    ):
+        if len(exact):
+            error = found.double() - exact.double()
+            assert error.abs().max() <= statistical_bound(exact, bits)
+            # Each bin's errors cancel, but for 2**-21 sigma and the rounding of its mean.
+            sigma, largest = float(exact.double().std(correction=0)), float(exact.abs().max())
+            assert abs(error.mean()) <= 2**-21 * sigma + EPS * largest + TINY
+
+
+@given(shape=shapes, unit=units, grouping=groupings, seed=seeds)
+def test_e3m0(shape: str, unit: CodingUnit, grouping: Grouping, seed: int) -> None:
+    values = draw(shape, unit.numel, seed)
+    result = decoded(E3M0(grouping), values, unit)
+    for exact, found in zip(
+        groups_of(values, unit, grouping), groups_of(result, unit, grouping), strict=True
+    ):
+        if len(exact):
+            largest = exact.abs().max().double()
+            bound = torch.maximum(exact.double().abs() / 3, largest / 128)
+            error = (found.double() - exact.double()).abs()
+            assert (error <= bound * (1 + 4 * EPS) + TINY).all()
+            assert found.abs().max() == exact.abs().max()
+
+
+@given(
+    shape=shapes,
+    numel=st.integers(0, 300),
+    density=st.sampled_from([0.005, 0.02, 0.1, 0.3, 1.0]),
+    block_size=st.sampled_from([1, 10, 64, 4096]),
+    wire_dtype=st.sampled_from(["fp32", "bf16"]),
+    seed=seeds,
+)
+def test_topk_keeps_the_largest(
+    shape: str, numel: int, density: float, block_size: int, wire_dtype: str, seed: int
+) -> None:
+    unit = CodingUnit(numel)
+    values = draw(shape, numel, seed)
+    codec = TopK(density, "bf16" if wire_dtype == "bf16" else "fp32", block_size)
+    result = decoded(codec, values, unit)
+    if codec.payload_bytes(unit) == unit.raw_bytes:
+        assert_equal(result, values)
+        return
+    for exact, found in zip(values.split(block_size), result.split(block_size), strict=True):
+        order = exact.abs().sort(descending=True).values
+        threshold = order[codec.kept(len(exact)) - 1]
+        # Above the threshold everything is kept, below nothing; at it (ties), either.
+        assert (found[exact.abs() < threshold] == 0).all()
+        sure = exact.abs() > threshold
+        assert (found != 0).sum() <= codec.kept(len(exact))
+        relative = 2.0**-8 if wire_dtype == "bf16" else 0.0  # 2**-9, or the clamp at the top
+        # bf16 has the exponents of fp32 and 16 bits less: TINY * 2**15 is half its smallest number.
+        slack = TINY * 2**15 if wire_dtype == "bf16" else 0.0
+        error = (found.double() - exact.double()).abs()
+        assert (error[sure] <= relative * exact[sure].abs().double() + slack).all()
+        assert (error <= max(float(threshold), 0.0) + relative * exact.abs() + slack).all()
+
+
+CODECS = {
+    **{
+        f"{kind.__name__} {bits} {granularity}": kind(bits, Grouping(granularity, 64))
+        for kind in (Linear, Statistical)
+        for bits in BITS
+        for granularity in GRANULARITIES
+    },
+    **{f"E3M0 {each}": E3M0(Grouping(each, 64)) for each in GRANULARITIES},
+    "TopK": TopK(0.02),
+    "TopK bf16 mask": TopK(0.3, "bf16"),
+    "Uncoded": Uncoded(),
+}
+every_codec = pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS.keys())
+
+
+@every_codec
+def test_an_empty_unit_has_no_payload(codec: Codec) -> None:
+    assert codec.payload_bytes(CodingUnit(0)) == 0
+    assert decoded(codec, torch.empty(0), CodingUnit(0)).numel() == 0
+
+
+@every_codec
+@pytest.mark.parametrize("value", [0.0, -3.5, 3.4e38, TINY])
+def test_one_value_is_exact(codec: Codec, value: float) -> None:
+    if codec is CODECS["TopK bf16 mask"]:
+        pytest.skip("a bf16 and its place are less than an fp32")
+    values = torch.tensor([value])
+    assert_equal(decoded(codec, values, CodingUnit(1)), values)
+
+
+@every_codec
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("numel", [1, 2000])
+def test_non_finite_values_are_refused(codec: Codec, bad: float, numel: int) -> None:
+    values = torch.randn(numel, generator=torch.Generator().manual_seed(3))
+    values[numel // 2] = bad
+    with pytest.raises(SyncError, match="not finite"):
+        codec.encode(values, CodingUnit(numel, 40))
+
+
+@every_codec
+def test_units_larger_than_the_cache_blocks(codec: Codec) -> None:
+    """Means and codes of a unit do not depend on the blocks that it is worked on in."""
+    unit = CodingUnit(70_001, 700, 5)
+    values = draw("normal", unit.numel, 1)
+    error = decoded(codec, values, unit) - values
+    # 1 bit, linear, is the worst: half the range of normal values.
+    assert error.abs().max() <= (values.max() - values.min()) / 2 + 1e-5
+
+
+def test_statistical_beats_linear_at_two_bits() -> None:
+    values, unit = draw("normal", 10_000, 2), CodingUnit(10_000)
+    errors = [
+        (decoded(kind(2, Grouping()), values, unit) - values).norm()
+        for kind in (Statistical, Linear)
+    ]
+    assert errors[0] < errors[1]
+
+
+@pytest.mark.parametrize(("bits", "factor"), [(4, 7.8), (2, 15.0)])
+@pytest.mark.parametrize("kind", [Linear, Statistical])
+def test_compression_of_units_of_a_useful_size(
+    kind: type[Linear | Statistical], bits: int, factor: float
+) -> None:
+    unit = CodingUnit(8192)
+    assert unit.raw_bytes >= factor * kind(bits, Grouping()).payload_bytes(unit)
+
+
+def test_places_take_no_more_than_their_bits() -> None:
+    unit = CodingUnit(4096 * 10)
+    kept = 82 * 10  # 2 % of 4,096
+    assert TopK(0.02).payload_bytes(unit) == kept * 4 + kept * 12 // 8
+    assert TopK(0.5, "bf16").payload_bytes(unit) == 2048 * 10 * 2 + unit.numel // 8
