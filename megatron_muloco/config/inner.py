@@ -43,6 +43,11 @@ class MuonConfig(Section):
         "rounding. auto chooses by shape: plain in bf16, on an accelerator and for small matrices. "
         "triangle and gram need ns_dtype fp32.",
     )
+    split_heads: bool = Field(
+        False,
+        description="Orthogonalise and scale each head of q, k and v as a matrix of its own, "
+        "instead of all heads together.",
+    )
     exchange_dtype: Literal["auto", "bf16", "fp32"] = Field(
         "auto",
         description="Dtype in which shards travel to the rank that orthogonalises them; auto is "

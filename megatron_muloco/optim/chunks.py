@@ -28,7 +28,7 @@ def divide(
     for owner in sorted(set(owners)):
         owned = [index for index, other in enumerate(owners) if other == owner]
         total, before = sum(units[index].numel for index in owned), 0
-        for index in sorted(owned, key=lambda i: (units[i].shape, i)):
+        for index in sorted(owned, key=lambda i: (units[i].shape, units[i].blocks, i)):
             # By the middle of the unit, in integers: floor((before + numel / 2) / total * chunks).
             middle = 2 * before + units[index].numel
             members[middle * chunks // (2 * total)].append(index)
@@ -37,10 +37,13 @@ def divide(
 
 
 def by_shape(units: Sequence[Unit]) -> list[list[Unit]]:
-    """Return the units of each shape, which an owner computes together, in order."""
-    batches: dict[tuple[int, int], list[Unit]] = {}
+    """Return the units of each shape, which an owner computes together, in order.
+
+    Units of one shape that are cut into other blocks are not of one kind.
+    """
+    batches: dict[tuple[tuple[int, int], int], list[Unit]] = {}
     for unit in units:
-        batches.setdefault(unit.shape, []).append(unit)
+        batches.setdefault((unit.shape, unit.blocks), []).append(unit)
     return list(batches.values())
 
 

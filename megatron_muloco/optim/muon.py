@@ -242,19 +242,20 @@ class MuonAdamW(torch.optim.AdamW):
         """Momentum, collect, orthogonalise at the owners, return, decay and descend."""
         sent_before = exchange.bytes_sent
         matrices = [(group, [b for b in bound if b.exchanged]) for group, bound in self._groups()]
-        done: list[str] = []
+        done: list[Unit] = []
 
         def update(units: tuple[Unit, ...], batch: Tensor) -> Tensor:
-            done.extend(unit.name for unit in units)
+            done.extend(units)
             with self.timer.phase("newton_schulz"):
-                rows, columns = units[0].shape
+                rows, columns = units[0].block_shape
                 factor = scale_factor(self.muon.scale_mode, rows, columns)
-                return self.orthogonalise(batch).float() * factor
+                directions = self.orthogonalise(batch.view(-1, rows, columns))
+                return directions.reshape(batch.shape).float() * factor
 
         with self.timer.phase("collect"):
             directions = self._accumulate([b for _, chosen in matrices for b in chosen])
         updates = exchange.transform(directions, update, self.timer)
-        self._check_done(done)
+        self._check_done([unit.name for unit in done])
         with self.timer.phase("return"):
             for group, chosen in matrices:
                 if chosen:
@@ -262,7 +263,9 @@ class MuonAdamW(torch.optim.AdamW):
                     torch._foreach_mul_(tensors, 1 - group["lr"] * group["weight_decay"])
                     steps = [updates[b.name] for b in chosen]
                     torch._foreach_add_(tensors, steps, alpha=-group["lr"])
-        self.last_step = StepReport(len(done), exchange.bytes_sent - sent_before)
+        self.last_step = StepReport(
+            sum(unit.blocks for unit in done), exchange.bytes_sent - sent_before
+        )
 
     def _accumulate(self, bound: list[BoundShard]) -> dict[str, Tensor]:
         """Update the momentum buffers and return what is to be orthogonalised."""
@@ -303,7 +306,7 @@ class MuonAdamW(torch.optim.AdamW):
     @property
     def planned_calls(self) -> int:
         """Matrices that this rank must orthogonalise in every step."""
-        return len(self._planned)
+        return sum(unit.blocks for unit in self._exchange.owned) if self._exchange else 0
 
     @property
     def balance(self) -> float:

@@ -111,6 +111,7 @@ def build_parameter_table(
     group_size: int,
     num_ns_steps: int = 5,
     choose_form: ChooseForm = always_plain,
+    split_heads: bool = False,
     multipliers: Mapping[str, tuple[float, float]] | None = None,
 ) -> ParameterTable:
     """Return the table of one pipeline stage.
@@ -124,6 +125,7 @@ def build_parameter_table(
         group_size: Number of ranks of the stage group (tp x cp x dp).
         num_ns_steps: Newton-Schulz steps, for the cost.
         choose_form: In which form a matrix is orthogonalised, for the cost.
+        split_heads: Orthogonalise each head of q, k and v on its own.
         multipliers: Factors on (learning rate, weight decay) of the parameters that have them.
 
     Raises:
@@ -146,6 +148,7 @@ def build_parameter_table(
             tensor_size=tensor_size,
             steps=num_ns_steps,
             choose_form=choose_form,
+            split_heads=split_heads,
         )
         if to == "matrix"
         else ()
@@ -190,7 +193,7 @@ _HEADER = ("parameter", "route", "units, form @owner", "shape", "lr", "wd", "cos
 
 def _cells(row: ParameterRow) -> tuple[str, ...]:
     units = ", ".join(
-        f"{unit.kind} [{unit.shape[0]} x {unit.shape[1]}] {unit.form} @{owner}"
+        f"{unit.kind} {_blocks(unit)} {unit.form} @{owner}"
         for unit, owner in zip(row.units, row.owners, strict=True)
     )
     shape = " x ".join(str(size) for size in row.shape)
@@ -204,3 +207,9 @@ def _cells(row: ParameterRow) -> tuple[str, ...]:
         f"{row.cost_share:.1%}",
         row.reason,
     )
+
+
+def _blocks(unit: Unit) -> str:
+    """Return the shape of what is orthogonalised, and of how many such blocks the unit is."""
+    rows, columns = unit.block_shape
+    return f"{unit.blocks} * " * (unit.blocks > 1) + f"[{rows} x {columns}]"

@@ -1,7 +1,7 @@
 """Which parameters are matrices, and how Megatron's fused tensors split into separate ones.
 
-A *unit* is one matrix that Muon orthogonalises on its own. Megatron fuses several of them into one
-parameter; rows of a tensor-parallel rank's local tensor, top to bottom::
+A *unit* is one matrix that Muon orthogonalises on its own, or, of q, k and v where heads are split,
+the heads of one, each on its own. Megatron fuses several of them into one parameter; rows of a tensor-parallel rank's local tensor, top to bottom::
 
     linear_qkv   | q q q q k v | q q q q k v | ...   one block a query group, d rows a letter
     linear_fc1   | gate ... | up ... |               each ffn/tp rows
@@ -96,6 +96,7 @@ class Unit:
         tensor_size: Number of tensor-parallel ranks.
         cost: FLOPs of its Newton-Schulz iteration.
         form: How that is computed.
+        blocks: Groups of as many rows each that are orthogonalised on their own; 1 is the whole.
     """
 
     name: str
@@ -107,6 +108,7 @@ class Unit:
     tensor_size: int
     cost: int
     form: Implementation = "plain"
+    blocks: int = 1
 
     @property
     def local_shape(self) -> tuple[int, int]:
@@ -117,6 +119,12 @@ class Unit:
     def shape(self) -> tuple[int, int]:
         """Rows (fan_out) and columns (fan_in) of the whole matrix."""
         return _whole(self.local_shape, self.partition_dim, self.tensor_size)
+
+    @property
+    def block_shape(self) -> tuple[int, int]:
+        """Rows and columns of what is orthogonalised on its own."""
+        rows, columns = self.shape
+        return rows // self.blocks, columns
 
     @property
     def numel(self) -> int:
@@ -158,6 +166,7 @@ def split(
     tensor_size: int,
     steps: int = 5,
     choose_form: ChooseForm = always_plain,
+    split_heads: bool = False,
 ) -> tuple[Unit, ...]:
     """Return the units of a matrix parameter; together they contain each local row once.
 
@@ -167,6 +176,7 @@ def split(
         tensor_size: Number of tensor-parallel ranks.
         steps: Newton-Schulz steps, for the cost.
         choose_form: In which form a matrix is orthogonalised, for the cost.
+        split_heads: Orthogonalise each head of q, k and v on its own.
 
     Raises:
         TopologyError: Query groups or FFN width do not divide over the tensor-parallel ranks.
@@ -183,8 +193,10 @@ def split(
                 "matrix must be held once; its module is not one of Megatron's parallel layers."
             )
         dim = 0
+    head = layer.kv_channels if split_heads and module == "linear_qkv" else None
     return tuple(
-        _unit(param, kind, r, dim, tensor_size, steps, choose_form) for kind, r in rows.items()
+        _unit(param, kind, r, dim, tensor_size, steps, choose_form, head)
+        for kind, r in rows.items()
     )
 
 
@@ -215,10 +227,14 @@ def _unit(
     tensor_size: int,
     steps: int,
     choose_form: ChooseForm,
+    block_rows: int | None,
 ) -> Unit:
     local_rows = sum(end - start for start, end in rows)
     whole = _whole((local_rows, param.local_shape[1]), dim, tensor_size)
-    form = choose_form(*whole)
+    # The rows of a head are side by side and on one tensor-parallel rank.
+    blocks = whole[0] // block_rows if block_rows else 1
+    block = (whole[0] // blocks, whole[1])
+    form = choose_form(*block)
     return Unit(
         name=f"{param.name}::{kind}",
         param=param.name,
@@ -227,8 +243,9 @@ def _unit(
         local_columns=param.local_shape[1],
         partition_dim=dim,
         tensor_size=tensor_size,
-        cost=newton_schulz_flops(*whole, steps, form),
+        cost=blocks * newton_schulz_flops(*block, steps, form),
         form=form,
+        blocks=blocks,
     )
 
 

@@ -46,6 +46,7 @@ def stage_units(config: RunConfig, topology: Topology, *, accelerator: bool) -> 
             shape,
             tensor_size=tensor,
             steps=muon.num_ns_steps,
+            split_heads=muon.split_heads,
             choose_form=partial(_form, config.inner, accelerator),
         )
     )

@@ -108,6 +108,7 @@ def parameter_table(view: MasterView, config: RunConfig, groups: Groups) -> Para
         tensor_size=topology.tensor,
         group_size=groups.stage.size(),
         num_ns_steps=settings.num_ns_steps if settings else 0,
+        split_heads=isinstance(config.inner, MuonInner) and config.inner.muon.split_heads,
         choose_form=partial(settings.form, device=training_device()) if settings else always_plain,
         multipliers={
             name: (vector.lr_mult, vector.weight_decay_mult)

@@ -184,12 +184,24 @@ class Stage:
 
     @classmethod
     def even(
-        cls, layer: LayerShape, hidden: int, tensor_size: int, dp: int, kind: InnerKind = "muon"
+        cls,
+        layer: LayerShape,
+        hidden: int,
+        tensor_size: int,
+        dp: int,
+        kind: InnerKind = "muon",
+        *,
+        split_heads: bool = False,
     ) -> "Stage":
         params = [*matrix_params(layer, hidden, tensor_size), norm_param()]
         layout = cut_evenly(params, tensor_size, dp)
         table = build_parameter_table(
-            params, layer, kind=kind, tensor_size=tensor_size, group_size=len(layout)
+            params,
+            layer,
+            kind=kind,
+            tensor_size=tensor_size,
+            group_size=len(layout),
+            split_heads=split_heads,
         )
         return cls(layer, hidden, tensor_size, layout, table)
 

@@ -181,6 +181,33 @@ def step(optimizer: MuonAdamW, masters: dict[str, Tensor], stage: Stage, seed: i
     optimizer.step()
 
 
+@pytest.mark.parametrize(("tensor_size", "dp"), [(1, 1), (2, 3), (4, 2)])
+def test_split_heads_are_matrices_of_their_own(tensor_size: int, dp: int) -> None:
+    stage = Stage.even(GQA, HIDDEN, tensor_size, dp, split_heads=True)
+    trained = train_in_threads(stage, 1, lr=1.0, muon=FP32)
+    heads = {"q": 8, "k": 4, "v": 4}
+    for unit in stage.table.units:
+        assert unit.blocks == heads.get(unit.kind, 1)
+        G = whole(unit, stage.random(1))
+        updates = []
+        for matrix in G.chunk(unit.blocks):
+            update = newton_schulz(matrix, dtype=torch.float32)
+            updates.append(update * scale_factor("unit_rms_norm", *matrix.shape))
+        expected = whole(unit, stage.random(0)) - torch.cat(updates)
+        assert relative_error(whole(unit, trained), expected) <= 1e-4, unit.name
+
+
+def test_every_head_is_counted() -> None:
+    stage = Stage.even(GQA, HIDDEN, 1, 1, split_heads=True)
+    masters = shards_of(stage.random(0), stage.layout[0])
+    optimizer = stage.optimizer(0, masters, None, lr=0.1)
+    for master in masters.values():
+        master.grad = torch.ones_like(master)
+    optimizer.step()
+    # 8 + 4 + 4 heads, proj, gate, up, down
+    assert optimizer.last_step.newton_schulz_calls == optimizer.planned_calls == 16 + 4
+
+
 def test_what_is_said_of_a_form_is_what_runs() -> None:
     # In bf16 the symmetric forms refuse, so a step says which form it was given.
     batch, cpu = torch.ones(1, 2, 3), torch.device("cpu")

@@ -150,3 +150,9 @@ def test_the_report_shows_every_stage_and_says_how_much_is_muon() -> None:
     assert "\n" not in report.summary
     plain = truth_report([table_of(1, 3, kind="adamw")])
     assert plain.summary == "11 by AdamW"
+
+
+def test_rendering_says_where_heads_are_split() -> None:
+    text = table_of(2, 2, split_heads=True).render()
+    for part in ("q 8 * [4 x 32] plain @", "k 4 * [4 x 32] plain @", "proj [32 x 32] plain @"):
+        assert part in text

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from megatron_muloco.errors import RuntimeMismatch, TopologyError
 from megatron_muloco.optim.assignment import assign
+from megatron_muloco.optim.chunks import by_shape
 from megatron_muloco.optim.forms import newton_schulz_flops
 from megatron_muloco.optim.units import (
     LayerShape,
@@ -182,6 +183,30 @@ def test_a_unit_is_as_dear_as_the_form_that_its_shape_gets() -> None:
         choose_form=lambda m, n: "gram" if m > n else "triangle",
     )
     assert (proj.form, proj.cost) == ("triangle", newton_schulz_flops(6, 24, 3, "triangle"))
+
+
+def test_heads_cost_as_much_as_so_many_small_matrices() -> None:
+    param, _ = local_pieces(QKV, GQA, 2)
+    q, k, v = split(param, GQA, tensor_size=2, split_heads=True)
+    assert (q.blocks, k.blocks, v.blocks) == (8, 4, 4)
+    for unit in (q, k, v):
+        assert unit.block_shape == (GQA.kv_channels, HIDDEN)
+        assert unit.cost == unit.blocks * newton_schulz_flops(GQA.kv_channels, HIDDEN, 5)
+    assert [unit.shape for unit in (q, k, v)] == [
+        unit.shape for unit in split(param, GQA, tensor_size=2)
+    ]
+    (proj,) = split(ParamInfo(PROJ, (6, 12), 1, False), GQA, tensor_size=2, split_heads=True)
+    assert proj.blocks == 1
+
+
+def test_heads_are_not_batched_with_whole_matrices() -> None:
+    # With as many heads as groups and width 12, q, k, v and proj have one shape.
+    params = [ParamInfo(QKV, (36, 12), 0, False), ParamInfo(PROJ, (12, 12), 1, False)]
+    units = [u for p in params for u in split(p, MHA, tensor_size=1, split_heads=True)]
+    assert [[unit.kind for unit in batch] for batch in by_shape(units)] == [
+        ["q", "k", "v"],
+        ["proj"],
+    ]
 
 
 def units_of_cost(*costs: int) -> list[Unit]:
