@@ -1,7 +1,8 @@
 """Which parameters are matrices, and how Megatron's fused tensors split into separate ones.
 
-A *unit* is one matrix that Muon orthogonalises on its own, or, of q, k and v where heads are split,
-the heads of one, each on its own. Megatron fuses several of them into one parameter; rows of a tensor-parallel rank's local tensor, top to bottom::
+A *unit* is one matrix that Muon orthogonalises on its own or, where heads are split, all the heads
+of q, k or v, each of which is. Megatron fuses several units into one parameter; rows of a
+tensor-parallel rank's local tensor, top to bottom::
 
     linear_qkv   | q q q q k v | q q q q k v | ...   one block a query group, d rows a letter
     linear_fc1   | gate ... | up ... |               each ffn/tp rows
