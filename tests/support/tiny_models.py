@@ -147,8 +147,13 @@ class TinyRun:
         return {name: p.detach().clone() for name, p in named_parameters(self.model.module)}
 
 
-def start_tiny(config: RunConfig, assignment: Assignment = global_order) -> TinyRun:
-    """Build everything for one rank; call `finish_tiny` at the end of the rank function."""
+def start_tiny(
+    config: RunConfig, assignment: Assignment = global_order, *, bucket_size: int | None = None
+) -> TinyRun:
+    """Build everything for one rank; call `finish_tiny` at the end of the rank function.
+
+    ``bucket_size`` acts with ``training.overlap_grad_reduce`` only, as in Megatron.
+    """
     groups = initialize_replicas(config)
     stage = build_model(config, groups)
     training = config.training
@@ -158,6 +163,7 @@ def start_tiny(config: RunConfig, assignment: Assignment = global_order) -> Tiny
         reduce_in_fp32=training.accumulate_dtype == "fp32",
         overlap_grad_reduce=training.overlap_grad_reduce,
         overlap_param_gather=training.overlap_param_gather,
+        bucket_size=bucket_size,
     )
     forward = ForwardBackward(
         model,

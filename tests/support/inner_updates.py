@@ -1,0 +1,142 @@
+"""Whole matrices in and out of a real replica: the same momentum in every layout, update by update.
+
+Every rank fills its local tensors from whole units that depend on a name alone, steps the real
+optimizer, and hands its flat shards back; the test puts whole units together again.
+"""
+
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_muloco.comm.exchange import AllToAll
+from megatron_muloco.model.names import named_parameters
+from megatron_muloco.optim.assignment import Assignment
+from megatron_muloco.optim.exchange import ShardExchange
+from megatron_muloco.optim.segments import RankShards
+from megatron_muloco.optim.units import Unit
+from tests.support.scattered import Pieces, scatter, whole
+from tests.support.tiny_models import TinyRun
+
+MakeMatrix = Callable[[Unit], Tensor]
+
+
+@dataclass(frozen=True)
+class Held:
+    """What one rank has: its units' descriptions and its flat shards."""
+
+    tensor_rank: int
+    units: tuple[Unit, ...]
+    local_shapes: dict[str, tuple[int, ...]]
+    shards: dict[str, tuple[int, Tensor]]
+    planned_calls: int
+
+    def cuts_inside_a_row(self) -> bool:
+        """Whether a shard of a matrix begins within one of its rows."""
+        matrices = {unit.param for unit in self.units}
+        return any(
+            start % self.local_shapes[name][1]
+            for name, (start, _) in self.shards.items()
+            if name in matrices
+        )
+
+
+def named_matrix(unit: Unit, seed: int) -> Tensor:
+    """Return a random matrix that depends on the unit's name and the seed alone."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{unit.name} {seed}".encode()))
+    return torch.randn(unit.shape, generator=generator)
+
+
+def named_integers(unit: Unit, seed: int) -> Tensor:
+    """Return whole numbers up to 8 that depend on the unit's name and the seed alone."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{unit.name} {seed}".encode()))
+    return torch.randint(-8, 9, unit.shape, generator=generator).float()
+
+
+def local_pieces(run: TinyRun, make: MakeMatrix) -> dict[str, Tensor]:
+    """Return this rank's local tensors of every matrix parameter of its stage."""
+    units = run.optimizer.inner.table.units
+    pieces = scatter({unit.name: make(unit) for unit in units}, units)
+    rank = run.groups.coords.tp
+    return {name: piece for (name, t), piece in pieces.items() if t == rank}
+
+
+@torch.no_grad()
+def set_masters(run: TinyRun, make: MakeMatrix) -> None:
+    """Overwrite this rank's masters of matrices."""
+    _fill(run, run.optimizer.view.masters, make)
+
+
+@torch.no_grad()
+def set_momentum(run: TinyRun, make: MakeMatrix) -> None:
+    """Overwrite this rank's momentum buffers."""
+    _fill(run, run.optimizer.inner.named_state()["momentum_buffer"], make)
+
+
+def _fill(run: TinyRun, tensors: Mapping[str, Tensor], make: MakeMatrix) -> None:
+    pieces = local_pieces(run, make)
+    for shard in run.optimizer.view.shards:
+        if shard.name in pieces:
+            flat = pieces[shard.name].reshape(-1)
+            tensors[shard.name].copy_(flat[shard.start : shard.end])
+
+
+@torch.no_grad()
+def set_gradients(run: TinyRun, make: MakeMatrix) -> None:
+    """Overwrite the gradients that backward would have left in Megatron's buffers; others are 0."""
+    run.model.zero_grad_buffer()
+    pieces = local_pieces(run, make)
+    for name, parameter in named_parameters(run.model.module):
+        if name in pieces:
+            parameter.main_grad.copy_(pieces[name])
+
+
+def give_all_to_one(run: TinyRun) -> None:
+    """Bind the inner optimizer anew, every unit of the stage on its first rank, in one chunk.
+
+    So the batches are those of a stage that has one rank.
+    """
+    inner, view, stage = run.optimizer.inner, run.optimizer.view, run.groups.stage
+    everything = Assignment((0,) * len(inner.table.units), (1,) + (0,) * (stage.size() - 1))
+    table = replace(inner.table, assignment=everything)
+    ranges = {shard.name: (shard.start, shard.end) for shard in view.shards}
+    layout: list[Any] = [None] * stage.size()
+    torch.distributed.all_gather_object(
+        layout, RankShards(run.groups.coords.tp, ranges), group=stage
+    )
+    exchange = ShardExchange(
+        table.units,
+        table.owners,
+        layout,
+        rank=stage.rank(),
+        transport=AllToAll(stage) if stage.size() > 1 else None,
+    )
+    inner.bind([(view.raw_masters[s.name], s) for s in view.shards], table, exchange)
+
+
+def held(run: TinyRun) -> Held:
+    """Return what this rank has now."""
+    inner, view = run.optimizer.inner, run.optimizer.view
+    return Held(
+        run.groups.coords.tp,
+        inner.table.units,
+        {name: info.local_shape for name, info in view.infos.items()},
+        run.masters(),
+        inner.planned_calls,
+    )
+
+
+def whole_units(ranks: Iterable[Held]) -> dict[str, Tensor]:
+    """Return every unit of the model, put together from the shards of all ranks."""
+    pieces: Pieces = {}
+    units: dict[str, Unit] = {}
+    for rank in ranks:
+        units |= {unit.name: unit for unit in rank.units}
+        for name, (start, flat) in rank.shards.items():
+            missing = torch.full(rank.local_shapes[name], torch.nan)
+            piece = pieces.setdefault((name, rank.tensor_rank), missing)
+            piece.view(-1)[start : start + flat.numel()] = flat
+    return {name: whole(unit, pieces) for name, unit in units.items()}
