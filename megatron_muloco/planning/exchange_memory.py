@@ -15,9 +15,10 @@ __all__ = ["exchange_bytes"]
 def exchange_bytes(config: RunConfig, topology: Topology) -> int:
     """Return the bytes of the fullest rank; 0 without Muon.
 
-    Updates come back in fp32, for each element that the rank holds. On the wire's side are what it
-    sends (as many elements), what it gets as an owner (those of its units), and the matrices of its
-    largest batch. A stage of one rank sends nothing. All pipeline stages have equal matrices.
+    Updates come back in fp32, for each element that the rank holds, taken as an even share. On the
+    wire's side are what it sends (as many elements), what it gets as an owner (those of its units),
+    and the matrices of its largest batch. A stage of one rank sends nothing. All pipeline stages
+    have equal matrices.
     """
     if not isinstance(config.inner, MuonInner):
         return 0

@@ -31,9 +31,9 @@ def stage_units(config: RunConfig, topology: Topology, *, accelerator: bool) -> 
     )
     h, heads = model.hidden_size, model.num_attention_heads * model.kv_channels
     both = heads + 2 * model.query_groups * model.kv_channels
-    local = {
-        "self_attention.linear_qkv": (both // tensor, h, 0),
+    local = {  # in the order of Megatron's modules, by which ties between owners are broken
         "self_attention.linear_proj": (h, heads // tensor, 1),
+        "self_attention.linear_qkv": (both // tensor, h, 0),
         "mlp.linear_fc1": (2 * model.ffn_hidden_size // tensor, h, 0),
         "mlp.linear_fc2": (h, model.ffn_hidden_size // tensor, 1),
     }
