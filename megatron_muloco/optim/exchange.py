@@ -88,8 +88,11 @@ class ShardExchange:
         }
         divided = divide(units, owners, chunks if len(layout) > 1 else 1)
         members = [[units[i] for i in chunk] for chunk in divided]
-        # No chunk has larger batches than all units together.
-        scratch = torch.empty(largest_batch(self.owned), dtype=wire_dtype, device=device)
+        # One chunk is computed at a time, and of it one batch.
+        own = [[units[i] for i in chunk if owners[i] == rank] for chunk in divided]
+        scratch = torch.empty(
+            max(map(largest_batch, own), default=0), dtype=wire_dtype, device=device
+        )
         self._scratch = scratch
         self._lanes = [
             Lane(

@@ -3,7 +3,7 @@
 from megatron_muloco.config.inner import MuonInner
 from megatron_muloco.config.schema import RunConfig
 from megatron_muloco.optim.assignment import assign
-from megatron_muloco.optim.chunks import largest_batch
+from megatron_muloco.optim.chunks import divide, largest_batch
 from megatron_muloco.planning.slices import BYTES
 from megatron_muloco.planning.stage_units import stage_units
 from megatron_muloco.planning.traffic import planned_on_accelerator
@@ -17,8 +17,8 @@ def exchange_bytes(config: RunConfig, topology: Topology) -> int:
 
     Updates come back in fp32, for each element that the rank holds, taken as an even share. On the
     wire's side are what it sends (as many elements), what it gets as an owner (those of its units),
-    and the matrices of its largest batch. A stage of one rank sends nothing. All pipeline stages
-    have equal matrices.
+    and the matrices of the largest batch that it computes. A stage of one rank sends nothing. All
+    pipeline stages have equal matrices.
     """
     if not isinstance(config.inner, MuonInner):
         return 0
@@ -30,9 +30,10 @@ def exchange_bytes(config: RunConfig, topology: Topology) -> int:
     if ranks == 1:
         return 4 * held + wire * largest_batch(units)
     owners = assign(units, ranks).owners
-    owned = [
-        [unit for unit, owner in zip(units, owners, strict=True) if owner == rank]
-        for rank in range(ranks)
-    ]
-    as_owner = max(sum(unit.numel for unit in mine) + largest_batch(mine) for mine in owned)
+    chunks = divide(units, owners, config.inner.muon.exchange_chunks)
+    as_owner = 0
+    for rank in range(ranks):
+        owned = [[units[i] for i in chunk if owners[i] == rank] for chunk in chunks]
+        received = sum(unit.numel for chunk in owned for unit in chunk)
+        as_owner = max(as_owner, received + max(map(largest_batch, owned), default=0))
     return (4 + wire) * held + wire * as_owner
