@@ -17,18 +17,17 @@ run and over any network, may travel in bf16, and is where codecs will encode ch
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import deepspeed.comm as dist
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup, Work, get_process_group_ranks
+from torch.distributed import ProcessGroup, Work
 
-from megatron_muloco.comm.buffers import BufferPool, Layout
-from megatron_muloco.errors import SyncError
+from megatron_muloco.comm.buffers import Layout
+from megatron_muloco.comm.outer_group import OuterGroupReducer, finish
 from megatron_muloco.outer.reducer import Reduced, Reducer, ReductionStats
 
 __all__ = ["AllReduceMean", "ChunkOwnerMean", "ReplicaSum", "mean_reducer"]
@@ -88,34 +87,7 @@ class _Launched:
     work: Work | None
 
 
-class _OuterGroupReducer:
-    """What both shapes share: the group, its size, the buffers, and errors that name things."""
-
-    def __init__(self, group: ProcessGroup | None, device: torch.device) -> None:
-        self._group, self._device = group, device
-        self._ranks = get_process_group_ranks(group) if group is not None else [0]
-        self._index = dist.get_rank(group) if group is not None else 0
-        self._size = len(self._ranks)
-        self._pool = BufferPool(device)
-
-    def _row(self, weight: float, riders: Tensor) -> Tensor:
-        assert weight in (0.0, 1.0), weight
-        head = torch.tensor([weight], dtype=torch.float32)
-        return torch.cat([head.to(riders.device), riders.float()]).to(self._device)
-
-    @contextmanager
-    def _named_errors(self, verb: str, fragment: int, round_index: int) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:
-            raise SyncError(
-                f"round {round_index}: the {verb} of fragment {fragment} failed on rank "
-                f"{self._ranks[self._index]} of outer group {self._ranks}: {error}. A rank of that "
-                "group ended or was late; the first error in its log is the cause."
-            ) from error
-
-
-class AllReduceMean(_OuterGroupReducer):
+class AllReduceMean(OuterGroupReducer):
     """fp32 mean by one all-reduce; the default.
 
     Collectives: `launch` starts an all-reduce (sum) over the outer group, `wait` finishes it.
@@ -152,7 +124,7 @@ class AllReduceMean(_OuterGroupReducer):
         assert isinstance(handle, _Launched)
         (buffer,) = handle.buffers
         with self._named_errors("apply", handle.fragment, handle.round_index):
-            _finish(handle.work)
+            finish(handle.work)
         numel, columns = handle.layout.numel, 1 + handle.rider_count
         rows = buffer[numel : numel + self._size * columns].view(self._size, columns).cpu()
         _divide(buffer[:numel], rows)
@@ -162,7 +134,7 @@ class AllReduceMean(_OuterGroupReducer):
         return Reduced(handle.layout.unpack(buffer), stats)
 
 
-class ChunkOwnerMean(_OuterGroupReducer):
+class ChunkOwnerMean(OuterGroupReducer):
     """Mean by all-to-all, a sum at each chunk's owner in a fixed order, and all-gather.
 
     The owner adds neighbours pairwise in replica order, so K equal values give K times the value
@@ -216,7 +188,7 @@ class ChunkOwnerMean(_OuterGroupReducer):
         assert isinstance(handle, _Launched)
         values, payloads, received = handle.buffers
         with self._named_errors("apply", handle.fragment, handle.round_index):
-            _finish(handle.work)
+            finish(handle.work)
         table = received.view(self._size, -1)
         row_bytes = 4 * (1 + handle.rider_count)
         rows = table[:, :row_bytes].contiguous().view(torch.float32).cpu()
@@ -236,12 +208,6 @@ class ChunkOwnerMean(_OuterGroupReducer):
             dist.all_gather_into_tensor(into, chunk, group=self._group)
         else:
             into.copy_(chunk)
-
-
-def _finish(work: Work | None) -> None:
-    # Only wait() raises: a failed operation counts as completed.
-    if work is not None:
-        work.wait()
 
 
 def _divide(total: Tensor, rows: Tensor) -> None:
