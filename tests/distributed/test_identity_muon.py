@@ -2,10 +2,14 @@
 
 from functools import partial
 
+import pytest
 import torch
 from torch import Tensor
 
+from megatron_muloco.errors import RuntimeMismatch
+from megatron_muloco.optim.exchange import ShardExchange
 from megatron_muloco.optim.newton_schulz import scale_factor
+from megatron_muloco.optim.segments import RankShards
 from megatron_muloco.optim.units import Unit
 from tests.support import inner_updates as updates
 from tests.support.inner_updates import Held
@@ -88,3 +92,33 @@ def test_identity_muon_is_sgd_with_momentum_bit_for_bit() -> None:
         assert_equal(masters[unit.name], theta.data, unit.name)
         for model in models:
             assert_equal(whole(unit, model), theta.data, unit.name)
+
+
+def refusals() -> dict[str, str]:
+    """Return what is said when one unit at a time is left out of what is exchanged."""
+    run = start_tiny(tiny_config(model=MODEL, inner=INNER, outer={"kind": "none"}))
+    inner, view = run.optimizer.inner, run.optimizer.view
+    pairs = [(view.raw_masters[shard.name], shard) for shard in view.shards]
+    ranges = {shard.name: (shard.start, shard.end) for shard in view.shards}
+    layout = [RankShards(0, ranges)]
+
+    def bind_without(left_out: Unit) -> None:
+        units = [unit for unit in inner.table.units if unit != left_out]
+        exchange = ShardExchange(units, [0] * len(units), layout, rank=0, transport=None)
+        inner.bind(pairs, inner.table, exchange)
+
+    said = {}
+    for left_out in inner.table.units:
+        with pytest.raises(RuntimeMismatch) as refusal:
+            bind_without(left_out)
+        said[left_out.name] = str(refusal.value)
+    finish_tiny()
+    return said
+
+
+def test_a_unit_left_out_makes_the_run_refuse() -> None:
+    """Each of a real model's, before anything is trained; its parameter is named."""
+    (said,) = run_ranks(refusals, 1)
+    assert len(said) == 7 * MODEL["num_layers"]
+    for name, message in said.items():
+        assert name.split("::")[0] in message
