@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,12 @@ def build_stage(width: int, vocabulary: int) -> Stage:
     }
     params = {name: ParamInfo(name, size, dim, False) for name, (size, dim) in sizes.items()}
     table = build_parameter_table(
-        list(params.values()), shape, kind="muon", tensor_size=TENSOR, group_size=RANKS
+        list(params.values()),
+        shape,
+        kind="muon",
+        tensor_size=TENSOR,
+        group_size=RANKS,
+        choose_form=partial(SETTINGS.form, device=torch.device("cpu")),
     )
     total = sum(param.numel for param in params.values())
     layout = []
