@@ -240,6 +240,51 @@ def test_one_replica_encodes_twice_and_sends_nothing() -> None:
     assert reduced.stats.wire_bytes == 0
 
 
+def leave_out_the_last() -> tuple[Parameters, Parameters]:
+    codec = CODECS["linear 4 tensor"]
+    reducer = EncodedMean(dist.group.WORLD, CPU, lambda name: codec, {}, 0.9)
+    values = normal(100, dist.get_rank())
+    for round_index in (1, 2):
+        weight = float(dist.get_rank() < dist.get_world_size() - 1)
+        handle = reducer.launch(0, {"a": values}, weight, torch.zeros(0), round_index=round_index)
+        reduced = reducer.wait(handle)
+    assert reducer.residual is not None
+    return dict(reduced.mean), reducer.residual.state_dict()
+
+
+def test_a_replica_left_out_keeps_what_its_code_lost() -> None:
+    count = 3
+    settings = Settings(
+        sync_interval=1,
+        train_iters=2,
+        fragments=[["a"]],
+        codec=settings_of(0, count).codec,
+        error_feedback=True,
+        coding_units={"a": [(0, 34), (34, 68), (68, 100)]},
+    )
+
+    def by(replica: int) -> Any:
+        """The local parameters are the anchor less the same pseudogradient, every round."""
+
+        def step(local: Parameters, t: int) -> None:
+            local["a"].copy_(-normal(100, replica))
+
+        return step
+
+    reference = Reference(
+        {"a": torch.zeros(100)},
+        [by(k) for k in range(count)],
+        settings,
+        weigh=lambda k, fragment, t, delta: float(k < count - 1),
+    )
+    for t in (1, 2):
+        before = reference.anchor["a"].zero_().clone()
+        reference.step(t)
+    for replica, (mean, residual) in enumerate(run_ranks(leave_out_the_last, count)):
+        assert_equal(mean["a"], before - reference.anchor["a"], "mean")
+        assert_equal(residual["a"], reference.residual[replica]["a"], f"e of replica {replica}")
+
+
 def test_forgetting_keeps_the_owners_residual() -> None:
     codec = Linear(1, Grouping())
     reducer = EncodedMean(None, CPU, lambda name: codec, {}, 0.9)
