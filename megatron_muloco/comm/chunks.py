@@ -1,6 +1,6 @@
 """Which values the ranks of an outer group own: the fragment, laid end to end, cut into K chunks.
 
-Chunk boundaries fall inside tensors. What a chunk has of a tensor is encoded by itself::
+No torch. Chunk boundaries fall inside tensors. What a chunk has of a tensor is encoded by itself::
 
     tensors    |  a          |  b  |  c                  |
     chunks     |  0            |  1             |  2     |       K = 3
@@ -10,13 +10,19 @@ Chunk boundaries fall inside tensors. What a chunk has of a tensor is encoded by
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_muloco.compress.codec import Codec
+from megatron_muloco.compress.sizes import PayloadSize
 from megatron_muloco.compress.units import CodingUnit
 from megatron_muloco.shards import Shard
 
-__all__ = ["Piece", "chunk_pieces", "encoded_wire_bytes", "payload_sizes", "row_places"]
+__all__ = [
+    "Piece",
+    "RowPlaces",
+    "chunk_pieces",
+    "encoded_wire_bytes",
+    "payload_sizes",
+    "row_places",
+]
 
-CodecOf = Callable[[str], Codec]
 # Name -> width of its rows (0: all one row), and place of the shard's first value in the tensor.
 RowPlaces = Mapping[str, tuple[int, int]]
 
@@ -68,10 +74,12 @@ def chunk_pieces(
     return tuple(tuple(pieces) for pieces in chunks)
 
 
-def payload_sizes(chunks: Sequence[Sequence[Piece]], codec_of: CodecOf) -> list[int]:
-    """Return the bytes of each chunk, encoded."""
+def payload_sizes(
+    chunks: Sequence[Sequence[Piece]], size_of: Callable[[str], PayloadSize]
+) -> list[int]:
+    """Return the bytes of each chunk, encoded; ``size_of`` may be the codecs by name."""
     return [
-        sum(codec_of(each.name).payload_bytes(each.unit) for each in pieces) for pieces in chunks
+        sum(size_of(each.name).payload_bytes(each.unit) for each in pieces) for pieces in chunks
     ]
 
 

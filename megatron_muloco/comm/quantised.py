@@ -11,7 +11,7 @@
 The second all-to-all is an all-gather of parts of different lengths, which gloo does not have.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,6 @@ from torch.distributed import ProcessGroup, Work
 
 from megatron_muloco.comm.buffers import Layout
 from megatron_muloco.comm.chunks import (
-    CodecOf,
     Piece,
     RowPlaces,
     chunk_pieces,
@@ -30,7 +29,7 @@ from megatron_muloco.comm.chunks import (
     payload_sizes,
 )
 from megatron_muloco.comm.outer_group import OuterGroupReducer, finish
-from megatron_muloco.compress.codec import from_bytes
+from megatron_muloco.compress.codec import Codec, from_bytes
 from megatron_muloco.compress.feedback import ErrorFeedback
 from megatron_muloco.outer.reducer import Reduced, ReductionStats
 
@@ -76,7 +75,7 @@ class EncodedMean(OuterGroupReducer):
         self,
         group: ProcessGroup | None,
         device: torch.device,
-        codec_of: CodecOf,
+        codec_of: Callable[[str], Codec],
         rows: RowPlaces,
         error_decay: float | None,
     ) -> None:

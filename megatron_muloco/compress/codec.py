@@ -15,8 +15,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from typing_extensions import override
 
+from megatron_muloco.compress.sizes import PayloadSize, RawSize, is_raw
 from megatron_muloco.compress.units import CodingUnit, Grouping
 from megatron_muloco.errors import SyncError
 
@@ -31,11 +31,8 @@ __all__ = [
 ]
 
 
-class Codec(Protocol):
+class Codec(PayloadSize, Protocol):
     """Writes a coding unit into bytes and reads it back."""
-
-    def payload_bytes(self, unit: CodingUnit) -> int:
-        """Return the exact size of the unit's payload."""
 
     def encode(self, values: Tensor, unit: CodingUnit) -> Tensor:
         """Return the payload of flat fp32 ``values`` as uint8.
@@ -51,17 +48,23 @@ class Codec(Protocol):
 class RawFallback:
     """Sends a unit raw where coding it would not make it smaller.
 
-    Subclasses give `_coded_bytes`, `_encode` and `_decode`, which see no other units.
+    Subclasses give `_encode` and `_decode`, which see no other units.
+
+    Args:
+        size: Knows the bytes of a unit.
     """
 
+    def __init__(self, size: PayloadSize) -> None:
+        self._size = size
+
     def payload_bytes(self, unit: CodingUnit) -> int:
-        """See `Codec.payload_bytes`."""
-        return min(self._coded_bytes(unit), unit.raw_bytes)
+        """See `PayloadSize.payload_bytes`."""
+        return self._size.payload_bytes(unit)
 
     def encode(self, values: Tensor, unit: CodingUnit) -> Tensor:
         """See `Codec.encode`."""
         assert values.shape == (unit.numel,), (values.shape, unit)
-        if self._is_raw(unit):
+        if is_raw(self._size, unit):
             refuse_non_finite(values)
             return to_bytes(values)
         payload = self._encode(values, unit)
@@ -71,16 +74,10 @@ class RawFallback:
     def decode(self, payload: Tensor, unit: CodingUnit, out: Tensor) -> None:
         """See `Codec.decode`."""
         assert payload.numel() == self.payload_bytes(unit), (payload.numel(), unit)
-        if self._is_raw(unit):
+        if is_raw(self._size, unit):
             out.copy_(from_bytes(payload, torch.float32))
         else:
             self._decode(payload, unit, out)
-
-    def _is_raw(self, unit: CodingUnit) -> bool:
-        return self._coded_bytes(unit) >= unit.raw_bytes
-
-    def _coded_bytes(self, unit: CodingUnit) -> int:
-        raise NotImplementedError
 
     def _encode(self, values: Tensor, unit: CodingUnit) -> Tensor:
         raise NotImplementedError
@@ -92,9 +89,8 @@ class RawFallback:
 class Uncoded(RawFallback):
     """fp32 as it is; for parameters that are excluded from compression."""
 
-    @override
-    def _coded_bytes(self, unit: CodingUnit) -> int:
-        return unit.raw_bytes
+    def __init__(self) -> None:
+        super().__init__(RawSize())
 
 
 def to_bytes(values: Tensor) -> Tensor:

@@ -20,7 +20,8 @@ from megatron_muloco.compress.codec import (
     refuse_non_finite,
     to_bytes,
 )
-from megatron_muloco.compress.packing import pack, packed_bytes, unpack
+from megatron_muloco.compress.packing import pack, unpack
+from megatron_muloco.compress.sizes import GroupedSize
 from megatron_muloco.compress.units import CodingUnit, Grouping
 
 __all__ = ["GroupedCodec", "blocks"]
@@ -41,6 +42,7 @@ class GroupedCodec(RawFallback, ABC):
         if bits not in (8, 4, 2, 1):
             raise ValueError(f"bits is {bits}; known are 8, 4, 2 and 1")
         self.bits, self.grouping = bits, grouping
+        super().__init__(GroupedSize(bits, self.head_width, grouping))
 
     @property
     def level_count(self) -> int:
@@ -62,11 +64,6 @@ class GroupedCodec(RawFallback, ABC):
     @abstractmethod
     def _levels(self, heads: Tensor) -> Tensor:
         """Return what each code stands for, [groups, level_count]."""
-
-    @override
-    def _coded_bytes(self, unit: CodingUnit) -> int:
-        heads = 4 * self.head_width * self.grouping.groups(unit).number
-        return heads + packed_bytes(unit.numel, self.bits)
 
     @override
     def _encode(self, values: Tensor, unit: CodingUnit) -> Tensor:

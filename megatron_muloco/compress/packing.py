@@ -9,7 +9,9 @@ as on every machine that torch's accelerators sit in.
 import torch
 from torch import Tensor
 
-__all__ = ["pack", "packed_bytes", "unpack"]
+from megatron_muloco.compress.sizes import packed_bytes
+
+__all__ = ["pack", "unpack"]
 
 _WORDS = {1: torch.int64, 2: torch.int32, 4: torch.int16}
 # (shift, mask after it), from packed to unpacked: each step doubles the number of fields.
@@ -19,11 +21,6 @@ _SPREAD = {
     4: ((4, 0x0F0F),),
 }
 _MAX_BITS = 16
-
-
-def packed_bytes(count: int, bits: int) -> int:
-    """Return the bytes of ``count`` packed values; the last byte may have unused bits."""
-    return -(-count * bits // 8)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

@@ -13,7 +13,8 @@ from megatron_muloco.compress.codec import (
     refuse_non_finite,
     to_bytes,
 )
-from megatron_muloco.compress.packing import pack, packed_bytes, unpack
+from megatron_muloco.compress.packing import pack, unpack
+from megatron_muloco.compress.sizes import TopKSize
 from megatron_muloco.compress.units import CodingUnit, Grouping
 
 __all__ = ["TopK"]
@@ -54,23 +55,15 @@ class TopK(RawFallback):
             raise ValueError(f"block_size is {block_size}; places have at most 16 bits")
         self.density, self.grouping = density, Grouping("block", block_size)
         self._dtype = torch.bfloat16 if wire_dtype == "bf16" else torch.float32
-
-    def kept(self, width: int) -> int:
-        """Return how many values of a block of ``width`` are sent."""
-        return max(1, round(self.density * width))
-
-    @override
-    def _coded_bytes(self, unit: CodingUnit) -> int:
-        parts = self.grouping.groups(unit).matrices()
-        values = sum(count * self.kept(width) for count, width in parts)
-        return values * self._dtype.itemsize + sum(self._place_bytes(*part) for part in parts)
+        self._sizes = TopKSize(density, self._dtype.itemsize, self.grouping)
+        super().__init__(self._sizes)
 
     @override
     def _encode(self, values: Tensor, unit: CodingUnit) -> Tensor:
         kept, places = [], []
         for block in group_matrices(values, self.grouping, unit):
             count, width = block.shape
-            index = block.abs().topk(self.kept(width), dim=1, sorted=False).indices
+            index = block.abs().topk(self._sizes.kept(width), dim=1, sorted=False).indices
             index = index.sort(dim=1).values
             kept.append(self._on_wire(block.gather(1, index)).flatten())
             places.append(self._pack_places(index, count, width))
@@ -81,8 +74,10 @@ class TopK(RawFallback):
     @override
     def _decode(self, payload: Tensor, unit: CodingUnit, out: Tensor) -> None:
         parts = group_matrices(out.zero_(), self.grouping, unit)
-        sizes = [len(part) * self.kept(part.shape[1]) * self._dtype.itemsize for part in parts]
-        sizes += [self._place_bytes(*part.shape) for part in parts]
+        sizes = [
+            len(part) * self._sizes.kept(part.shape[1]) * self._dtype.itemsize for part in parts
+        ]
+        sizes += [self._sizes.place_bytes(*part.shape) for part in parts]
         pieces = payload.split(sizes)
         for part, sent, places in zip(parts, pieces, pieces[len(parts) :], strict=False):
             values = from_bytes(sent, self._dtype).float().view(len(part), -1)
@@ -94,28 +89,17 @@ class TopK(RawFallback):
             values = torch.where(values.isfinite(), finite, values)
         return values.to(self._dtype)
 
-    def _place_bits(self, width: int) -> int:
-        return max(1, (width - 1).bit_length())
-
-    def _is_mask(self, width: int) -> bool:
-        return width <= self.kept(width) * self._place_bits(width)
-
-    def _place_bytes(self, count: int, width: int) -> int:
-        if self._is_mask(width):
-            return packed_bytes(count * width, 1)
-        return packed_bytes(count * self.kept(width), self._place_bits(width))
-
     def _pack_places(self, index: Tensor, count: int, width: int) -> Tensor:
-        if self._is_mask(width):
+        if self._sizes.is_mask(width):
             mask = torch.zeros(count, width, dtype=torch.uint8, device=index.device)
             return pack(mask.scatter_(1, index, 1).flatten(), 1)
-        bits = self._place_bits(width)
+        bits = self._sizes.place_bits(width)
         codes = index.flatten()
         return pack(codes.to(torch.uint8 if bits <= 8 else torch.int32), bits)
 
     def _unpack_places(self, places: Tensor, count: int, width: int) -> Tensor:
-        if self._is_mask(width):
+        if self._sizes.is_mask(width):
             mask = unpack(places, 1, count * width).view(count, width)
             return mask.nonzero()[:, 1].view(count, -1)
-        kept = self.kept(width)
-        return unpack(places, self._place_bits(width), count * kept).long().view(count, kept)
+        kept = self._sizes.kept(width)
+        return unpack(places, self._sizes.place_bits(width), count * kept).long().view(count, kept)

@@ -1,6 +1,8 @@
 """Codecs lose what they say at most, send the bytes that they say, and repeat themselves."""
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -12,6 +14,7 @@ from torch import Tensor
 from megatron_muloco.compress.codec import Codec, Uncoded
 from megatron_muloco.compress.float4 import E3M0
 from megatron_muloco.compress.linear import Linear
+from megatron_muloco.compress.sizes import TopKSize
 from megatron_muloco.compress.statistical import Statistical
 from megatron_muloco.compress.topk import TopK
 from megatron_muloco.compress.units import CodingUnit, Granularity, Grouping
@@ -171,13 +174,15 @@ def test_topk_keeps_the_largest(
     if codec.payload_bytes(unit) == unit.raw_bytes:
         assert_equal(result, values)
         return
+    size = TopKSize(density, 4, codec.grouping)
     for exact, found in zip(values.split(block_size), result.split(block_size), strict=True):
+        kept = size.kept(len(exact))
         order = exact.abs().sort(descending=True).values
-        threshold = order[codec.kept(len(exact)) - 1]
+        threshold = order[kept - 1]
         # Above the threshold everything is kept, below nothing; at it (ties), either.
         assert (found[exact.abs() < threshold] == 0).all()
         sure = exact.abs() > threshold
-        assert (found != 0).sum() <= codec.kept(len(exact))
+        assert (found != 0).sum() <= kept
         relative = 2.0**-8 if wire_dtype == "bf16" else 0.0  # 2**-9, or the clamp at the top
         # bf16 has the exponents of fp32 and 16 bits less: TINY * 2**15 is half its smallest number.
         slack = TINY * 2**15 if wire_dtype == "bf16" else 0.0
@@ -259,3 +264,12 @@ def test_places_take_no_more_than_their_bits() -> None:
     kept = 82 * 10  # 2 % of 4,096
     assert TopK(0.02).payload_bytes(unit) == kept * 4 + kept * 12 // 8
     assert TopK(0.5, "bf16").payload_bytes(unit) == 2048 * 10 * 2 + unit.numel // 8
+
+
+def test_sizes_are_known_without_torch() -> None:
+    code = (
+        "import sys, megatron_muloco.compress.sizes, megatron_muloco.comm.chunks; "
+        "sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
