@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -47,6 +48,10 @@ saved.touch()
 sys.exit(85)
 """
 
+
+# Between all nodes being idle and the second start. Without it the second start has been seen to end
+# as FAILED before its script began; SLURM itself would wait two minutes.
+SETTLE_S = 5.0
 
 BOTH_RANKS_RUN = r"rank 0 sees[\s\S]*rank 1 sees|rank 1 sees[\s\S]*rank 0 sees"
 
@@ -108,6 +113,7 @@ class Job:
             )
 
         self._wait("the requeue", requeued, timeout_s)
+        time.sleep(SETTLE_S)
         done = self._cluster.run("scontrol", "update", f"JobId={self.id}", "StartTime=now")
         assert done.returncode == 0, done.stderr
 
