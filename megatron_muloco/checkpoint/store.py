@@ -69,6 +69,12 @@ class CheckpointStore:
         torch.distributed.broadcast_object_list(found, src=0)
         return found[0]
 
+    def has(self, step: int) -> bool:
+        """Whether the checkpoint of ``step`` is published, as rank 0 sees it."""
+        found = [_first_rank() and layout.checkpoint_path(self.directory, step).is_dir()]
+        torch.distributed.broadcast_object_list(found, src=0)
+        return found[0]
+
     def save(self, step: int, state: RunState) -> Path:
         """Publish a checkpoint of ``step`` and delete superseded ones; return its path.
 
@@ -112,11 +118,11 @@ class CheckpointStore:
 
     def load(self, path: Path, into: RunState) -> Description:
         """Overwrite the live state by that of a checkpoint; see `load_run`."""
-        return load_run(layout.resolve(path), into, self._space(into.view))
+        return load_run(_resolved(path), into, self._space(into.view))
 
     def load_anchor(self, path: Path, view: Masters, *, flushed: bool = True) -> Description:
         """Set masters and model parameters to the anchor of a checkpoint; see `load_anchor`."""
-        path = layout.resolve(path)
+        path = _resolved(path)
         return load_anchor(path, self._groups, view, self._space(view), flushed=flushed)
 
     def _space(self, view: Masters) -> ModelSpace:
@@ -159,6 +165,17 @@ def write_published(
         if _first_rank():
             layout.abandon(temporary)
         raise
+
+
+def _resolved(path: Path) -> Path:
+    """Return the checkpoint that ``path`` means, as rank 0 sees it: file systems may lag behind."""
+    found: list[Path | None] = [None]
+    with everywhere(f"{path} cannot be read", "Check that all ranks may read it."):
+        if _first_rank():
+            found[0] = layout.resolve(path)
+    torch.distributed.broadcast_object_list(found, src=0)
+    assert found[0] is not None
+    return found[0]
 
 
 def _first_rank() -> bool:

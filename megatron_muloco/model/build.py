@@ -58,6 +58,8 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         persist_layer_norm=False,
         cross_entropy_loss_fusion=False,
         deallocate_pipeline_outputs=True,
+        # Else every exchange between stages waits for the whole device, outer steps included.
+        batch_p2p_sync=False,
         timers=None,
     )
 

@@ -74,7 +74,7 @@ class InFlight:
     def scalars(self) -> dict[str, Any]:
         """Return everything but the tensors, as plain numbers; settled fragments only.
 
-        Bytes, times and sketches are left out: they are measurements of the run that is saved.
+        Bytes, times, sketches and the caller's riders are left out: they belong to this start.
         """
         assert self.reduced is not None
         shown = self.shown()
@@ -84,7 +84,7 @@ class InFlight:
             "verdict": self.verdict.name,
             "norm": self.norm,
             "weights": self.reduced.stats.weights.tolist(),
-            "riders": torch.cat([shown.norms[:, None], shown.riders], dim=1).tolist(),
+            "norms": shown.norms.tolist(),
         }
 
     @classmethod
@@ -94,19 +94,20 @@ class InFlight:
         names: Sequence[str],
         mean: Mapping[str, Tensor],
         at_launch: Mapping[str, Tensor],
+        device: torch.device,
     ) -> "InFlight":
-        """Return the fragment that `scalars` described, with copies of its tensors."""
+        """Return the fragment that `scalars` described; its tensors are copied to ``device``."""
         weights = torch.tensor(scalars["weights"], dtype=torch.float32)
-        riders = torch.tensor(scalars["riders"], dtype=torch.float32)
-        stats = ReductionStats(weights, riders.view(len(weights), -1), wire_bytes=0)
+        norms = torch.tensor(scalars["norms"], dtype=torch.float32)
+        stats = ReductionStats(weights, norms[:, None], wire_bytes=0)
         return cls(
             fragment=int(scalars["fragment"]),
             launched_at=int(scalars["launched_at"]),
             verdict=Verdict[scalars["verdict"]],
             norm=float(scalars["norm"]),
-            at_launch={name: at_launch[name].clone() for name in names},
+            at_launch={name: at_launch[name].to(device, copy=True) for name in names},
             handle=None,
-            reduced=Reduced({name: mean[name].clone() for name in names}, stats),
+            reduced=Reduced({name: mean[name].to(device, copy=True) for name in names}, stats),
         )
 
 
@@ -149,6 +150,7 @@ class InFlightTable:
         *,
         expected: Sequence[Apply],
         names: Sequence[Sequence[str]],
+        device: torch.device,
     ) -> None:
         """Restore what `state_dict` returned.
 
@@ -157,6 +159,7 @@ class InFlightTable:
             entries: The plain numbers.
             expected: What the schedule has in flight at that time.
             names: This rank's names, by fragment.
+            device: Where the masters are.
 
         Raises:
             CheckpointError: The saved fragments are not the expected ones, or hold other names.
@@ -174,7 +177,7 @@ class InFlightTable:
         check_names("at_launch", tensors["at_launch"], travelling)
         self._flights = {
             entry["fragment"]: InFlight.restore(
-                entry, names[entry["fragment"]], tensors["mean"], tensors["at_launch"]
+                entry, names[entry["fragment"]], tensors["mean"], tensors["at_launch"], device
             )
             for entry in entries
         }

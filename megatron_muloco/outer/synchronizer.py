@@ -281,7 +281,8 @@ class Synchronizer:
         back, without a collective: the other ranks may not be in the same place.
         """
         masters = self._replica.masters
-        kept = {name: copy_to(self._state.device, local) for name, local in masters.items()}
+        # In host memory: the device holds no second set of masters beside the evaluation.
+        kept = {name: copy_to(torch.device("cpu"), local) for name, local in masters.items()}
         try:
             overwrite(masters, self._state.anchor)
             self._publish(self._plan.names())
@@ -316,6 +317,7 @@ class Synchronizer:
             scalars["in_flight"],
             expected=self._schedule.in_flight(step),
             names=self._owned,
+            device=self._replica.device,
         )
         self._guard.load_state_dict(scalars["guard"])
         self.step = step

@@ -100,11 +100,7 @@ def _stage_memory(config: RunConfig, topology: Topology, part: Slice) -> MemoryP
         inner_state=_share(moments, shards) * 4,
         exchange=exchange_bytes(config, topology),
         anchor=_share(synchronised, shards) * 4,
-        outer_momentum=(
-            0
-            if isinstance(outer, NoOuter) or outer.momentum == 0
-            else _share(synchronised, shards) * 4
-        ),
+        outer_momentum=0 if isinstance(outer, NoOuter) else _share(synchronised, shards) * 4,
         outer_step=outer_memory(config, topology, stage=part.stage, tp_rank=0),
         outer_on_host=not isinstance(outer, NoOuter) and outer.state_device == "cpu",
     )

@@ -44,7 +44,8 @@ def start_distributed(*, timeout: timedelta) -> RankInfo:
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if on_gpu and not joined:
-        torch.cuda.set_device(ranks.local_rank)
+        # A scheduler that binds one device to each task leaves only ordinal 0 visible.
+        torch.cuda.set_device(ranks.local_rank if torch.cuda.device_count() > 1 else 0)
     elif not on_gpu:
         from megatron_muloco.runtime.accelerator import enable_cpu_backend
 

@@ -27,6 +27,7 @@ __all__ = [
     "MasterView",
     "build_distributed_optimizer",
     "find_distributed_optimizer",
+    "keep_statistics_inside",
     "wrap_data_parallel",
 ]
 
@@ -93,10 +94,14 @@ def build_distributed_optimizer(
         data_parallel_group_idx=groups.pg.mp.rank(),
         distributed_optimizer_instance_id=0,
     )
-    # Without this Megatron reduces the gradient norm over WORLD, across replicas.
+    keep_statistics_inside(optimizer, groups)
+    return optimizer
+
+
+def keep_statistics_inside(optimizer: DistributedOptimizer, groups: Groups) -> None:
+    """Let the optimizer take gradient norms over its replica; by default it would take WORLD."""
     optimizer.grad_stats_parallel_group = groups.pg.intra_dist_opt
     optimizer.tp_group = groups.pg.tp
-    return optimizer
 
 
 def find_distributed_optimizer(optimizer: Any) -> DistributedOptimizer:

@@ -121,7 +121,20 @@ def outer_step(trainer: Trainer, step: int) -> OuterReport | None:
     report = trainer.optimizer.outer_step(riders)
     if report is not None:
         trainer.monitor.outer_step(report)
+        _tell_left_out(trainer, report)
     return report
+
+
+def _tell_left_out(trainer: Trainer, report: OuterReport) -> None:
+    """Say which replicas the guard left out; the weights are the same on all of them."""
+    for part in report.applied:
+        left_out = [replica for replica, weight in enumerate(part.weights.tolist()) if not weight]
+        if left_out:
+            consequence = "; NO REPLICA IS LEFT, the anchor did not move" if report.alarm else ""
+            trainer.monitor.say(
+                f"outer step after iteration {report.step}: the guard left out replicas "
+                f"{left_out} of fragment {part.fragment}{consequence}"
+            )
 
 
 def _announce(trainer: Trainer, step: int) -> None:
@@ -226,9 +239,9 @@ def _save_final_anchor(trainer: Trainer, last_step: int) -> bool:
     """Store the flushed anchor, also when only this was missing; return whether nothing failed."""
     if trainer.store is None:
         return True
-    path = checkpoint_path(trainer.store.directory, last_step)
-    if not path.is_dir():  # resumed from a finished run elsewhere
+    if not trainer.store.has(last_step):  # resumed from a finished run elsewhere
         return True
+    path = checkpoint_path(trainer.store.directory, last_step)
     try:
         trainer.store.save_final_anchor(path, trainer.state)
     except CheckpointError as error:

@@ -18,9 +18,10 @@ from torch import Tensor
 from megatron_muloco.config import RunConfig
 from megatron_muloco.config.derived import Derived
 from megatron_muloco.config.schedules import learning_rate
+from megatron_muloco.errors import RuntimeMismatch
 from megatron_muloco.optim.muon import MuonAdamW
 from megatron_muloco.outer.report import OuterReport
-from megatron_muloco.outer.schedule import Apply, SyncSchedule
+from megatron_muloco.outer.schedule import SyncSchedule
 from megatron_muloco.outer.synchronizer import Synchronizer
 from megatron_muloco.runtime.megatron import MasterView
 from megatron_muloco.training.outer_checks import OuterChecks
@@ -76,7 +77,7 @@ class ReplicaOptimizer:
         self._optimizer = optimizer
         self._distributed: DistributedOptimizer = view.optimizer
         self._config = config
-        self._derived = derived
+        self.derived = derived
         self.view = view
         self.inner = inner
         self.synchronizer = synchronizer
@@ -92,11 +93,12 @@ class ReplicaOptimizer:
         return None if self.synchronizer is None else self.synchronizer.schedule
 
     def waits_after(self, step: int) -> bool:
-        """Whether the outer step after inner step ``step`` waits for other replicas."""
+        """Whether this replica may wait for others after inner step ``step``.
+
+        A launch counts too: whatever waits for the whole device afterwards waits for its peers.
+        """
         schedule = self.schedule
-        return schedule is not None and any(
-            isinstance(event, Apply) for event in schedule.events(step)
-        )
+        return schedule is not None and bool(schedule.events(step))
 
     def __getattr__(self, name: str) -> Any:
         """Answer for the optimizer underneath."""
@@ -125,6 +127,8 @@ class ReplicaOptimizer:
         Collectives: gradient statistics over the replica, the inner optimizer's exchange over the
         stage group, parameter all-gather over dp x cp.
         """
+        if self.steps == 0:
+            self._check_start()
         self.steps += 1
         lr = self._set_hyperparameters(self.steps)
         optimizer = self._distributed
@@ -170,10 +174,25 @@ class ReplicaOptimizer:
             self._checks.at_the_end(report)
         return report
 
+    def _check_start(self) -> None:
+        """Refuse weights that were loaded after the anchor was taken from the masters.
+
+        Raises:
+            RuntimeMismatch: The first pseudogradient would be the difference of two models.
+        """
+        anchors = {} if self.synchronizer is None else self.synchronizer.anchors()
+        for name, anchor in anchors.items():
+            master = self.view.masters[name].to(anchor.device)
+            if not torch.equal(anchor.view(torch.int32), master.view(torch.int32)):
+                raise RuntimeMismatch(
+                    f"{name} changed between wrap_optimizer and the first step, so the anchor "
+                    "holds other values than the model. Load weights before wrap_optimizer."
+                )
+
     def _set_hyperparameters(self, step: int) -> float:
         """Write learning rate and weight decay of ``step`` into every parameter group."""
-        lr = learning_rate(self._config.inner, self._derived.train_iters, step)
+        lr = learning_rate(self._config.inner, self.derived.train_iters, step)
         for group in self.inner.param_groups:
             group["lr"] = lr * group["lr_mult"]
-            group["weight_decay"] = self._derived.weight_decay * group["wd_mult"]
+            group["weight_decay"] = self.derived.weight_decay * group["wd_mult"]
         return lr

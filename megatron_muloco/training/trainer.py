@@ -217,6 +217,11 @@ def _resume(
         step = store.load(path, state).step
     except CheckpointError as error:
         raise ConfigError(f"checkpoint.resume: {error}") from error
+    if step > (last := optimizer.derived.train_iters):
+        raise ConfigError(
+            f"checkpoint.resume: {path} was saved after inner step {step}, and this run ends after "
+            f"{last}. Set training.train_iters to at least {step}."
+        )
     optimizer.steps = step
     return step, f"{note}\nresumed from {path} after inner step {step}".strip()
 

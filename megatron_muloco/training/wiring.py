@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 
 from megatron_muloco.comm.exchange import AllToAll
@@ -16,6 +17,7 @@ from megatron_muloco.comm.groups import Groups
 from megatron_muloco.config import RunConfig
 from megatron_muloco.config.derived import derive
 from megatron_muloco.config.inner import MuonInner
+from megatron_muloco.errors import RuntimeMismatch
 from megatron_muloco.optim.exchange import ShardExchange
 from megatron_muloco.optim.forms import always_plain
 from megatron_muloco.optim.muon import MuonAdamW, MuonSettings
@@ -27,6 +29,7 @@ from megatron_muloco.runtime.megatron import (
     MasterView,
     build_distributed_optimizer,
     find_distributed_optimizer,
+    keep_statistics_inside,
 )
 from megatron_muloco.training.outer_wiring import build_outer_step
 from megatron_muloco.training.replica_optimizer import ReplicaOptimizer
@@ -56,12 +59,28 @@ def wrap_optimizer(
     point.
     """
     distributed = find_distributed_optimizer(optimizer)
+    _check_clipping(distributed, config)
+    keep_statistics_inside(distributed, groups)
     view = MasterView(model, distributed, groups)
     inner = _bound_inner(view, config, groups)
     distributed.optimizer = inner
     derived = derive(config, groups.topology)
     synchronizer, checks = build_outer_step(view, config, derived, groups)
     return ReplicaOptimizer(optimizer, view, inner, synchronizer, checks, config, derived)
+
+
+def _check_clipping(optimizer: DistributedOptimizer, config: RunConfig) -> None:
+    """Refuse two truths about clipping.
+
+    Raises:
+        RuntimeMismatch: Megatron's ``clip_grad`` is not the configuration's.
+    """
+    theirs, ours = optimizer.config.clip_grad, config.training.clip_grad
+    if theirs != ours:
+        raise RuntimeMismatch(
+            f"Megatron's OptimizerConfig clips at {theirs} and training.clip_grad says {ours}, so "
+            "the run would not be the one that the configuration describes. Give both one value."
+        )
 
 
 def build_replica_optimizer(

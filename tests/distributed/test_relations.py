@@ -8,7 +8,9 @@ import torch
 
 from megatron_muloco.comm.groups import Groups
 from megatron_muloco.config import RunConfig
+from megatron_muloco.errors import RuntimeMismatch
 from megatron_muloco.training.forward import ForwardBackward
+from megatron_muloco.training.wiring import wrap_optimizer
 from tests.support.collectives import counted_collectives
 from tests.support.spawn import run_ranks
 from tests.support.tensors import assert_equal
@@ -306,3 +308,32 @@ def test_attention_stops_at_the_end_of_a_document_and_only_there() -> None:
     # The masked kernel adds in another order: 16 terms a softmax, a few roundings of 2^-24 each.
     assert losses["none True"] == pytest.approx(losses["none False"], rel=64 * 2.0**-24)
     assert abs(losses["middle True"] - losses["middle False"]) > 1e-4
+
+
+def _refusal(config: RunConfig, what: str) -> str:
+    run = start_tiny(config)
+    try:
+        if what == "weights":
+            next(iter(run.optimizer.view.masters.values())).add_(1.0)
+            run.train(1)
+        else:
+            run.optimizer.view.optimizer.config.clip_grad = 0.5
+            wrap_optimizer(run.optimizer.view.optimizer, run.model, config, run.groups)
+    except RuntimeMismatch as error:
+        return str(error)
+    finally:
+        finish_tiny()
+    return "not refused"
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("weights", "Load weights before wrap_optimizer"),
+        ("clipping", "clips at 0.5 and training.clip_grad says 1.0"),
+    ],
+)
+def test_what_would_silently_be_another_run_is_refused(what: str, said: str) -> None:
+    """Weights that the anchor does not know, and two truths about clipping."""
+    (refused,) = run_ranks(_refusal, 1, config_of("muon", 1), what)
+    assert said in refused

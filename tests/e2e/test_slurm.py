@@ -49,8 +49,8 @@ sys.exit(85)
 """
 
 
-# Between all nodes being idle and the second start. Without it the second start has been seen to end
-# as FAILED before its script began; SLURM itself would wait two minutes.
+# Between all nodes being idle and the second start. Without it the second start has been seen to
+# end as FAILED before its script began; SLURM itself would wait two minutes.
 SETTLE_S = 5.0
 
 BOTH_RANKS_RUN = r"rank 0 sees[\s\S]*rank 1 sees|rank 1 sees[\s\S]*rank 0 sees"

@@ -123,7 +123,7 @@ def test_outer_state_can_live_on_the_host() -> None:
     assert device.host == 0
 
 
-def test_what_has_no_outer_step_or_no_momentum_needs_no_state() -> None:
+def test_what_has_no_outer_step_needs_no_state() -> None:
     none = memory_plan(
         config_of("outer=null", "outer.kind=none", "parallel.num_replicas=1"), Topology(1, 1, 1, 1)
     )
@@ -131,7 +131,7 @@ def test_what_has_no_outer_step_or_no_momentum_needs_no_state() -> None:
     assert none.outer_step == OuterMemory(0, 0, 0, 0)
     average = memory_plan(config_of("outer=null", "outer.kind=average"), Topology(2, 1, 1, 1))
     assert average.anchor > 0
-    assert average.outer_momentum == 0
+    assert average.outer_momentum == average.anchor  # kept whatever the outer momentum is
 
 
 def outer_step_of(*overrides: str) -> OuterMemory:
