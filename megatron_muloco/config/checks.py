@@ -21,6 +21,7 @@ from megatron_muloco.config.layout_checks import (
 from megatron_muloco.config.outer_checks import (
     apply_rule_is_one,
     data_parallelism_has_one_replica,
+    exceptions_fit_the_code,
     fragments_have_layers,
     norm_band_is_a_band,
     overlap_is_shorter_than_the_spacing,
@@ -209,6 +210,7 @@ RULES: tuple[Rule, ...] = (
     batch_divides,
     data_parallelism_has_one_replica,
     fragments_have_layers,
+    exceptions_fit_the_code,
     apply_rule_is_one,
     norm_band_is_a_band,
     overlap_is_shorter_than_the_spacing,

@@ -1,23 +1,19 @@
 """Schema of the outer step: when replicas meet, what they send, and how the anchor moves."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
+from megatron_muloco.config.compression import CompressionConfig, NoCompression
 from megatron_muloco.config.section import Section
 
 __all__ = [
     "AverageOuter",
-    "CompressionConfig",
     "FragmentsConfig",
     "GuardConfig",
-    "LinearCompression",
     "NesterovOuter",
-    "NoCompression",
     "NoOuter",
     "OuterConfig",
-    "StatisticalCompression",
-    "TopKCompression",
 ]
 
 
@@ -43,70 +39,6 @@ class GuardConfig(Section):
         "than this many times the previous round's median, or less than that part of it; 0 is off, "
         "active from 4 replicas on. One that is not finite is left out in any case.",
     )
-
-
-class NoCompression(Section):
-    """Send pseudogradients as they are."""
-
-    kind: Literal["none"] = Field("none", description="none, linear, statistical or topk.")
-    wire_dtype: Literal["fp32", "bf16"] = Field(
-        "fp32", description="Dtype on the network; sums are taken in fp32."
-    )
-
-
-class _ErrorFeedback(Section):
-    """Keys of every lossy code."""
-
-    error_feedback: bool = Field(
-        True, description="Keep what a code loses and add it to the next round's pseudogradient."
-    )
-    error_decay: float = Field(
-        0.9, ge=0, le=1, description="Factor on the residual when it is added again."
-    )
-
-
-class _Quantised(_ErrorFeedback):
-    """Keys of the codes that store each value in a few bits."""
-
-    bits: Literal[8, 4, 2, 1] = Field(description="Bits per value.")
-    granularity: Literal["tensor", "row", "block"] = Field(
-        "tensor", description="What shares one scale."
-    )
-    block_size: int = Field(
-        256, ge=2, description="Values per block; used with granularity block only."
-    )
-
-
-class LinearCompression(_Quantised):
-    """Uniform bins between the smallest and the largest value."""
-
-    kind: Literal["linear"] = Field(description="none, linear, statistical or topk.")
-
-
-class StatisticalCompression(_Quantised):
-    """Bins over six standard deviations, each decoded to the mean of what fell into it."""
-
-    kind: Literal["statistical"] = Field(description="none, linear, statistical or topk.")
-
-
-class TopKCompression(_ErrorFeedback):
-    """Only the largest values, with their indices."""
-
-    kind: Literal["topk"] = Field(description="none, linear, statistical or topk.")
-    density: float = Field(gt=0, le=1, description="Fraction of the values that is sent.")
-    wire_dtype: Literal["fp32", "bf16"] = Field("fp32", description="Dtype of the values sent.")
-
-
-def _uncompressed(value: Any) -> Any:
-    """Let the keys of uncompressed exchange stand without ``kind: none``."""
-    return {"kind": "none", **value} if isinstance(value, dict) else value
-
-
-CompressionConfig = Annotated[
-    NoCompression | LinearCompression | StatisticalCompression | TopKCompression,
-    Field(discriminator="kind"),
-    BeforeValidator(_uncompressed),
-]
 
 
 class NoOuter(Section):
@@ -149,6 +81,12 @@ class _Synchronised(Section):
     )
     state_device: Literal["device", "cpu"] = Field(
         "device", description="Where the anchor and the outer momentum live."
+    )
+    weighting: Literal["replica", "tokens"] = Field(
+        "replica",
+        description="Weight of a replica in the mean: all the same, or its share of the interval's "
+        "tokens that it trained on. They differ where a replica skipped steps because its "
+        "gradients were not finite.",
     )
     guard: GuardConfig = Field(
         default_factory=GuardConfig, description="Protection from broken replicas."

@@ -5,6 +5,7 @@ Each rule is a function; `checks` lists and runs them.
 
 from collections.abc import Iterator
 
+from megatron_muloco.config.compression import E3M0Compression, TopKCompression
 from megatron_muloco.config.derived import spacing_of_launches, train_iterations
 from megatron_muloco.config.outer import NoOuter
 from megatron_muloco.config.problems import Problem
@@ -14,6 +15,7 @@ from megatron_muloco.topology import Topology
 __all__ = [
     "apply_rule_is_one",
     "data_parallelism_has_one_replica",
+    "exceptions_fit_the_code",
     "fragments_have_layers",
     "norm_band_is_a_band",
     "overlap_is_shorter_than_the_spacing",
@@ -101,6 +103,22 @@ def apply_rule_is_one(config: RunConfig, topology: Topology | None) -> Iterator[
             f"{config.outer.mixing_weight:g} has no meaning with apply additive, which keeps all "
             "progress since the launch.\nRemove it or use apply: mix.",
         )
+
+
+def exceptions_fit_the_code(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
+    """Other bits for some parameters need a code that has bits."""
+    if isinstance(config.outer, NoOuter):
+        return
+    code = config.outer.compression
+    if not isinstance(code, E3M0Compression | TopKCompression):
+        return
+    for key, bits in code.exceptions:
+        if bits not in (None, "none"):
+            yield Problem(
+                f"outer.compression.exceptions.{key}",
+                f"{bits}, but kind {code.kind} has no number of bits that could differ.\nUse none "
+                "to send these parameters in fp32, or kind linear or statistical.",
+            )
 
 
 def norm_band_is_a_band(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:

@@ -8,7 +8,8 @@ behind them exists; lifting one is deleting its function.
 
 from collections.abc import Iterator
 
-from megatron_muloco.config.outer import NoCompression, NoOuter
+from megatron_muloco.config.compression import NoCompression
+from megatron_muloco.config.outer import NoOuter
 from megatron_muloco.config.schema import RunConfig
 
 __all__ = ["OTHER_NAMES", "REFUSED_KEYS", "REFUSED_VALUES", "UNSUPPORTED"]

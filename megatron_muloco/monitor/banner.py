@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 from typing_extensions import override
 
+from megatron_muloco.config.compression import NoCompression
 from megatron_muloco.config.derived import Derived
-from megatron_muloco.config.outer import AverageOuter, NesterovOuter, NoCompression, NoOuter
+from megatron_muloco.config.outer import AverageOuter, NesterovOuter, NoOuter
 from megatron_muloco.config.schema import RunConfig
 from megatron_muloco.monitor.console import count
 from megatron_muloco.topology import Topology

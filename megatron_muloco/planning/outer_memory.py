@@ -13,8 +13,9 @@ Riders, sketches and padding are not counted: a few hundred kilobytes.
 
 from dataclasses import dataclass
 
+from megatron_muloco.config.compression import NoCompression
 from megatron_muloco.config.derived import derive
-from megatron_muloco.config.outer import AverageOuter, NesterovOuter, NoCompression, NoOuter
+from megatron_muloco.config.outer import AverageOuter, NesterovOuter, NoOuter
 from megatron_muloco.config.schema import RunConfig
 from megatron_muloco.outer.schedule import Average, SyncSchedule
 from megatron_muloco.planning.slices import BYTES, fragment_shares

@@ -8,7 +8,8 @@ The share of a rank is exact without data parallelism. With it, Megatron pads th
 it cuts into shards, so shares differ by that padding from the even cut that is counted here.
 """
 
-from megatron_muloco.config.outer import AverageOuter, NesterovOuter, NoCompression, NoOuter
+from megatron_muloco.config.compression import NoCompression
+from megatron_muloco.config.outer import AverageOuter, NesterovOuter, NoOuter
 from megatron_muloco.config.schema import RunConfig
 from megatron_muloco.monitor.lines import LineCalendar
 from megatron_muloco.outer.schedule import SyncSchedule

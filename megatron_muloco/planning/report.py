@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 
+from megatron_muloco.config.compression import NoCompression
 from megatron_muloco.config.derived import Derived, derive, smallest_topology, spacing_of_launches
-from megatron_muloco.config.outer import AverageOuter, NesterovOuter, NoCompression, NoOuter
+from megatron_muloco.config.outer import AverageOuter, NesterovOuter, NoOuter
 from megatron_muloco.config.schema import RunConfig
 from megatron_muloco.model.flops import flops_per_token
 from megatron_muloco.planning.memory import MemoryPlan, memory_plan

@@ -8,14 +8,9 @@ from megatron_muloco.comm.groups import Groups
 from megatron_muloco.comm.positions import check_same_shards
 from megatron_muloco.comm.reducers import ReplicaSum, mean_reducer
 from megatron_muloco.config import RunConfig
+from megatron_muloco.config.compression import CompressionConfig, NoCompression
 from megatron_muloco.config.derived import Derived
-from megatron_muloco.config.outer import (
-    AverageOuter,
-    CompressionConfig,
-    NesterovOuter,
-    NoCompression,
-    NoOuter,
-)
+from megatron_muloco.config.outer import AverageOuter, NesterovOuter, NoOuter
 from megatron_muloco.errors import RuntimeMismatch
 from megatron_muloco.model.names import EMBEDDING
 from megatron_muloco.outer.fragments import FragmentPlan

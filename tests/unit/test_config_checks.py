@@ -68,6 +68,10 @@ RULE_CASES: dict[str, tuple[list[str], list[str]]] = {
         ["outer.fragments.count=5"],
         ["outer.fragments.count: 5 is more than the 4 layers of the model"],
     ),
+    "exceptions_fit_the_code": (
+        ["outer.compression={kind: e3m0, exceptions: {norm: 8}}"],
+        ["outer.compression.exceptions.norm: 8, but kind e3m0 has no number of bits"],
+    ),
     "apply_rule_is_one": (
         ["outer.apply=additive", "outer.mixing_weight=0.5"],
         [
@@ -179,7 +183,10 @@ VALUE_CASES = [
     (["inner.kind=adamw", "inner.muon.nesterov=true"], "inner.muon: belongs to inner.kind: muon"),
     (["inner.kind=lion"], "inner.kind: 'lion' is not one of muon, adamw."),
     (["outer.compression={bits: 4}"], "outer.compression.bits: belongs to outer.compression.kind:"),
-    (["outer.compression={kind: zip}"], "'zip' is not one of none, linear, statistical, topk."),
+    (
+        ["outer.compression={kind: zip}"],
+        "'zip' is not one of none, linear, statistical, e3m0, topk.",
+    ),
     (["inner.kind=null"], "inner: has no kind."),
     (["inner=null"], "inner: not set, and it has no default."),
     (["model.hidden_size=null"], "model.hidden_size: not set, and it has no default."),
