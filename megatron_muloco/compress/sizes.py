@@ -63,20 +63,36 @@ class TopKSize:
 
     Attributes:
         density: Share of the values that is sent.
-        value_bytes: Of a value sent: 4 or 2.
+        value_bytes: Of a value sent as it is: 4 or 2.
         grouping: The blocks.
+        value_bits: Of the code of a value sent; None if they are sent as they are.
     """
 
     density: float
     value_bytes: int
     grouping: Grouping
+    value_bits: int | None = None
 
     def payload_bytes(self, unit: CodingUnit) -> int:
         """See `PayloadSize.payload_bytes`."""
         parts = self.grouping.groups(unit).matrices()
-        values = self.value_bytes * sum(count * self.kept(width) for count, width in parts)
+        values = self.values_bytes(sum(count * self.kept(width) for count, width in parts))
         places = sum(self.place_bytes(count, width) for count, width in parts)
         return min(values + places, unit.raw_bytes)
+
+    def values_bytes(self, count: int) -> int:
+        """Return the bytes of all ``count`` values that a unit sends."""
+        return self._coded_bytes(count) if self.is_coded(count) else self.value_bytes * count
+
+    def is_coded(self, count: int) -> bool:
+        """Whether ``count`` values are coded: not if there are too few to pay for the table."""
+        return self.value_bits is not None and self._coded_bytes(count) < self.value_bytes * count
+
+    def _coded_bytes(self, count: int) -> int:
+        """One table of fp32 levels, then codes."""
+        assert self.value_bits is not None
+        table = GroupedSize(self.value_bits, 1 << self.value_bits, Grouping())
+        return table.payload_bytes(CodingUnit(count))
 
     def kept(self, width: int) -> int:
         """Return how many values of a block of ``width`` are sent."""

@@ -156,12 +156,35 @@ def test_e3m0(shape: str, unit: CodingUnit, grouping: Grouping, seed: int) -> No
             assert found.abs().max() == exact.abs().max()
 
 
+densities = st.sampled_from([0.005, 0.02, 0.1, 0.3, 1.0])
+block_sizes = st.sampled_from([1, 10, 64, 4096])
+wire_dtypes = st.sampled_from(["fp32", "bf16"])
+
+
+def topk(density: float, wire_dtype: str, block_size: int, value_bits: int | None = None) -> TopK:
+    return TopK(density, "bf16" if wire_dtype == "bf16" else "fp32", block_size, value_bits)
+
+
+def assert_chooses_the_largest(codec: TopK, exact: Tensor, found: Tensor) -> Tensor:
+    """Return, for each value, the smallest magnitude that its block keeps."""
+    size, thresholds = TopKSize(codec.density, 4, codec.grouping), []
+    blocks = (each.split(codec.grouping.block_size) for each in (exact, found))
+    for given_block, found_block in zip(*blocks, strict=True):
+        kept = size.kept(len(given_block))
+        threshold = given_block.abs().sort(descending=True).values[kept - 1]
+        # Above the threshold everything is kept, below nothing; at it (ties), either.
+        assert (found_block[given_block.abs() < threshold] == 0).all()
+        assert (found_block != 0).sum() <= kept
+        thresholds.append(threshold.expand(len(given_block)))
+    return torch.cat(thresholds)
+
+
 @given(
     shape=shapes,
     numel=st.integers(0, 300),
-    density=st.sampled_from([0.005, 0.02, 0.1, 0.3, 1.0]),
-    block_size=st.sampled_from([1, 10, 64, 4096]),
-    wire_dtype=st.sampled_from(["fp32", "bf16"]),
+    density=densities,
+    block_size=block_sizes,
+    wire_dtype=wire_dtypes,
     seed=seeds,
 )
 def test_topk_keeps_the_largest(
@@ -169,26 +192,67 @@ def test_topk_keeps_the_largest(
 ) -> None:
     unit = CodingUnit(numel)
     values = draw(shape, numel, seed)
-    codec = TopK(density, "bf16" if wire_dtype == "bf16" else "fp32", block_size)
+    codec = topk(density, wire_dtype, block_size)
     result = decoded(codec, values, unit)
     if codec.payload_bytes(unit) == unit.raw_bytes:
         assert_equal(result, values)
         return
-    size = TopKSize(density, 4, codec.grouping)
-    for exact, found in zip(values.split(block_size), result.split(block_size), strict=True):
-        kept = size.kept(len(exact))
-        order = exact.abs().sort(descending=True).values
-        threshold = order[kept - 1]
-        # Above the threshold everything is kept, below nothing; at it (ties), either.
-        assert (found[exact.abs() < threshold] == 0).all()
-        sure = exact.abs() > threshold
-        assert (found != 0).sum() <= kept
-        relative = 2.0**-8 if wire_dtype == "bf16" else 0.0  # 2**-9, or the clamp at the top
-        # bf16 has the exponents of fp32 and 16 bits less: TINY * 2**15 is half its smallest number.
-        slack = TINY * 2**15 if wire_dtype == "bf16" else 0.0
-        error = (found.double() - exact.double()).abs()
-        assert (error[sure] <= relative * exact[sure].abs().double() + slack).all()
-        assert (error <= max(float(threshold), 0.0) + relative * exact.abs() + slack).all()
+    thresholds = assert_chooses_the_largest(codec, values, result).double()
+    relative = 2.0**-8 if wire_dtype == "bf16" else 0.0  # 2**-9, or the clamp at the top
+    # bf16 has the exponents of fp32 and 16 bits less: TINY * 2**15 is half its smallest number.
+    slack = TINY * 2**15 if wire_dtype == "bf16" else 0.0
+    error, magnitudes = (result.double() - values.double()).abs(), values.abs().double()
+    rounding = relative * magnitudes + slack
+    sure = magnitudes > thresholds
+    assert (error[sure] <= rounding[sure]).all()
+    assert (error <= thresholds + rounding).all()
+
+
+@given(
+    shape=shapes,
+    numel=st.integers(1, 2000),
+    density=densities,
+    block_size=block_sizes,
+    wire_dtype=wire_dtypes,
+    bits=st.sampled_from(BITS),
+    seed=seeds,
+)
+def test_topk_with_coded_values(
+    shape: str, numel: int, density: float, block_size: int, wire_dtype: str, bits: int, seed: int
+) -> None:
+    unit = CodingUnit(numel)
+    values = draw(shape, numel, seed)
+    codec, plain = (topk(density, wire_dtype, block_size, each) for each in (bits, None))
+    result = decoded(codec, values, unit)
+    sizes = TopKSize(density, 2 if wire_dtype == "bf16" else 4, codec.grouping, bits)
+    kept = sum(sizes.kept(len(block)) for block in values.split(block_size))
+    if codec.payload_bytes(unit) == unit.raw_bytes or not sizes.is_coded(kept):
+        assert codec.payload_bytes(unit) == plain.payload_bytes(unit)
+        assert_equal(result, decoded(plain, values, unit), "without a table that pays")
+        return
+    assert codec.payload_bytes(unit) < plain.payload_bytes(unit)
+    thresholds = assert_chooses_the_largest(codec, values, result).double()
+    # Choosing comes before coding, so that exact values say what was chosen, but for zeros.
+    chosen = decoded(topk(density, "fp32", block_size), values, unit)
+    sent = chosen[chosen != 0]
+    sent = torch.cat([sent, torch.zeros(kept - len(sent))])
+    bound = statistical_bound(sent, bits)
+    error = (result.double() - values.double()).abs()
+    assert (error[chosen != 0] <= bound).all()
+    assert (error <= thresholds.clamp(min=bound)).all()
+    # Errors cancel over what is sent, as in `test_statistical`.
+    drift = float((result.double() - chosen.double()).sum()) / kept
+    sigma, largest = float(sent.double().std(correction=0)), float(sent.abs().max())
+    assert abs(drift) <= 2**-21 * sigma + EPS * largest + TINY
+
+
+def test_one_bit_of_a_value_sent_keeps_its_sign() -> None:
+    unit = CodingUnit(4096 * 4)
+    values = draw("normal", unit.numel, 5)
+    result = decoded(TopK(1 / 32, value_bits=1), values, unit)
+    exact = decoded(TopK(1 / 32), values, unit)
+    assert_equal(result.sign(), exact.sign())
+    assert len(result.unique()) == 3
 
 
 CODECS = {
@@ -201,6 +265,7 @@ CODECS = {
     **{f"E3M0 {each}": E3M0(Grouping(each, 64)) for each in GRANULARITIES},
     "TopK": TopK(0.02),
     "TopK bf16 mask": TopK(0.3, "bf16"),
+    **{f"TopK coded {bits}": TopK(0.1, "bf16", 1024, bits) for bits in BITS},
     "Uncoded": Uncoded(),
 }
 every_codec = pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS.keys())
@@ -215,7 +280,7 @@ def test_an_empty_unit_has_no_payload(codec: Codec) -> None:
 @every_codec
 @pytest.mark.parametrize("value", [0.0, -3.5, 3.4e38, TINY])
 def test_one_value_is_exact(codec: Codec, value: float) -> None:
-    if codec is CODECS["TopK bf16 mask"]:
+    if isinstance(codec, TopK) and codec is not CODECS["TopK"]:
         pytest.skip("a bf16 and its place are less than an fp32")
     values = torch.tensor([value])
     assert_equal(decoded(codec, values, CodingUnit(1)), values)
@@ -264,6 +329,8 @@ def test_places_take_no_more_than_their_bits() -> None:
     kept = 82 * 10  # 2 % of 4,096
     assert TopK(0.02).payload_bytes(unit) == kept * 4 + kept * 12 // 8
     assert TopK(0.5, "bf16").payload_bytes(unit) == 2048 * 10 * 2 + unit.numel // 8
+    coded = TopK(0.02, value_bits=2).payload_bytes(unit)
+    assert coded == 4 * 4 + kept * 2 // 8 + kept * 12 // 8
 
 
 def test_sizes_are_known_without_torch() -> None:
