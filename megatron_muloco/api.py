@@ -23,6 +23,7 @@ from megatron_muloco.config.derived import topology_of
 from megatron_muloco.errors import ConfigError
 from megatron_muloco.runtime.distributed import start_distributed
 from megatron_muloco.runtime.parallel_state import mirror_groups, require_unset
+from megatron_muloco.training.reducer_wiring import travels_by_host
 from megatron_muloco.training.replica_optimizer import ReplicaOptimizer
 from megatron_muloco.training.wiring import wrap_optimizer
 
@@ -52,7 +53,9 @@ def initialize_replicas(config: RunConfig) -> Groups:
     topology = topology_of(config, ranks.world_size)
     check(config, topology)
     _require_one_config(config)
-    groups = build_groups(topology, timeout=timeout)
+    groups = build_groups(
+        topology, timeout=timeout, exchange_backend="gloo" if travels_by_host(config) else None
+    )
     mirror_groups(groups)
     seed_ranks(config.training.seed, groups)
     return groups

@@ -148,7 +148,7 @@ def _outer_kinds(into: RunState, stored: Collection[str]) -> list[str]:
         return []
     prefix = outer_key("", into.groups.coords.replica)
     kinds = {key.removeprefix(prefix).split(".")[0] for key in stored if key.startswith(prefix)}
-    return sorted(kinds | into.synchronizer.state_dict()["tensors"].keys())
+    return sorted(kinds.union(into.synchronizer.kinds()))
 
 
 def _read(path: Path, wanted: Wanted, space: ModelSpace) -> Pieces:
@@ -174,14 +174,13 @@ def _apply(description: Description, pieces: Pieces, into: RunState) -> None:
     moments = {kind: pieces[f"replica_{replica}.inner.{kind}"] for kind in into.inner.named_state()}
     into.inner.load_named_state(moments, step=int(own["inner_step"]))
     if into.synchronizer is not None:
-        live = into.synchronizer.state_dict()["tensors"]
         tensors = {
             kind: {
                 name: piece
                 for name, piece in pieces.get(outer_key(kind, replica), {}).items()
                 if not into.view.infos[name].duplicate
             }
-            for kind in live
+            for kind in into.synchronizer.kinds()
         }
         into.synchronizer.load_state_dict({"tensors": tensors, "scalars": own["synchronizer"]})
 

@@ -138,7 +138,7 @@ def describe(state: RunState, kinds: Kinds, *, step: int, has_masters: bool) -> 
         "synchronizer": None,
     }
     if state.synchronizer is not None:
-        own["synchronizer"] = state.synchronizer.state_dict()["scalars"]
+        own["synchronizer"] = state.synchronizer.scalars()
     everywhere: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everywhere, own if groups.is_leader else None)
     replicas = [entry for entry in everywhere if entry is not None]

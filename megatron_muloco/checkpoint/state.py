@@ -3,9 +3,9 @@
 Two kinds of tensors are stored, each under ``<prefix>.<model-wide parameter name>``:
 
 - *shared*, bitwise the same on all replicas and written by replica 0: ``anchor``,
-  ``outer.momentum``, ``outer.mean`` (fragments in flight);
+  ``outer.momentum``, ``outer.mean`` (fragments in flight), ``outer.owner_residual`` (f);
 - *per replica*, under ``replica_<r>.``: ``master`` (unless all masters equal the anchor),
-  ``inner.<moment>``, ``outer.at_launch`` and whatever else the synchronizer keeps.
+  ``inner.<moment>``, ``outer.at_launch``, ``outer.residual`` (e).
 """
 
 import json
@@ -42,7 +42,12 @@ __all__ = [
 
 FORMAT = 1
 ANCHOR = "anchor"
-_SHARED_OUTER = {"anchor": ANCHOR, "momentum": "outer.momentum", "mean": "outer.mean"}
+_SHARED_OUTER = {
+    "anchor": ANCHOR,
+    "momentum": "outer.momentum",
+    "mean": "outer.mean",
+    "owner_residual": "outer.owner_residual",
+}
 
 
 class Masters(Protocol):

@@ -43,10 +43,14 @@ class BufferPool:
     """Buffers that outlive a round, so that an outer step allocates nothing new after the first.
 
     As many exist as were ever in use at once, not one for every fragment.
+
+    Args:
+        device: Where they are.
+        pin_memory: For host memory that an accelerator copies to and from.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, *, pin_memory: bool = False) -> None:
+        self._device, self._pin_memory = device, pin_memory
         self._free: list[Tensor] = []
         self._lent: list[tuple[Tensor, Tensor]] = []
 
@@ -60,7 +64,9 @@ class BufferPool:
         else:
             # Grow instead of adding: the smallest free buffer makes room for this one.
             del self._free[:1]
-            storage = torch.empty(wanted, dtype=torch.uint8, device=self._device)
+            storage = torch.empty(
+                wanted, dtype=torch.uint8, device=self._device, pin_memory=self._pin_memory
+            )
         buffer = storage[:wanted].view(dtype)
         self._lent.append((buffer, storage))
         return buffer

@@ -17,6 +17,7 @@ from megatron_muloco.shards import Shard
 __all__ = [
     "Piece",
     "RowPlaces",
+    "chunk_length",
     "chunk_pieces",
     "encoded_wire_bytes",
     "payload_sizes",
@@ -48,6 +49,11 @@ def row_places(shards: Sequence[Shard]) -> dict[str, tuple[int, int]]:
     }
 
 
+def chunk_length(sizes: Sequence[tuple[str, int]], chunk_count: int) -> int:
+    """Return the values of every chunk but the last ones, which may have fewer."""
+    return max(1, -(-sum(size for _, size in sizes) // chunk_count))
+
+
 def chunk_pieces(
     sizes: Sequence[tuple[str, int]], chunk_count: int, rows: RowPlaces
 ) -> tuple[tuple[Piece, ...], ...]:
@@ -58,7 +64,7 @@ def chunk_pieces(
         chunk_count: K, ranks of the outer group.
         rows: Rows of the tensors; a name that is missing has one row.
     """
-    length = max(1, -(-sum(size for _, size in sizes) // chunk_count))
+    length = chunk_length(sizes, chunk_count)
     chunks: list[list[Piece]] = [[] for _ in range(chunk_count)]
     position = 0  # of the tensor in the fragment
     for name, size in sizes:

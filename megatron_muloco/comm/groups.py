@@ -63,6 +63,8 @@ class Groups:
         coords: This rank's place in it.
         pg: Groups inside this replica, for Megatron.
         outer: The K ranks with this position, in replica order.
+        exchange: The same ranks again, for pseudogradients alone: a communicator of its own, which
+            a communication thread may use while others use ``outer``.
         stage: The tp x cp x dp ranks of this pipeline stage of this replica.
         replica: All ranks of this replica.
     """
@@ -71,6 +73,7 @@ class Groups:
     coords: Coords
     pg: ProcessGroupCollection
     outer: Any
+    exchange: Any
     stage: Any
     replica: Any
 
@@ -105,16 +108,30 @@ class _GroupBuilder:
     def from_lists(self, lists: tuple[tuple[int, ...], ...]) -> Any:
         """Return the group of ``lists`` that holds this rank, or ``None``."""
         if lists not in self._built:
-            mine = None
-            for ranks in lists:
-                group = torch.distributed.new_group(list(ranks), **self._options)
-                if torch.distributed.get_rank() in ranks:
-                    mine = group
-            self._built[lists] = mine
+            self._built[lists] = self._new(lists, self._options)
         return self._built[lists]
 
+    def another(self, *axes: Axis, backend: str | None) -> Any:
+        """Return a group like `over`, with a communicator of its own."""
+        chosen = {"backend": backend} if backend else {}
+        return self._new(tuple(self._topology.groups(*axes)), self._options | chosen)
 
-def build_groups(topology: Topology, *, timeout: timedelta, backend: str | None = None) -> Groups:
+    def _new(self, lists: tuple[tuple[int, ...], ...], options: dict[str, Any]) -> Any:
+        mine = None
+        for ranks in lists:
+            group = torch.distributed.new_group(list(ranks), **options)
+            if torch.distributed.get_rank() in ranks:
+                mine = group
+        return mine
+
+
+def build_groups(
+    topology: Topology,
+    *,
+    timeout: timedelta,
+    backend: str | None = None,
+    exchange_backend: str | None = None,
+) -> Groups:
     """Create every process group of the job.
 
     Collectives: every rank of the job must call it at the same point; groups are created in the
@@ -125,6 +142,8 @@ def build_groups(topology: Topology, *, timeout: timedelta, backend: str | None 
         timeout: How long a collective inside these groups may wait (torch's default of 30 minutes
             for new groups would hide a dead peer).
         backend: Backend of the groups; the default group's when ``None``.
+        exchange_backend: Backend of `Groups.exchange`; ``gloo`` where pseudogradients travel from
+            host memory, else as the others.
     """
     build = _GroupBuilder(topology, timeout, backend)
     pg = ProcessGroupCollection()
@@ -148,6 +167,7 @@ def build_groups(topology: Topology, *, timeout: timedelta, backend: str | None 
         coords=topology.coords(torch.distributed.get_rank()),
         pg=pg,
         outer=build.over("replica"),
+        exchange=build.another("replica", backend=exchange_backend),
         stage=build.over("tp", "cp", "dp"),
         replica=build.over("tp", "cp", "dp", "pp"),
     )

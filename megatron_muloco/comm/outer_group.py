@@ -1,33 +1,67 @@
-"""What every reducer needs of the outer group: its ranks, buffers, and errors that name things."""
+"""What every reducer needs of the outer group: its ranks, wire, buffers, and named errors."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import deepspeed.comm as dist
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup, Work, get_process_group_ranks
+from torch.distributed import ProcessGroup, get_process_group_ranks
 
 from megatron_muloco.comm.buffers import BufferPool
+from megatron_muloco.comm.wire import DeviceWire, HostWire, Wire
 from megatron_muloco.errors import SyncError
+from megatron_muloco.outer.reducer import Residuals, Sizes
 
-__all__ = ["OuterGroupReducer", "finish"]
+__all__ = ["OuterGroupReducer", "Stopwatch"]
 
 
 class OuterGroupReducer:
-    """What all reducers share: the group, its size, the buffers, and errors that name things."""
+    """What all reducers share; by itself it keeps nothing between rounds.
 
-    def __init__(self, group: ProcessGroup | None, device: torch.device) -> None:
-        self._group, self._device = group, device
+    Args:
+        group: The outer group, in replica order; ``None`` for a single replica.
+        device: Where the tensors are.
+        through_host: Whether they travel through host memory; the group's backend then sends from
+            there.
+    """
+
+    residual_kinds: tuple[str, ...] = ()
+
+    def __init__(
+        self, group: ProcessGroup | None, device: torch.device, *, through_host: bool = False
+    ) -> None:
+        self._device = device
         self._ranks = get_process_group_ranks(group) if group is not None else [0]
         self._index = dist.get_rank(group) if group is not None else 0
         self._size = len(self._ranks)
+        self._wire: Wire = HostWire(group, device) if through_host else DeviceWire(group)
         self._pool = BufferPool(device)
 
+    def forget_residual(self) -> None:
+        """See `Reducer.forget_residual`."""
+
+    def residuals(self, fragments: Sequence[Sizes]) -> Residuals:
+        """See `Reducer.residuals`."""
+        return {}
+
+    def load_residuals(self, residuals: Residuals, fragments: Sequence[Sizes]) -> None:
+        """See `Reducer.load_residuals`."""
+
     def _row(self, weight: float, riders: Tensor) -> Tensor:
-        assert weight in (0.0, 1.0), weight
+        assert 0.0 <= weight <= 1.0, weight
         head = torch.tensor([weight], dtype=torch.float32)
         return torch.cat([head.to(riders.device), riders.float()]).to(self._device)
+
+    def _uncoded_bytes(self, numel: int) -> int:
+        """Return what an fp32 all-reduce of the values alone would send."""
+        return 2 * (self._size - 1) * -(-numel // self._size) * 4
+
+    def _return(self, *buffers: Tensor) -> None:
+        """Give buffers back to the pool, each once."""
+        for buffer in {id(each): each for each in buffers}.values():
+            self._pool.give(buffer)
 
     @contextmanager
     def _named_errors(self, verb: str, fragment: int, round_index: int) -> Iterator[None]:
@@ -41,8 +75,21 @@ class OuterGroupReducer:
             ) from error
 
 
-def finish(work: Work | None) -> None:
-    """Wait for a collective, if there is one."""
-    # Only wait() raises: a failed operation counts as completed.
-    if work is not None:
-        work.wait()
+class Stopwatch:
+    """Host time by activity; on an accelerator, where work is only queued, a lower bound."""
+
+    def __init__(self) -> None:
+        self._ms: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, activity: str) -> Iterator[None]:
+        """Add the time inside to the activity."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._ms[activity] = self[activity] + (time.perf_counter() - started) * 1e3
+
+    def __getitem__(self, activity: str) -> float:
+        """Return the milliseconds of an activity."""
+        return self._ms.get(activity, 0.0)

@@ -24,10 +24,11 @@ from typing import Any, Literal
 import deepspeed.comm as dist
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup, Work
+from torch.distributed import ProcessGroup
 
 from megatron_muloco.comm.buffers import Layout
-from megatron_muloco.comm.outer_group import OuterGroupReducer, finish
+from megatron_muloco.comm.outer_group import OuterGroupReducer
+from megatron_muloco.comm.wire import Pending
 from megatron_muloco.outer.reducer import Reduced, Reducer, ReductionStats
 
 __all__ = ["AllReduceMean", "ChunkOwnerMean", "ReplicaSum", "mean_reducer"]
@@ -41,21 +42,23 @@ def mean_reducer(
     *,
     wire_dtype: WireDtype = "fp32",
     deterministic: bool = False,
+    through_host: bool = False,
 ) -> Reducer:
     """Return the reducer for uncompressed means.
 
     Args:
         group: The outer group, in replica order; ``None`` for a single replica.
-        device: Where the tensors are and what the group's backend sends from.
+        device: Where the tensors are.
         wire_dtype: Of the values that travel; sums are fp32 either way.
         deterministic: The same bits for any network, library and arrival order. An all-reduce is
             bitwise equal over ranks, but its order of summation belongs to the library.
+        through_host: See `OuterGroupReducer`.
     """
     if wire_dtype == "bf16" or deterministic:
         # gloo's own bf16 all-reduce would round at every hop.
         dtype = torch.bfloat16 if wire_dtype == "bf16" else torch.float32
-        return ChunkOwnerMean(group, device, wire_dtype=dtype)
-    return AllReduceMean(group, device)
+        return ChunkOwnerMean(group, device, wire_dtype=dtype, through_host=through_host)
+    return AllReduceMean(group, device, through_host=through_host)
 
 
 class ReplicaSum:
@@ -84,7 +87,7 @@ class _Launched:
     layout: Layout
     rider_count: int
     buffers: tuple[Tensor, ...]
-    work: Work | None
+    pending: Pending
 
 
 class AllReduceMean(OuterGroupReducer):
@@ -111,26 +114,26 @@ class AllReduceMean(OuterGroupReducer):
         buffer.zero_()  # and nothing else with weight 0: 0 * NaN is NaN
         if weight:
             layout.pack(tensors, buffer)
+            buffer[: layout.numel] *= weight
         start = layout.numel + self._index * row.numel()
         buffer[start : start + row.numel()] = row
-        work = None
-        if self._size > 1:
-            with self._named_errors("launch", fragment, round_index):
-                work = dist.all_reduce(buffer, group=self._group, async_op=True)
-        return _Launched(fragment, round_index, layout, riders.numel(), (buffer,), work)
+        with self._named_errors("launch", fragment, round_index):
+            pending = self._wire.all_reduce(buffer)
+        return _Launched(fragment, round_index, layout, riders.numel(), (buffer,), pending)
 
     def wait(self, handle: Any) -> Reduced:
         """See `Reducer.wait`."""
         assert isinstance(handle, _Launched)
         (buffer,) = handle.buffers
         with self._named_errors("apply", handle.fragment, handle.round_index):
-            finish(handle.work)
+            handle.pending.wait()
         numel, columns = handle.layout.numel, 1 + handle.rider_count
         rows = buffer[numel : numel + self._size * columns].view(self._size, columns).cpu()
         _divide(buffer[:numel], rows)
         self._pool.give(buffer)
         wire_bytes = 2 * (self._size - 1) * (buffer.numel() // self._size) * buffer.element_size()
-        stats = ReductionStats(rows[:, 0].clone(), rows[:, 1:].clone(), wire_bytes)
+        uncoded = self._uncoded_bytes(numel)
+        stats = ReductionStats(rows[:, 0].clone(), rows[:, 1:].clone(), wire_bytes, uncoded)
         return Reduced(handle.layout.unpack(buffer), stats)
 
 
@@ -147,9 +150,14 @@ class ChunkOwnerMean(OuterGroupReducer):
     """
 
     def __init__(
-        self, group: ProcessGroup | None, device: torch.device, *, wire_dtype: torch.dtype
+        self,
+        group: ProcessGroup | None,
+        device: torch.device,
+        *,
+        wire_dtype: torch.dtype,
+        through_host: bool = False,
     ) -> None:
-        super().__init__(group, device)
+        super().__init__(group, device, through_host=through_host)
         self._wire_dtype = wire_dtype
 
     def launch(
@@ -175,39 +183,35 @@ class ChunkOwnerMean(OuterGroupReducer):
         table = payloads.view(self._size, -1)
         table[:, : row.numel()] = row
         table[:, row.numel() :] = values.view(torch.uint8).view(self._size, -1)
-        received, work = payloads, None
-        if self._size > 1:
-            received = self._pool.take(payloads.numel(), torch.uint8)
-            with self._named_errors("launch", fragment, round_index):
-                work = dist.all_to_all_single(received, payloads, group=self._group, async_op=True)
+        received = self._pool.take(payloads.numel(), torch.uint8)
+        splits = [table.shape[1]] * self._size
+        with self._named_errors("launch", fragment, round_index):
+            pending = self._wire.all_to_all(
+                received, payloads, receive_splits=splits, send_splits=splits
+            )
         buffers = (values, payloads, received)
-        return _Launched(fragment, round_index, layout, riders.numel(), buffers, work)
+        return _Launched(fragment, round_index, layout, riders.numel(), buffers, pending)
 
     def wait(self, handle: Any) -> Reduced:
         """See `Reducer.wait`."""
         assert isinstance(handle, _Launched)
         values, payloads, received = handle.buffers
         with self._named_errors("apply", handle.fragment, handle.round_index):
-            finish(handle.work)
+            handle.pending.wait()
         table = received.view(self._size, -1)
         row_bytes = 4 * (1 + handle.rider_count)
         rows = table[:, :row_bytes].contiguous().view(torch.float32).cpu()
         chunks = table[:, row_bytes:].view(self._wire_dtype)
-        mean = _pairwise_sum(list(chunks.float().unbind()))
+        mean = _pairwise_sum(list((chunks.float() * rows[:, :1].to(chunks.device)).unbind()))
         _divide(mean, rows)
         with self._named_errors("apply", handle.fragment, handle.round_index):
-            self._gather(values, mean.to(self._wire_dtype))
-        for buffer in {id(b): b for b in handle.buffers}.values():
-            self._pool.give(buffer)
+            self._wire.all_gather(values, mean.to(self._wire_dtype)).wait()
+        self._return(*handle.buffers)
+        uncoded = self._uncoded_bytes(handle.layout.numel)
         sent = payloads.numel() // self._size + mean.numel() * values.element_size()
-        stats = ReductionStats(rows[:, 0].clone(), rows[:, 1:].clone(), (self._size - 1) * sent)
+        wire_bytes = (self._size - 1) * sent
+        stats = ReductionStats(rows[:, 0].clone(), rows[:, 1:].clone(), wire_bytes, uncoded)
         return Reduced(handle.layout.unpack(values.float()), stats)
-
-    def _gather(self, into: Tensor, chunk: Tensor) -> None:
-        if self._size > 1:
-            dist.all_gather_into_tensor(into, chunk, group=self._group)
-        else:
-            into.copy_(chunk)
 
 
 def _divide(total: Tensor, rows: Tensor) -> None:

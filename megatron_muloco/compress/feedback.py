@@ -12,31 +12,28 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["ErrorFeedback"]
+from megatron_muloco.compress.codec import Codec
+from megatron_muloco.compress.units import CodingUnit
+
+__all__ = ["ErrorFeedback", "encode"]
 
 
 class ErrorFeedback:
-    """Residuals by name; those never kept are zero.
+    """Residuals by name, zeros at first.
 
     Args:
         decay: Factor on a residual when it is added again.
     """
 
     def __init__(self, decay: float) -> None:
-        self._decay = decay
+        self.decay = decay
         self._residuals: dict[str, Tensor] = {}
 
-    def add_to(self, name: str, values: Tensor) -> None:
-        """Add the decayed residual to ``values``, in place."""
-        if name in self._residuals:
-            # Two roundings, like the reference; a fused multiply-add would have one.
-            values.add_(self._residuals[name] * self._decay)
-
-    def keep(self, name: str, values: Tensor, decoded: Tensor) -> None:
-        """Remember what ``decoded`` lacks of ``values``."""
+    def of(self, name: str, like: Tensor) -> Tensor:
+        """Return the live residual of ``name``, of the shape of ``like``."""
         if name not in self._residuals:
-            self._residuals[name] = torch.empty_like(values)
-        torch.sub(values, decoded, out=self._residuals[name])
+            self._residuals[name] = torch.zeros_like(like)
+        return self._residuals[name]
 
     def forget(self) -> None:
         """Set all residuals to zero."""
@@ -50,3 +47,34 @@ class ErrorFeedback:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take copies of ``state``, and nothing else."""
         self._residuals = {name: residual.clone() for name, residual in state.items()}
+
+
+def encode(
+    codec: Codec,
+    unit: CodingUnit,
+    values: Tensor,
+    payload: Tensor,
+    residual: Tensor | None,
+    decay: float,
+) -> Tensor:
+    """Encode a unit into ``payload``, and leave in ``residual`` what the code lost.
+
+    Args:
+        codec: Of the unit.
+        unit: What ``values`` are.
+        values: x, flat fp32.
+        payload: uint8, of the unit's payload bytes; overwritten.
+        residual: e or f of these values, updated in place; ``None`` without error feedback.
+        decay: Of the residual.
+
+    Returns:
+        Squared norms of what was encoded and of what was lost of it, ``[2]``, fp64.
+    """
+    if residual is not None:
+        # Two roundings, like the reference; a fused multiply-add would have one.
+        values = values + residual * decay
+    payload.copy_(codec.encode(values, unit))
+    decoded = torch.empty_like(values)
+    codec.decode(payload, unit, decoded)
+    lost = torch.sub(values, decoded, out=decoded if residual is None else residual)
+    return torch.stack([torch.dot(values, values), torch.dot(lost, lost)]).double()

@@ -8,8 +8,6 @@ behind them exists; lifting one is deleting its function.
 
 from collections.abc import Iterator
 
-from megatron_muloco.config.compression import NoCompression
-from megatron_muloco.config.outer import NoOuter
 from megatron_muloco.config.schema import RunConfig
 
 __all__ = ["OTHER_NAMES", "REFUSED_KEYS", "REFUSED_VALUES", "UNSUPPORTED"]
@@ -117,26 +115,6 @@ def context_parallel(config: RunConfig) -> Iterator[tuple[str, str]]:
         )
 
 
-def compression(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """Pseudogradients travel uncompressed."""
-    if isinstance(config.outer, NoOuter) or isinstance(config.outer.compression, NoCompression):
-        return
-    yield (
-        "outer.compression.kind",
-        f"{config.outer.compression.kind} is not available yet.\nUse none; wire_dtype bf16 halves "
-        "the traffic.",
-    )
-
-
-def host_transport(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """Pseudogradients leave from device memory."""
-    if not isinstance(config.outer, NoOuter) and config.outer.transport == "host":
-        yield (
-            "outer.transport",
-            "host is not available yet.\nUse auto or device.",
-        )
-
-
 def async_save(config: RunConfig) -> Iterator[tuple[str, str]]:
     """Checkpoints are written while training waits."""
     if config.checkpoint.async_save:
@@ -145,7 +123,5 @@ def async_save(config: RunConfig) -> Iterator[tuple[str, str]]:
 
 UNSUPPORTED = (
     context_parallel,
-    compression,
-    host_transport,
     async_save,
 )

@@ -5,13 +5,19 @@ decides *how* it travels. Blocking or overlapped, fp32 or encoded, over a device
 all of them are reducers, and the synchronizer is the same.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
-__all__ = ["Handle", "Reduced", "Reducer", "ReductionStats"]
+__all__ = ["CodeStats", "Handle", "Reduced", "Reducer", "ReductionStats", "Residuals", "Sizes"]
+
+Sizes = Mapping[str, int]
+"""Elements of each flat tensor of a fragment, in its order."""
+
+Residuals = Mapping[str, Mapping[str, Tensor]]
+"""Kind to name to flat fp32 tensor: what error feedback keeps."""
 
 
 class Handle(Protocol):
@@ -23,18 +29,39 @@ class Handle(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class CodeStats:
+    """What a lossy code did to this rank's tensors.
+
+    Attributes:
+        exact_square: Squared norm of what was encoded, residuals included; 0-dim, fp64.
+        lost_square: Squared norm of what the code lost of it; 0-dim, fp64.
+        encode_ms: Host time of encoding, for launch and wait together.
+        decode_ms: Host time of decoding.
+    """
+
+    exact_square: Tensor
+    lost_square: Tensor
+    encode_ms: float
+    decode_ms: float
+
+
+@dataclass(frozen=True, slots=True)
 class ReductionStats:
-    """What travelled beside the tensors; the same on all replicas except ``wire_bytes``.
+    """What travelled beside the tensors, and how; weights and riders are the same on all replicas.
 
     Attributes:
         weights: w of every replica, ``[K]``, fp32 on the host.
         riders: The small numbers that every replica sent along, ``[K, n]``, fp32 on the host.
         wire_bytes: Bytes that this rank sent, for launch and wait together.
+        uncoded_bytes: Bytes that an fp32 all-reduce of the tensors alone would have sent.
+        code: What a lossy code did; ``None`` without one.
     """
 
     weights: Tensor
     riders: Tensor
     wire_bytes: int
+    uncoded_bytes: int = 0
+    code: CodeStats | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +83,12 @@ class Reducer(Protocol):
 
     Collectives: all ranks of an outer group call ``launch`` and ``wait`` for the same fragments in
     the same order; the results are bitwise equal on all of them.
+
+    Attributes:
+        residual_kinds: Kinds of tensors that `residuals` returns.
     """
+
+    residual_kinds: tuple[str, ...]
 
     def launch(
         self,
@@ -71,9 +103,9 @@ class Reducer(Protocol):
 
         Args:
             fragment: Index of the fragment; for messages and per-fragment buffers.
-            tensors: Flat fp32 tensors, copied before the call returns. Every replica gives the same
-                names and sizes in the same order; the mapping may be empty.
-            weight: 0 or 1. With 0 nothing of ``tensors`` reaches the others, not even a NaN.
+            tensors: Flat fp32 tensors, which nobody changes before ``wait`` returns. Every replica
+                gives the same names and sizes in the same order; the mapping may be empty.
+            weight: In [0, 1]. With 0 nothing of ``tensors`` reaches the others, not even a NaN.
             riders: 1-D fp32 numbers to show to all replicas; the same count on each.
             round_index: For messages.
 
@@ -87,3 +119,21 @@ class Reducer(Protocol):
         Raises:
             SyncError: A peer failed, or the time limit passed; names round, fragment and ranks.
         """
+
+    def forget_residual(self) -> None:
+        """Drop what this replica's codes lost, after the launches so far: it takes the anchor."""
+
+    def residuals(self, fragments: Sequence[Sizes]) -> Residuals:
+        """Return what error feedback keeps, zeros where nothing was lost yet.
+
+        ``residual`` (e) is this replica's; ``owner_residual`` (f) is the same on all replicas.
+
+        Args:
+            fragments: The sizes of this rank's tensors, fragment by fragment.
+
+        Collectives: where f is kept, an all-gather of it over the outer group: half the bytes of an
+        fp32 mean. All ranks of the outer group call it with no launch to wait for.
+        """
+
+    def load_residuals(self, residuals: Residuals, fragments: Sequence[Sizes]) -> None:
+        """Take copies of what `residuals` returned on any layout of the same model."""

@@ -30,7 +30,7 @@ __all__ = ["Parameters", "Reference", "Settings", "identity"]
 Parameters = dict[str, Tensor]
 
 
-def identity(values: Tensor) -> Tensor:
+def identity(name: str, start: int, values: Tensor) -> Tensor:
     """Return the values: the codec that loses nothing."""
     return values.clone()
 
@@ -42,9 +42,12 @@ class Settings:
     Attributes:
         fragments: P lists of names, which together hold every name once.
         additive: Apply by ``theta + progress since the launch`` instead of by mixing.
+        codec: ``(name, start, x) -> D(E(x))`` for the values x of a tensor from ``start`` on.
         error_feedback: Without it, e and f stay zero.
         coding_units: Flat ranges of a tensor that are encoded each for itself, by name; a tensor
             that is not listed is one unit. The second encoding has the same units.
+        encode_mean: Whether the mean is encoded again, as it is where one rank owns a part of it;
+            not where everybody has decoded everything (top-k).
     """
 
     sync_interval: int
@@ -55,10 +58,11 @@ class Settings:
     additive: bool = False
     outer_lr: float = 1.0
     outer_momentum: float = 0.0
-    codec: Callable[[Tensor], Tensor] = identity
+    codec: Callable[[str, int, Tensor], Tensor] = identity
     error_feedback: bool = False
     error_decay: float = 0.9
     coding_units: Mapping[str, Sequence[tuple[int, int]]] = field(default_factory=dict)
+    encode_mean: bool = True
 
 
 @dataclass
@@ -78,7 +82,8 @@ class Reference:
         initial: Parameters that all replicas start from.
         inner_steps: For each replica, a function that makes inner step t on its parameters.
         settings: The numbers.
-        weigh: ``(replica, fragment, t, delta) -> w_k``, 0 or 1; by default 1 where delta is finite.
+        weigh: ``(replica, fragment, t, delta) -> w_k`` in [0, 1]; by default 1 where delta is
+            finite.
     """
 
     def __init__(
@@ -150,7 +155,7 @@ class Reference:
             v = x + s.error_decay * residual[name] if s.error_feedback else x
             q = torch.empty_like(v)
             for start, end in s.coding_units.get(name, [(0, v.numel())]):
-                q.view(-1)[start:end] = s.codec(v.reshape(-1)[start:end])
+                q.view(-1)[start:end] = s.codec(name, start, v.reshape(-1)[start:end])
             if s.error_feedback:
                 residual[name] = v - q
             result[name] = q
@@ -169,10 +174,11 @@ class Reference:
         """Average fragment i, take the outer step, and give the new anchor to every replica."""
         s = self.settings
         sent = self._sent.pop(i)
-        usable = [q for q, w in zip(sent.q, sent.weight, strict=True) if w]
+        usable = [(q, w) for q, w in zip(sent.q, sent.weight, strict=True) if w]
         if usable:  # otherwise anchor, u and f stay as they are
-            mean = {name: _sum(q[name] for q in usable) / len(usable) for name in s.fragments[i]}
-            delta = self._encode(mean, self.f)
+            weight_sum = sum(w for _, w in usable)
+            mean = {n: _sum(w * q[n] for q, w in usable) / weight_sum for n in s.fragments[i]}
+            delta = self._encode(mean, self.f) if s.encode_mean else mean
             for name, d in delta.items():
                 self.u[name] = s.outer_momentum * self.u[name] + d
                 step = s.outer_lr * (d + s.outer_momentum * self.u[name])

@@ -6,9 +6,30 @@ from torch import Tensor
 
 from megatron_muloco.outer.guard import Verdict
 from megatron_muloco.outer.in_flight import InFlight
+from megatron_muloco.outer.reducer import CodeStats
 from megatron_muloco.outer.sketch import cosines
 
-__all__ = ["FragmentReport", "OuterReport"]
+__all__ = ["CodeReport", "FragmentReport", "OuterReport"]
+
+
+@dataclass(frozen=True, slots=True)
+class CodeReport:
+    """What the code did to one fragment, over the whole replica; times are this rank's.
+
+    Attributes:
+        error: Norm of what this replica's encoding lost over the norm of what it encoded, 0-dim.
+        residual_norm: Norm of what it lost, which error feedback keeps, 0-dim.
+        cosine: Estimated cosine of the decoded mean and the mean of the exact pseudogradients,
+            0-dim; NaN in rounds that do not compare replicas.
+        encode_ms: Host time of encoding.
+        decode_ms: Host time of decoding.
+    """
+
+    error: Tensor
+    residual_norm: Tensor
+    cosine: Tensor
+    encode_ms: float
+    decode_ms: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +46,13 @@ class FragmentReport:
         update_norm: Norm of what the anchor moved by, 0-dim.
         cosine_to_mean: Cosine of own and mean pseudogradient, 0-dim; NaN where undefined.
         wire_bytes: Bytes that this rank sent.
+        uncoded_bytes: Bytes that an fp32 all-reduce would have sent, riders not counted.
         exposed_ms: Host time spent launching and waiting. On an accelerator the wait only orders
             streams, so there it is a lower bound.
         pairwise_cosines: Estimated cosines of the replicas' pseudogradients, ``[K, K]``, NaN beside
             one that is not finite or zero; ``None`` in rounds that do not compare replicas.
+        code: What a lossy code did; ``None`` without one, and for a fragment that was in flight
+            when the run was saved.
     """
 
     fragment: int
@@ -42,6 +66,8 @@ class FragmentReport:
     wire_bytes: int
     exposed_ms: float
     pairwise_cosines: Tensor | None = None
+    uncoded_bytes: int = 0
+    code: CodeReport | None = None
 
     @classmethod
     def of(cls, flight: InFlight, sums: Tensor) -> "FragmentReport":
@@ -49,8 +75,10 @@ class FragmentReport:
 
         Args:
             flight: The fragment, waited for.
-            sums: Over the replica, fp64: the products own * mean, mean * mean and update * update,
-                then those of the replicas' sketches where they were exchanged.
+            sums: Over the replica, fp64: the products own * mean, mean * mean and update * update;
+                squared norms of what was encoded and of what the code lost, then the products of
+                the sketches of decoded and exact mean (decoded * exact, decoded * decoded,
+                exact * exact); then those of the replicas' sketches where they were exchanged.
         """
         assert flight.reduced is not None
         dot, mean_square, update_square = sums[:3].unbind()
@@ -66,9 +94,11 @@ class FragmentReport:
             update_norm=update_square.sqrt(),
             cosine_to_mean=dot / (mean_square.sqrt() * flight.norm),
             pairwise_cosines=(
-                None if flight.sketch_size is None else cosines(sums[3:].view(replicas, -1))
+                None if flight.sketch_size is None else cosines(sums[8:].view(replicas, -1))
             ),
             wire_bytes=stats.wire_bytes,
+            uncoded_bytes=stats.uncoded_bytes,
+            code=None if stats.code is None else _code_report(stats.code, sums[3:8]),
             exposed_ms=flight.exposed_ms,
         )
 
@@ -76,6 +106,17 @@ class FragmentReport:
     def weight_sum(self) -> float:
         """Sum of the weights; 0 means that no replica could be used and the anchor did not move."""
         return float(self.weights.sum())
+
+
+def _code_report(code: CodeStats, sums: Tensor) -> CodeReport:
+    exact, lost, dot, decoded_square, exact_square = sums.unbind()
+    return CodeReport(
+        error=(lost / exact).sqrt(),
+        residual_norm=lost.sqrt(),
+        cosine=dot / (decoded_square * exact_square).sqrt(),
+        encode_ms=code.encode_ms,
+        decode_ms=code.decode_ms,
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,12 +22,13 @@ import torch
 from torch import Tensor
 
 from megatron_muloco.errors import ConfigError
-from megatron_muloco.outer.anchor import AnchorState, copy_to, overwrite
+from megatron_muloco.outer.anchor import AnchorState, check_names, copy_to, overwrite
 from megatron_muloco.outer.fragments import FragmentPlan
 from megatron_muloco.outer.guard import Guard, Verdict
 from megatron_muloco.outer.in_flight import InFlight, InFlightTable
 from megatron_muloco.outer.merge import MergeRule
 from megatron_muloco.outer.optimizer import OuterNesterov
+from megatron_muloco.outer.progress import Progress
 from megatron_muloco.outer.reducer import Reducer
 from megatron_muloco.outer.replica import ReplicaPort
 from megatron_muloco.outer.report import FragmentReport, OuterReport
@@ -56,6 +57,8 @@ class Synchronizer:
         state_device: Where anchor and momentum live; the masters' device by default. Host memory
             is pinned where the masters are on an accelerator, and visits it one shard at a time.
         sketch: Compares the replicas' pseudogradients; ``None`` does not.
+        weigh_by_tokens: Weigh a replica by the share of the interval's tokens that it trained on;
+            otherwise all replicas weigh the same.
 
     Collectives: `after_inner_step`, `flush`, `state_dict` and `anchor_loaded` are called by all
     ranks of all replicas (the last one: of a replica) after the same inner step.
@@ -74,6 +77,7 @@ class Synchronizer:
         *,
         state_device: torch.device | None = None,
         sketch: PseudogradientSketch | None = None,
+        weigh_by_tokens: bool = False,
     ) -> None:
         if plan.count != schedule.fragment_count:
             raise ConfigError(
@@ -90,7 +94,10 @@ class Synchronizer:
         )
         masters = {name: replica.masters[name] for name in replica.owned_names()}
         self._state = AnchorState(masters, state_device or replica.device)
+        self._sizes = [{name: masters[name].numel() for name in group} for group in self._owned]
         self._in_flight = InFlightTable()
+        self._weigh_by_tokens = weigh_by_tokens
+        self._progress = [Progress() for _ in self._owned]
         self.step = 0
 
     @property
@@ -101,16 +108,21 @@ class Synchronizer:
     # ---- time -------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def after_inner_step(self, step: int, riders: Tensor | None = None) -> OuterReport | None:
+    def after_inner_step(
+        self, step: int, riders: Tensor | None = None, *, trained: float = 1.0
+    ) -> OuterReport | None:
         """Do what is due after inner step ``step``; return what happened, ``None`` if nothing was.
 
         Args:
             step: The inner step that has just been made, 1-based; one more than at the last call.
             riders: 1-D fp32 numbers to show to the other replicas with every launch of this step,
                 for instance the loss; always the same count.
+            trained: Share of the step's tokens that this replica trained on; 0 for a skipped step.
         """
         assert step == self.step + 1, f"inner step {step} follows {self.step}"
         self.step = step
+        for progress in self._progress:
+            progress.add(trained)
         events = self._schedule.events(step)
         if not events:
             return None
@@ -158,6 +170,7 @@ class Synchronizer:
         verdict, norm = self._guard.judge_replica(
             fragment, deltas, self._replica.total, self._replica.device
         )
+        share = self._progress[fragment].take()
         round_index = self._schedule.round(self.step)
         sketch = None
         if self._sketch is not None and self._sketch.is_due(round_index):
@@ -166,7 +179,7 @@ class Synchronizer:
         handle = self._reducer.launch(
             fragment,
             deltas,
-            verdict.weight,
+            verdict.weight * (share if self._weigh_by_tokens else 1.0),
             pack_riders(norm, riders, sketch),
             round_index=round_index,
         )
@@ -192,6 +205,7 @@ class Synchronizer:
             self._guard.observe(flight.fragment, flight.shown().norms.tolist())
         usable = bool(reduced.stats.weights.any())
         round_index = self._schedule.round(flight.launched_at)
+        code_sums = self._code_sums(flight)
         sums = torch.zeros(3, dtype=torch.float64, device=self._replica.device)
         for name in self._owned[flight.fragment]:
             local = self._replica.masters[name]
@@ -203,7 +217,7 @@ class Synchronizer:
                 self._state.step(name, mean, self._optimizer, round_index)
             sums += torch.stack([dot, mean_square, torch.dot(mean, mean)]).double()
             self._merge.merge(local, self._state.anchor_on(local.device, name), at_launch)
-        return self._report(flight, sums)
+        return self._report(flight, torch.cat([sums, code_sums]))
 
     def _average(self, fragment: int) -> FragmentReport:
         """Set anchor and local parameters of a fragment to the mean of the local parameters."""
@@ -235,7 +249,7 @@ class Synchronizer:
                 sums += torch.stack([torch.dot(deltas[name], update), square, square]).double()
                 self._state.anchor[name].copy_(mean)
             self._replica.masters[name].copy_(self._state.anchor[name])
-        return self._report(flight, sums)
+        return self._report(flight, torch.cat([sums, self._code_sums(flight)]))
 
     # ---- parts of events --------------------------------------------------------------------
 
@@ -252,6 +266,15 @@ class Synchronizer:
         """Restart this replica from the anchor everywhere; progress in flight is forgotten."""
         overwrite(self._replica.masters, self._state.anchor)
         self._in_flight.restart_from(self._state.anchor)
+        self._reducer.forget_residual()
+
+    def _load_residuals(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take the residuals of a checkpoint; one without any was saved without error feedback."""
+        found = {k: tensors[k] for k in self._reducer.residual_kinds if tensors.get(k)}
+        for kind, residuals in found.items():
+            check_names(kind, residuals, self._state.anchor)
+        if found:
+            self._reducer.load_residuals(found, self._sizes)
 
     def _publish(self, names: tuple[str, ...]) -> None:
         self._replica.broadcast_duplicates(names)
@@ -260,6 +283,20 @@ class Synchronizer:
     def _names_of(self, applied: list[FragmentReport]) -> tuple[str, ...]:
         fragments = self._plan.fragments
         return tuple(name for report in applied for name in fragments[report.fragment])
+
+    def _code_sums(self, flight: InFlight) -> Tensor:
+        """Return this rank's part of what a report says of the code; see `FragmentReport.of`."""
+        assert flight.reduced is not None
+        sums = torch.zeros(5, dtype=torch.float64, device=self._replica.device)
+        stats = flight.reduced.stats
+        if stats.code is not None:
+            sums[0], sums[1] = stats.code.exact_square, stats.code.lost_square
+            if self._sketch is not None and flight.sketch_size:
+                exact = torch.mv(flight.shown().sketches.T, stats.weights).to(sums.device)
+                decoded = self._sketch(flight.reduced.mean)
+                products = [decoded.dot(exact), decoded.dot(decoded), exact.dot(exact)]
+                sums[2:] = torch.stack(products).double()
+        return sums
 
     def _report(self, flight: InFlight, sums: Tensor) -> FragmentReport:
         if flight.sketch_size is not None:
@@ -295,12 +332,29 @@ class Synchronizer:
         """Return ``{"tensors": {kind: {name: flat tensor}}, "scalars": plain numbers}``.
 
         Kinds: ``anchor`` and ``momentum`` of every shard owned here; ``mean`` and ``at_launch`` of
-        fragments in flight, for which this call waits. The tensors are the live ones.
+        fragments in flight, for which this call waits; with error feedback ``residual``, and
+        ``owner_residual``, which is the same on all replicas. The tensors are the live ones.
+
+        Collectives: those of `Reducer.wait` and `Reducer.residuals`.
         """
-        tensors, entries = self._in_flight.state_dict(self._reducer)
+        tensors, _ = self._in_flight.state_dict(self._reducer)
         tensors |= {"anchor": dict(self._state.anchor), "momentum": dict(self._state.momentum)}
-        scalars = {"step": self.step, "guard": self._guard.state_dict(), "in_flight": entries}
-        return {"tensors": tensors, "scalars": scalars}
+        tensors |= {k: dict(each) for k, each in self._reducer.residuals(self._sizes).items()}
+        return {"tensors": tensors, "scalars": self.scalars()}
+
+    def kinds(self) -> tuple[str, ...]:
+        """Return the kinds of tensors that `state_dict` returns."""
+        return ("anchor", "momentum", "mean", "at_launch", *self._reducer.residual_kinds)
+
+    def scalars(self) -> dict[str, Any]:
+        """Return the plain numbers of `state_dict`; waits for the fragments in flight."""
+        _, entries = self._in_flight.state_dict(self._reducer)
+        return {
+            "step": self.step,
+            "guard": self._guard.state_dict(),
+            "in_flight": entries,
+            "progress": [progress.state_dict() for progress in self._progress],
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned, into this object's own memory.
@@ -319,5 +373,7 @@ class Synchronizer:
             names=self._owned,
             device=self._replica.device,
         )
+        self._load_residuals(tensors)
         self._guard.load_state_dict(scalars["guard"])
+        self._progress = [Progress(**entry) for entry in scalars["progress"]]
         self.step = step

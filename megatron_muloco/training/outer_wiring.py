@@ -8,16 +8,13 @@ from megatron_muloco.comm.groups import Groups
 from megatron_muloco.comm.positions import check_same_shards
 from megatron_muloco.comm.reducers import ReplicaSum, mean_reducer
 from megatron_muloco.config import RunConfig
-from megatron_muloco.config.compression import CompressionConfig, NoCompression
 from megatron_muloco.config.derived import Derived
 from megatron_muloco.config.outer import AverageOuter, NesterovOuter, NoOuter
-from megatron_muloco.errors import RuntimeMismatch
 from megatron_muloco.model.names import EMBEDDING
 from megatron_muloco.outer.fragments import FragmentPlan
 from megatron_muloco.outer.guard import Guard
 from megatron_muloco.outer.merge import Additive, MergeRule, Mix
 from megatron_muloco.outer.optimizer import OuterNesterov
-from megatron_muloco.outer.reducer import Reducer
 from megatron_muloco.outer.replica import ReplicaPort
 from megatron_muloco.outer.schedule import SyncSchedule
 from megatron_muloco.outer.sketch import PseudogradientSketch
@@ -26,6 +23,7 @@ from megatron_muloco.planning.outer_traffic import sketch_width
 from megatron_muloco.runtime.accelerator import training_device
 from megatron_muloco.runtime.megatron import MasterView
 from megatron_muloco.training.outer_checks import OuterChecks
+from megatron_muloco.training.reducer_wiring import build_reducer
 
 __all__ = ["build_outer_step"]
 
@@ -74,14 +72,15 @@ def build_outer_step(
         ),
         OuterNesterov(lr=outer.lr, momentum=outer.momentum),
         _merge_rule(outer),
-        _reducer(outer.compression, groups, device),
-        mean_reducer(groups.outer, device),
+        build_reducer(outer, groups, device, view.shards),
+        mean_reducer(groups.exchange, device, through_host=outer.transport == "host"),
         Guard(
             num_replicas=groups.topology.num_replicas,
             norm_factor=outer.guard.max_norm_ratio or float("inf"),
         ),
         state_device=torch.device("cpu") if outer.state_device == "cpu" else None,
         sketch=_sketch(config, groups),
+        weigh_by_tokens=outer.weighting == "tokens",
     )
     checks = OuterChecks(
         synchronizer.anchors(),
@@ -96,17 +95,6 @@ def build_outer_step(
 
 def _merge_rule(outer: NesterovOuter | AverageOuter) -> MergeRule:
     return Additive() if outer.apply == "additive" else Mix(outer.effective_mixing_weight)
-
-
-def _reducer(compression: CompressionConfig, groups: Groups, device: torch.device) -> Reducer:
-    """Return how pseudogradients travel.
-
-    Raises:
-        RuntimeMismatch: A code was asked for; `megatron_muloco.config.support` refuses it earlier.
-    """
-    if not isinstance(compression, NoCompression):
-        raise RuntimeMismatch(f"outer.compression.kind {compression.kind} is not available yet")
-    return mean_reducer(groups.outer, device, wire_dtype=compression.wire_dtype)
 
 
 def _sketch(config: RunConfig, groups: Groups) -> PseudogradientSketch | None:

@@ -157,7 +157,10 @@ class ReplicaOptimizer:
         """
         if self.synchronizer is None:
             return None
-        self.last_outer = self.synchronizer.after_inner_step(self.steps, riders)
+        skipped = self.last_inner is not None and self.last_inner.skipped
+        self.last_outer = self.synchronizer.after_inner_step(
+            self.steps, riders, trained=0.0 if skipped else 1.0
+        )
         if self.last_outer is not None:
             if self.last_outer.quarantined:
                 self.inner.zero_moments()

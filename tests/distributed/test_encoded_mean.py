@@ -81,7 +81,7 @@ def settings_of(case: int, num_replicas: int) -> Settings:
     name, fragments, overlap, feedback, changes = CASES[case]
     codec = CODECS[name]
 
-    def round_trip(values: Tensor) -> Tensor:
+    def round_trip(tensor: str, start: int, values: Tensor) -> Tensor:
         unit, out = CodingUnit(values.numel()), torch.empty_like(values)
         codec.decode(codec.encode(values, unit), unit, out)
         return out

@@ -18,7 +18,7 @@ from megatron_muloco.outer.fragments import FragmentPlan
 from megatron_muloco.outer.guard import Guard
 from megatron_muloco.outer.merge import Additive, MergeRule, Mix
 from megatron_muloco.outer.optimizer import OuterNesterov
-from megatron_muloco.outer.reducer import Reduced, Reducer, ReductionStats
+from megatron_muloco.outer.reducer import Reduced, Reducer, ReductionStats, Residuals, Sizes
 from megatron_muloco.outer.reference import Parameters, Settings
 from megatron_muloco.outer.replica import ReplicaPort
 from megatron_muloco.outer.schedule import SyncSchedule
@@ -76,7 +76,9 @@ class Exchange:
 
 
 class ExchangeReducer:
-    """The reducer of one replica."""
+    """The reducer of one replica; it keeps no residuals."""
+
+    residual_kinds = ()
 
     def __init__(self, exchange: Exchange, replica: int) -> None:
         self.exchange, self.replica = exchange, replica
@@ -111,6 +113,16 @@ class ExchangeReducer:
         weights = torch.tensor([weight for _, weight, _ in received])
         riders = torch.stack([riders for _, _, riders in received])
         return Reduced(mean, ReductionStats(weights, riders, wire_bytes=0))
+
+    def forget_residual(self) -> None:
+        """See `Reducer.forget_residual`."""
+
+    def residuals(self, fragments: Sequence[Sizes]) -> Residuals:
+        """See `Reducer.residuals`."""
+        return {}
+
+    def load_residuals(self, residuals: Residuals, fragments: Sequence[Sizes]) -> None:
+        """See `Reducer.load_residuals`."""
 
 
 @dataclass

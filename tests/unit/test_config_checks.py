@@ -132,11 +132,6 @@ UNSUPPORTED_CASES: dict[str, tuple[list[str], str]] = {
         "parallel.context_parallel_size: 2 is not available: attention here runs on whole "
         "sequences (context parallelism needs Transformer Engine).",
     ),
-    "compression": (
-        ["outer.compression={kind: statistical, bits: 4}"],
-        "outer.compression.kind: statistical is not available yet.",
-    ),
-    "host_transport": (["outer.transport=host"], "outer.transport: host is not available yet."),
     "async_save": (
         ["checkpoint.async_save=true"],
         "checkpoint.async_save: true is not available yet.",

@@ -98,7 +98,7 @@ def test_the_flush_applies_what_is_in_flight_and_averages_the_rest() -> None:
     assert averaged.anchor["x"].item() == averaged.local[0]["x"].item()
 
 
-def keep_largest(values: Tensor) -> Tensor:
+def keep_largest(name: str, start: int, values: Tensor) -> Tensor:
     """Top-k with k = 1: the codec that loses most."""
     kept = torch.zeros_like(values)
     if values.numel():
