@@ -1,0 +1,1 @@
+"""Quality of outer steps on real text: `python -m tools.bench.quality`."""

@@ -1,0 +1,114 @@
+"""Which runs there are, and which of them are held against each other.
+
+Every variant is `small.yaml` with a few keys replaced; a seed sets the initial weights and the
+order of samples. Runs of the same seed are paired: they start from the same weights and read the
+same samples in the same order.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from megatron_muloco.errors import ConfigError
+
+INTERVALS = (15, 30, 60, 120)
+"""H of the sweep: around the papers' 30, each the double of the one before."""
+
+METHODS = {"muloco": (), "diloco": ("inner.kind=adamw", "inner.lr=0.02")}
+"""Method -> keys. Learning rates come from the short sweep in docs/experiments/LOG.md."""
+
+PLAIN = "muloco-h30"
+"""MuLoCo with one fragment, waiting, fp32 on the wire: the baseline."""
+
+BLOCKING = "fragments-3"
+"""The same in three fragments, waiting: the baseline of overlap."""
+
+_THREE = ("outer.fragments.count=3",)
+# Half of the ten steps between two launches (H = 30, three fragments): 0 < tau < 10.
+_OVERLAP = (*_THREE, "outer.overlap_steps=5")
+
+
+class Rule(Enum):
+    """What a comparison claims about a variant's loss relative to its baseline's."""
+
+    EQUAL = "equal"
+    NO_WORSE = "no worse"
+    BETTER = "better"
+    SHOWN = "-"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A variant, the one it is held against, and the claim."""
+
+    variant: str
+    baseline: str
+    rule: Rule
+
+
+def _code(kind: str, bits: int, *, feedback: bool = True) -> tuple[str, ...]:
+    code = f"kind: {kind}, bits: {bits}, granularity: tensor, error_feedback: {feedback!s}"
+    return (f"outer.compression={{{code.lower()}}}",)
+
+
+def _with_intervals() -> dict[str, tuple[str, ...]]:
+    return {
+        f"{method}-h{interval}": (*keys, f"outer.sync_interval={interval}")
+        for interval in (30, 120, 15, 60)  # those that decide most come first
+        for method, keys in METHODS.items()
+    }
+
+
+VARIANTS: dict[str, tuple[str, ...]] = {
+    **_with_intervals(),
+    BLOCKING: _THREE,
+    "overlap-mix": (*_OVERLAP, "outer.mixing_weight=0.5"),
+    "overlap-additive": (*_OVERLAP, "outer.apply=additive"),
+    "linear-4": _code("linear", 4),
+    "statistical-4": _code("statistical", 4),
+    "statistical-2": _code("statistical", 2),
+    "linear-2": _code("linear", 2),
+    "linear-2-without": _code("linear", 2, feedback=False),
+    "statistical-2-without": _code("statistical", 2, feedback=False),
+    "thin-link": (*_OVERLAP, "outer.mixing_weight=0.5", *_code("statistical", 2)),
+}
+"""Name -> keys replaced in `small.yaml`, in the order in which they are run.
+
+``-2`` and ``-4`` are bits, with error feedback unless ``-without``; ``thin-link`` is everything at
+once: two bits with error feedback, three fragments, overlap with mixing.
+"""
+
+COMPARISONS = (
+    Comparison("linear-4", PLAIN, Rule.EQUAL),
+    Comparison("statistical-4", PLAIN, Rule.EQUAL),
+    Comparison("statistical-2", "linear-2", Rule.BETTER),
+    Comparison("statistical-2", "linear-2-without", Rule.SHOWN),
+    Comparison("statistical-2-without", "linear-2-without", Rule.SHOWN),
+    Comparison("statistical-2", "statistical-2-without", Rule.SHOWN),
+    Comparison("linear-2", "linear-2-without", Rule.SHOWN),
+    Comparison("statistical-2", PLAIN, Rule.SHOWN),
+    Comparison("linear-2", PLAIN, Rule.SHOWN),
+    Comparison(BLOCKING, PLAIN, Rule.EQUAL),
+    Comparison("overlap-mix", BLOCKING, Rule.NO_WORSE),
+    Comparison("overlap-additive", BLOCKING, Rule.NO_WORSE),
+    Comparison("overlap-mix", PLAIN, Rule.SHOWN),
+    Comparison("overlap-additive", PLAIN, Rule.SHOWN),
+    Comparison("thin-link", PLAIN, Rule.SHOWN),
+)
+
+
+def chosen_variants(names: Sequence[str], only: str) -> dict[str, tuple[str, ...]]:
+    """Return the variants named (all if none is), of these those with ``only`` in the name.
+
+    Raises:
+        ConfigError: A name is no variant, or nothing is left.
+    """
+    unknown = [name for name in names if name not in VARIANTS]
+    if unknown:
+        raise ConfigError(
+            f"--variants: {', '.join(unknown)} unknown. There are {', '.join(VARIANTS)}."
+        )
+    kept = {name: VARIANTS[name] for name in names or VARIANTS if only in name}
+    if not kept:
+        raise ConfigError(f"--only: no variant has {only!r} in its name.")
+    return kept

@@ -1,0 +1,161 @@
+"""The result page, made of whatever runs are there."""
+
+import platform
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from textwrap import fill
+
+from tools.bench.quality.grid import COMPARISONS, INTERVALS, METHODS, VARIANTS, Comparison
+from tools.bench.quality.runs import Result
+from tools.bench.quality.statistics import (
+    CONFIDENCE,
+    EQUAL_PERCENT,
+    Losses,
+    does_not_fall,
+    interval,
+    percent_differences,
+    rise,
+    rises_less,
+    verdict,
+)
+
+SWEEPS = {method: [f"{method}-h{length}" for length in INTERVALS] for method in METHODS}
+"""Method -> variants in the order of H."""
+
+MARKDOWN_COLUMNS = 120
+
+INTRODUCTION = f"""Two replicas on two CPU ranks train the model of
+`tools/bench/quality/small.yaml` on the demo's text, each variant with the same seeds. A seed sets
+the initial weights and the order of samples, so runs of one seed are paired. Loss is that of the
+anchor on held-out text after the last step, nats per token.
+
+Differences are 100 x (variant - baseline) / baseline per seed, then their mean with Student's
+{CONFIDENCE:.0%} interval. *Equal* is shown where |mean| is at most {EQUAL_PERCENT} %, *no worse*
+where the mean is at most +{EQUAL_PERCENT} %, *better* where the whole interval is below zero. Few
+seeds make wide intervals: a mean within the rule whose interval reaches beyond it follows the rule,
+and is no proof."""
+
+
+def losses_of(results: Sequence[Result]) -> Losses:
+    """Return variant -> seed -> loss."""
+    table: dict[str, dict[int, float]] = {}
+    for result in results:
+        table.setdefault(result.variant, {})[result.seed] = result.loss
+    return table
+
+
+def page(results: Sequence[Result], command: str, drawing: str | None) -> str:
+    """Return the whole page; ``drawing`` is the image beside it, if there is one."""
+    losses = losses_of(results)
+    parts = [
+        "# Quality of outer steps on real text",
+        f"`{command}`",
+        INTRODUCTION,
+        "## Claims",
+        _table(
+            ("variant", "against", "seeds", "difference, %", "interval, %", "claim", "verdict"),
+            [_comparison_row(losses, comparison) for comparison in COMPARISONS],
+        ),
+        "## Length of a round",
+        _sweep(losses),
+        f"![losses]({drawing})" if drawing else "",
+        "## All losses",
+        _table(
+            ("variant", "mean loss", "per seed", "sent by a rank"),
+            [_loss_row(name, results) for name in VARIANTS if name in losses],
+        ),
+        "## Variants",
+        "What each replaces in `tools/bench/quality/small.yaml`:",
+        "\n".join(_keys(name) for name in VARIANTS if VARIANTS[name]),
+        "## How",
+        _facts(results),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _comparison_row(losses: Losses, comparison: Comparison) -> tuple[object, ...]:
+    found = list(percent_differences(losses, comparison.variant, comparison.baseline).values())
+    head = (comparison.variant, comparison.baseline, len(found))
+    if not found:
+        return (*head, "not run", "", comparison.rule.value, "not run")
+    difference = interval(found)
+    ends = f"{difference.low:+.2f} to {difference.high:+.2f}"
+    claim = comparison.rule.value
+    return (*head, f"{difference.mean:+.2f}", ends, claim, verdict(comparison.rule, difference))
+
+
+def _sweep(losses: Losses) -> str:
+    rows = []
+    for method, names in SWEEPS.items():
+        found = list(rise(losses, names).values())
+        if not found:
+            continue
+        of = interval(found)
+        means = [f"{_mean(losses, name):.4f}" for name in names if losses.get(name)]
+        falls = does_not_fall(losses, names)
+        answer = "not run" if falls is None else ("yes" if falls else "no")
+        growth = f"{of.mean:+.2f} ({of.low:+.2f} to {of.high:+.2f})"
+        rows.append((method, len(found), ", ".join(means), growth, answer))
+    lengths = ", ".join(map(str, INTERVALS))
+    head = (
+        "method",
+        "seeds",
+        f"mean loss at H = {lengths}",
+        f"rise from {INTERVALS[0]} to {INTERVALS[-1]}, %",
+        f"never falls by more than {EQUAL_PERCENT} %",
+    )
+    return "\n\n".join((_table(head, rows), _rises(losses)))
+
+
+def _rises(losses: Losses) -> str:
+    apart = rises_less(losses, SWEEPS["muloco"], SWEEPS["diloco"])
+    if apart is None:
+        return "MuLoCo's rise against DiLoCo's: not run."
+    answer = "no larger" if apart.mean <= 0 else "larger"
+    return (
+        f"MuLoCo's rise minus DiLoCo's: {apart.mean:+.2f} percentage points "
+        f"({apart.low:+.2f} to {apart.high:+.2f}), so it is **{answer}** in the mean."
+    )
+
+
+def _loss_row(name: str, results: Sequence[Result]) -> tuple[object, ...]:
+    runs = sorted((r for r in results if r.variant == name), key=lambda r: r.seed)
+    each = ", ".join(f"{run.loss:.4f}" for run in runs)
+    mean = sum(run.loss for run in runs) / len(runs)
+    sent = runs[0].bytes_sent
+    size = "n/a" if sent is None else f"{sent / 1e6:.2f} MB"
+    return (name, f"{mean:.4f}", each, size)
+
+
+def _keys(name: str) -> str:
+    text = f"- {name}: " + ", ".join(f"`{key}`" for key in VARIANTS[name])
+    return fill(text, MARKDOWN_COLUMNS, subsequent_indent="  ", break_long_words=False)
+
+
+def _facts(results: Sequence[Result]) -> str:
+    steps = sorted({result.iterations for result in results})
+    seeds = sorted({result.seed for result in results})
+    seconds = [result.seconds for result in results]
+    rows = [
+        ("runs", f"{len(results)}, of {', '.join(map(str, steps))} steps, seeds {seeds}"),
+        ("machine", f"{platform.machine()}, two ranks of one thread"),
+        ("seconds of a run", f"{min(seconds):.0f} to {max(seconds):.0f}, machine shared"),
+        (
+            "versions",
+            f"Python {platform.python_version()}, torch {version('torch')}, "
+            f"megatron-core {version('megatron-core')}",
+        ),
+        ("commits", ", ".join(sorted({result.commit for result in results}))),
+        ("date", f"{datetime.now(UTC):%Y-%m-%d}"),
+    ]
+    return _table(("quantity", "value"), rows)
+
+
+def _mean(losses: Losses, name: str) -> float:
+    return interval(list(losses[name].values())).mean
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
