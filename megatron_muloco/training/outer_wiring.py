@@ -6,7 +6,7 @@ from megatron_muloco.comm.digests import check_equal
 from megatron_muloco.comm.duplicates import DuplicateBroadcast
 from megatron_muloco.comm.groups import Groups
 from megatron_muloco.comm.positions import check_same_shards
-from megatron_muloco.comm.reducers import ReplicaSum, mean_reducer
+from megatron_muloco.comm.reducers import ReplicaSum
 from megatron_muloco.config import RunConfig
 from megatron_muloco.config.derived import Derived
 from megatron_muloco.config.outer import AverageOuter, NesterovOuter, NoOuter
@@ -23,7 +23,7 @@ from megatron_muloco.planning.outer_traffic import sketch_width
 from megatron_muloco.runtime.accelerator import training_device
 from megatron_muloco.runtime.megatron import MasterView
 from megatron_muloco.training.outer_checks import OuterChecks
-from megatron_muloco.training.reducer_wiring import build_reducer
+from megatron_muloco.training.reducer_wiring import build_plain_reducer, build_reducer
 
 __all__ = ["build_outer_step"]
 
@@ -73,7 +73,7 @@ def build_outer_step(
         OuterNesterov(lr=outer.lr, momentum=outer.momentum),
         _merge_rule(outer),
         build_reducer(outer, groups, device, view.shards),
-        mean_reducer(groups.exchange, device, through_host=outer.transport == "host"),
+        build_plain_reducer(outer, groups, device),
         Guard(
             num_replicas=groups.topology.num_replicas,
             norm_factor=outer.guard.max_norm_ratio or float("inf"),

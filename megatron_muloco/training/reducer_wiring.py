@@ -17,7 +17,7 @@ from megatron_muloco.config.outer import AverageOuter, NesterovOuter, NoOuter
 from megatron_muloco.outer.reducer import Reducer
 from megatron_muloco.shards import Shard
 
-__all__ = ["build_reducer", "travels_by_host"]
+__all__ = ["build_plain_reducer", "build_reducer", "travels_by_host"]
 
 
 def travels_by_host(config: RunConfig) -> bool:
@@ -41,6 +41,19 @@ def build_reducer(
     if outer.overlap_steps and (through_host or not isinstance(reducer, AllReduceMean)):
         return Background(reducer, device)
     return reducer
+
+
+def build_plain_reducer(
+    outer: NesterovOuter | AverageOuter, groups: Groups, device: torch.device
+) -> Reducer:
+    """Return the fp32 mean without a code, for the flush; deterministic where the run is."""
+    code = outer.compression
+    return mean_reducer(
+        groups.exchange,
+        device,
+        deterministic=not isinstance(code, NoCompression) or code.deterministic,
+        through_host=outer.transport == "host",
+    )
 
 
 def _foreground(

@@ -1,28 +1,18 @@
-"""Relation 3 on the real stack: model, inner optimizer, groups and reducers against the reference.
+"""Relation 3 on the real stack: model, inner optimizer, groups, reducers against the reference."""
 
-The reference does not train. Its inner steps replay what the inner optimizer of each replica did to
-the masters, after checking that it started from the same bits: so every outer step, every merge and
-the flush in between have to agree bit for bit. Each position of the replicas is one reference.
-"""
-
-from functools import partial
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
-from megatron_muloco.comm.reducers import mean_reducer
 from megatron_muloco.config import RunConfig
-from megatron_muloco.outer.fragments import FragmentPlan
-from megatron_muloco.outer.reference import Parameters, Reference, Settings
+from tests.support.recorded import assert_is_the_reference, recorded, reference_of
 from tests.support.spawn import run_ranks
 from tests.support.tensors import assert_equal
-from tests.support.tiny_models import ADAMW, MUON, finish_tiny, start_tiny, tiny_config
+from tests.support.tiny_models import ADAMW, MUON, tiny_config
 
 INNER = {"muon": MUON, "adamw": ADAMW}
-Moves = list[tuple[Parameters, Parameters]]
 
 
 def outer(**keys: Any) -> dict[str, Any]:
@@ -38,95 +28,6 @@ def config_of(replicas: int, inner: str, **sections: Any) -> RunConfig:
         monitor={"debug_digests": True},
         **sections,
     )
-
-
-def recorded(config: RunConfig, *, deterministic: bool = False) -> dict[str, Any]:
-    """Train to the end and flush; return what the inner optimizer did and where it all ended."""
-    reducer = partial(mean_reducer, deterministic=deterministic)
-    with mock.patch("megatron_muloco.training.outer_wiring.mean_reducer", reducer):
-        run = start_tiny(config)
-    owned = [s.name for s in run.optimizer.view.shards if not s.param.duplicate]
-    masters, moves, anchors = run.optimizer.view.masters, [], []
-    synchronizer = run.optimizer.synchronizer
-    assert synchronizer is not None
-
-    def snapshot(tensors: Any) -> Parameters:
-        return {name: tensors[name].clone() for name in owned}
-
-    inner_step = run.optimizer.inner_step
-
-    def record() -> Any:
-        before = snapshot(masters)
-        report = inner_step()
-        moves.append((before, snapshot(masters)))
-        return report
-
-    run.optimizer.inner_step = record  # type: ignore[method-assign]
-    for _ in range(config.training.train_iters or 0):
-        run.train(1)
-        anchors.append(snapshot(synchronizer.anchors()))
-    run.optimizer.flush()
-    anchors.append(snapshot(synchronizer.anchors()))
-    end = snapshot(masters)
-    finish_tiny()
-    return {"moves": moves, "anchors": anchors, "end": end}
-
-
-def replay(moves: Moves) -> Any:
-    """Return an inner step that does what was recorded, from where it was recorded."""
-
-    def step(local: Parameters, t: int) -> None:
-        before, after = moves[t - 1]
-        for name, tensor in local.items():
-            assert_equal(tensor, before[name], f"{name} before inner step {t}")
-            tensor.copy_(after[name])
-
-    return step
-
-
-def reference_of(config: RunConfig, members: list[dict[str, Any]]) -> Reference:
-    """Return the reference of one position, over the ranks that hold it."""
-    o = config.outer
-    initial = members[0]["moves"][0][0]
-    plan = FragmentPlan.by_layer(
-        initial,
-        num_layers=config.model.num_layers,
-        count=o.fragments.count,
-        pattern=o.fragments.pattern,
-    )
-    settings = Settings(
-        sync_interval=o.sync_interval,
-        train_iters=config.training.train_iters or 0,
-        fragments=plan.fragments,
-        overlap_steps=o.overlap_steps,
-        mixing_weight=o.effective_mixing_weight,
-        additive=o.apply == "additive",
-        outer_lr=o.lr,
-        outer_momentum=o.momentum,
-    )
-    return Reference(initial, [replay(member["moves"]) for member in members], settings)
-
-
-def assert_is_the_reference(config: RunConfig, ranks: list[dict[str, Any]]) -> None:
-    replicas = config.parallel.num_replicas
-    size = len(ranks) // replicas
-    for position in range(size):
-        members = ranks[position::size]
-        reference = reference_of(config, members)
-        for t in range(1, (config.training.train_iters or 0) + 1):
-            reference.step(t)
-            for member in members:
-                assert_same(member["anchors"][t - 1], reference.anchor, f"anchor after step {t}")
-        reference.flush()
-        for k, member in enumerate(members):
-            assert_same(member["anchors"][-1], reference.anchor, "flushed anchor")
-            assert_same(member["end"], reference.local[k], "local parameters at the end")
-
-
-def assert_same(actual: Parameters, expected: Parameters, message: str) -> None:
-    assert actual.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert_equal(actual[name], tensor, f"{message}, {name}")
 
 
 FRAGMENTS = {"fragments": {"count": 2}}
@@ -172,6 +73,100 @@ CASES: dict[str, tuple[int, int, dict[str, Any]]] = {  # world, replicas, sectio
 }
 
 
+def coded(kind: str, **keys: Any) -> dict[str, Any]:
+    return {"kind": kind, **keys}
+
+
+IN_FLIGHT = {"overlap_steps": 3, "max_in_flight": 3}
+NO_FLUSH = {"train_iters": 8}  # four terms are averaged pairwise in the flush, not from the left
+CODED_CASES: dict[str, tuple[int, int, dict[str, Any]]] = {  # world, replicas, sections
+    "k2-linear4": (2, 2, {"outer": outer(compression=coded("linear", bits=4))}),
+    "k2-tp2-statistical2-row-overlap": (
+        4,
+        2,
+        {
+            "inner": "muon",
+            "parallel": {"tensor_model_parallel_size": 2},
+            "outer": outer(
+                **FRAGMENTS,
+                overlap_steps=1,
+                compression=coded("statistical", bits=2, granularity="row"),
+            ),
+        },
+    ),
+    "k3-dp2-e3m0-block-additive": (
+        6,
+        3,
+        {
+            "outer": outer(
+                **IN_FLIGHT,
+                **FRAGMENTS,
+                apply="additive",
+                compression=coded("e3m0", granularity="block", block_size=32),
+            ),
+        },
+    ),
+    "k2-pp2-tied-topk-exceptions": (
+        4,
+        2,
+        {
+            "parallel": {"pipeline_model_parallel_size": 2},
+            "model": {"untie_embeddings_and_output_weights": False},
+            "outer": outer(
+                **FRAGMENTS,
+                overlap_steps=1,
+                transport="host",
+                compression=coded(
+                    "topk", density=0.1, block_size=64, value_bits=4, exceptions={"norm": "none"}
+                ),
+            ),
+        },
+    ),
+    "k4-tp2-linear1-exceptions-decay": (
+        8,
+        4,
+        {
+            "parallel": {"tensor_model_parallel_size": 2},
+            "training": NO_FLUSH,
+            "outer": outer(
+                compression=coded(
+                    "linear",
+                    bits=1,
+                    error_decay=0.5,
+                    granularity="block",
+                    exceptions={"embedding": 8, "output": "none", "norm": 4},
+                ),
+            ),
+        },
+    ),
+    "k3-host-deterministic": (
+        3,
+        3,
+        {"outer": outer(transport="host", compression={"kind": "none", "deterministic": True})},
+    ),
+    "k4-pp2-statistical4-without-feedback": (
+        8,
+        4,
+        {
+            "parallel": {"pipeline_model_parallel_size": 2},
+            "training": NO_FLUSH,
+            "outer": outer(
+                transport="host",
+                compression=coded("statistical", bits=4, error_feedback=False),
+            ),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CODED_CASES)
+def test_a_real_run_with_a_code_is_the_reference(case: str) -> None:
+    """Bit for bit, residuals too: the order of every sum is ours, on any number of replicas."""
+    world, replicas, sections = CODED_CASES[case]
+    config = config_of(replicas, sections.pop("inner", "adamw"), **sections)
+    assert_is_the_reference(config, run_ranks(recorded, world, config))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_real_run_is_the_reference(case: str) -> None:
     """Bit for bit: two terms have one sum, and half of it is exact."""
@@ -182,8 +177,9 @@ def test_a_real_run_is_the_reference(case: str) -> None:
 
 def test_three_real_replicas_are_the_reference() -> None:
     """Bit for bit where the order of the sum is ours: from the left, as in the reference."""
-    config = config_of(3, "muon", outer=outer(**FRAGMENTS, overlap_steps=1))
-    assert_is_the_reference(config, run_ranks(partial(recorded, deterministic=True), 3, config))
+    keys = {**FRAGMENTS, "overlap_steps": 1, "compression": {"deterministic": True}}
+    config = config_of(3, "muon", outer=outer(**keys))
+    assert_is_the_reference(config, run_ranks(recorded, 3, config))
 
 
 def test_the_librarys_order_of_three_is_within_its_roundings() -> None:

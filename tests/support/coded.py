@@ -1,0 +1,54 @@
+"""What a code of the config is to the reference: a function of values, and its units."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_muloco.comm.chunks import RowPlaces, chunk_pieces
+from megatron_muloco.compress.build import codec_chooser
+from megatron_muloco.compress.units import CodingUnit
+from megatron_muloco.config.compression import CodeConfig, NoCompression, TopKCompression
+
+__all__ = ["reference_keys"]
+
+
+def reference_keys(
+    code: CodeConfig | NoCompression,
+    rows: RowPlaces,
+    fragments: Sequence[Mapping[str, int]],
+    num_replicas: int,
+) -> dict[str, Any]:
+    """Return the keys of `Settings` that say what a code does.
+
+    Args:
+        code: From the config.
+        rows: Of the tensors at one position.
+        fragments: Sizes of these tensors, fragment by fragment.
+        num_replicas: K.
+    """
+    if isinstance(code, NoCompression):
+        return {}
+    codec_of = codec_chooser(code)
+
+    def round_trip(name: str, start: int, values: Tensor) -> Tensor:
+        width, first = rows.get(name, (0, 0))
+        unit = CodingUnit(values.numel(), width, (first + start) % width if width else 0)
+        out = torch.empty_like(values)
+        codec_of(name).decode(codec_of(name).encode(values, unit), unit, out)
+        return out
+
+    gathered = isinstance(code, TopKCompression)
+    units: dict[str, list[tuple[int, int]]] = {}
+    for sizes in fragments:
+        for pieces in chunk_pieces(list(sizes.items()), 1 if gathered else num_replicas, rows):
+            for piece in pieces:
+                units.setdefault(piece.name, []).append((piece.start, piece.end))
+    return {
+        "codec": round_trip,
+        "coding_units": units,
+        "encode_mean": not gathered,
+        "error_feedback": code.error_feedback,
+        "error_decay": code.error_decay,
+    }
