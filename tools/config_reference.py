@@ -8,7 +8,12 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic_core import PydanticUndefined
 
-from megatron_muloco.config.fields import SchemaField, schema_fields, section_types
+from megatron_muloco.config.fields import (
+    SchemaField,
+    is_tagged,
+    schema_fields,
+    section_types,
+)
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference" / "config.md"
 
@@ -48,7 +53,7 @@ def reference() -> str:
         inner = section_types(entry.info.annotation)
         if "." not in entry.key:
             parts.append(f"\n## {entry.key}\n\n{entry.info.description}\n\n{HEADER}")
-        elif not inner or get_origin(entry.info.annotation) is tuple:
+        elif not inner or get_origin(entry.info.annotation) is tuple or _takes_number(entry):
             parts.append(_row(entry))
     return "".join(parts)
 
@@ -86,13 +91,24 @@ def _values(entry: SchemaField) -> str:
         kinds = [str(get_args(s.model_fields["kind"].annotation)[0])
                  for s in section_types(owner.info.annotation)]  # fmt: skip
         return ", ".join(f"`{kind}`" for kind in kinds)
+    annotation, metadata = entry.info.annotation, entry.info.metadata
+    if _takes_number(entry):
+        annotation, metadata = get_args(annotation)[0], []
     bounds = [
         f"{sign} {getattr(item, name):g}"
-        for item in _constraints(entry.info.annotation, entry.info.metadata)
+        for item in _constraints(annotation, metadata)
         for name, sign in (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"))
         if getattr(item, name, None) is not None
     ]
-    return " ".join([_type_words(entry.info.annotation), ", ".join(bounds)]).strip()
+    words = " ".join([_type_words(annotation), ", ".join(bounds)]).strip()
+    return f"{words}, or a schedule" if _takes_number(entry) else words
+
+
+def _takes_number(entry: SchemaField) -> bool:
+    """Return whether a plain number may stand in place of the section."""
+    annotation = entry.info.annotation
+    members = get_args(annotation) if is_tagged(annotation) else ()
+    return any(not section_types(member) for member in members)
 
 
 def _constraints(annotation: Any, metadata: list[Any]) -> list[Any]:

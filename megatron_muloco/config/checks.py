@@ -25,6 +25,7 @@ from megatron_muloco.config.outer_checks import (
     fragments_have_layers,
     norm_band_is_a_band,
     overlap_is_shorter_than_the_spacing,
+    rounds_of_schedules_ascend,
     run_has_a_round,
 )
 from megatron_muloco.config.problems import Problem
@@ -214,6 +215,7 @@ RULES: tuple[Rule, ...] = (
     apply_rule_is_one,
     norm_band_is_a_band,
     overlap_is_shorter_than_the_spacing,
+    rounds_of_schedules_ascend,
     run_has_a_round,
     recompute_is_complete,
     gather_overlap_needs_reduce_overlap,

@@ -9,12 +9,14 @@ from megatron_muloco.config.counts import (
     parameter_counts,
 )
 from megatron_muloco.config.outer import AverageOuter, NesterovOuter, NoOuter
+from megatron_muloco.config.round_schedules import Interval, interval_at, interval_values
 from megatron_muloco.config.schema import RunConfig
 from megatron_muloco.errors import ConfigError
 from megatron_muloco.topology import Topology
 
 __all__ = [
     "Derived",
+    "complete_rounds",
     "derive",
     "padded_vocab_size",
     "smallest_topology",
@@ -108,10 +110,18 @@ def weight_decay(config: RunConfig) -> float:
 def spacing_of_launches(outer: NesterovOuter | AverageOuter) -> int:
     """Return the fewest inner steps between the launches of two fragments.
 
-    Fragment i of P starts at offset floor(H*(i+1)/P) mod H, so neighbours are floor(H/P) or one
-    more apart.
+    In a round of H steps fragment i of P starts after floor(H*(i+1)/P), so neighbours are
+    floor(H/P) or one more apart. All lengths of rounds count, also those beyond the end of the run.
     """
-    return outer.sync_interval // outer.fragments.count
+    return min(interval_values(outer.sync_interval)) // outer.fragments.count
+
+
+def complete_rounds(interval: Interval, train_iters: int) -> tuple[int, int]:
+    """Return the complete rounds of a run, and the inner steps after the last of them."""
+    rounds, left = 0, train_iters
+    while left >= (steps := interval_at(interval, rounds + 1)):
+        rounds, left = rounds + 1, left - steps
+    return rounds, left
 
 
 def derive(config: RunConfig, topology: Topology | None = None) -> Derived:
@@ -123,8 +133,9 @@ def derive(config: RunConfig, topology: Topology | None = None) -> Derived:
         raise ConfigError("training.train_iters: no length is given.")
     replica_batch = training.global_batch_size // layout.num_replicas
     tokens_per_step = training.global_batch_size * config.model.seq_length
-    interval = None if isinstance(outer, NoOuter) else outer.sync_interval
-    rounds, flushed = divmod(iterations, interval) if interval else (0, 0)
+    rounds, flushed = (
+        (0, 0) if isinstance(outer, NoOuter) else complete_rounds(outer.sync_interval, iterations)
+    )
     return Derived(
         train_iters=iterations,
         tokens_per_step=tokens_per_step,

@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 from megatron_muloco.config.schema import RunConfig
 from megatron_muloco.config.section import Section
 
-__all__ = ["Location", "SchemaField", "locate", "schema_fields", "section_types"]
+__all__ = ["Location", "SchemaField", "is_tagged", "locate", "schema_fields", "section_types"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,14 @@ def section_types(annotation: Any) -> tuple[type[Section], ...]:
     return ()
 
 
+def is_tagged(annotation: Any) -> bool:
+    """Return whether pydantic's error locations name the member of a union, by its ``kind``."""
+    if get_origin(annotation) not in (Union, types.UnionType):
+        return False
+    members = [arg for arg in get_args(annotation) if arg is not types.NoneType]
+    return len(members) > 1 and bool(section_types(annotation))
+
+
 def _tag(section: type[Section]) -> str:
     """Return the value of ``kind`` that selects a section of a union."""
     annotation = section.model_fields["kind"].annotation
@@ -96,14 +104,17 @@ def locate(loc: Sequence[str | int]) -> Location:
     names: list[str] = []
     info: FieldInfo | None = None
     choices: tuple[type[Section], ...] = (RunConfig,)
+    tagged = False
     for item in loc:
         if isinstance(item, int):
             names.append(str(item))
-        elif len(choices) > 1:
+        elif tagged:
             choices = tuple(choice for choice in choices if _tag(choice) == item)
+            tagged = False
         else:
             owner = choices[0] if choices else owner
             names.append(item)
             info = owner.model_fields.get(item)
             choices = section_types(info.annotation) if info else ()
+            tagged = info is not None and is_tagged(info.annotation)
     return Location(".".join(names), owner, info)

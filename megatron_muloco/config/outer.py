@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from megatron_muloco.config.compression import CompressionConfig, NoCompression
+from megatron_muloco.config.round_schedules import Interval, LearningRate, Momentum
 from megatron_muloco.config.section import Section
 
 __all__ = [
@@ -50,8 +51,10 @@ class NoOuter(Section):
 class _Synchronised(Section):
     """Keys of every outer optimizer."""
 
-    sync_interval: int = Field(
-        30, ge=1, description="H, inner steps between two outer steps of the same parameters."
+    sync_interval: Interval = Field(
+        30,
+        description="H, inner steps between two outer steps of the same parameters; those of a "
+        "round where it changes.",
     )
     fragments: FragmentsConfig = Field(
         default_factory=FragmentsConfig, description="Division of the parameters."
@@ -104,8 +107,8 @@ class NesterovOuter(_Synchronised):
     """SGD with Nesterov momentum on the pseudogradient, in the form of ``torch.optim.SGD``."""
 
     kind: Literal["nesterov"] = Field(description="nesterov, average or none.")
-    lr: float = Field(gt=0, description="Outer learning rate; constant.")
-    momentum: float = Field(ge=0, lt=1, description="Outer momentum; constant.")
+    lr: LearningRate = Field(description="Outer learning rate; a number is constant.")
+    momentum: Momentum = Field(description="Outer momentum; a number is constant.")
 
 
 class AverageOuter(_Synchronised):

@@ -4,11 +4,13 @@ Each rule is a function; `checks` lists and runs them.
 """
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 from megatron_muloco.config.compression import E3M0Compression, TopKCompression
 from megatron_muloco.config.derived import spacing_of_launches, train_iterations
-from megatron_muloco.config.outer import NoOuter
+from megatron_muloco.config.outer import AverageOuter, NesterovOuter, NoOuter
 from megatron_muloco.config.problems import Problem
+from megatron_muloco.config.round_schedules import Interval, Steps, interval_at, interval_values
 from megatron_muloco.config.schema import RunConfig
 from megatron_muloco.topology import Topology
 
@@ -19,6 +21,7 @@ __all__ = [
     "fragments_have_layers",
     "norm_band_is_a_band",
     "overlap_is_shorter_than_the_spacing",
+    "rounds_of_schedules_ascend",
     "run_has_a_round",
 ]
 
@@ -48,12 +51,18 @@ def fragments_have_layers(config: RunConfig, topology: Topology | None) -> Itera
             f"{count} is more than the {config.model.num_layers} layers of the model, and a "
             "fragment holds at least one whole layer.\nUse fewer fragments.",
         )
-    if count > interval:
+    if count > min(interval_values(interval)):
         yield Problem(
             "outer.fragments.count",
-            f"{count} is more than sync_interval {interval}, so several fragments would start in "
+            f"{count} is more than {_shortest(interval)}, so several fragments would start in "
             "one step.\nUse fewer fragments.",
         )
+
+
+def _shortest(interval: Interval) -> str:
+    """Return the words for the interval, or for the shortest one."""
+    values = interval_values(interval)
+    return f"{'the shortest ' if len(values) > 1 else ''}sync_interval {min(values)}"
 
 
 def overlap_is_shorter_than_the_spacing(
@@ -64,10 +73,11 @@ def overlap_is_shorter_than_the_spacing(
         return
     outer = config.outer
     spacing = max(1, spacing_of_launches(outer))
-    if outer.overlap_steps >= outer.sync_interval:
+    shortest = _shortest(outer.sync_interval)
+    if outer.overlap_steps >= min(interval_values(outer.sync_interval)):
         yield Problem(
             "outer.overlap_steps",
-            f"{outer.overlap_steps} is not shorter than sync_interval {outer.sync_interval}, so a "
+            f"{outer.overlap_steps} is not shorter than {shortest}, so a "
             "fragment would start again before its result was used.\nUse fewer overlap_steps or a "
             "longer sync_interval.",
         )
@@ -80,7 +90,7 @@ def overlap_is_shorter_than_the_spacing(
         yield Problem(
             "outer.overlap_steps",
             f"{outer.overlap_steps} is not shorter than {steps}\n"
-            f"(sync_interval {outer.sync_interval} / fragments.count {outer.fragments.count}), so "
+            f"({shortest} / fragments.count {outer.fragments.count}), so "
             f"{outer.max_in_flight + 1} fragments would be in flight at once.\nUse overlap_steps "
             f"of at most {spacing * outer.max_in_flight - 1}, fewer fragments, a longer "
             f"sync_interval, or max_in_flight above {outer.max_in_flight}.",
@@ -139,9 +149,39 @@ def run_has_a_round(config: RunConfig, topology: Topology | None) -> Iterator[Pr
     iterations = train_iterations(config)
     if isinstance(config.outer, NoOuter) or iterations is None:
         return
-    if config.outer.sync_interval > iterations:
+    first = interval_at(config.outer.sync_interval, 1)
+    if first > iterations:
         yield Problem(
             "outer.sync_interval",
-            f"{config.outer.sync_interval} is longer than the run of {iterations} steps, so no "
+            f"{first} is longer than the run of {iterations} steps, so no "
             "outer step would ever happen.\nUse a shorter interval or a longer run.",
         )
+
+
+def rounds_of_schedules_ascend(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
+    """A list of values says from which round on each one holds, and leaves no round out."""
+    if isinstance(config.outer, NoOuter):
+        return
+    for key, schedule in _schedules(config.outer):
+        if not isinstance(schedule, Steps):
+            continue
+        rounds = [first for first, _ in schedule.values]
+        if rounds[0] != 1:
+            yield Problem(
+                f"{key}.values.0",
+                f"begins with round {rounds[0]}, and nothing says what holds before it.\n"
+                "Let the first pair be [1, value]; rounds are counted from 1.",
+            )
+        for place, (before, after) in enumerate(pairwise(rounds), 1):
+            if after <= before:
+                yield Problem(
+                    f"{key}.values.{place}",
+                    f"round {after} follows round {before}, but each pair holds until the next "
+                    "one.\nWrite the pairs in the order of their rounds, each round once.",
+                )
+
+
+def _schedules(outer: NesterovOuter | AverageOuter) -> Iterator[tuple[str, object]]:
+    yield "outer.sync_interval", outer.sync_interval
+    yield "outer.lr", outer.lr
+    yield "outer.momentum", outer.momentum

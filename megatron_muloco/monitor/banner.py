@@ -7,6 +7,7 @@ from typing_extensions import override
 from megatron_muloco.config.compression import NoCompression
 from megatron_muloco.config.derived import Derived
 from megatron_muloco.config.outer import AverageOuter, NesterovOuter, NoOuter
+from megatron_muloco.config.round_schedules import interval_words, rate_words
 from megatron_muloco.config.schema import RunConfig
 from megatron_muloco.monitor.console import count
 from megatron_muloco.topology import Topology
@@ -29,8 +30,8 @@ def _counted(number: int, one: str, many: str = "") -> str:
 def _outer_words(outer: NesterovOuter | AverageOuter) -> str:
     rule = "plain mean"
     if isinstance(outer, NesterovOuter):
-        rule = f"nesterov, lr {outer.lr:g}, momentum {outer.momentum:g}"
-    words = [rule, f"every {_counted(outer.sync_interval, 'step')}"]
+        rule = f"nesterov, lr {rate_words(outer.lr)}, momentum {rate_words(outer.momentum)}"
+    words = [rule, f"every {interval_words(outer.sync_interval, 'step')}"]
     if outer.fragments.count > 1:
         words.append(f"{outer.fragments.count} fragments ({outer.fragments.pattern})")
     if outer.overlap_steps:

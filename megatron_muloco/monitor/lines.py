@@ -12,7 +12,6 @@ No torch here.
 """
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 from megatron_muloco.outer.schedule import SyncSchedule
 
@@ -63,8 +62,5 @@ class LineCalendar:
         """Return how many lines may ride with one launch; the same for every launch of the run."""
         if self.schedule is None:
             return 0
-        # The launches of two intervals show every gap there is: the first interval has its own, and
-        # all later ones are alike. A gap of g steps holds at most ceil(g / log_interval) due ones.
-        steps = [step for step in range(2 * self.schedule.sync_interval + 1) if self.launches(step)]
-        gap = max(later - earlier for earlier, later in pairwise([0, *steps]))
-        return -(-gap // self.log_interval)
+        # A gap of g steps holds at most ceil(g / log_interval) due ones.
+        return -(-self.schedule.longest_gap() // self.log_interval)

@@ -191,11 +191,11 @@ class Monitor:
     def _round_time(self, step: int) -> dict[str, float]:
         """Return the time of the round that ends with ``step``, if this start saw all of it."""
         schedule = self._calendar.schedule
-        if schedule is None or step % schedule.sync_interval or step == self._round_start[0]:
+        if schedule is None or not schedule.ends_round(step) or step == self._round_start[0]:
             return {}
         began_at, began = self._round_start
         self._round_start = (step, self._clock.seconds)
-        whole = step - began_at == schedule.sync_interval
+        whole = step - began_at == schedule.steps_of_round(schedule.round(step))
         return {"muloco/round_ms": (self._round_start[1] - began) * 1e3} if whole else {}
 
     # ---- other events -----------------------------------------------------------------------

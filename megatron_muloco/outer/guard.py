@@ -81,7 +81,7 @@ class Guard:
             deltas: This rank's share of the pseudogradient, without duplicates.
             total: Sums over the ranks of the replica, all of which call this.
             device: Where ``total`` takes its input; a rank may have no share at all.
-            use_band: The band is about whole intervals; a flush may hold a single step.
+            use_band: The band compares intervals of one length; a flush may hold a single step.
         """
         bad, square = total(local_statistics(list(deltas.values()), device)).tolist()
         norm = math.nan if bad else math.sqrt(square)

@@ -21,6 +21,7 @@ affair, lives as long as the run, and is never averaged.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from torch import Tensor
 __all__ = ["Parameters", "Reference", "Settings", "identity"]
 
 Parameters = dict[str, Tensor]
+Number = TypeVar("Number", int, float)
 
 
 def identity(name: str, start: int, values: Tensor) -> Tensor:
@@ -38,6 +40,8 @@ def identity(name: str, start: int, values: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class Settings:
     """The numbers of a run.
+
+    H, eta and mu are constants or functions of the round, which is counted from 1.
 
     Attributes:
         fragments: P lists of names, which together hold every name once.
@@ -50,14 +54,14 @@ class Settings:
             not where everybody has decoded everything (top-k).
     """
 
-    sync_interval: int
+    sync_interval: int | Callable[[int], int]
     train_iters: int
     fragments: Sequence[Sequence[str]]
     overlap_steps: int = 0
     mixing_weight: float = 0.0
     additive: bool = False
-    outer_lr: float = 1.0
-    outer_momentum: float = 0.0
+    outer_lr: float | Callable[[int], float] = 1.0
+    outer_momentum: float | Callable[[int], float] = 0.0
     codec: Callable[[str, int, Tensor], Tensor] = identity
     error_feedback: bool = False
     error_decay: float = 0.9
@@ -127,9 +131,16 @@ class Reference:
                 self.apply(i)
 
     def _is_launch(self, t: int, i: int) -> bool:
-        h, p = self.settings.sync_interval, len(self.settings.fragments)
-        offset = (h * (i + 1) // p) % h
-        return (t - offset) % h == 0
+        _, start, h = self._round(t)
+        return t == start + (h * (i + 1) // len(self.settings.fragments) or h)
+
+    def _round(self, t: int) -> tuple[int, int, int]:
+        """Return the round r of step t, the steps before it, and its own H_r steps."""
+        r, start, h = 1, 0, _at(self.settings.sync_interval, 1)
+        while start + h < t:
+            r, start = r + 1, start + h
+            h = _at(self.settings.sync_interval, r)
+        return r, start, h
 
     def launch(self, i: int, t: int) -> None:
         """Every replica encodes its pseudogradient of fragment i and sends it."""
@@ -179,9 +190,11 @@ class Reference:
             weight_sum = sum(w for _, w in usable)
             mean = {n: _sum(w * q[n] for q, w in usable) / weight_sum for n in s.fragments[i]}
             delta = self._encode(mean, self.f) if s.encode_mean else mean
+            r, _, _ = self._round(sent.launched_at)
+            eta, mu = _at(s.outer_lr, r), _at(s.outer_momentum, r)
             for name, d in delta.items():
-                self.u[name] = s.outer_momentum * self.u[name] + d
-                step = s.outer_lr * (d + s.outer_momentum * self.u[name])
+                self.u[name] = mu * self.u[name] + d
+                step = eta * (d + mu * self.u[name])
                 self.anchor[name] = self.anchor[name] - step
         for k, local in enumerate(self.local):
             for name in s.fragments[i]:
@@ -209,6 +222,10 @@ class Reference:
                     self.anchor[name] = total / len(usable)
                 for local in self.local:
                     local[name].copy_(self.anchor[name])
+
+
+def _at(value: Number | Callable[[int], Number], r: int) -> Number:
+    return value(r) if callable(value) else value
 
 
 def _sum(tensors: Iterable[Tensor]) -> Tensor:

@@ -168,7 +168,11 @@ class Synchronizer:
     def _launch(self, fragment: int, riders: Tensor | None) -> InFlight:
         deltas = self._pseudogradients(fragment)
         verdict, norm = self._guard.judge_replica(
-            fragment, deltas, self._replica.total, self._replica.device
+            fragment,
+            deltas,
+            self._replica.total,
+            self._replica.device,
+            use_band=self._schedule.repeats_interval(self.step, fragment),
         )
         share = self._progress[fragment].take()
         round_index = self._schedule.round(self.step)
