@@ -1,0 +1,323 @@
+"""The network laboratory: its arithmetic, its command lines, and one small laboratory."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tools.bench.thinlink import compose, counters, lab, probe, readings, table
+from tools.bench.thinlink.commands import (
+    BURST_BYTES,
+    Link,
+    Names,
+    create_commands,
+    owner_of,
+    shape_commands,
+)
+from tools.bench.thinlink.methods import METHODS, OVERLAP, SYNC_INTERVAL, TABLE, Sizes, overrides
+from tools.bench.thinlink.model import costs, disturbed
+from tools.bench.thinlink.phases import Campaign
+from tools.bench.thinlink.results import results
+
+NAMES = Names(pid=123, started=456)
+REPOSITORY = Path(__file__).parents[2]
+
+
+def reading(**changes: object) -> readings.Reading:
+    """Return a reading of two rounds of three steps after a warm-up round, changed as asked."""
+    values: dict[str, object] = {
+        "method": "muloco",
+        "changes": [],
+        "mbit": 10.0,
+        "achieved": [(10.0, 9.9)],
+        "congestion_control": "reno",
+        "window": readings.Window(3, 9),
+        "digest": "abc",
+        "series": {
+            "step_s": [(step, 2.0 if step in (4, 7) else 1.0) for step in range(1, 10)],
+            "round_ms": [(3, 9_000.0), (6, 4_000.0), (9, 5_000.0)],
+            "exposed_ms": [(3, 70.0), (6, 1_000.0), (9, 2_000.0)],
+        },
+        "sent": [600.0, 1_200.0],
+    }
+    return readings.Reading(**(values | changes))  # type: ignore[arg-type]
+
+
+# ---- commands ---------------------------------------------------------------------------------
+
+
+def test_both_ends_of_every_link_are_shaped_to_the_rate() -> None:
+    commands = shape_commands(NAMES, 3, Link(10))
+    places = {(c[c.index("-n") + 1], c[c.index("dev") + 1]) for c in commands}
+    expected = {(NAMES.rank(r), "eth0") for r in range(3)} | {
+        (NAMES.hub, f"port{r}") for r in range(3)
+    }
+    assert places == expected
+    assert all(c[c.index("rate") + 1] == "10000000bit" for c in commands)
+    assert all(c[c.index("burst") + 1] == f"{BURST_BYTES}b" for c in commands)
+
+
+def test_unshaped_links_get_no_command() -> None:
+    assert shape_commands(NAMES, 2, Link(None)) == []
+
+
+def test_delay_sits_below_the_rate_and_each_packet_meets_it_once() -> None:
+    commands = shape_commands(NAMES, 1, Link(10, delay_ms=20, loss=0.01))
+    kinds = [("tbf" if "tbf" in c else "netem", c[c.index("dev") + 1]) for c in commands]
+    assert kinds == [("tbf", "eth0"), ("netem", "eth0"), ("tbf", "port0")]
+    netem = " ".join(commands[1])
+    assert "parent 1:1 handle 2: netem delay 20ms loss 1.0000%" in netem
+
+
+def test_delay_without_a_rate_is_at_the_root() -> None:
+    (command,) = shape_commands(NAMES, 1, Link(None, delay_ms=5))
+    assert "root handle 2: netem delay 5ms" in " ".join(command)
+
+
+def test_namespaces_say_who_owns_them() -> None:
+    created = [c[3] for c in create_commands(NAMES, 2) if c[:3] == ["ip", "netns", "add"]]
+    assert created == [NAMES.hub, NAMES.rank(0), NAMES.rank(1)]
+    assert {owner_of(name) for name in created} == {(123, 456)}
+    assert owner_of("muloco-laboratory") is None
+    assert owner_of("somebody-123-456-hub") is None
+
+
+# ---- counters ---------------------------------------------------------------------------------
+
+NET_DEV = """\
+Inter-|   Receive                                                |  Transmit
+ face |bytes    packets errs drop fifo frame compressed multicast|bytes    packets errs drop fifo
+    lo:      11       1    0    0    0     0          0         0       12       1    0    0    0
+  eth0:    2100      20    0    0    0     0          0         0     1200      10    0    0    0
+"""
+
+
+def test_counters_of_the_right_device_and_direction() -> None:
+    assert counters.interface_bytes(NET_DEV) == (1200, 2100)
+    with pytest.raises(ValueError, match="eth7"):
+        counters.interface_bytes(NET_DEV, "eth7")
+
+
+def test_counters_are_interpolated_and_constant_outside() -> None:
+    samples = [(10.0, 0, 100), (20.0, 1000, 300)]
+    assert counters.bytes_at(samples, 12.5) == (250.0, 150.0)
+    assert counters.bytes_at(samples, 20.0) == (1000.0, 300.0)
+    assert counters.bytes_at(samples, 5.0) == (0.0, 100.0)
+    assert counters.bytes_at(samples, 25.0) == (1000.0, 300.0)
+
+
+def test_the_worst_link_decides_and_too_fast_is_wrong_too() -> None:
+    links = [probe.Achieved(0, 10.0, 9.5), probe.Achieved(1, 10.75, 10.0)]
+    assert probe.off_by(links, 10) == pytest.approx(0.075)  # one rounding in a division
+
+
+# ---- arithmetic -------------------------------------------------------------------------------
+
+
+def test_floor_is_compute_and_bytes_over_rate() -> None:
+    assert compose.floor_seconds(0.5, 1_250_000, 10) == 1.5
+    assert compose.floor_seconds(0.5, 1_250_000, None) == 0.5
+
+
+def test_steps_of_the_window_only() -> None:
+    assert compose.step_seconds(reading(), 3) == 1.5  # (4 + 5) s / 2 rounds / 3 steps
+    assert compose.step_seconds(reading(), 1) == 8 / 6
+    assert compose.exposed_per_round(reading(), 3) == 1_500
+    assert compose.compute_seconds(reading(), {4, 7}) == 1.0
+    with pytest.raises(ValueError, match="window"):
+        compose.compute_seconds(reading(), set(range(10)))
+
+
+def test_time_to_a_loss_is_composed_from_the_first_evaluation_that_reaches_it() -> None:
+    validation = [(0, 9.0), (30, 5.0), (60, 4.0), (90, 4.1)]
+    assert compose.steps_to(validation, 4.1) == 60
+    assert compose.steps_to(validation, 9.5) == 0
+    assert compose.steps_to(validation, 3.9) is None
+    assert table.time_to_loss(60, 1.5) == 90.0
+    assert table.time_to_loss(None, 1.5) is None
+
+
+def test_paired_differences_are_relative() -> None:
+    assert compose.relative_difference([4.0, 4.5], [4.0, 4.0]) == 0.0625
+
+
+def test_a_row_composes_one_reading() -> None:
+    row = table.row(
+        "MuLoCo",
+        reading(),
+        reading(mbit=None),
+        cost=compose.Costs(bytes_per_step=250_000, steps_per_round=3),
+        disturbed={4, 7},
+        compute=None,
+        validation=[(0, 9.0), (30, 4.0)],
+        target=4.0,
+    )
+    assert row.timing == compose.Timing(compute=1.0, wall=1.5, floor=1.2)
+    assert row.timing.utilisation == 1.0 / 1.5
+    assert row.counted_bytes == 150.0  # the mean of 600 and 1,200 over 6 steps
+    assert row.exposed_share == 3.0 / 9.0
+    assert row.seconds_to_target == 45.0
+    text = table.methods_table([row])
+    widths = {line.count("|") for line in text.splitlines()}
+    assert len(widths) == 1
+    assert "| MuLoCo | 250.0 | 0.1 | 1,000 |" in text
+
+
+# ---- methods and the planner ------------------------------------------------------------------
+
+
+def changes(name: str) -> tuple[str, ...]:
+    return overrides(METHODS[name], Sizes(600, 8, 30, 1), "events")
+
+
+def test_the_same_step_is_compared() -> None:
+    for method in (*TABLE, *OVERLAP):
+        ours = changes(method.name)
+        assert "training.global_batch_size=8" in ours
+        assert "training.micro_batch_size=2" in ours
+        assert method.is_data_parallel != (f"outer.sync_interval={SYNC_INTERVAL}" in ours)
+
+
+def test_the_planner_knows_that_replicas_send_less() -> None:
+    data_parallel, replicas = costs(changes("muon_dp")), costs(changes("muloco"))
+    assert (data_parallel.steps_per_round, replicas.steps_per_round) == (1, SYNC_INTERVAL)
+    # Gradients and parameters in fp32 against one all-reduce in fp32: at least the interval, and
+    # Muon's matrices beside it.
+    assert data_parallel.bytes_per_step > SYNC_INTERVAL * 0.99 * replicas.bytes_per_step
+
+
+def test_an_outer_step_falls_into_the_next_line() -> None:
+    window = readings.Window(30, 90)
+    assert disturbed(changes("muon_dp"), window) == set()
+    assert disturbed(changes("muloco"), window) == {31, 61}
+    overlapped = disturbed(changes("overlap_mix"), window)
+    # Launched after steps 30, 40, …, 80, applied 8 steps later; the line after it has its time.
+    under_way = {at + step for at in range(30, 90, 10) for step in range(1, 10)}
+    assert overlapped == under_way
+
+
+def test_always_in_flight_leaves_the_steps_without_an_event() -> None:
+    always = {2, 3, 4, 5, 6}
+    assert compose.disturbed_steps({3, 5}, always, range(3, 7)) == {4, 6}
+    assert compose.disturbed_steps({3, 5}, always - {2}, range(3, 7)) == {4, 5, 6}
+
+
+# ---- storage and page -------------------------------------------------------------------------
+
+
+def campaign(out: Path) -> Campaign:
+    return Campaign(
+        out=out,
+        methods=(),
+        rates=(10.0,),
+        overlap_rate=20.0,
+        whole_rate=10.0,
+        seeds=(1,),
+        steps=600,
+        batch=8,
+        dp_steps=20,
+        rounds=3,
+        link=Link(None),
+        timeout=1.0,
+    )
+
+
+def test_a_reading_survives_storage(tmp_path: Path) -> None:
+    path = tmp_path / "measure" / "a.json"
+    assert readings.load(path) is None
+    readings.store(path, reading())
+    assert readings.load(path) == reading()
+
+
+def test_a_page_shows_what_is_there(tmp_path: Path) -> None:
+    from tools.bench.thinlink.page import render
+
+    plan = campaign(tmp_path)
+    assert not results(plan, None).rows[10.0]
+    method = METHODS["muloco"]
+    window = readings.Window(SYNC_INTERVAL, 2 * SYNC_INTERVAL)
+    last = 2 * SYNC_INTERVAL
+    series = {
+        "step_s": [(step, 0.5) for step in range(1, last + 1)],
+        "round_ms": [(SYNC_INTERVAL, 20_000.0), (last, 20_000.0)],
+        "exposed_ms": [(last, 5_000.0)],
+        "validation": [(0, 9.0), (30, 4.0), (60, 3.5)],
+    }
+    for path, rate in (
+        (plan.measured(method, None), None),
+        (plan.measured(method, 10.0), 10.0),
+        (plan.trained(method, 1), None),
+    ):
+        stored = reading(mbit=rate, window=window, series=series, changes=list(changes("muloco")))
+        readings.store(path, stored)
+    found = results(plan, None)
+    assert found.target == 3.5
+    (row,) = found.rows[10.0]
+    assert row.seconds_to_target == 60 * 20 / SYNC_INTERVAL
+    page = render(plan, found, None)
+    assert "## 10 Mbit/s" in page
+    assert "Best utilisation: 75.0%, MuLoCo." in page
+    assert max(map(len, (line for line in page.splitlines() if "|" not in line))) <= 125
+
+
+# ---- a real laboratory ------------------------------------------------------------------------
+
+WHY_NOT = lab.why_not_here()
+needs_lab = pytest.mark.skipif(bool(WHY_NOT), reason=f"no network laboratory: {WHY_NOT}")
+
+
+def namespaces_of(names: Names) -> list[str]:
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True)
+    all_names = [line.split()[0] for line in listed.stdout.splitlines() if line]
+    return [name for name in all_names if owner_of(name) == (names.pid, names.started)]
+
+
+@needs_lab
+def test_a_link_carries_no_more_than_its_rate_and_leaves_nothing_behind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(probe, "SETTLE_SECONDS", 0.5)
+    monkeypatch.setattr(probe, "MEASURE_SECONDS", 1.0)
+    with lab.Lab(2, Link(4)) as laboratory:
+        assert len(namespaces_of(laboratory.names)) == 3
+        achieved = probe.probe(laboratory)
+    assert namespaces_of(laboratory.names) == []
+    # A loaded machine may send less, but no machine more: in a second at 4 Mbit/s, 0.5 MB, a full
+    # bucket adds 15 kB (3 %).
+    assert all(0 < rate < 4 * 1.05 for link in achieved for rate in (link.up, link.down))
+
+
+@needs_lab
+def test_what_a_killed_laboratory_leaves_is_swept() -> None:
+    script = (
+        "import sys, time; from tools.bench.thinlink.lab import Lab; "
+        "from tools.bench.thinlink.commands import Link\n"
+        "with Lab(1, Link(None)) as lab: print(lab.names.pid, lab.names.started, flush=True); "
+        "time.sleep(60)"
+    )
+    owner = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=REPOSITORY
+    )
+    assert owner.stdout is not None
+    names = Names(*map(int, owner.stdout.readline().split()))
+    assert len(namespaces_of(names)) == 2
+    lab.sweep()
+    assert len(namespaces_of(names)) == 2  # its owner lives
+    owner.kill()
+    owner.wait()
+    owner.stdout.close()
+    assert lab.started(names.pid) == 0
+    assert set(lab.sweep()) >= {names.hub, names.rank(0)}
+    assert namespaces_of(names) == []
+
+
+@needs_lab
+def test_a_rank_that_fails_ends_the_run_with_its_words(tmp_path: Path) -> None:
+    from tools.bench.thinlink.runs import run_ranks
+
+    began = time.monotonic()
+    with lab.Lab(1, Link(None)) as laboratory, pytest.raises(lab.LabError, match="no-such-file"):
+        run_ranks(laboratory, "no-such-file.yaml", ["a=b"], tmp_path / "run", timeout=300)
+    assert time.monotonic() - began < 300

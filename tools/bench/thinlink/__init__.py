@@ -1,0 +1,1 @@
+"""The network laboratory behind `thin_link.py`: namespaces, shaped links, runs, readings, page."""

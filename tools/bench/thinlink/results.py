@@ -1,0 +1,184 @@
+"""Everything that a page shows, computed from the stored readings of a campaign."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from .compose import compute_seconds, exposed_per_round, relative_difference, step_seconds
+from .methods import OVERLAP, SYNC_INTERVAL, TABLE, Method
+from .model import costs, disturbed
+from .phases import Campaign
+from .readings import Points, Reading, load
+from .table import Row, row
+
+__all__ = ["Overlapped", "Results", "WholeRun", "results"]
+
+# The method without the network that computes what a data-parallel one does: same inner optimizer,
+# same sequences a rank, same cores.
+_COMPUTES_LIKE = {"adamw_dp": "diloco", "muon_dp": "muloco", "muon_dp_bf16": "muloco"}
+
+
+@dataclass(frozen=True, slots=True)
+class Overlapped:
+    """Outer steps of one method on the link of the overlap comparison.
+
+    Attributes:
+        title: Of the method.
+        round_ms: Of a round.
+        exposed_ms: Of it, waiting.
+        losses: Seed -> last held-out loss.
+        against_blocking: Mean paired relative difference of the losses; ``None`` without pairs.
+    """
+
+    title: str
+    round_ms: float
+    exposed_ms: float
+    losses: Mapping[int, float]
+    against_blocking: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class WholeRun:
+    """A training wholly on shaped links, against the composition of a short one.
+
+    Attributes:
+        title: Of the method.
+        mbit: Rate.
+        measured: Seconds, of the rounds after the first.
+        composed: Seconds of as many steps of the short run.
+        same_digest: Whether it learnt what the unshaped training learnt, bit for bit.
+    """
+
+    title: str
+    mbit: float
+    measured: float
+    composed: float
+    same_digest: bool
+
+
+@dataclass(frozen=True)
+class Results:
+    """What the page shows.
+
+    Attributes:
+        target: Held-out loss.
+        curves: Method -> held-out loss against steps.
+        rows: Rate -> rows, in the order of the methods.
+        overlapped: The first blocks; empty where phase overlap has not run.
+        whole: ``None`` where phase whole has not run.
+        links: The readings on shaped links.
+    """
+
+    target: float | None
+    curves: Mapping[str, Points]
+    rows: Mapping[float, list[Row]]
+    overlapped: list[Overlapped]
+    whole: WholeRun | None
+    links: list[Reading]
+
+
+def results(campaign: Campaign, target: float | None) -> Results:
+    """Return what the stored readings show; what is missing is left out.
+
+    Args:
+        campaign: Where the readings are.
+        target: Held-out loss; ``None`` takes the largest last one, which every method reaches.
+    """
+    seed = campaign.seeds[0]
+    trained = {m.name: load(campaign.trained(m, seed)) for m in TABLE}
+    curves = {n: r.series["validation"] for n, r in trained.items() if r is not None}
+    if target is None and curves:
+        target = max(curve[-1][1] for curve in curves.values())
+    links = [
+        reading
+        for path in sorted(_paths(campaign))
+        if (reading := load(path)) is not None and reading.mbit is not None
+    ]
+    return Results(
+        target=target,
+        curves=curves,
+        rows={rate: _rows(campaign, rate, curves, target) for rate in campaign.rates},
+        overlapped=_overlapped(campaign),
+        whole=_whole(campaign),
+        links=links,
+    )
+
+
+def _paths(campaign: Campaign) -> list[Path]:
+    return [
+        path for phase in ("measure", "whole") for path in (campaign.out / phase).glob("*.json")
+    ]
+
+
+def _rows(
+    campaign: Campaign, rate: float, curves: Mapping[str, Points], target: float | None
+) -> list[Row]:
+    rows = []
+    for method in TABLE:
+        reading = load(campaign.measured(method, rate))
+        unshaped = load(campaign.measured(method, None))
+        compute = _borrowed_compute(campaign, method, rate)
+        if reading is None or unshaped is None or (method.is_data_parallel and compute is None):
+            continue
+        rows.append(
+            row(
+                method.title,
+                reading,
+                unshaped,
+                cost=costs(reading.changes),
+                disturbed=disturbed(reading.changes, reading.window),
+                compute=compute,
+                validation=curves.get(method.name, []),
+                target=target,
+            )
+        )
+    return rows
+
+
+def _borrowed_compute(campaign: Campaign, method: Method, rate: float) -> float | None:
+    """Return the compute time of a data-parallel step, never more than its unshaped step."""
+    like = next((m for m in TABLE if m.name == _COMPUTES_LIKE.get(method.name)), None)
+    if like is None:
+        return None
+    reading, own = load(campaign.measured(like, rate)), load(campaign.measured(method, None))
+    if reading is None or own is None:
+        return None
+    quiet = compute_seconds(reading, disturbed(reading.changes, reading.window))
+    return min(quiet, step_seconds(own, 1))
+
+
+def _overlapped(campaign: Campaign) -> list[Overlapped]:
+    found: list[Overlapped] = []
+    for method in OVERLAP:
+        reading = load(campaign.measured(method, campaign.overlap_rate))
+        if reading is None:
+            return []
+        trained = {seed: load(campaign.trained(method, seed)) for seed in campaign.seeds}
+        losses = {s: r.series["validation"][-1][1] for s, r in trained.items() if r is not None}
+        pairs = sorted(losses.keys() & found[0].losses.keys()) if found else []
+        difference = (
+            relative_difference([losses[s] for s in pairs], [found[0].losses[s] for s in pairs])
+            if pairs
+            else None
+        )
+        round_ms = step_seconds(reading, SYNC_INTERVAL) * SYNC_INTERVAL * 1e3
+        exposed = exposed_per_round(reading, SYNC_INTERVAL)
+        found.append(Overlapped(method.title, round_ms, exposed, losses, difference))
+    return found
+
+
+def _whole(campaign: Campaign) -> WholeRun | None:
+    method = OVERLAP[0]
+    reading = load(campaign.whole(method))
+    short = load(campaign.measured(method, campaign.whole_rate))
+    trained = load(campaign.trained(method, campaign.seeds[0]))
+    if reading is None or short is None or trained is None:
+        return None
+    steps = reading.window.last - reading.window.first
+    return WholeRun(
+        title=method.title,
+        mbit=campaign.whole_rate,
+        measured=steps * step_seconds(reading, SYNC_INTERVAL),
+        composed=steps * step_seconds(short, SYNC_INTERVAL),
+        same_digest=reading.digest == trained.digest,
+    )

@@ -1,0 +1,119 @@
+"""Rows of the page, from readings."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from .compose import Costs, Timing, compute_seconds, floor_seconds, step_seconds, steps_to
+from .readings import Reading
+
+__all__ = ["Row", "markdown", "methods_table", "row", "time_to_loss"]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One method at one rate.
+
+    Attributes:
+        name: Of the method.
+        title: Of the method.
+        mbit: Rate.
+        timing: Of an inner step.
+        planned_bytes: That a rank sends in a step, by the planner.
+        counted_bytes: By the kernel: frames with headers, acknowledgements and repeats; the mean
+            over ranks.
+        unshaped: Seconds of a step on links as fast as the machine.
+        exposed_share: Of the wall-clock of a round; ``None`` for data parallelism.
+        steps: To the target; ``None`` where it is not reached or the method was not trained.
+    """
+
+    name: str
+    title: str
+    mbit: float
+    timing: Timing
+    planned_bytes: float
+    counted_bytes: float
+    unshaped: float
+    exposed_share: float | None
+    steps: int | None
+
+    @property
+    def seconds_to_target(self) -> float | None:
+        """Composed wall-clock."""
+        return time_to_loss(self.steps, self.timing.wall)
+
+
+def time_to_loss(steps: int | None, seconds_per_step: float) -> float | None:
+    """Return the seconds of so many steps, ``None`` for ``None``."""
+    return None if steps is None else steps * seconds_per_step
+
+
+def row(
+    title: str,
+    reading: Reading,
+    unshaped: Reading,
+    *,
+    cost: Costs,
+    disturbed: set[int],
+    compute: float | None,
+    validation: list[tuple[int, float]],
+    target: float | None,
+) -> Row:
+    """Return the row of a reading on shaped links.
+
+    Args:
+        title: Of the method.
+        reading: Of the method.
+        unshaped: The same run on unshaped links.
+        cost: By the planner.
+        disturbed: Steps whose time holds something of an outer step.
+        compute: Seconds of a step without the network; ``None`` takes it from the reading's own
+            undisturbed steps, which data parallelism does not have.
+        validation: Held-out loss against steps of the method's training.
+        target: Loss to reach.
+    """
+    assert reading.mbit is not None
+    wall = step_seconds(reading, cost.steps_per_round)
+    own = compute if compute is not None else compute_seconds(reading, disturbed)
+    steps = reading.window.last - reading.window.first
+    is_dp = cost.steps_per_round == 1
+    exposed = sum(ms for _, ms in reading.within("exposed_ms")) / 1e3
+    return Row(
+        name=reading.method,
+        title=title,
+        mbit=reading.mbit,
+        timing=Timing(own, wall, floor_seconds(own, cost.bytes_per_step, reading.mbit)),
+        planned_bytes=cost.bytes_per_step,
+        counted_bytes=sum(reading.sent) / len(reading.sent) / steps,
+        unshaped=step_seconds(unshaped, cost.steps_per_round),
+        exposed_share=None if is_dp else exposed / (wall * steps),
+        steps=None if target is None else steps_to(validation, target),
+    )
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table; the first column is text, the others are numbers."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+_COLUMNS: Mapping[str, Callable[[Row], str]] = {
+    "method": lambda r: r.title,
+    "kB a step, planned": lambda r: f"{r.planned_bytes / 1e3:,.1f}",
+    "counted": lambda r: f"{r.counted_bytes / 1e3:,.1f}",
+    "compute ms": lambda r: f"{r.timing.compute * 1e3:,.0f}",
+    "unshaped ms": lambda r: f"{r.unshaped * 1e3:,.0f}",
+    "floor ms": lambda r: f"{r.timing.floor * 1e3:,.0f}",
+    "step ms": lambda r: f"{r.timing.wall * 1e3:,.0f}",
+    "of floor": lambda r: f"{r.timing.of_floor:.2f}",
+    "utilisation": lambda r: f"{r.timing.utilisation:.1%}",
+    "exposed": lambda r: "" if r.exposed_share is None else f"{r.exposed_share:.1%}",
+    "steps": lambda r: "n/a" if r.steps is None else str(r.steps),
+    "minutes": lambda r: (
+        "n/a" if r.seconds_to_target is None else f"{r.seconds_to_target / 60:,.1f}"
+    ),
+}
+
+
+def methods_table(rows: Sequence[Row]) -> str:
+    """Return the table of one rate."""
+    return markdown(list(_COLUMNS), [[cell(r) for cell in _COLUMNS.values()] for r in rows])
