@@ -23,6 +23,8 @@ FIXED_KEYS: dict[str, str] = {
     "outer.fragments": "fragments are at different places of their intervals",
     "outer.overlap_steps": "it decides which fragments are in flight",
 }
+# Either a number or a section; shown as one value.
+_WHOLE_KEYS = frozenset({"outer.sync_interval"})
 # Used once, before the first step.
 _FREE_KEYS = frozenset({"model.init", "model.init_method_std"})
 
@@ -55,7 +57,7 @@ def _reason(key: str) -> str | None:
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in tree.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and f"{prefix}{name}" not in _WHOLE_KEYS:
             yield from _leaves(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value

@@ -27,6 +27,7 @@ def changed(section: str, **keys: object) -> dict[str, object]:
         changed("inner", lr=0.01),
         changed("parallel", tensor_model_parallel_size=4),
         changed("model", init="megatron"),
+        changed("outer", lr={"kind": "linear", "start": 0.9, "end": 0.7, "rounds": 5}),
     ],
 )
 def test_harmless_keys_may_change(current: dict[str, object]) -> None:
@@ -40,6 +41,10 @@ def test_harmless_keys_may_change(current: dict[str, object]) -> None:
         (changed("model", seq_length=16), "model.seq_length: None when saved, 16 now"),
         (changed("parallel", num_replicas=4), "parallel.num_replicas: 2 when saved, 4 now"),
         (changed("inner", kind="adamw"), "inner.kind: 'muon' when saved, 'adamw' now"),
+        (
+            changed("outer", sync_interval={"kind": "steps", "values": [[1, 30], [9, 60]]}),
+            "outer.sync_interval: 30 when saved, {'kind': 'steps', 'values': [[1, 30], [9, 60]]} n",
+        ),
         (changed("outer", fragments={"count": 2}), "outer.fragments.count: 1 when saved, 2 now"),
     ],
 )

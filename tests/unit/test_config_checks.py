@@ -87,6 +87,19 @@ RULE_CASES: dict[str, tuple[list[str], list[str]]] = {
         ["outer.overlap_steps=5", "outer.fragments.count=2"],
         ["outer.overlap_steps: 5 is not shorter than the 5 steps between two launches"],
     ),
+    "rounds_of_schedules_ascend": (
+        [
+            "outer.lr={kind: steps, values: [[2, 0.9], [5, 0.8]]}",
+            "outer.momentum={kind: steps, values: [[1, 0.5], [5, 0.6], [5, 0.7], [3, 0.8]]}",
+            "outer.sync_interval={kind: steps, values: [[1, 10], [1, 20]]}",
+        ],
+        [
+            "outer.lr.values.0: begins with round 2, and nothing says what holds before it.",
+            "outer.momentum.values.2: round 5 follows round 5, but each pair holds until the next",
+            "outer.momentum.values.3: round 3 follows round 5",
+            "outer.sync_interval.values.1: round 1 follows round 1",
+        ],
+    ),
     "run_has_a_round": (
         ["outer.sync_interval=251"],
         ["outer.sync_interval: 251 is longer than the run of 250 steps"],
@@ -156,6 +169,27 @@ OTHER_CASES = [
         ["outer.overlap_steps=6", "outer.fragments.count=3", "outer.max_in_flight=2"],
         "outer.overlap_steps: 6 is not shorter than 2 times the 3 steps between two launches",
     ),
+    (
+        ["outer.sync_interval={kind: steps, values: [[1, 10], [5, 4]]}", "outer.overlap_steps=4"],
+        "outer.overlap_steps: 4 is not shorter than the shortest sync_interval 4, so a fragment",
+    ),
+    (
+        [
+            "outer.sync_interval={kind: steps, values: [[1, 10], [5, 6]]}",
+            "outer.overlap_steps=3",
+            "outer.fragments.count=2",
+        ],
+        "outer.overlap_steps: 3 is not shorter than the 3 steps between two launches\n"
+        "  (the shortest sync_interval 6 / fragments.count 2), so 2 fragments would be",
+    ),
+    (
+        ["outer.sync_interval={kind: steps, values: [[1, 10], [5, 2]]}", "outer.fragments.count=3"],
+        "outer.fragments.count: 3 is more than the shortest sync_interval 2, so several",
+    ),
+    (
+        ["outer.sync_interval={kind: steps, values: [[1, 251], [2, 10]]}"],
+        "outer.sync_interval: 251 is longer than the run of 250 steps",
+    ),
     (["training.recompute_num_layers=1"], "has no meaning with recompute_granularity none"),
     (
         ["training.recompute_granularity=full", "training.recompute_num_layers=5"],
@@ -193,6 +227,54 @@ VALUE_CASES = [
     (["inner.lr='0.1'"], "inner.lr: '0.1' is not a number."),
     (["inner.lr=.nan"], "inner.lr: nan is not a finite number."),
     (["outer.momentum=1"], "outer.momentum: 1 is out of range: it must be below 1"),
+    (["outer.sync_interval=0"], "outer.sync_interval: 0 is out of range: it must be at least 1."),
+    (["outer.sync_interval=1.5"], "outer.sync_interval: 1.5 is not a whole number."),
+    (["outer.lr=[0.9]"], "outer.lr: [0.9] is not a number."),
+    (
+        ["outer.sync_interval={kind: linear, start: 10, end: 20, rounds: 5}"],
+        "outer.sync_interval.kind: 'linear' is not one of steps.",
+    ),
+    (
+        ["outer.sync_interval={kind: steps, values: [[1, 10], [2, 0]]}"],
+        "outer.sync_interval.values.1.1: 0 is out of range: it must be at least 1.",
+    ),
+    (
+        ["outer.sync_interval={kind: steps, values: [[1, 2.5]]}"],
+        "outer.sync_interval.values.0.1: 2.5 is not a whole number.",
+    ),
+    (["outer.sync_interval={kind: steps, values: []}"], "outer.sync_interval.values: [] is empty."),
+    (
+        ["outer.lr={kind: steps, values: [[0, 0.9]]}"],
+        "outer.lr.values.0.0: 0 is out of range: it must be at least 1.",
+    ),
+    (["outer.lr={kind: steps, values: [0.9]}"], "outer.lr.values.0: 0.9 is not a list."),
+    (["outer.lr={kind: steps, values: [[1]]}"], "outer.lr.values.0.1: not set, and it has no def"),
+    (["outer.lr={start: 0.9}"], "outer.lr: has no kind.\n  Write outer.lr.kind: one of steps, lin"),
+    (["outer.lr={kind: exp}"], "outer.lr.kind: 'exp' is not one of steps, linear, cosine."),
+    (
+        ["outer.lr={kind: linear, start: 0.9, end: 0, rounds: 5}"],
+        "outer.lr.end: 0 is out of range: it must be above 0",
+    ),
+    (
+        ["outer.lr={kind: cosine, start: 0.9, end: 0.7, rounds: 1}"],
+        "outer.lr.rounds: 1 is out of range: it must be at least 2.",
+    ),
+    (
+        ["outer.lr={kind: cosine, start: 0.9, end: 0.7, rounds: 5, values: [[1, 2]]}"],
+        "outer.lr.values: belongs to outer.lr.kind: steps only.",
+    ),
+    (
+        ["outer.lr={kind: cosine, start: 0.9, end: 0.7, rouns: 5}"],
+        "outer.lr.rouns: unknown key. Did you mean outer.lr.rounds?",
+    ),
+    (
+        ["outer.momentum={kind: linear, start: 0.9, end: 1, rounds: 5}"],
+        "outer.momentum.end: 1 is out of range: it must be below 1",
+    ),
+    (
+        ["outer.momentum={kind: steps, values: [[1, -0.1]]}"],
+        "outer.momentum.values.0.1: -0.1 is out of range: it must be at least 0",
+    ),
     (["inner.min_lr_ratio=2"], "it must be at most 1"),
     (["model.qk_layernorm=1"], "model.qk_layernorm: 1 is not true or false."),
     (["checkpoint.dir=3"], "checkpoint.dir: 3 is not text."),

@@ -48,6 +48,12 @@ def test_keys_are_unique() -> None:
             ("outer", "nesterov", "compression", "none", "wire_dtype"),
             "outer.compression.wire_dtype",
         ),
+        (("outer", "nesterov", "lr", "number"), "outer.lr"),
+        (("outer", "nesterov", "lr", "cosine", "start"), "outer.lr.start"),
+        (
+            ("outer", "average", "sync_interval", "steps", "values", 1, 0),
+            "outer.sync_interval.values.1.0",
+        ),
         (("data", "train", 0, "path"), "data.train.0.path"),
         (("model", "nothing"), "model.nothing"),
     ],
