@@ -27,7 +27,10 @@ readers.
 _WHEN: dict[Applies, str] = {
     "always": "always",
     "outer": "an outer step",
-    "replicas": "an outer step, K > 1",
+    "wire": "an outer step, K > 1",
+    "compared": "an outer step, K > 1, replicas compared",
+    "compared codec": "a code, K > 1, replicas compared",
+    "feedback": "error feedback",
     "codec": "an outer step with compression",
     "muon": "`inner.kind: muon`",
     "eval": "`training.eval_interval` above 0",

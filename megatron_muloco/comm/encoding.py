@@ -175,12 +175,13 @@ class EncodingReducer(OuterGroupReducer):
     ) -> Reduced:
         self._return(*handle.buffers)
         exact, lost = handle.squares.unbind()
+        encode_ms, decode_ms = handle.clock["encode"], handle.clock["decode"]
         stats = ReductionStats(
             rows[:, 0].clone(),
             rows[:, 1:].clone(),
             wire_bytes=wire_bytes,
             uncoded_bytes=self._uncoded_bytes(handle.layout.numel),
-            code=CodeStats(exact, lost, handle.clock["encode"], handle.clock["decode"]),
+            code=CodeStats(exact, lost, encode_ms, decode_ms, self.residual is not None),
         )
         return Reduced(mean, stats)
 

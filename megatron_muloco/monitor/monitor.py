@@ -182,6 +182,7 @@ class Monitor:
         if metrics:
             self._exposed.append((report.step, metrics["muloco/exposed_ms"]))
             self._wire_bytes += int(metrics["muloco/wire_bytes"])
+            metrics["muloco/wire_bytes_total"] = float(self._wire_bytes)
         for part in report.applied:
             self.receive(part.launched_at, part.riders)
         metrics |= self._round_time(report.step)

@@ -15,7 +15,18 @@ from megatron_muloco.errors import RuntimeMismatch
 
 __all__ = ["METRICS", "Applies", "Metric", "applicable_tags", "metric"]
 
-Applies = Literal["always", "outer", "replicas", "codec", "muon", "eval", "gpu"]
+Applies = Literal[
+    "always",
+    "outer",
+    "wire",
+    "compared",
+    "codec",
+    "compared codec",
+    "feedback",
+    "muon",
+    "eval",
+    "gpu",
+]
 OverSteps = Literal["mean", "last", "event"]
 OverRanks = Literal["mean over replicas", "the same everywhere", "replica 0", "writing rank"]
 
@@ -30,8 +41,9 @@ class Metric:
         over_steps: ``mean`` of the inner steps since the last line, the ``last`` of them, or
             written at the ``event`` itself.
         over_ranks: Whose value it is.
-        applies: When a run writes it; ``replicas`` is an outer step with more than one replica,
-            ``codec`` an outer step with compression.
+        applies: When a run writes it; ``wire`` is an outer step with more than one replica,
+            ``compared`` one that also compares them, ``codec`` an outer step with a lossy code,
+            ``feedback`` one with error feedback.
         meaning: In a sentence.
     """
 
@@ -136,7 +148,7 @@ METRICS: tuple[Metric, ...] = (
         "Cosine of the own and the mean pseudogradient; the mean of it over fragments.",
     ),
     Metric(
-        "muloco/cosine_pairwise_min", "1", "event", "the same everywhere", "replicas",
+        "muloco/cosine_pairwise_min", "1", "event", "the same everywhere", "compared",
         "Smallest cosine of two replicas' pseudogradients, estimated from random sketches; every "
         "monitor.pseudogradient_interval rounds.",
     ),
@@ -147,6 +159,14 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "muloco/wire_bytes", "bytes", "event", "writing rank", "outer",
         "Bytes that this rank sent.",
+    ),
+    Metric(
+        "muloco/wire_bytes_total", "bytes", "event", "writing rank", "outer",
+        "Bytes that this rank has sent in outer steps since the run was started or resumed.",
+    ),
+    Metric(
+        "muloco/compression_ratio", "1", "event", "writing rank", "wire",
+        "Bytes of an fp32 all-reduce of the same tensors over the bytes sent.",
     ),
     Metric(
         "muloco/exposed_ms", "ms", "event", "writing rank", "outer",
@@ -161,7 +181,20 @@ METRICS: tuple[Metric, ...] = (
         "Norm of what encoding lost over the norm of what was encoded.",
     ),
     Metric(
-        "muloco/residual_norm", "1", "event", "replica 0", "codec",
+        "muloco/compression_cosine", "1", "event", "the same everywhere", "compared codec",
+        "Cosine of the decoded mean and the mean of the exact pseudogradients, estimated from the "
+        "sketches of monitor.pseudogradient_interval; the smallest over fragments.",
+    ),
+    Metric(
+        "muloco/encode_ms", "ms", "event", "writing rank", "codec",
+        "Host time of encoding, twice a round; with overlap training goes on meanwhile.",
+    ),
+    Metric(
+        "muloco/decode_ms", "ms", "event", "writing rank", "codec",
+        "Host time of decoding.",
+    ),
+    Metric(
+        "muloco/residual_norm", "1", "event", "replica 0", "feedback",
         "Norm of what error feedback keeps for the next round.",
     ),
     Metric(
@@ -198,15 +231,20 @@ def applicable_tags(config: RunConfig, *, peak_known: bool = False) -> tuple[str
         config: A checked config.
         peak_known: Whether it runs on an accelerator whose peak is known.
     """
-    synchronised = not isinstance(config.outer, NoOuter)
+    outer = config.outer
+    synchronised = not isinstance(outer, NoOuter)
+    meets = synchronised and config.parallel.num_replicas > 1
+    compares = meets and config.monitor.pseudogradient_interval > 0
+    code = NoCompression() if isinstance(outer, NoOuter) else outer.compression
+    coded = not isinstance(code, NoCompression)
     applies: dict[Applies, bool] = {
         "always": True,
         "outer": synchronised,
-        "replicas": synchronised
-        and config.parallel.num_replicas > 1
-        and config.monitor.pseudogradient_interval > 0,
-        "codec": not isinstance(config.outer, NoOuter)
-        and not isinstance(config.outer.compression, NoCompression),
+        "wire": meets,
+        "compared": compares,
+        "codec": coded,
+        "compared codec": coded and compares,
+        "feedback": not isinstance(code, NoCompression) and code.error_feedback,
         "muon": config.inner.kind == "muon",
         "eval": config.training.eval_interval > 0,
         "gpu": peak_known,

@@ -35,9 +35,14 @@ LAYOUT: Mapping[str, Mapping[str, list[object]]] = {
         "pseudogradient and update norm": _chart(
             "muloco/pseudogradient_norm", "muloco/update_norm", "muloco/residual_norm"
         ),
-        "cosines": _chart("muloco/cosine_to_mean", "muloco/cosine_pairwise_min"),
-        "time (ms)": _chart("muloco/exposed_ms", "muloco/round_ms"),
-        "bytes sent": _chart("muloco/wire_bytes"),
+        "cosines": _chart(
+            "muloco/cosine_to_mean", "muloco/cosine_pairwise_min", "muloco/compression_cosine"
+        ),
+        "time (ms)": _chart(
+            "muloco/exposed_ms", "muloco/round_ms", "muloco/encode_ms", "muloco/decode_ms"
+        ),
+        "bytes sent": _chart("muloco/wire_bytes", "muloco/wire_bytes_total"),
+        "compression": _chart("muloco/compression_error", "muloco/compression_ratio"),
         "replicas": _chart("muloco/weight_sum", "muloco/quarantined"),
     },
 }

@@ -37,12 +37,14 @@ class CodeStats:
         lost_square: Squared norm of what the code lost of it; 0-dim, fp64.
         encode_ms: Host time of encoding, for launch and wait together.
         decode_ms: Host time of decoding.
+        error_feedback: Whether what was lost is kept for the next round.
     """
 
     exact_square: Tensor
     lost_square: Tensor
     encode_ms: float
     decode_ms: float
+    error_feedback: bool
 
 
 @dataclass(frozen=True, slots=True)

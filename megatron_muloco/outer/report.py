@@ -17,19 +17,21 @@ class CodeReport:
     """What the code did to one fragment, over the whole replica; times are this rank's.
 
     Attributes:
-        error: Norm of what this replica's encoding lost over the norm of what it encoded, 0-dim.
-        residual_norm: Norm of what it lost, which error feedback keeps, 0-dim.
+        encoded_norm: Norm of what this replica encoded, its residual included; 0-dim.
+        lost_norm: Norm of what its encoding lost, which error feedback keeps; 0-dim.
         cosine: Estimated cosine of the decoded mean and the mean of the exact pseudogradients,
             0-dim; NaN in rounds that do not compare replicas.
         encode_ms: Host time of encoding.
         decode_ms: Host time of decoding.
+        error_feedback: Whether what was lost is kept.
     """
 
-    error: Tensor
-    residual_norm: Tensor
+    encoded_norm: Tensor
+    lost_norm: Tensor
     cosine: Tensor
     encode_ms: float
     decode_ms: float
+    error_feedback: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,11 +113,12 @@ class FragmentReport:
 def _code_report(code: CodeStats, sums: Tensor) -> CodeReport:
     exact, lost, dot, decoded_square, exact_square = sums.unbind()
     return CodeReport(
-        error=(lost / exact).sqrt(),
-        residual_norm=lost.sqrt(),
+        encoded_norm=exact.sqrt(),
+        lost_norm=lost.sqrt(),
         cosine=dot / (decoded_square * exact_square).sqrt(),
         encode_ms=code.encode_ms,
         decode_ms=code.decode_ms,
+        error_feedback=code.error_feedback,
     )
 
 

@@ -1,8 +1,8 @@
 """Encoded means over real ranks: bitwise the reference, equal everywhere, honestly counted."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -10,54 +10,115 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_muloco.comm.background import Background
 from megatron_muloco.comm.chunks import (
     chunk_pieces,
     encoded_wire_bytes,
     payload_sizes,
 )
-from megatron_muloco.comm.digests import check_equal
 from megatron_muloco.comm.quantised import EncodedMean
 from megatron_muloco.comm.reducers import mean_reducer
-from megatron_muloco.compress.codec import Codec, Uncoded
-from megatron_muloco.compress.float4 import E3M0
+from megatron_muloco.comm.sparse import GatheredMean
+from megatron_muloco.compress.build import codec_chooser
 from megatron_muloco.compress.linear import Linear
 from megatron_muloco.compress.statistical import Statistical
-from megatron_muloco.compress.topk import TopK
 from megatron_muloco.compress.units import CodingUnit, Grouping
+from megatron_muloco.config.compression import CodeConfig, LinearCompression
+from megatron_muloco.config.outer import NesterovOuter
+from megatron_muloco.outer.reducer import Reducer
 from megatron_muloco.outer.reference import Parameters, Reference, Settings
+from tests.support.coded import reference_keys
 from tests.support.replicas import Replica, synchronizer_of
 from tests.support.spawn import run_ranks
 from tests.support.tensors import assert_equal
 
 CPU = torch.device("cpu")
 # Lengths that no K divides: chunks end inside tensors.
-SIZES = {"a": 301, "b": 40, "c": 131, "d": 1}
+SIZES = {"embedding.a": 301, "b": 40, "norm.c": 131, "d": 1}
 ROW_WIDTH = 20
-ONE = [["a", "b", "c", "d"]]
-THREE = [["a"], ["b", "d"], ["c"]]
-CODECS: dict[str, Codec] = {
-    "linear 4 tensor": Linear(4, Grouping()),
-    "linear 8 block": Linear(8, Grouping("block", 32)),
-    "linear 1 tensor": Linear(1, Grouping()),
-    "statistical 2 tensor": Statistical(2, Grouping()),
-    "statistical 4 block": Statistical(4, Grouping("block", 64)),
-    "e3m0": E3M0(Grouping("block", 50)),
-    "top-k": TopK(0.1, "bf16", 64),
-    "uncoded": Uncoded(),
-}
-# codec, fragments, overlap, error feedback, what changes
-CASES: list[tuple[str, list[list[str]], int, bool, dict[str, Any]]] = [
-    ("linear 4 tensor", ONE, 0, True, {}),
-    ("linear 8 block", THREE, 1, True, {"mixing_weight": 0.5}),
-    ("linear 1 tensor", ONE, 5, True, {"mixing_weight": 0.5}),
-    ("statistical 2 tensor", ONE, 0, True, {"error_decay": 1.0}),
-    ("statistical 2 tensor", THREE, 1, True, {"additive": True}),
-    ("statistical 2 tensor", ONE, 0, False, {}),
-    ("statistical 4 block", THREE, 0, True, {}),
-    ("e3m0", ONE, 5, True, {"additive": True}),
-    ("top-k", THREE, 1, True, {}),
-    ("uncoded", ONE, 1, True, {}),
+ONE = [list(SIZES)]
+THREE = [["embedding.a"], ["b", "d"], ["norm.c"]]
+KINDS: list[dict[str, Any]] = [
+    *({"kind": kind, "bits": bits} for kind in ("linear", "statistical") for bits in (8, 4, 2, 1)),
+    {"kind": "e3m0"},
+    {"kind": "topk", "density": 0.1, "block_size": 64},
+    {"kind": "topk", "density": 0.2, "block_size": 32, "wire_dtype": "bf16"},
+    {"kind": "topk", "density": 0.3, "block_size": 128, "value_bits": 2},
 ]
+MERGES: list[dict[str, Any]] = [{}, {"mixing_weight": 0.5}, {"additive": True}]
+OVERLAPS = (0, 1, 5)
+FRAGMENTS = (ONE, THREE, [[name] for name in SIZES])
+EXCEPTIONS: list[dict[str, Any]] = [{}, {"norm": "none"}, {"embedding": "none", "norm": "none"}]
+ROWS = {"embedding.a": (ROW_WIDTH, 7), "norm.c": (0, 3), "d": (7, 0)}  # shards begin inside rows
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run: a code, when it is used, and what carries it."""
+
+    code: CodeConfig
+    fragments: list[list[str]]
+    overlap: int
+    merge: dict[str, Any]
+    beside_training: bool
+    through_host: bool
+
+    @property
+    def settings(self) -> Settings:
+        keys = {"overlap_steps": self.overlap, **self.merge}
+        return Settings(6, 20, self.fragments, outer_lr=0.7, outer_momentum=0.9, **keys)
+
+    def reference_settings(self, num_replicas: int) -> Settings:
+        sizes = [{name: SIZES[name] for name in names} for names in self.fragments]
+        return replace(self.settings, **reference_keys(self.code, ROWS, sizes, num_replicas))
+
+    def reducer(self) -> Reducer:
+        encoding = GatheredMean if self.code.kind == "topk" else EncodedMean
+        reducer = encoding(
+            dist.group.WORLD,
+            CPU,
+            codec_chooser(self.code),
+            ROWS,
+            self.code.error_decay if self.code.error_feedback else None,
+            through_host=self.through_host,
+        )
+        return Background(reducer, CPU) if self.beside_training else reducer
+
+
+def cases() -> list[Case]:
+    """Every code with every granularity, with and without error feedback.
+
+    When, how merged, exceptions and transport go round with periods that share no factor, so that
+    each meets each code.
+    """
+    codes = [
+        {**kind, **({} if kind["kind"] == "topk" else {"granularity": each, "block_size": 50})}
+        for kind in KINDS
+        for each in (("tensor",) if kind["kind"] == "topk" else ("tensor", "row", "block"))
+    ]
+    found = []
+    for number, (code, feedback) in enumerate(product(codes, (True, False))):
+        overlap = OVERLAPS[number % 3]
+        merges = MERGES if overlap else MERGES[:2]
+        keys = {"error_feedback": feedback, "exceptions": EXCEPTIONS[number % 7 % 3]}
+        if feedback:
+            keys["error_decay"] = (0.9, 1.0, 0.5)[number % 5 % 3]
+        found.append(
+            Case(
+                NesterovOuter(
+                    kind="nesterov", lr=0.7, momentum=0.9, compression={**code, **keys}
+                ).compression,
+                FRAGMENTS[number // 3 % 3],
+                overlap,
+                merges[number // 9 % len(merges)],
+                beside_training=overlap > 0 and number % 4 > 0,
+                through_host=number % 5 == 0,
+            )
+        )
+    return found
+
+
+CASES = cases()
 
 
 def normal(size: int, *seed: int) -> Tensor:
@@ -72,81 +133,58 @@ def start() -> Parameters:
 def inner(replica: int) -> Any:
     def step(local: Parameters, t: int) -> None:
         for name, tensor in local.items():
-            tensor.sub_(0.1 * normal(tensor.numel(), replica, t, ord(name)))
+            tensor.sub_(0.1 * normal(tensor.numel(), replica, t, len(name)))
 
     return step
 
 
-def settings_of(case: int, num_replicas: int) -> Settings:
-    name, fragments, overlap, feedback, changes = CASES[case]
-    codec = CODECS[name]
-
-    def round_trip(tensor: str, start: int, values: Tensor) -> Tensor:
-        unit, out = CodingUnit(values.numel()), torch.empty_like(values)
-        codec.decode(codec.encode(values, unit), unit, out)
-        return out
-
-    base = Settings(
-        sync_interval=6,
-        train_iters=20,
-        fragments=fragments,
-        overlap_steps=overlap,
-        outer_lr=0.7,
-        outer_momentum=0.9,
-        codec=round_trip,
-        error_feedback=feedback,
-        coding_units=coding_units(fragments, num_replicas),
-    )
-    return replace(base, **changes)
-
-
-def coding_units(
-    fragments: Sequence[Sequence[str]], num_replicas: int
-) -> Mapping[str, Sequence[tuple[int, int]]]:
-    units: dict[str, list[tuple[int, int]]] = {}
-    for names in fragments:
-        for pieces in chunk_pieces([(name, SIZES[name]) for name in names], num_replicas, {}):
-            for piece in pieces:
-                units.setdefault(piece.name, []).append((piece.start, piece.end))
-    return units
-
-
-def train(cases: range) -> list[tuple[Parameters, Parameters, Parameters]]:
+def train(numbers: range) -> list[tuple[Parameters, ...]]:
     """One rank a replica, through the whole run of each case."""
     rank, size = dist.get_rank(), dist.get_world_size()
     group = dist.group.WORLD
     results = []
-    for case in cases:
-        s, codec = settings_of(case, size), CODECS[CASES[case][0]]
+    for number in numbers:
+        case = CASES[number]
+        s = case.settings
         replica = Replica(start())
-        decay = s.error_decay if s.error_feedback else None
-        reducer = EncodedMean(group, CPU, lambda name, codec=codec: codec, {}, decay)
-        synchronizer = synchronizer_of(replica.port(), s, reducer, size, mean_reducer(group, CPU))
+        plain = mean_reducer(group, CPU, deterministic=True)
+        synchronizer = synchronizer_of(replica.port(), s, case.reducer(), size, plain)
+        anchors = {}
         for t in range(1, s.train_iters + 1):
             inner(rank)(replica.parameters, t)
             if synchronizer.after_inner_step(t) is not None:
-                check_equal(synchronizer.anchors(), group, CPU, what="the anchor", round_index=t)
-        residual = reducer.residual.state_dict() if reducer.residual else {}
-        results.append((dict(synchronizer.anchors()), replica.parameters, residual))
+                anchors = {name: tensor.clone() for name, tensor in synchronizer.anchors().items()}
+        kept = synchronizer.state_dict()["tensors"]
+        results.append(
+            (anchors, replica.parameters, kept.get("residual", {}), kept.get("owner_residual", {}))
+        )
     return results
 
 
 @pytest.mark.parametrize("num_replicas", [2, 3, 4])
 def test_a_spawned_run_is_the_reference(num_replicas: int) -> None:
-    by_rank = run_ranks(train, num_replicas, range(len(CASES)))
-    for case, description in enumerate(CASES):
-        s = settings_of(case, num_replicas)
+    """Bit for bit on every rank, hence the same bits on all of them."""
+    by_rank = run_ranks(train, num_replicas, range(len(CASES)), timeout_s=240.0)
+    for number, case in enumerate(CASES):
+        s = case.reference_settings(num_replicas)
         reference = Reference(start(), [inner(k) for k in range(num_replicas)], s)
         for t in range(1, s.train_iters + 1):
             reference.step(t)
         for k, results in enumerate(by_rank):
-            anchor, local, residual = results[case]
-            for name in SIZES:
-                message = f"{description}, replica {k}, {name}"
-                assert_equal(anchor[name], reference.anchor[name], f"anchor: {message}")
-                assert_equal(local[name], reference.local[k][name], f"local: {message}")
-                if s.error_feedback:
-                    assert_equal(residual[name], reference.residual[k][name], f"e: {message}")
+            anchor, local, _, _ = results[number]
+            assert_same(anchor, reference.anchor, f"anchor, replica {k}, {case}")
+            assert_same(local, reference.local[k], f"local, replica {k}, {case}")
+        reference.flush()  # saving waits for the fragments in flight, and owners encode their mean
+        for k, results in enumerate(by_rank):
+            _, _, residual, owner_residual = results[number]
+            assert bool(residual) == case.code.error_feedback
+            assert_same(residual, reference.residual[k], f"e, replica {k}, {case}")
+            assert_same(owner_residual, reference.f, f"f, replica {k}, {case}")
+
+
+def assert_same(actual: Parameters, expected: Parameters, message: str) -> None:
+    for name, tensor in actual.items():
+        assert_equal(tensor, expected[name], f"{message}, {name}")
 
 
 def reduce_with_rows() -> Parameters:
@@ -214,13 +252,13 @@ def test_shapes_weights_and_bytes(weights: list[float], sizes: dict[str, int]) -
 @pytest.mark.parametrize("chunk_count", [1, 2, 3, 4, 7])
 def test_pieces_partition_the_fragment(chunk_count: int) -> None:
     sizes = [*SIZES.items(), ("e", 0)]
-    chunks = chunk_pieces(sizes, chunk_count, {"a": (ROW_WIDTH, 7)})
+    chunks = chunk_pieces(sizes, chunk_count, {"embedding.a": (ROW_WIDTH, 7)})
     covered = {name: [0] * size for name, size in sizes}
     for pieces in chunks:
         for piece in pieces:
             for i in range(piece.start, piece.end):
                 covered[piece.name][i] += 1
-            if piece.name == "a":
+            if piece.name == "embedding.a":
                 assert piece.unit.row_offset == (7 + piece.start) % ROW_WIDTH
     assert all(count == [1] * len(count) for count in covered.values())
     assert max(sum(p.unit.numel for p in pieces) for pieces in chunks) == math.ceil(
@@ -241,7 +279,7 @@ def test_one_replica_encodes_twice_and_sends_nothing() -> None:
 
 
 def leave_out_the_last() -> tuple[Parameters, Parameters]:
-    codec = CODECS["linear 4 tensor"]
+    codec = Linear(4, Grouping())
     reducer = EncodedMean(dist.group.WORLD, CPU, lambda name: codec, {}, 0.9)
     values = normal(100, dist.get_rank())
     for round_index in (1, 2):
@@ -254,14 +292,9 @@ def leave_out_the_last() -> tuple[Parameters, Parameters]:
 
 def test_a_replica_left_out_keeps_what_its_code_lost() -> None:
     count = 3
-    settings = Settings(
-        sync_interval=1,
-        train_iters=2,
-        fragments=[["a"]],
-        codec=settings_of(0, count).codec,
-        error_feedback=True,
-        coding_units={"a": [(0, 34), (34, 68), (68, 100)]},
-    )
+    code = LinearCompression(kind="linear", bits=4)
+    keys = reference_keys(code, {}, [{"a": 100}], count)
+    settings = Settings(sync_interval=1, train_iters=2, fragments=[["a"]], **keys)
 
     def by(replica: int) -> Any:
         """The local parameters are the anchor less the same pseudogradient, every round."""

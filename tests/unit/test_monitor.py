@@ -3,6 +3,7 @@
 import io
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from megatron_muloco.monitor.registry import applicable_tags
 from megatron_muloco.monitor.tensorboard import EventWriter
 from megatron_muloco.optim.truth_report import TruthReport
 from megatron_muloco.outer.guard import Verdict
-from megatron_muloco.outer.report import FragmentReport, OuterReport
+from megatron_muloco.outer.report import CodeReport, FragmentReport, OuterReport
 from megatron_muloco.outer.schedule import Apply, Launch, SyncSchedule
 
 CPU = torch.device("cpu")
@@ -136,6 +137,46 @@ def fragment_report(fragment, launched_at, riders, weights=None):
         wire_bytes=1000,
         exposed_ms=5.0,
     )
+
+
+def code_report(encoded, lost, cosine=math.nan, error_feedback=True):
+    norms = [torch.tensor(value, dtype=torch.float64) for value in (encoded, lost, cosine)]
+    return CodeReport(*norms, encode_ms=2.0, decode_ms=1.0, error_feedback=error_feedback)
+
+
+def test_codes_of_several_fragments_are_taken_together(tmp_path):
+    run = Replicas(tmp_path, schedule=SyncSchedule(6, 12))
+    parts = [
+        replace(
+            fragment_report(0, 6, torch.zeros(2, 0)),
+            uncoded_bytes=6000,
+            code=code_report(6.0, 3.0, 0.9),
+        ),
+        replace(
+            fragment_report(1, 6, torch.zeros(2, 0)),
+            uncoded_bytes=2000,
+            code=code_report(8.0, 4.0, 0.8),
+        ),
+    ]
+    run.monitors[0].outer_step(OuterReport(6, 1, (), tuple(parts), False))
+    run.monitors[0].outer_step(OuterReport(12, 2, (), tuple(parts), False))
+    run.close()
+    for tag, value in {
+        "muloco/compression_error": 0.5, "muloco/residual_norm": 5.0, "muloco/encode_ms": 4.0,
+        "muloco/decode_ms": 2.0, "muloco/compression_ratio": 4.0, "muloco/compression_cosine": 0.8,
+    }.items():  # fmt: skip
+        assert run.points(tag) == [(6, pytest.approx(value)), (12, pytest.approx(value))], tag
+    assert run.points("muloco/wire_bytes_total") == [(6, 2000.0), (12, 4000.0)]
+
+
+def test_without_error_feedback_or_sketches_nothing_is_said_of_them(tmp_path):
+    run = Replicas(tmp_path, schedule=SyncSchedule(6, 12))
+    part = fragment_report(0, 6, torch.zeros(2, 0))
+    part = replace(part, code=code_report(2.0, 1.0, error_feedback=False))
+    run.monitors[0].outer_step(OuterReport(6, 1, (), (part,), False))
+    run.close()
+    assert run.points("muloco/compression_error") == [(6, 0.5)]
+    assert run.points("muloco/residual_norm") == run.points("muloco/compression_cosine") == []
 
 
 def by_step(replica, step):
