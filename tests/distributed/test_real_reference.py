@@ -70,6 +70,23 @@ CASES: dict[str, tuple[int, int, dict[str, Any]]] = {  # world, replicas, sectio
             "outer": outer(**FRAGMENTS, overlap_steps=1, state_device="cpu"),
         },
     ),
+    # Rounds that end after 3, 8 and 12 steps, the last one beyond the run.
+    "k2-schedules": (
+        2,
+        2,
+        {
+            "inner": "muon",
+            "model": {"num_layers": 3},
+            "outer": outer(
+                fragments={"count": 3},
+                overlap_steps=1,
+                max_in_flight=2,
+                sync_interval={"kind": "steps", "values": [[1, 3], [2, 5], [3, 4]]},
+                lr={"kind": "cosine", "start": 0.9, "end": 0.5, "rounds": 3},
+                momentum={"kind": "linear", "start": 0.3, "end": 0.8, "rounds": 3},
+            ),
+        },
+    ),
 }
 
 

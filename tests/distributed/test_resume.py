@@ -28,12 +28,23 @@ ROUND = 3
 
 NESTEROV = {"kind": "nesterov", "lr": 0.7, "momentum": 0.6, "sync_interval": ROUND}
 NO_OUTER = {"kind": "none"}
+# Rounds of 3 and 4 steps; fragments are in flight after each of the STOPS.
+SCHEDULES = {
+    "kind": "nesterov",
+    "sync_interval": {"kind": "steps", "values": [[1, ROUND], [2, 4]]},
+    "lr": {"kind": "cosine", "start": 0.9, "end": 0.5, "rounds": 2},
+    "momentum": {"kind": "linear", "start": 0.3, "end": 0.8, "rounds": 2},
+    "fragments": {"count": 3},
+    "overlap_steps": 1,
+    "max_in_flight": 2,
+}
 TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 PP2 = {"pipeline_model_parallel_size": 2}
 
 COVER: dict[str, tuple[int, int, dict[str, Any]]] = {  # world, replicas, sections
     "k1": (1, 1, {"inner": MUON}),
     "k2": (2, 2, {"inner": ADAMW}),
+    "k2-schedules": (2, 2, {"outer": SCHEDULES, "model": {"num_layers": 3}}),
     "k2-tp2-bf16": (4, 2, {"inner": MUON, "parallel": TP2, "training": {"precision": "bf16"}}),
     "k2-pp2": (4, 2, {"inner": MUON, "parallel": PP2}),
     "k2-dp2": (4, 2, {"inner": MUON}),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_muloco.comm.digests import check_equal
 from megatron_muloco.comm.reducers import ReplicaSum, mean_reducer
+from megatron_muloco.config.round_schedules import Steps
 from megatron_muloco.outer.reference import Parameters, Reference, Settings
 from megatron_muloco.outer.replica import ReplicaPort
 from tests.support.replicas import Replica, synchronizer_of, whole_shard
@@ -28,6 +29,15 @@ OVERLAPS: dict[str, dict[str, Any]] = {
         "fragments": [["a"], ["b", "c"]],
         "overlap_steps": 2,
         "additive": True,
+    },
+    # Rounds that end after 3, 7 and 11 steps; 1 and 0 cost no bits behind the point.
+    "schedules": {
+        "sync_interval": Steps(kind="steps", values=((1, 3), (2, 4))),
+        "outer_lr": Steps(kind="steps", values=((1, 0.5), (2, 1.0), (3, 0.5))),
+        "outer_momentum": Steps(kind="steps", values=((1, 0.5), (3, 0.0))),
+        "fragments": [["a"], ["b"], ["c"]],
+        "overlap_steps": 1,
+        "mixing_weight": 0.5,
     },
 }
 

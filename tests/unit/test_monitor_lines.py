@@ -10,19 +10,22 @@ from megatron_muloco.outer.schedule import Launch, SyncSchedule
 
 @st.composite
 def calendars(draw):
-    interval = draw(st.integers(1, 24))
+    rounds = draw(st.lists(st.integers(1, 24), min_size=4, max_size=4))
+    changing = draw(st.booleans())
+    interval = (lambda r: rounds[min(r, 4) - 1]) if changing else rounds[0]
+    shortest = min(rounds) if changing else interval
     schedule = SyncSchedule(
         sync_interval=interval,
-        train_iters=4 * interval,
-        fragment_count=draw(st.integers(1, 8)),
-        overlap_steps=draw(st.integers(0, interval - 1)),
+        train_iters=sum(rounds) if changing else 4 * interval,
+        fragment_count=draw(st.integers(1, shortest if changing else 8)),
+        overlap_steps=draw(st.integers(0, shortest - 1)),
     )
     return LineCalendar(draw(st.integers(1, 30)), schedule)
 
 
 @given(calendars())
 def test_every_due_line_rides_with_exactly_one_launch_step_in_order(calendar):
-    end = calendar.schedule.train_iters  # a multiple of the interval, so the last step launches
+    end = calendar.schedule.train_iters  # the end of a round, so the last step launches
     carried = [
         step for launch in range(1, end + 1) if calendar.launches(launch)
         for step in calendar.carried(launch)

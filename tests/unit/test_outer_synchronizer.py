@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_muloco.config.round_schedules import CosineRamp, LinearRamp, Steps
 from megatron_muloco.errors import CheckpointError, ConfigError
 from megatron_muloco.outer.fragments import FragmentPlan
 from megatron_muloco.outer.guard import Guard, Verdict
@@ -35,6 +36,12 @@ FRAGMENTS: dict[int, list[list[str]]] = {
     1: [["a", "b", "c"]],
     2: [["a"], ["b", "c"]],
     3: [["a"], ["b"], ["c"]],
+}
+# Rounds of 3, 5, 3, 3, ... steps, in which eta and mu change as well.
+ROUNDS: dict[str, Any] = {
+    "sync_interval": Steps(kind="steps", values=((1, 3), (2, 5), (3, 3))),
+    "outer_lr": CosineRamp(kind="cosine", start=0.9, end=0.6, rounds=3),
+    "outer_momentum": LinearRamp(kind="linear", start=0.5, end=0.9, rounds=4),
 }
 
 
@@ -121,6 +128,52 @@ def test_every_timing_and_apply_rule_is_the_reference_bit_for_bit(
 ) -> None:
     s = settings(fragments=FRAGMENTS[count], overlap_steps=overlap_steps, **apply)
     compare_with_reference(s, num_replicas)
+
+
+@pytest.mark.parametrize("train_iters", [8, 11, 12, 16])
+@pytest.mark.parametrize("overlap_steps", [0, 1, 2])
+@pytest.mark.parametrize("count", [1, 3])
+def test_schedules_over_rounds_are_the_references(
+    count: int, overlap_steps: int, train_iters: int
+) -> None:
+    s = settings(
+        fragments=FRAGMENTS[count],
+        overlap_steps=overlap_steps,
+        mixing_weight=0.5,
+        train_iters=train_iters,
+        **ROUNDS,
+    )
+    compare_with_reference(s, 2)
+
+
+def test_each_fragment_of_a_round_takes_the_rates_of_the_round() -> None:
+    """H = 2 and 4: both fragments of round 2 are launched in it, one in its middle."""
+    s = settings(
+        sync_interval=Steps(kind="steps", values=((1, 2), (2, 4))),
+        outer_lr=Steps(kind="steps", values=((1, 1.0), (2, 0.5))),
+        outer_momentum=0.0,
+        fragments=[["a"], ["b", "c"]],
+        train_iters=6,
+    )
+
+    def down(_: int) -> Callable[[Parameters, int], None]:
+        def step(local: Parameters, t: int) -> None:
+            for tensor in local.values():
+                tensor.sub_(1.0)
+
+        return step
+
+    ((anchor, _, reports),) = train(s, 1, down)
+    # 'a' moves by 1 step in round 1 and by 3 in round 2, 'b' by 2 and 4; the flush by 2 for 'a'.
+    assert [(r.step, r.round_index, r.launched) for r in reports] == [
+        (1, 1, (0,)),
+        (2, 1, (1,)),
+        (4, 2, (0,)),
+        (6, 2, (1,)),
+        (6, 2, ()),
+    ]
+    moved = {"a": 1.0 + 0.5 * 3.0 + 2.0, "b": 2.0 + 0.5 * 4.0, "c": 2.0 + 0.5 * 4.0}
+    assert_same(anchor, {n: tensor - moved[n] for n, tensor in start().items()}, "anchor")
 
 
 @pytest.mark.parametrize("train_iters", [8, 9, 10, 12])
@@ -295,6 +348,13 @@ def test_a_short_first_interval_sets_no_band() -> None:
     assert weights_seen(s, lambda t: 1.0 if t <= 2 else 10.0) == {(1.0,) * 4}
 
 
+def test_an_interval_of_another_length_is_not_held_against_the_band() -> None:
+    # Two steps, then 40: 20 times as far, where the band is 10. As long again, it holds.
+    s = settings(sync_interval=Steps(kind="steps", values=((1, 2), (2, 40))), train_iters=82)
+    assert weights_seen(s, lambda t: 1.0) == {(1.0,) * 4}
+    assert weights_seen(s, lambda t: 1.0 if t <= 42 else 20.0) == {(1.0,) * 4, (0.0,) * 4}
+
+
 def test_the_flush_knows_no_band() -> None:
     # The one step that is left moves a fortieth of a round.
     assert weights_seen(settings(train_iters=9), lambda t: 0.1 if t == 9 else 1.0) == {(1.0,) * 4}
@@ -331,8 +391,11 @@ def test_riders_reach_every_replica() -> None:
 
 
 @pytest.mark.parametrize("stop_at", range(1, 12))
-def test_stopped_anywhere_and_resumed_is_never_stopped(stop_at: int) -> None:
-    s = settings(fragments=FRAGMENTS[3], overlap_steps=2, mixing_weight=0.5)
+@pytest.mark.parametrize("rounds", [{}, ROUNDS], ids=["constant", "changing"])
+def test_stopped_anywhere_and_resumed_is_never_stopped(
+    rounds: dict[str, Any], stop_at: int
+) -> None:
+    s = settings(fragments=FRAGMENTS[3], overlap_steps=2, mixing_weight=0.5, **rounds)
 
     def body(k: int, reducer: ExchangeReducer) -> Any:
         replica = Replica(start())
