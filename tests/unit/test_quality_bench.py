@@ -46,17 +46,18 @@ def test_every_variant_is_a_run_that_passes_the_checks(name: str) -> None:
     config = load_config(runs.CONFIG, runs.settings_of(VARIANTS[name], 3))
     assert (config.training.seed, config.data.seed) == (3, 3)
     assert config.training.train_iters % config.outer.sync_interval == 0
+    assert config.training.eval_interval == config.training.train_iters
     assert config.parallel.num_replicas == runs.RANKS
 
 
-def test_variants_differ_from_the_baseline_in_what_their_name_says() -> None:
-    plain = load_config(runs.CONFIG, VARIANTS[PLAIN])
+def test_variants_differ_from_their_baseline_in_what_their_name_says() -> None:
+    swept = {name for names in SWEEPS.values() for name in names}
     for name, keys in VARIANTS.items():
+        base = load_config(runs.CONFIG, VARIANTS["muloco-h30" if name in swept else PLAIN])
         config = load_config(runs.CONFIG, keys)
-        assert config.model == plain.model
-        assert config.training == plain.training
-        assert (config.inner == plain.inner) == (not name.startswith("diloco"))
-        assert (config.outer == plain.outer) == (name in (PLAIN, "diloco-h30"))
+        assert (config.model, config.training) == (base.model, base.training)
+        assert (config.inner == base.inner) == (not name.startswith("diloco"))
+        assert (config.outer == base.outer) == (name in (PLAIN, "muloco-h30", "diloco-h30"))
 
 
 def test_overlap_waits_neither_for_nothing_nor_for_the_next_launch() -> None:
@@ -211,10 +212,10 @@ def test_the_page_says_what_was_not_run_and_draws_the_rest(tmp_path: Path) -> No
         for names in SWEEPS.values()
         for name, length in zip(names, INTERVALS, strict=True)
         for seed in (1, 2)
-    ] + [result("fragments-3", 1, 5.1)]
+    ] + [result("fragments-3", 1, 5.1), result(PLAIN, 1, 5.0)]
     text = page(results, "the command", "quality.png")
-    assert "| linear-4 | muloco-h30 | 0 | not run" in text
-    assert "| fragments-3 | muloco-h30 | 1 |" in text
+    assert "| linear-4 | plain | 0 | not run" in text
+    assert "| fragments-3 | plain | 1 |" in text
     assert "+0.00 percentage points" in text
     assert max(map(len, text.splitlines())) <= 125
     draw(results, tmp_path / "quality.png")
@@ -224,3 +225,14 @@ def test_the_page_says_what_was_not_run_and_draws_the_rest(tmp_path: Path) -> No
 def test_a_report_of_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["--out", str(tmp_path), "--report-only"]) == 2
     assert "no finished run" in capsys.readouterr().err
+
+
+def test_comments_make_no_other_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, text = runs.config_digest(), runs.CONFIG.read_text(encoding="utf-8")
+    monkeypatch.setattr(runs, "CONFIG", tmp_path / "small.yaml")
+    runs.CONFIG.write_text(f"# A remark.\n{text}", encoding="utf-8")
+    assert runs.config_digest() == before
+    runs.CONFIG.write_text(text.replace("hidden_size: 64", "hidden_size: 32"), encoding="utf-8")
+    assert runs.config_digest() != before

@@ -9,6 +9,7 @@ A campaign can be interrupted and started again; the report is made of the runs 
 """
 
 import argparse
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -77,4 +78,6 @@ def finished(out: Path, seeds: Sequence[int]) -> list[Result]:
 
 
 if __name__ == "__main__":
+    # A campaign that is told to end ends its ranks too, as with Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

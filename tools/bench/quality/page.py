@@ -28,7 +28,8 @@ MARKDOWN_COLUMNS = 120
 INTRODUCTION = f"""Two replicas on two CPU ranks train the model of
 `tools/bench/quality/small.yaml` on the demo's text, each variant with the same seeds. A seed sets
 the initial weights and the order of samples, so runs of one seed are paired. Loss is that of the
-anchor on held-out text after the last step, nats per token.
+anchor on held-out text after the last step, nats per token. How learning rates were chosen is in
+the [log](../experiments/LOG.md).
 
 Differences are 100 x (variant - baseline) / baseline per seed, then their mean with Student's
 {CONFIDENCE:.0%} interval. *Equal* is shown where |mean| is at most {EQUAL_PERCENT} %, *no worse*
@@ -58,7 +59,7 @@ def page(results: Sequence[Result], command: str, drawing: str | None) -> str:
             [_comparison_row(losses, comparison) for comparison in COMPARISONS],
         ),
         "## Length of a round",
-        _sweep(losses),
+        _sweep(losses, _sweep_steps(results)),
         f"![losses]({drawing})" if drawing else "",
         "## All losses",
         _table(
@@ -85,7 +86,7 @@ def _comparison_row(losses: Losses, comparison: Comparison) -> tuple[object, ...
     return (*head, f"{difference.mean:+.2f}", ends, claim, verdict(comparison.rule, difference))
 
 
-def _sweep(losses: Losses) -> str:
+def _sweep(losses: Losses, steps: int) -> str:
     rows = []
     for method, names in SWEEPS.items():
         found = list(rise(losses, names).values())
@@ -93,19 +94,26 @@ def _sweep(losses: Losses) -> str:
             continue
         of = interval(found)
         means = [f"{_mean(losses, name):.4f}" for name in names if losses.get(name)]
-        falls = does_not_fall(losses, names)
-        answer = "not run" if falls is None else ("yes" if falls else "no")
+        grows = does_not_fall(losses, names)
+        answer = "not run" if grows is None else ("no" if grows else "yes")
         growth = f"{of.mean:+.2f} ({of.low:+.2f} to {of.high:+.2f})"
         rows.append((method, len(found), ", ".join(means), growth, answer))
+    if not rows:
+        return "Not run."
     lengths = ", ".join(map(str, INTERVALS))
-    head = (
-        "method",
-        "seeds",
-        f"mean loss at H = {lengths}",
-        f"rise from {INTERVALS[0]} to {INTERVALS[-1]}, %",
-        f"never falls by more than {EQUAL_PERCENT} %",
+    rounds = ", ".join(str(steps // length) for length in INTERVALS)
+    head = ("method", "seeds", f"mean loss at H = {lengths}", "rise, % (interval)", "falls")
+    legend = (
+        f"{steps} steps, so {rounds} rounds. *Rise*: from H = {INTERVALS[0]} to {INTERVALS[-1]}. "
+        f"*Falls*: from one H\nto the next by more than {EQUAL_PERCENT} % in the mean."
     )
-    return "\n\n".join((_table(head, rows), _rises(losses)))
+    return "\n\n".join((_table(head, rows), legend, _rises(losses)))
+
+
+def _sweep_steps(results: Sequence[Result]) -> int:
+    """Return the length of the sweep's runs, 0 without any."""
+    names = {name for names in SWEEPS.values() for name in names}
+    return max((result.iterations for result in results if result.variant in names), default=0)
 
 
 def _rises(losses: Losses) -> str:

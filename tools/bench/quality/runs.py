@@ -18,6 +18,8 @@ from hashlib import sha256
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import yaml
+
 from megatron_muloco.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -59,8 +61,9 @@ class Result:
 
 
 def config_digest() -> str:
-    """Return what tells two versions of the base configuration apart."""
-    return sha256(CONFIG.read_bytes()).hexdigest()[:12]
+    """Return what tells two versions of the base configuration apart, comments aside."""
+    values = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
+    return sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def settings_of(keys: Sequence[str], seed: int) -> tuple[str, ...]:
