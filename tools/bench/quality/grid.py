@@ -14,7 +14,7 @@ from megatron_muloco.errors import ConfigError
 INTERVALS = (15, 30, 60, 120)
 """H of the sweep: around the papers' 30, each the double of the one before."""
 
-METHODS = {"muloco": (), "diloco": ("inner.kind=adamw", "inner.lr=0.04")}
+METHODS = {"muloco": (), "diloco": ("inner.kind=adamw", "inner.lr=0.08")}
 """Method -> keys. Learning rates come from the short sweep in docs/experiments/LOG.md."""
 
 PLAIN = "plain"
