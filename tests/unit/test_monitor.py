@@ -343,6 +343,15 @@ def test_outer_steps_write_their_metrics_and_rounds_their_time(tmp_path):
     assert "2,000 sent by this rank" in run.stream.getvalue()
 
 
+def test_rounds_of_different_lengths_write_their_time(tmp_path):
+    run = Replicas(tmp_path, schedule=SyncSchedule(lambda r: (2, 4, 6)[r - 1], 12))
+    run.train(12, by_step)
+    run.close()
+    # 0.1 s a step; the rounds end after 2, 6 and 12.
+    expected = [(2, 200.0), (6, 400.0), (12, 600.0)]
+    assert run.points("muloco/round_ms") == [(t, pytest.approx(ms)) for t, ms in expected]
+
+
 def test_several_fragments_in_one_step_are_taken_together(tmp_path):
     run = Replicas(tmp_path, schedule=SyncSchedule(6, 12))
     some = fragment_report(0, 6, torch.zeros(2, 0))

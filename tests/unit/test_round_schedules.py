@@ -12,7 +12,7 @@ from megatron_muloco.config.derived import spacing_of_launches
 from megatron_muloco.config.outer import NesterovOuter
 from megatron_muloco.config.round_schedules import interval_words, rate_words
 from megatron_muloco.monitor.banner import start_banner
-from megatron_muloco.planning import render_plan
+from megatron_muloco.planning import memory_plan, render_plan
 from megatron_muloco.topology import Topology
 
 CPU = Path(__file__).parents[2] / "configs" / "cpu_k2.yaml"
@@ -122,3 +122,20 @@ def test_banner_and_plan_show_schedules() -> None:
     assert "lr 0.9 to 0.7 over 5 rounds (linear), momentum 0.7" in plan
     assert "of 10 inner steps, 20 from round 3" in plan
     assert "a launch every 3 to 7 steps" in plan
+
+
+def test_the_memory_plan_takes_the_fullest_round() -> None:
+    """Three launches, in flight for three steps each: closer together in a shorter round."""
+    in_flight = {
+        interval: memory_plan(
+            config_of(
+                sync_interval=interval,
+                overlap_steps="3",
+                max_in_flight="2",
+                **{"fragments.count": "3"},
+            ),
+            Topology(2, 1, 1, 1),
+        ).outer_step.in_flight
+        for interval in ("12", "6", "{kind: steps, values: [[1, 12], [3, 6], [4, 12]]}")
+    }
+    assert list(in_flight.values()) == [1, 2, 2]
