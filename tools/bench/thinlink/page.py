@@ -54,15 +54,16 @@ def render(campaign: Campaign, found: Results, plot: str | None) -> str:
 
 
 _COLUMNS = (
-    "*kB a step*: that one rank sends, by the planner (`tools/plan.py`) and by the kernel's "
-    "interface counters, which also count headers, acknowledgements and repeats, mean over the "
-    "ranks; a round divided by its steps for the methods with replicas. *compute*: a step that no "
-    "outer step touches; for data parallelism that of the same inner optimizer with replicas, or "
-    "its own unshaped step where that is less. *unshaped*: the step on links as fast as the "
-    "machine. *floor*: compute, then the planned bytes at the nominal rate. *utilisation*: compute "
-    "over step. *exposed*: share of the time that `muloco/exposed_ms` counts as waiting, slower "
-    "peers and encoding included. *steps*, *minutes*: to the held-out loss above; minutes are "
-    "steps times *step ms*."
+    "Times are milliseconds an inner step. *planned*, *counted*: kB a step that one rank sends, by "
+    "the planner (`tools/plan.py`) and by the kernel's interface counters, which also count "
+    "headers, acknowledgements and repeats, mean over the ranks; a round divided by its steps for "
+    "the methods with replicas. *compute*: a step that no outer step touches; for data parallelism "
+    "that of the same inner optimizer with replicas, or its own unshaped step where that is less. "
+    "*unshaped*: the step on links as fast as the machine. *floor*: compute, then the planned "
+    "bytes at the nominal rate; overlap may go below it. *step*: as measured, outer steps "
+    "included. *used*: utilisation, compute over step. *exposed*: share of the time that "
+    "`muloco/exposed_ms` counts as waiting, slower peers and encoding included. *steps*, *min*: to "
+    "the held-out loss above; minutes are steps times *step*."
 )
 
 
@@ -100,7 +101,9 @@ def bars_at(rows: list[Row]) -> str:
         model = slow.timing.floor / fast.timing.floor
         lines.append(
             f"- {fast.title} against {slow.title}: **{ratio:.1f}x** per step; the byte model "
-            f"allows {model:.1f}x, of which this is {ratio / model:.2f}."
+            f"allows {model:.1f}x, of which this is {ratio / model:.2f}. Against the floor of "
+            f"{slow.title}, which collectives of least bytes would reach: "
+            f"{slow.timing.floor / fast.timing.wall:.1f}x."
         )
         if fast.seconds_to_target and slow.seconds_to_target:
             gain = slow.seconds_to_target / fast.seconds_to_target

@@ -21,7 +21,12 @@ def draw(found: Results, path: Path) -> None:
     if not rates:
         return
     figure, axes = pyplot.subplots(
-        len(rates), 3, figsize=(15, 4.2 * len(rates)), squeeze=False, width_ratios=(2, 1, 1)
+        len(rates),
+        3,
+        figsize=(15, 4.2 * len(rates)),
+        squeeze=False,
+        layout="constrained",
+        width_ratios=(2, 1, 1),
     )
     colours = {
         name: f"C{index}"
@@ -35,10 +40,11 @@ def draw(found: Results, path: Path) -> None:
         bars = [r.counted_bytes / 1e3 for r in rows]
         _bar_panel(sent, rows, bars, colours, "kB sent per rank and step")
         sent.set_xscale("log")
+        sent.set_xlim(left=min(bars) / 3)  # a bar of the least is still a bar
         shares = [100 * r.timing.utilisation for r in rows]
         _bar_panel(used, rows, shares, colours, "utilisation, %")
         used.set_xlim(0, 100)
-    figure.tight_layout()
+        used.set_yticklabels([])
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
@@ -51,15 +57,13 @@ def _loss_panel(
         if curve:
             minutes = [step * r.timing.wall / 60 for step, _ in curve]
             losses = [value for _, value in curve]
-            axis.plot(minutes, losses, color=colours[r.name], label=r.title, marker=".")
+            axis.plot(minutes, losses, color=colours[r.name], marker=".")
     if found.target is not None:
         axis.axhline(found.target, color="grey", linewidth=0.8, linestyle="--")
     axis.set_xscale("log")
     axis.set_xlabel("wall-clock, minutes")
     axis.set_ylabel("held-out loss, nats per token")
-    axis.set_title(f"{rate:g} Mbit/s")
-    if axis.lines:
-        axis.legend(fontsize="small")
+    axis.set_title(f"{rate:g} Mbit/s; colours as in the bars")
 
 
 def _bar_panel(

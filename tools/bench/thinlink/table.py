@@ -98,19 +98,17 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 _COLUMNS: Mapping[str, Callable[[Row], str]] = {
     "method": lambda r: r.title,
-    "kB a step, planned": lambda r: f"{r.planned_bytes / 1e3:,.1f}",
-    "counted": lambda r: f"{r.counted_bytes / 1e3:,.1f}",
-    "compute ms": lambda r: f"{r.timing.compute * 1e3:,.0f}",
-    "unshaped ms": lambda r: f"{r.unshaped * 1e3:,.0f}",
-    "floor ms": lambda r: f"{r.timing.floor * 1e3:,.0f}",
-    "step ms": lambda r: f"{r.timing.wall * 1e3:,.0f}",
+    "planned kB": lambda r: f"{r.planned_bytes / 1e3:,.1f}",
+    "counted kB": lambda r: f"{r.counted_bytes / 1e3:,.1f}",
+    "compute": lambda r: f"{r.timing.compute * 1e3:,.0f}",
+    "unshaped": lambda r: f"{r.unshaped * 1e3:,.0f}",
+    "floor": lambda r: f"{r.timing.floor * 1e3:,.0f}",
+    "step": lambda r: f"{r.timing.wall * 1e3:,.0f}",
     "of floor": lambda r: f"{r.timing.of_floor:.2f}",
-    "utilisation": lambda r: f"{r.timing.utilisation:.1%}",
+    "used": lambda r: f"{r.timing.utilisation:.1%}",
     "exposed": lambda r: "" if r.exposed_share is None else f"{r.exposed_share:.1%}",
     "steps": lambda r: "n/a" if r.steps is None else str(r.steps),
-    "minutes": lambda r: (
-        "n/a" if r.seconds_to_target is None else f"{r.seconds_to_target / 60:,.1f}"
-    ),
+    "min": lambda r: "n/a" if r.seconds_to_target is None else f"{r.seconds_to_target / 60:,.1f}",
 }
 
 
