@@ -15,6 +15,7 @@ __all__ = ["E3M0"]
 
 _EXPONENTS = 8
 _SIGN = 8  # the bit
+_OTHER_BITS = 22  # of an fp32 number behind its sign, exponent and first mantissa bit
 
 
 class E3M0(GroupedCodec):
@@ -38,22 +39,32 @@ class E3M0(GroupedCodec):
 
     @override
     def _encode_groups(self, values: Tensor, codes: Tensor) -> Tensor:
-        largest = values.abs().amax(dim=1, keepdim=True)
+        largest = torch.maximum(values.amax(1, keepdim=True), -values.amin(1, keepdim=True))
         divisor = torch.where(largest > 0, largest, 1.0)
-        magnitudes = self._magnitudes(values.device)
-        edges = (magnitudes[1:] + magnitudes[:-1]) / 2
+        table = self._codes_by_leading_bits(values.device)
         for rows, columns in blocks(values):
-            block = values[rows, columns]
-            code = torch.bucketize(
-                (block / divisor[rows]).abs_(), edges, out_int32=True, right=True
-            )
-            codes[rows, columns] = (code + _SIGN * (block < 0)).to(torch.uint8)
+            ratios = (values[rows, columns] / divisor[rows]).view(torch.int32)
+            leading = (ratios >> _OTHER_BITS).bitwise_and_(len(table) - 1).flatten()
+            place = codes[rows, columns]
+            place.copy_(table.index_select(0, leading).view(place.shape))
         return largest
 
     @override
     def _levels(self, heads: Tensor) -> Tensor:
         magnitudes = self._magnitudes(heads.device)
         return heads * torch.cat([magnitudes, -magnitudes])
+
+    def _codes_by_leading_bits(self, device: torch.device) -> Tensor:
+        """Return the code of each combination of sign, exponent and first mantissa bit, uint8.
+
+        These bits decide: magnitudes are rounded at 2**-7, and at 1.5 times larger powers of two.
+        """
+        leading = torch.arange(1 << (32 - _OTHER_BITS), dtype=torch.int32, device=device)
+        ratios = (leading << _OTHER_BITS).view(torch.float32)
+        magnitudes = self._magnitudes(device)
+        edges = (magnitudes[1:] + magnitudes[:-1]) / 2
+        code = torch.bucketize(ratios.abs(), edges, right=True)
+        return (code + _SIGN * (ratios < 0)).to(torch.uint8)
 
     @staticmethod
     def _magnitudes(device: torch.device) -> Tensor:

@@ -24,10 +24,15 @@ from megatron_muloco.compress.packing import pack, unpack
 from megatron_muloco.compress.sizes import GroupedSize
 from megatron_muloco.compress.units import CodingUnit, Grouping
 
-__all__ = ["GroupedCodec", "blocks"]
+__all__ = ["GroupedCodec", "blocks", "table_index", "write_codes"]
 
-# 128 KiB of fp32: a block, its fp64 copy and its codes stay in the second-level cache.
-_BLOCK_VALUES = 1 << 15
+# 512 KiB of fp32. Chosen by measurement, of 2**13 to 2**18: smaller blocks would stay in the
+# second-level cache, but calling the operators costs more than that saves.
+_BLOCK_VALUES = 1 << 17
+# Where a launch costs more than a pass over such a block: as much as makes temporaries of 64 MiB.
+_DEVICE_BLOCK_VALUES = 1 << 22
+# What `torch.Tensor.view` calls a byte's worth of decoded values: an element is copied in one move.
+_WORDS = {8: torch.float32, 4: torch.float64, 2: torch.complex128, 1: torch.complex128}
 
 
 class GroupedCodec(RawFallback, ABC):
@@ -73,7 +78,8 @@ class GroupedCodec(RawFallback, ABC):
         pairs = zip(parts, codes_of_parts, strict=True)
         head = torch.cat([self._encode_groups(part, into).flatten() for part, into in pairs])
         refuse_non_finite(head)
-        return torch.cat([to_bytes(head), pack(codes, self.bits)])
+        packed = [pack(part, self.bits) for part in codes.split(block_values(codes.device))]
+        return torch.cat([to_bytes(head), *packed])
 
     @override
     def _decode(self, payload: Tensor, unit: CodingUnit, out: Tensor) -> None:
@@ -90,30 +96,59 @@ class GroupedCodec(RawFallback, ABC):
         for part, codes_of_part in zip(parts, codes_of_parts, strict=True):
             heads_of_part = heads[first : first + len(part)]
             for rows, columns in blocks(part):
-                index = codes_of_part[rows, columns].long()
-                part[rows, columns] = self._levels(heads_of_part[rows]).gather(1, index)
+                levels = self._levels(heads_of_part[rows])
+                place = part[rows, columns]
+                index = table_index(codes_of_part[rows, columns].int(), self.level_count)
+                place.copy_(levels.flatten().index_select(0, index).view(place.shape))
             first += len(part)
 
     def _decode_one(self, packed: Tensor, levels: Tensor, out: Tensor) -> None:
         """Decode a unit that is one group: a table of bytes gives all values of a byte at once."""
         every_byte = torch.arange(256, dtype=torch.uint8, device=packed.device)
         per_byte = 8 // self.bits
-        table = levels[unpack(every_byte, self.bits, 256 * per_byte).long()].view(256, per_byte)
-        for start in range(0, packed.numel(), _BLOCK_VALUES // per_byte):
-            part = packed[start : start + _BLOCK_VALUES // per_byte]
-            decoded = table.index_select(0, part.int()).flatten()
-            place = out[start * per_byte : start * per_byte + decoded.numel()]
+        table = levels.index_select(0, unpack(every_byte, self.bits, 256 * per_byte).int())
+        table = table.view(256, per_byte).view(_WORDS[self.bits]).squeeze(1)
+        for part, place in zip(
+            packed.split(block_values(packed.device) // per_byte),
+            out.split(block_values(packed.device)),
+            strict=True,
+        ):
+            decoded = table.index_select(0, part.int()).view(torch.float32).flatten()
             place.copy_(decoded[: place.numel()])
 
 
-def blocks(matrix: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Yield slices of rows and columns that cut a matrix into pieces of about the cache's size.
+def write_codes(places: Tensor, codes: Tensor, levels: int) -> Tensor:
+    """Write places, rounded down into ``[0, levels)``, to uint8 ``codes``; return them as int32.
 
-    Rows are cut only where there is a single one.
+    Two conversions, because torch has vector code for each of them and not for both in one.
+
+    Args:
+        places: fp32, overwritten.
+        codes: uint8 of the same shape.
+        levels: 2 to 256.
     """
+    rounded = places.clamp_(0, levels - 1).int()
+    codes.copy_(rounded)
+    return rounded
+
+
+def table_index(codes: Tensor, width: int) -> Tensor:
+    """Turn int32 codes, [rows, n], into flat ones of a table [rows, width], in place."""
+    if len(codes) > 1:
+        rows = torch.arange(len(codes), dtype=torch.int32, device=codes.device)
+        codes += rows.mul_(width).unsqueeze_(1)
+    return codes.flatten()
+
+
+def block_values(device: torch.device) -> int:
+    """Return how many values are worked on at a time."""
+    return _BLOCK_VALUES if device.type == "cpu" else _DEVICE_BLOCK_VALUES
+
+
+def blocks(matrix: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Yield slices of rows and columns that cut a matrix into blocks, only long rows into parts."""
     count, width = matrix.shape
-    rows = max(1, _BLOCK_VALUES // width)
-    columns = _BLOCK_VALUES if count == 1 else width
-    for row in range(0, count, rows):
-        for column in range(0, width, columns):
-            yield slice(row, row + rows), slice(column, column + columns)
+    size = block_values(matrix.device)
+    for row in range(0, count, rows := max(1, size // width)):
+        for column in range(0, width, size):
+            yield slice(row, row + rows), slice(column, column + size)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from megatron_muloco.compress.grouped import GroupedCodec, blocks
+from megatron_muloco.compress.grouped import GroupedCodec, blocks, write_codes
 
 __all__ = ["Linear"]
 
@@ -29,15 +29,16 @@ class Linear(GroupedCodec):
 
     @override
     def _encode_groups(self, values: Tensor, codes: Tensor) -> Tensor:
-        low, high = torch.aminmax(values, dim=1, keepdim=True)
+        # Not aminmax, which has no vector code along a dimension.
+        low, high = values.amin(1, keepdim=True), values.amax(1, keepdim=True)
         steps = self.level_count - 1
         # Halves, because the range of finite values may be infinite. A step of 0 is of a constant
         # group, or of one so small that its steps vanish: level 0 is then as good as any.
         step = (high / 2 - low / 2) / steps
         step = torch.where(step > 0, step, 1.0)
         for rows, columns in blocks(values):
-            scaled = (values[rows, columns] / 2 - low[rows] / 2).div_(step[rows])
-            codes[rows, columns] = scaled.round_().clamp_(0, steps).to(torch.uint8)
+            scaled = torch.add(-low[rows] / 2, values[rows, columns], alpha=0.5).div_(step[rows])
+            write_codes(scaled.round_(), codes[rows, columns], self.level_count)
         return torch.cat([low, high], dim=1)
 
     @override

@@ -1,9 +1,9 @@
 """Small unsigned integers, packed into bytes without gaps.
 
-Widths of 1, 2, 4 and 8 bits divide a byte: value i of a byte lies in bits ``[i * bits, ...)``. They
-are packed by reading as many codes as fill a byte as one word and folding it onto itself, which
-runs over contiguous memory. Other widths (indices) go through single bits. Words are little-endian,
-as on every machine that torch's accelerators sit in.
+Widths of 1, 2, 4 and 8 bits divide a byte: value i of a byte lies in bits ``[i * bits, ...)``. As
+many codes as fill a byte are read as one word; a product with it moves all of them into its highest
+byte, so that packing runs over contiguous memory. Other widths (indices) go through single bits.
+Words are little-endian, as on every machine that torch's accelerators sit in.
 """
 
 import torch
@@ -14,6 +14,13 @@ from megatron_muloco.compress.sizes import packed_bytes
 __all__ = ["pack", "unpack"]
 
 _WORDS = {1: torch.int64, 2: torch.int32, 4: torch.int16}
+# Code i of a word starts at bit 8 * i and has to go to ``top + i * bits``, top being 8 bits below
+# the end: a shift for each code, added up in one factor. What lands in other places lies below the
+# top without overlapping, so that it carries nothing, or falls off the end.
+_GATHER = {
+    bits: sum(1 << (8 * (8 // bits - 1) - i * (8 - bits)) for i in range(8 // bits))
+    for bits in _WORDS
+}
 # (shift, mask after it), from packed to unpacked: each step doubles the number of fields.
 _SPREAD = {
     1: ((28, 0x0000000F_0000000F), (14, 0x0003_0003_0003_0003), (7, 0x01010101_01010101)),
@@ -38,9 +45,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     surplus = -codes.numel() % per_byte
     padded = torch.nn.functional.pad(codes, (0, surplus)) if surplus else codes.contiguous()
     word = padded.view(-1, per_byte).view(_WORDS[bits]).flatten()
-    for shift, _ in reversed(_SPREAD[bits]):
-        word = word | (word >> shift)
-    return (word & 0xFF).to(torch.uint8)
+    # The shift copies the sign downwards, which the conversion to a byte cuts off.
+    return (word * _GATHER[bits] >> 8 * (per_byte - 1)).to(torch.uint8)
 
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
@@ -52,7 +58,7 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
         return _unpack_any(packed, bits, count)
     word = packed.to(_WORDS[bits])
     for shift, mask in _SPREAD[bits]:
-        word = (word | (word << shift)) & mask
+        word = word.bitwise_or_(word << shift).bitwise_and_(mask)
     return word.view(torch.uint8)[:count]
 
 

@@ -4,15 +4,18 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from megatron_muloco.compress.grouped import GroupedCodec, blocks
+from megatron_muloco.compress.codec import refuse_non_finite
+from megatron_muloco.compress.grouped import GroupedCodec, blocks, table_index, write_codes
 
 __all__ = ["Statistical"]
 
 _RANGE = 6.0  # standard deviations, MuLoCo's research code (facebookresearch/MuLoCo)
-# Deviations are summed as multiples of 2**-20 standard deviations. They are integers, so that
-# fp64 adds up 2**33 of them exactly: any order, any device gives the same mean.
-_FRACTION = 2.0**20
-_MAX_FP32 = torch.finfo(torch.float32).max
+# Values are summed as multiples of 2**-21 standard deviations above the lowest edge. They are
+# integers, so that fp64 adds up 2**30 of them exactly: any order, any device gives the same mean.
+_STEPS = _RANGE * 2.0**21
+# Half of what torch begins to split over threads (at::internal::GRAIN_SIZE), where the order of a
+# sum would depend on their number.
+_RUN = 1 << 14
 
 
 class Statistical(GroupedCodec):
@@ -35,26 +38,22 @@ class Statistical(GroupedCodec):
     @override
     def _encode_groups(self, values: Tensor, codes: Tensor) -> Tensor:
         mean, deviation = _moments(values)
+        refuse_non_finite(deviation)  # before a place in the table follows from it
         bins = self.level_count
-        centre = mean.float()
-        per_bin = (bins / (_RANGE * deviation)).clamp_(max=_MAX_FP32).float()
-        scale = torch.where(deviation > 0, _FRACTION / deviation, 0.0)
+        lowest = mean - _RANGE / 2 * deviation
+        scale = torch.where(deviation > 0, _STEPS / (_RANGE * deviation), 0.0)
         counts = torch.zeros(len(values), bins, dtype=torch.float64, device=values.device)
         sums = torch.zeros_like(counts)
         for rows, columns in blocks(values):
-            block = values[rows, columns]
-            place = (block - centre[rows]).mul_(per_bin[rows]).add_(bins / 2)
-            code = place.nan_to_num_(0.0).clamp_(0, bins - 1).to(torch.uint8)
-            codes[rows, columns] = code
-            first_bin = torch.arange(len(block), device=values.device)[:, None] * bins
-            index = (first_bin + code).flatten()
-            weights = (block - mean[rows]).mul_(scale[rows]).round_().flatten()
-            size = len(block) * bins
-            counts[rows] += torch.bincount(index, minlength=size).view(-1, bins)
-            sums[rows] += torch.bincount(index, weights, minlength=size).view(-1, bins)
+            steps = values[rows, columns].double().sub_(lowest[rows]).mul_(scale[rows]).round_()
+            # fp32 holds the steps inside the range exactly: they are below 2**24.
+            code = write_codes(steps.float().mul_(bins / _STEPS), codes[rows, columns], bins)
+            index, size = table_index(code, bins), len(code) * bins
+            counts[rows].add_(torch.bincount(index, minlength=size).view(-1, bins))
+            sums[rows].add_(torch.bincount(index, steps.flatten(), size).view(-1, bins))
+        above = (sums / counts - _STEPS / 2) * torch.where(scale > 0, 1 / scale, 0.0)
         # A bin that nothing fell into is never decoded; the mean stands in for it.
-        means = mean + sums / counts.clamp(min=1) * torch.where(scale > 0, 1 / scale, 0.0)
-        heads: Tensor = means.float()
+        heads: Tensor = torch.where(counts > 0, mean + above, mean).float()
         return heads
 
     @override
@@ -65,15 +64,15 @@ class Statistical(GroupedCodec):
 def _moments(values: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation of each row, fp64, [rows, 1].
 
-    Sums are over deviations from the row's first value, which lies within sqrt(width) standard
-    deviations of the mean: the squares cancel little, and not at all in a constant row.
+    The squares are of the values, not of distances from the mean: where that leaves noise, it is
+    2**-26 of the largest value, below an fp32 ulp.
     """
-    first = values[:, :1].double()
-    total, squares = torch.zeros_like(first), torch.zeros_like(first)
+    total = torch.zeros(len(values), 1, dtype=torch.float64, device=values.device)
+    squares = torch.zeros_like(total)
     for rows, columns in blocks(values):
-        shifted = values[rows, columns] - first[rows]
-        total[rows] += shifted.sum(1, keepdim=True)
-        squares[rows] += shifted.square_().sum(1, keepdim=True)
-    shift = total / values.shape[1]
-    variance = (squares / values.shape[1] - shift * shift).clamp_(min=0)
-    return first + shift, variance.sqrt()
+        for run in values[rows, columns].double().split(_RUN, dim=1):
+            total[rows].add_(run.sum(1, keepdim=True))
+            squares[rows].add_(torch.linalg.vector_norm(run, dim=1, keepdim=True).square_())
+    mean = total / values.shape[1]
+    variance = (squares / values.shape[1] - mean * mean).clamp_(min=0)
+    return mean, variance.sqrt()

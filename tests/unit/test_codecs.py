@@ -68,6 +68,12 @@ def groups_of(values: Tensor, unit: CodingUnit, grouping: Grouping) -> list[Tens
     return [values[keys == each] for each in keys.unique()]
 
 
+def group_slices(values: Tensor, unit: CodingUnit, grouping: Grouping) -> list[Tensor]:
+    """The same for many values, by the widths that `Grouping` gives."""
+    parts = grouping.groups(unit).matrices()
+    return list(values.split([width for count, width in parts for _ in range(count)]))
+
+
 units = st.builds(
     lambda numel, width, offset: CodingUnit(numel, width, offset % max(1, width)),
     st.integers(0, 300),
@@ -296,14 +302,45 @@ def test_non_finite_values_are_refused(codec: Codec, bad: float, numel: int) -> 
         codec.encode(values, CodingUnit(numel, 40))
 
 
+# Longer than a block: many rows, rows longer than a block, an odd rest.
+LONG = [CodingUnit(300_001, 700, 5), CodingUnit(300_001, 140_000, 9)]
+
+
 @every_codec
-def test_units_larger_than_the_cache_blocks(codec: Codec) -> None:
-    """Means and codes of a unit do not depend on the blocks that it is worked on in."""
-    unit = CodingUnit(70_001, 700, 5)
+@pytest.mark.parametrize("unit", LONG, ids=["short rows", "long rows"])
+def test_units_larger_than_the_blocks_they_are_worked_on_in(codec: Codec, unit: CodingUnit) -> None:
     values = draw("normal", unit.numel, 1)
     error = decoded(codec, values, unit) - values
     # 1 bit, linear, is the worst: half the range of normal values.
     assert error.abs().max() <= (values.max() - values.min()) / 2 + 1e-5
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_bin_means_over_many_blocks(bits: int, granularity: Granularity) -> None:
+    """The errors of each group cancel, whichever blocks it went through."""
+    unit, grouping = LONG[1], Grouping(granularity, 1000)
+    values = draw("normal", unit.numel, 4)
+    result = decoded(Statistical(bits, grouping), values, unit)
+    for exact, found in zip(
+        group_slices(values, unit, grouping), group_slices(result, unit, grouping), strict=True
+    ):
+        # As in `test_statistical`, of numbers below 8.
+        assert abs((found.double() - exact.double()).mean()) <= 2**-21 + 8 * EPS
+
+
+@every_codec
+def test_payloads_do_not_depend_on_the_number_of_threads(codec: Codec) -> None:
+    unit = LONG[0]
+    values = draw("outliers", unit.numel, 6)
+    before, payloads = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            payloads.append(codec.encode(values, unit))
+    finally:
+        torch.set_num_threads(before)
+    assert_equal(*payloads)
 
 
 def test_statistical_beats_linear_at_two_bits() -> None:
