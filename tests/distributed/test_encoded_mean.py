@@ -25,6 +25,7 @@ from megatron_muloco.compress.statistical import Statistical
 from megatron_muloco.compress.units import CodingUnit, Grouping
 from megatron_muloco.config.compression import CodeConfig, LinearCompression
 from megatron_muloco.config.outer import NesterovOuter
+from megatron_muloco.outer.guard import Guard
 from megatron_muloco.outer.reducer import Reducer
 from megatron_muloco.outer.reference import Parameters, Reference, Settings
 from tests.support.coded import reference_keys
@@ -148,7 +149,10 @@ def train(numbers: range) -> list[tuple[Parameters, ...]]:
         s = case.settings
         replica = Replica(start())
         plain = mean_reducer(group, CPU, deterministic=True)
-        synchronizer = synchronizer_of(replica.port(), s, case.reducer(), size, plain)
+        # No norm band: the norm of a single value may be anything.
+        guard = Guard(size, norm_factor=math.inf)
+        port, reducer = replica.port(), case.reducer()
+        synchronizer = synchronizer_of(port, s, reducer, size, plain, guard=guard)
         anchors = {}
         for t in range(1, s.train_iters + 1):
             inner(rank)(replica.parameters, t)

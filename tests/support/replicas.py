@@ -165,6 +165,8 @@ def synchronizer_of(
     reducer: Reducer,
     num_replicas: int,
     plain_reducer: Reducer | None = None,
+    *,
+    guard: Guard | None = None,
     **options: Any,
 ) -> Synchronizer:
     """Return the synchronizer that should do what the reference does with ``settings``."""
@@ -181,7 +183,7 @@ def synchronizer_of(
         merge_rule(settings),
         reducer,
         plain_reducer or reducer,
-        Guard(num_replicas),
+        guard or Guard(num_replicas),
         **options,
     )
 
