@@ -105,11 +105,12 @@ class ExchangeReducer:
         received = self.exchange.receive(handle.number)
         mean = {}
         for name, tensor in handle.tensors.items():
-            usable = [tensors[name] for tensors, weight, _ in received if weight]
+            usable = [(tensors[name], weight) for tensors, weight, _ in received if weight]
             total = torch.zeros_like(tensor)
-            for count, term in enumerate(usable):
-                total = total + term if count else term.clone()
-            mean[name] = total / len(usable) if usable else total
+            for count, (term, weight) in enumerate(usable):
+                total = total + weight * term if count else weight * term
+            weight_sum = sum(weight for _, weight in usable)
+            mean[name] = total / weight_sum if usable else total
         weights = torch.tensor([weight for _, weight, _ in received])
         riders = torch.stack([riders for _, _, riders in received])
         return Reduced(mean, ReductionStats(weights, riders, wire_bytes=0))
