@@ -4,6 +4,8 @@ The paper (Douillard et al. 2025, arXiv 2501.18512) names the format and gives n
 group is scaled by its largest magnitude, and the smallest exponent stands for zero.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 from typing_extensions import override
@@ -41,7 +43,7 @@ class E3M0(GroupedCodec):
     def _encode_groups(self, values: Tensor, codes: Tensor) -> Tensor:
         largest = torch.maximum(values.amax(1, keepdim=True), -values.amin(1, keepdim=True))
         divisor = torch.where(largest > 0, largest, 1.0)
-        table = self._codes_by_leading_bits(values.device)
+        table = _codes_by_leading_bits(values.device)
         for rows, columns in blocks(values):
             ratios = (values[rows, columns] / divisor[rows]).view(torch.int32)
             leading = (ratios >> _OTHER_BITS).bitwise_and_(len(table) - 1).flatten()
@@ -51,24 +53,26 @@ class E3M0(GroupedCodec):
 
     @override
     def _levels(self, heads: Tensor) -> Tensor:
-        magnitudes = self._magnitudes(heads.device)
+        magnitudes = _magnitudes(heads.device)
         return heads * torch.cat([magnitudes, -magnitudes])
 
-    def _codes_by_leading_bits(self, device: torch.device) -> Tensor:
-        """Return the code of each combination of sign, exponent and first mantissa bit, uint8.
 
-        These bits decide: magnitudes are rounded at 2**-7, and at 1.5 times larger powers of two.
-        """
-        leading = torch.arange(1 << (32 - _OTHER_BITS), dtype=torch.int32, device=device)
-        ratios = (leading << _OTHER_BITS).view(torch.float32)
-        magnitudes = self._magnitudes(device)
-        edges = (magnitudes[1:] + magnitudes[:-1]) / 2
-        code = torch.bucketize(ratios.abs(), edges, right=True)
-        return (code + _SIGN * (ratios < 0)).to(torch.uint8)
+@cache
+def _codes_by_leading_bits(device: torch.device) -> Tensor:
+    """Return the code of each combination of sign, exponent and first mantissa bit, uint8.
 
-    @staticmethod
-    def _magnitudes(device: torch.device) -> Tensor:
-        exponents = torch.arange(_EXPONENTS, device=device, dtype=torch.float32)
-        magnitudes = torch.exp2(exponents - (_EXPONENTS - 1))
-        magnitudes[0] = 0.0
-        return magnitudes
+    These bits decide: magnitudes are rounded at 2**-7, and at 1.5 times larger powers of two.
+    """
+    leading = torch.arange(1 << (32 - _OTHER_BITS), dtype=torch.int32, device=device)
+    ratios = (leading << _OTHER_BITS).view(torch.float32)
+    magnitudes = _magnitudes(device)
+    edges = (magnitudes[1:] + magnitudes[:-1]) / 2
+    code = torch.bucketize(ratios.abs(), edges, right=True)
+    return (code + _SIGN * (ratios < 0)).to(torch.uint8)
+
+
+def _magnitudes(device: torch.device) -> Tensor:
+    exponents = torch.arange(_EXPONENTS, device=device, dtype=torch.float32)
+    magnitudes = torch.exp2(exponents - (_EXPONENTS - 1))
+    magnitudes[0] = 0.0
+    return magnitudes

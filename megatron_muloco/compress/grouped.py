@@ -8,6 +8,7 @@ it stands for; a value is decoded to the level that its code names.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -104,9 +105,8 @@ class GroupedCodec(RawFallback, ABC):
 
     def _decode_one(self, packed: Tensor, levels: Tensor, out: Tensor) -> None:
         """Decode a unit that is one group: a table of bytes gives all values of a byte at once."""
-        every_byte = torch.arange(256, dtype=torch.uint8, device=packed.device)
         per_byte = 8 // self.bits
-        table = levels.index_select(0, unpack(every_byte, self.bits, 256 * per_byte).int())
+        table = levels.index_select(0, _codes_of_bytes(self.bits, packed.device))
         table = table.view(256, per_byte).view(_WORDS[self.bits]).squeeze(1)
         for part, place in zip(
             packed.split(block_values(packed.device) // per_byte),
@@ -115,6 +115,13 @@ class GroupedCodec(RawFallback, ABC):
         ):
             decoded = table.index_select(0, part.int()).view(torch.float32).flatten()
             place.copy_(decoded[: place.numel()])
+
+
+@cache
+def _codes_of_bytes(bits: int, device: torch.device) -> Tensor:
+    """Return the codes in each of the 256 bytes, one behind the other, int32."""
+    every_byte = torch.arange(256, dtype=torch.uint8, device=device)
+    return unpack(every_byte, bits, 256 * 8 // bits).int()
 
 
 def write_codes(places: Tensor, codes: Tensor, levels: int) -> Tensor:
