@@ -1,13 +1,11 @@
-"""The network laboratory: its arithmetic, its command lines, and one small laboratory."""
+"""The network laboratory: its arithmetic, its command lines and its page."""
 
-import subprocess
-import sys
-import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tools.bench.thinlink import compose, counters, lab, probe, readings, table
+from tools.bench.thinlink import compose, counters, probe, readings, table
 from tools.bench.thinlink.commands import (
     BURST_BYTES,
     Link,
@@ -22,7 +20,6 @@ from tools.bench.thinlink.phases import Campaign
 from tools.bench.thinlink.results import results
 
 NAMES = Names(pid=123, started=456)
-REPOSITORY = Path(__file__).parents[2]
 
 
 def reading(**changes: object) -> readings.Reading:
@@ -143,17 +140,20 @@ def test_paired_differences_are_relative() -> None:
     assert compose.relative_difference([4.0, 4.5], [4.0, 4.0]) == 0.0625
 
 
+def row_of(**changed: Any) -> table.Row:
+    arguments: dict[str, Any] = {
+        "cost": compose.Costs(bytes_per_step=250_000, steps_per_round=3),
+        "disturbed": {4, 7},
+        "compute": None,
+        "validation": [(0, 9.0), (30, 4.0)],
+        "target": 4.0,
+    }
+    free = reading(mbit=None, series={"round_ms": [(6, 3_000.0), (9, 4_500.0)]})
+    return table.row("MuLoCo", reading(), free, **(arguments | changed))
+
+
 def test_a_row_composes_one_reading() -> None:
-    row = table.row(
-        "MuLoCo",
-        reading(),
-        reading(mbit=None),
-        cost=compose.Costs(bytes_per_step=250_000, steps_per_round=3),
-        disturbed={4, 7},
-        compute=None,
-        validation=[(0, 9.0), (30, 4.0)],
-        target=4.0,
-    )
+    row = row_of()
     assert row.timing == compose.Timing(compute=1.0, wall=1.5, floor=1.2)
     assert row.timing.utilisation == 1.0 / 1.5
     assert row.counted_bytes == 150.0  # the mean of 600 and 1,200 over 6 steps
@@ -163,6 +163,12 @@ def test_a_row_composes_one_reading() -> None:
     widths = {line.count("|") for line in text.splitlines()}
     assert len(widths) == 1
     assert "| MuLoCo | 250.0 | 0.1 | 1,000 |" in text
+
+
+def test_slow_arithmetic_can_be_left_out_of_a_step() -> None:
+    # 1.5 s a step on the link, 1.25 s without: the link adds 0.25 s to whatever compute takes.
+    assert row_of(compute=0.5, link_alone=True).timing.wall == 0.75
+    assert row_of(compute=0.5).timing.wall == 1.5
 
 
 # ---- methods and the planner ------------------------------------------------------------------
@@ -260,64 +266,3 @@ def test_a_page_shows_what_is_there(tmp_path: Path) -> None:
     assert "## 10 Mbit/s" in page
     assert "Best utilisation: 75.0%, MuLoCo." in page
     assert max(map(len, (line for line in page.splitlines() if "|" not in line))) <= 125
-
-
-# ---- a real laboratory ------------------------------------------------------------------------
-
-WHY_NOT = lab.why_not_here()
-needs_lab = pytest.mark.skipif(bool(WHY_NOT), reason=f"no network laboratory: {WHY_NOT}")
-
-
-def namespaces_of(names: Names) -> list[str]:
-    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True)
-    all_names = [line.split()[0] for line in listed.stdout.splitlines() if line]
-    return [name for name in all_names if owner_of(name) == (names.pid, names.started)]
-
-
-@needs_lab
-def test_a_link_carries_no_more_than_its_rate_and_leaves_nothing_behind(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(probe, "SETTLE_SECONDS", 0.5)
-    monkeypatch.setattr(probe, "MEASURE_SECONDS", 1.0)
-    with lab.Lab(2, Link(4)) as laboratory:
-        assert len(namespaces_of(laboratory.names)) == 3
-        achieved = probe.probe(laboratory)
-    assert namespaces_of(laboratory.names) == []
-    # A loaded machine may send less, but no machine more: in a second at 4 Mbit/s, 0.5 MB, a full
-    # bucket adds 15 kB (3 %).
-    assert all(0 < rate < 4 * 1.05 for link in achieved for rate in (link.up, link.down))
-
-
-@needs_lab
-def test_what_a_killed_laboratory_leaves_is_swept() -> None:
-    script = (
-        "import sys, time; from tools.bench.thinlink.lab import Lab; "
-        "from tools.bench.thinlink.commands import Link\n"
-        "with Lab(1, Link(None)) as lab: print(lab.names.pid, lab.names.started, flush=True); "
-        "time.sleep(60)"
-    )
-    owner = subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=REPOSITORY
-    )
-    assert owner.stdout is not None
-    names = Names(*map(int, owner.stdout.readline().split()))
-    assert len(namespaces_of(names)) == 2
-    lab.sweep()
-    assert len(namespaces_of(names)) == 2  # its owner lives
-    owner.kill()
-    owner.wait()
-    owner.stdout.close()
-    assert lab.started(names.pid) == 0
-    assert set(lab.sweep()) >= {names.hub, names.rank(0)}
-    assert namespaces_of(names) == []
-
-
-@needs_lab
-def test_a_rank_that_fails_ends_the_run_with_its_words(tmp_path: Path) -> None:
-    from tools.bench.thinlink.runs import run_ranks
-
-    began = time.monotonic()
-    with lab.Lab(1, Link(None)) as laboratory, pytest.raises(lab.LabError, match="no-such-file"):
-        run_ranks(laboratory, "no-such-file.yaml", ["a=b"], tmp_path / "run", timeout=300)
-    assert time.monotonic() - began < 300

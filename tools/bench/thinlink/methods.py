@@ -32,7 +32,8 @@ _REPLICAS = (f"parallel.num_replicas={RANKS}", f"outer.sync_interval={SYNC_INTER
 _MULOCO = (*_MUON, *_REPLICAS, "outer.lr=0.8", "outer.momentum=0.7")
 _DILOCO = (*_ADAMW, *_REPLICAS, "outer.lr=0.6", "outer.momentum=0.9")  # arXiv 2503.09799, K = 4
 # What travels in data parallelism on accelerators: gradients, parameters and Muon's matrices in
-# bf16. Megatron accumulates in bf16 only where parameters are bf16, so the whole variant is.
+# bf16. Megatron accumulates in bf16 only where parameters are bf16, so the whole variant is, and
+# most CPUs compute slowly in it.
 _BF16 = ("training.precision=bf16", "training.accumulate_dtype=bf16")
 _FRAGMENTS = ("outer.fragments.count=3", "outer.fragments.pattern=strided")
 
@@ -50,6 +51,11 @@ class Method:
     name: str
     title: str
     changes: tuple[str, ...]
+
+    @property
+    def is_bf16(self) -> bool:
+        """Whether it computes in bf16."""
+        return "training.precision=bf16" in self.changes
 
     @property
     def is_data_parallel(self) -> bool:
@@ -84,7 +90,7 @@ TABLE = (
     ),
     Method(
         "muon_dp_bf16",
-        "Muon DP, bf16 gradients",
+        "Muon DP, bf16 gradients*",
         (*_MUON, *_NO_OUTER, *_BF16, "inner.muon.exchange_dtype=bf16"),
     ),
     Method("diloco", "DiLoCo", _DILOCO),

@@ -63,7 +63,9 @@ _COLUMNS = (
     "bytes at the nominal rate; overlap may go below it. *step*: as measured, outer steps "
     "included. *used*: utilisation, compute over step. *exposed*: share of the time that "
     "`muloco/exposed_ms` counts as waiting, slower peers and encoding included. *steps*, *min*: to "
-    "the held-out loss above; minutes are steps times *step*."
+    "the held-out loss above; minutes are steps times *step*. (*) bf16 is slow on a CPU, which is "
+    "no matter of links: its *step* is the compute time of fp32 and what the link adds to its own "
+    "unshaped step."
 )
 
 

@@ -130,6 +130,7 @@ def _rows(
                 compute=compute,
                 validation=curves.get(method.name, []),
                 target=target,
+                link_alone=method.is_bf16,
             )
         )
     return rows

@@ -57,6 +57,7 @@ def row(
     compute: float | None,
     validation: list[tuple[int, float]],
     target: float | None,
+    link_alone: bool = False,
 ) -> Row:
     """Return the row of a reading on shaped links.
 
@@ -70,10 +71,15 @@ def row(
             undisturbed steps, which data parallelism does not have.
         validation: Held-out loss against steps of the method's training.
         target: Loss to reach.
+        link_alone: Take for a step ``compute`` and what the link adds to the unshaped step, where
+            this machine's own arithmetic is no part of the comparison.
     """
     assert reading.mbit is not None
     wall = step_seconds(reading, cost.steps_per_round)
+    free = step_seconds(unshaped, cost.steps_per_round)
     own = compute if compute is not None else compute_seconds(reading, disturbed)
+    if link_alone:
+        wall += own - free
     steps = reading.window.last - reading.window.first
     is_dp = cost.steps_per_round == 1
     exposed = sum(ms for _, ms in reading.within("exposed_ms")) / 1e3
@@ -84,7 +90,7 @@ def row(
         timing=Timing(own, wall, floor_seconds(own, cost.bytes_per_step, reading.mbit)),
         planned_bytes=cost.bytes_per_step,
         counted_bytes=sum(reading.sent) / len(reading.sent) / steps,
-        unshaped=step_seconds(unshaped, cost.steps_per_round),
+        unshaped=free,
         exposed_share=None if is_dp else exposed / (wall * steps),
         steps=None if target is None else steps_to(validation, target),
     )
