@@ -1,21 +1,26 @@
 """Bytes that one rank holds for weights, gradients and optimizer state.
 
 Megatron's distributed optimizer keeps weights and gradients of the rank's slice whole and divides
-masters and moments evenly over data-parallel (x context-parallel) ranks. Anchor and outer momentum
-are divided like the masters, and so is what an outer step needs (`outer_memory`). The buffers in
-which matrices travel follow their owners (`exchange_memory`). Activations, other temporary buffers
-and the allocator's slack are not counted; Megatron pads buffers by at most a few kilobytes per
-bucket.
+masters and moments over data-parallel (x context-parallel) ranks, evenly but for padding; which
+values a rank gets is known (`rank_shards`), and with it how many moments they have and to which
+fragments they belong. Anchor and outer momentum are divided like the masters, and so is what an
+outer step needs (`outer_memory`). The buffers in which matrices travel follow their owners
+(`exchange_memory`). Activations, other temporary buffers and the allocator's slack are not counted;
+Megatron pads buffers by at most a few kilobytes per bucket.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_muloco.config.inner import MuonInner
 from megatron_muloco.config.outer import NoOuter
 from megatron_muloco.config.schema import RunConfig
+from megatron_muloco.optim.units import is_vector
 from megatron_muloco.planning.exchange_memory import exchange_bytes
 from megatron_muloco.planning.outer_memory import OuterMemory, outer_memory
+from megatron_muloco.planning.rank_shards import stage_shards
 from megatron_muloco.planning.slices import BYTES, Slice, stage_slices
+from megatron_muloco.shards import Shard
 from megatron_muloco.topology import Topology
 
 __all__ = ["MemoryPlan", "memory_plan"]
@@ -23,10 +28,10 @@ __all__ = ["MemoryPlan", "memory_plan"]
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Bytes per rank, on the pipeline stage that needs most.
+    """Bytes of the rank that needs most.
 
     Attributes:
-        stage: That stage.
+        stage: Its pipeline stage.
         weights: Parameters in the precision of the forward pass.
         gradients: Gradient buffer in the accumulation dtype.
         masters: fp32 masters; 0 where fp32 parameters are their own masters.
@@ -34,7 +39,7 @@ class MemoryPlan:
         exchange: What the exchange of matrices keeps between steps.
         anchor: fp32.
         outer_momentum: fp32; none without momentum.
-        outer_step: What outer steps need beside their state; always on the device.
+        outer_step: What outer steps need beside their state.
         outer_on_host: Whether anchor and outer momentum are in host memory.
     """
 
@@ -57,13 +62,12 @@ class MemoryPlan:
     @property
     def host(self) -> int:
         """Bytes in host memory."""
-        return self.outer_state if self.outer_on_host else 0
+        return (self.outer_state if self.outer_on_host else 0) + self.outer_step.staged
 
     @property
     def device(self) -> int:
         """Bytes in device memory in the middle of an outer step, activations not included."""
         kept = 0 if self.outer_on_host else self.outer_state
-        step = self.outer_step
         return (
             self.weights
             + self.gradients
@@ -71,41 +75,44 @@ class MemoryPlan:
             + self.inner_state
             + self.exchange
             + kept
-            + step.buffers
-            + step.at_launch
-            + step.temporary
+            + self.outer_step.device
         )
 
 
 def memory_plan(config: RunConfig, topology: Topology) -> MemoryPlan:
-    """Return the bytes of the fullest rank; ties go to the first stage."""
-    plans = [_stage_memory(config, topology, part) for part in stage_slices(config.model, topology)]
+    """Return the bytes of the fullest rank; ties go to the first stage.
+
+    It is one of tensor-parallel rank 0, which holds the norms' anchor too.
+    """
+    exchange = exchange_bytes(config, topology)
+    plans = [
+        _rank_memory(config, topology, part, shards, exchange)
+        for part in stage_slices(config.model, topology)
+        for shards in stage_shards(config, topology, stage=part.stage, tp_rank=0)
+    ]
     return max(plans, key=lambda plan: plan.device + plan.host)
 
 
-def _stage_memory(config: RunConfig, topology: Topology, part: Slice) -> MemoryPlan:
-    """Return the bytes of tensor-parallel rank 0 of a stage, which holds the norms' anchor too."""
+def _rank_memory(
+    config: RunConfig, topology: Topology, part: Slice, shards: Sequence[Shard], exchange: int
+) -> MemoryPlan:
+    """Return the bytes of the rank of a stage that has these shards."""
     training, outer = config.training, config.outer
-    shards = topology.sharding
-    moments = 2 * part.total
-    if isinstance(config.inner, MuonInner):
-        moments -= part.matrices
     has_outer = not isinstance(outer, NoOuter)
-    synchronised = part.synchronised(tp_rank=0) if has_outer else 0
+    held = sum(shard.numel for shard in shards)
+    owned = sum(shard.numel for shard in shards if not shard.param.duplicate) if has_outer else 0
+    moments = 2 * held
+    if isinstance(config.inner, MuonInner):
+        moments -= sum(shard.numel for shard in shards if not is_vector(shard.param))
     return MemoryPlan(
         stage=part.stage,
         weights=part.total * BYTES[training.precision],
         gradients=part.total * BYTES[training.accumulate_dtype],
-        masters=0 if training.precision == "fp32" else _share(part.total, shards) * 4,
-        inner_state=_share(moments, shards) * 4,
-        exchange=exchange_bytes(config, topology),
-        anchor=_share(synchronised, shards) * 4,
-        outer_momentum=0 if isinstance(outer, NoOuter) else _share(synchronised, shards) * 4,
-        outer_step=outer_memory(config, topology, stage=part.stage, tp_rank=0),
+        masters=0 if training.precision == "fp32" else 4 * held,
+        inner_state=4 * moments,
+        exchange=exchange,
+        anchor=4 * owned,
+        outer_momentum=4 * owned,
+        outer_step=outer_memory(config, topology, shards),
         outer_on_host=not isinstance(outer, NoOuter) and outer.state_device == "cpu",
     )
-
-
-def _share(elements: int, ranks: int) -> int:
-    """Return the largest even share."""
-    return -(-elements // ranks)

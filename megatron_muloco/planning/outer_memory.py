@@ -1,24 +1,31 @@
 """Memory of an outer step beside anchor and momentum, as synchronizer and reducers hold it.
 
-For the largest fragment of a rank, in bytes per value, K replicas, w bytes on the wire::
+For each fragment of a rank, in bytes per value::
 
-    kept between rounds, per fragment in flight   fp32 4 (one flat buffer)   bf16 3w (2w if K = 1)
+    kept between rounds, per fragment in flight   what travels (`reducer_memory`)
     copies of the local values at launch          4 per fragment in flight, none without overlap
-    while a fragment is launched                  4 (the pseudogradient)
-    while it is waited for                        fp32 0   bf16 4 + about 2 (the sum of chunks)
+    error feedback                                4, and 4/K where the mean is encoded again
+    while a fragment is launched                  4 (the pseudogradient), and what encoding takes
     while it is averaged after the last round     4 and a flat fp32 buffer of its own, 4
+
+Overlapped codes, and everything overlapped that travels through the host, are worked on by a
+communication thread, one fragment after the other. What travels is then kept once, and each
+fragment in flight holds 4 until it is applied: its pseudogradient, later its mean.
 
 Riders, sketches and padding are not counted: a few hundred kilobytes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_muloco.config.compression import NoCompression
 from megatron_muloco.config.derived import derive
 from megatron_muloco.config.outer import AverageOuter, NesterovOuter, NoOuter
 from megatron_muloco.config.schema import RunConfig
 from megatron_muloco.outer.schedule import Average, SyncSchedule
-from megatron_muloco.planning.slices import BYTES, fragment_shares
+from megatron_muloco.planning.rank_shards import by_fragment
+from megatron_muloco.planning.reducer_memory import is_all_reduce, reducer_memory, residual_bytes
+from megatron_muloco.planning.slices import BYTES
+from megatron_muloco.shards import Shard
 from megatron_muloco.topology import Topology
 
 __all__ = ["OuterMemory", "outer_memory", "schedule_of"]
@@ -31,33 +38,57 @@ class OuterMemory:
     Attributes:
         in_flight: Fragments that are under way at once, at most.
         buffers: What travels; kept between rounds.
+        queued: Pseudogradients and means in the hands of a communication thread.
         at_launch: Local values at the launches of the fragments in flight.
+        residuals: What error feedback keeps.
         temporary: What an outer step needs on top, at its fullest moment.
+        staged: Copies of what travels in host memory.
     """
 
     in_flight: int
     buffers: int
+    queued: int
     at_launch: int
+    residuals: int
     temporary: int
+    staged: int
+
+    @property
+    def device(self) -> int:
+        """Bytes in device memory."""
+        return self.buffers + self.queued + self.at_launch + self.residuals + self.temporary
 
 
-def outer_memory(config: RunConfig, topology: Topology, *, stage: int, tp_rank: int) -> OuterMemory:
-    """Return what outer steps need on one rank, all fragments as large as the largest."""
-    outer = config.outer
+def outer_memory(config: RunConfig, topology: Topology, shards: Sequence[Shard]) -> OuterMemory:
+    """Return what outer steps need on a rank with these shards.
+
+    The fragments in flight are taken to be the largest ones.
+    """
+    outer, replicas = config.outer, topology.num_replicas
     if isinstance(outer, NoOuter):
-        return OuterMemory(0, 0, 0, 0)
-    largest = max(fragment_shares(config, topology, stage, tp_rank))
-    schedule = schedule_of(config, outer)
-    number, fp32 = _in_flight(schedule), BYTES["fp32"]
-    buffers, waiting = _reducer_bytes(outer, largest, topology.num_replicas)
-    at_launch = number * largest * fp32 if outer.overlap_steps else 0
-    averages = any(isinstance(event, Average) for event in schedule.flush_events())
-    flushing = 2 * largest * fp32 if averages else 0  # then nothing is in flight
+        return OuterMemory(0, 0, 0, 0, 0, 0, 0)
+    fragments = by_fragment(config, shards)
+    code, schedule = outer.compression, schedule_of(config, outer)
+    reducers = [reducer_memory(code, fragment, replicas) for fragment in fragments]
+    values = [BYTES["fp32"] * sum(shard.numel for shard in part) for part in fragments]
+    number, through_host = _in_flight(schedule), outer.transport == "host"
+    in_thread = outer.overlap_steps > 0 and (through_host or not is_all_reduce(code))
+    largest, at_once = max(values), 1 if in_thread else number
+    at_launch = _largest(values, number) if outer.overlap_steps else 0
+    queued = _largest(values, number) if in_thread else 0
+    flushing = 0
+    if any(isinstance(event, Average) for event in schedule.flush_events()):
+        flushing = 2 * largest  # then nothing is in flight
+    launching = max(reducer.launching for reducer in reducers) + (0 if in_thread else largest)
+    waiting = max(reducer.waiting for reducer in reducers)
     return OuterMemory(
         in_flight=number,
-        buffers=number * buffers,
+        buffers=at_once * max(reducer.buffers for reducer in reducers),  # each grows to the largest
+        queued=queued,
         at_launch=at_launch,
-        temporary=max(largest * fp32, waiting, flushing - at_launch),
+        residuals=residual_bytes(code, fragments, replicas),
+        temporary=max(launching, waiting, flushing - at_launch - queued),
+        staged=at_once * max(reducer.staged for reducer in reducers) if through_host else 0,
     )
 
 
@@ -72,21 +103,10 @@ def schedule_of(config: RunConfig, outer: NesterovOuter | AverageOuter) -> SyncS
 
 
 def _in_flight(schedule: SyncSchedule) -> int:
-    """Return how many fragments are under way at once; the second interval is like all others."""
-    first = schedule.sync_interval + 1
-    steps = range(first, first + schedule.sync_interval)
-    return max(1, *(len(schedule.in_flight(step)) for step in steps))
+    """Return how many fragments are under way at once, or launched and waited for, at most."""
+    return max(1, schedule.most_in_flight())
 
 
-def _reducer_bytes(
-    outer: NesterovOuter | AverageOuter, elements: int, num_replicas: int
-) -> tuple[int, int]:
-    """Return what `comm.reducers` keep for a fragment, and what waiting for it takes on top."""
-    fp32 = BYTES["fp32"]
-    code = outer.compression
-    if not isinstance(code, NoCompression) or code.wire_dtype == "fp32":
-        return elements * fp32, 0
-    copies = 3 if num_replicas > 1 else 2  # values, payloads and what arrives
-    pairs = num_replicas // 2  # first sums of neighbours, beside all chunks in fp32
-    waiting = elements * fp32 * (num_replicas + pairs) // num_replicas
-    return copies * elements * BYTES[code.wire_dtype], waiting
+def _largest(sizes: Sequence[int], count: int) -> int:
+    """Return the sum of the ``count`` largest sizes."""
+    return sum(sorted(sizes, reverse=True)[:count])

@@ -1,22 +1,46 @@
 """Bytes that one rank sends to other replicas, counted exactly as the reducers send them.
 
-A launch carries the rank's share of a fragment, and one row per replica::
+A launch carries the rank's shards of a fragment, and one row per replica::
 
     [ weight | norm | lines of the console | sketch ]       fp32
 
-The share of a rank is exact without data parallelism. With it, Megatron pads the flat buffer that
-it cuts into shards, so shares differ by that padding from the even cut that is counted here.
+Ranks at the same position of different replicas hold the same shards, but where chunks are encoded
+they own different chunks, and so send different numbers of bytes.
 """
 
-from megatron_muloco.config.compression import NoCompression
+from collections.abc import Sequence
+
+from megatron_muloco.comm.chunks import (
+    chunk_pieces,
+    encoded_wire_bytes,
+    payload_sizes,
+    row_places,
+)
+from megatron_muloco.compress.spec import payload_size, spec_of
+from megatron_muloco.config.compression import (
+    CodeConfig,
+    CompressionConfig,
+    NoCompression,
+    TopKCompression,
+)
+from megatron_muloco.config.derived import derive
 from megatron_muloco.config.outer import AverageOuter, NesterovOuter, NoOuter
 from megatron_muloco.config.schema import RunConfig
 from megatron_muloco.monitor.lines import LineCalendar
 from megatron_muloco.outer.schedule import SyncSchedule
-from megatron_muloco.planning.slices import BYTES, fragment_shares
-from megatron_muloco.topology import Topology
+from megatron_muloco.planning.rank_shards import by_fragment, rank_shards
+from megatron_muloco.planning.slices import BYTES
+from megatron_muloco.shards import Shard
+from megatron_muloco.topology import Coords, Topology
 
-__all__ = ["mean_wire_bytes", "outer_bytes", "sketch_width"]
+__all__ = [
+    "chunk_payloads",
+    "mean_wire_bytes",
+    "outer_bytes",
+    "round_bytes",
+    "sketch_width",
+    "uncoded_bytes",
+]
 
 _SKETCH_VALUES = 4096  # of a replica: cosines to 1 / sqrt(4096) = 0.016 and better
 _LEAST_SKETCH_VALUES = 256  # of a rank, however many ranks share the fragment: 0.06
@@ -30,33 +54,77 @@ def sketch_width(config: RunConfig, topology: Topology) -> int:
 
 
 def outer_bytes(
-    config: RunConfig, topology: Topology, *, stage: int, tp_rank: int, sketch: bool = True
+    config: RunConfig, topology: Topology, coords: Coords, *, sketch: bool = True
 ) -> int:
     """Return the bytes that one rank sends in a round.
 
     Args:
         config: A checked config.
         topology: The layout of the world.
-        stage: The rank's pipeline stage.
-        tp_rank: Its place in the tensor-parallel group.
+        coords: The rank's place in it.
         sketch: Whether it is a round that compares replicas.
     """
-    outer = config.outer
-    if isinstance(outer, NoOuter) or topology.num_replicas == 1:
-        return 0
-    code = outer.compression
-    if not isinstance(code, NoCompression):
-        raise NotImplementedError(f"bytes of outer.compression.kind {code.kind} are not known")
+    shards = rank_shards(config, topology, coords)
+    return round_bytes(config, topology, shards, sketch=sketch)[coords.replica]
+
+
+def round_bytes(
+    config: RunConfig, topology: Topology, shards: Sequence[Shard], *, sketch: bool = True
+) -> list[int]:
+    """Return what the ranks with these shards send in a round, replica by replica."""
+    outer, sent = config.outer, [0] * topology.num_replicas
+    if isinstance(outer, NoOuter):
+        return sent
     numbers = 1 + _lines(config, outer)
     width = sketch_width(config, topology) if sketch else 0
-    sent = 0
-    for share in fragment_shares(config, topology, stage, tp_rank):
-        riders = numbers + (width if share else 0)
-        sent += mean_wire_bytes(share, topology.num_replicas, code.wire_dtype, riders)
+    for fragment in by_fragment(config, shards):
+        riders = numbers + (width if fragment else 0)
+        launch = _launch_bytes(outer.compression, fragment, topology.num_replicas, riders)
+        sent = [total + more for total, more in zip(sent, launch, strict=True)]
     return sent
 
 
-def mean_wire_bytes(elements: int, num_replicas: int, wire_dtype: str, riders: int = 0) -> int:
+def uncoded_bytes(config: RunConfig, topology: Topology, shards: Sequence[Shard]) -> int:
+    """Return what fp32 all-reduces of a round's values alone would send."""
+    return sum(
+        2 * (topology.num_replicas - 1) * -(-_numel(fragment) // topology.num_replicas) * 4
+        for fragment in by_fragment(config, shards)
+    )
+
+
+def _launch_bytes(
+    code: CompressionConfig, shards: Sequence[Shard], num_replicas: int, riders: int
+) -> list[int]:
+    """Return what one launch of a fragment's shards sends, by replica."""
+    if isinstance(code, NoCompression):
+        mean = mean_wire_bytes(
+            _numel(shards), num_replicas, code.wire_dtype, riders, deterministic=code.deterministic
+        )
+        return [mean] * num_replicas
+    sizes = chunk_payloads(code, shards, num_replicas)
+    if isinstance(code, TopKCompression):
+        return [(num_replicas - 1) * (4 * (1 + riders) + sum(sizes))] * num_replicas
+    return [encoded_wire_bytes(sizes, index, riders) for index in range(num_replicas)]
+
+
+def chunk_payloads(code: CodeConfig, shards: Sequence[Shard], num_replicas: int) -> list[int]:
+    """Return the bytes of a fragment's chunks in a code; top-k has one chunk."""
+    chunks = chunk_pieces(
+        [(shard.name, shard.numel) for shard in shards],
+        1 if isinstance(code, TopKCompression) else num_replicas,
+        row_places(shards),
+    )
+    return payload_sizes(chunks, lambda name: payload_size(spec_of(code, name)))
+
+
+def mean_wire_bytes(
+    elements: int,
+    num_replicas: int,
+    wire_dtype: str,
+    riders: int = 0,
+    *,
+    deterministic: bool = False,
+) -> int:
     """Return the bytes that one rank sends for an uncompressed mean over the outer group.
 
     Args:
@@ -65,11 +133,12 @@ def mean_wire_bytes(elements: int, num_replicas: int, wire_dtype: str, riders: i
         wire_dtype: ``fp32`` is an all-reduce of one buffer; ``bf16`` is an all-to-all of chunks and
             an all-gather of their means.
         riders: fp32 numbers of each replica that travel along, such as its loss.
+        deterministic: ``fp32`` travels like ``bf16``, in chunks.
     """
     if num_replicas == 1:
         return 0
     row = 1 + riders
-    if wire_dtype == "fp32":
+    if wire_dtype == "fp32" and not deterministic:
         chunk = -(-(elements + num_replicas * row) // num_replicas)
         return 2 * (num_replicas - 1) * chunk * BYTES["fp32"]
     chunk = -(-elements // num_replicas)
@@ -77,11 +146,15 @@ def mean_wire_bytes(elements: int, num_replicas: int, wire_dtype: str, riders: i
     return (num_replicas - 1) * (row * BYTES["fp32"] + 2 * chunk * BYTES[wire_dtype])
 
 
+def _numel(shards: Sequence[Shard]) -> int:
+    return sum(shard.numel for shard in shards)
+
+
 def _lines(config: RunConfig, outer: NesterovOuter | AverageOuter) -> int:
     """Return the numbers of the console lines that ride with a launch."""
     schedule = SyncSchedule(
         sync_interval=outer.sync_interval,
-        train_iters=outer.sync_interval,  # the calendar of lines does not depend on it
+        train_iters=derive(config).train_iters,
         fragment_count=outer.fragments.count,
         overlap_steps=outer.overlap_steps,
     )

@@ -2,21 +2,25 @@
 
 from collections.abc import Iterator
 
-from megatron_muloco.config.compression import NoCompression
+from megatron_muloco.config.compression import CompressionConfig, NoCompression
 from megatron_muloco.config.derived import Derived, derive, smallest_topology, spacing_of_launches
 from megatron_muloco.config.outer import AverageOuter, NesterovOuter, NoOuter
+from megatron_muloco.config.round_schedules import interval_values, interval_words, rate_words
 from megatron_muloco.config.schema import RunConfig
 from megatron_muloco.model.flops import flops_per_token
-from megatron_muloco.planning.memory import MemoryPlan, memory_plan
-from megatron_muloco.planning.text import human_bytes, human_count
-from megatron_muloco.planning.traffic import TrafficPlan, planned_on_accelerator, traffic_plan
+from megatron_muloco.planning.code_words import (
+    code_name,
+    code_words,
+    exception_words,
+    feedback_words,
+)
+from megatron_muloco.planning.cost_rows import Row, memory_rows, traffic_rows
+from megatron_muloco.planning.memory import memory_plan
+from megatron_muloco.planning.text import human_count
+from megatron_muloco.planning.traffic import planned_on_accelerator, traffic_plan
 from megatron_muloco.topology import Topology
 
 __all__ = ["render_plan"]
-
-Row = tuple[str, str, str]
-
-_LINKS_GBIT = (10, 100, 400)  # Gbit/s between replicas: thin, common, one InfiniBand port
 
 
 def render_plan(config: RunConfig, topology: Topology | None = None) -> str:
@@ -32,8 +36,8 @@ def render_plan(config: RunConfig, topology: Topology | None = None) -> str:
         "world": list(_world_rows(config, layout, assumed=topology is None)),
         "model": list(_model_rows(config, derived)),
         "run": list(_run_rows(config, layout, derived)),
-        "memory per rank": list(_memory_rows(config, memory_plan(config, layout), layout)),
-        "sent per rank": list(_traffic_rows(config, traffic_plan(config, layout), layout)),
+        "memory per rank": list(memory_rows(config, memory_plan(config, layout), layout)),
+        "sent per rank": list(traffic_rows(config, traffic_plan(config, layout), layout)),
     }
     rows = [row for section in sections.values() for row in section]
     name_width = max(len(name) for name, _, _ in rows)
@@ -128,14 +132,16 @@ def _microbatches(derived: Derived, size: int, layout: Topology) -> str:
 
 def _round_rows(outer: NesterovOuter | AverageOuter, derived: Derived) -> Iterator[Row]:
     """Yield what happens between replicas."""
-    yield "rounds", f"{derived.rounds:,}", f"of {outer.sync_interval} inner steps"
+    length = interval_words(outer.sync_interval, "inner step")
+    yield "rounds", f"{derived.rounds:,}", f"of {length}"
     yield (
         "outer optimizer",
         outer.kind,
-        f"lr {outer.lr:g}, momentum {outer.momentum:g}",
+        f"lr {rate_words(outer.lr)}, momentum {rate_words(outer.momentum)}",
     )
     yield "fragments", str(outer.fragments.count), _fragment_words(outer)
     yield "overlap", *_overlap_words(outer)
+    yield from _code_rows(outer.compression)
     if derived.flushed_steps:
         yield (
             "warning",
@@ -149,8 +155,9 @@ def _fragment_words(outer: NesterovOuter | AverageOuter) -> str:
     if outer.fragments.count == 1:
         return "all parameters at once"
     spacing = spacing_of_launches(outer)
-    uneven = f" or {spacing + 1}" if outer.sync_interval % outer.fragments.count else ""
-    steps = "step" if spacing == 1 and not uneven else "steps"
+    widest = -(-max(interval_values(outer.sync_interval)) // outer.fragments.count)
+    uneven = f" {'or' if widest == spacing + 1 else 'to'} {widest}" if widest > spacing else ""
+    steps = "step" if widest == 1 else "steps"
     return f"{outer.fragments.pattern} layers, a launch every {spacing}{uneven} {steps}"
 
 
@@ -165,72 +172,13 @@ def _overlap_words(outer: NesterovOuter | AverageOuter) -> tuple[str, str]:
     return f"{steps} {'step' if steps == 1 else 'steps'}", f"from launch to apply; {rule}"
 
 
-def _memory_rows(config: RunConfig, memory: MemoryPlan, layout: Topology) -> Iterator[Row]:
-    """Yield bytes by kind, and their sum."""
-    shared = f"1/{layout.sharding} of the slice" if layout.sharding > 1 else "the whole slice"
-    where = "host memory" if memory.outer_on_host else "fp32"
-    training = config.training
-    stage = f", pipeline stage {memory.stage}, which needs most" if layout.pipeline > 1 else ""
-    yield "weights", human_bytes(memory.weights), f"{training.precision}{stage}"
-    yield "gradients", human_bytes(memory.gradients), f"{training.accumulate_dtype}, accumulated"
-    note = f"fp32, {shared}" if memory.masters else "fp32 weights are their own masters"
-    yield "masters", human_bytes(memory.masters), note
-    yield "inner state", human_bytes(memory.inner_state), f"fp32, {shared}"
-    if memory.exchange:
-        yield (
-            "Muon exchange",
-            human_bytes(memory.exchange),
-            "matrices under way, kept all the time",
-        )
-    if memory.anchor:
-        yield (
-            "outer state",
-            human_bytes(memory.outer_state),
-            f"anchor and momentum, {where}, {shared}",
-        )
-    step = memory.outer_step
-    if step.buffers:
-        flights = f"of {step.in_flight} fragments in flight" if step.in_flight > 1 else ""
-        yield "outer buffers", human_bytes(step.buffers), f"kept between rounds {flights}".strip()
-    if step.at_launch:
-        yield "copies at launch", human_bytes(step.at_launch), "fp32, for the merge after overlap"
-    if step.temporary:
-        note = "fp32 pseudogradients or their sum, during the step"
-        yield "outer step", human_bytes(step.temporary), note
-    yield "sum", human_bytes(memory.device), "activations and other temporary buffers not counted"
-
-
-def _traffic_rows(config: RunConfig, traffic: TrafficPlan, layout: Topology) -> Iterator[Row]:
-    """Yield bytes per step and per round."""
-    parts = {
-        "gradients": traffic.gradient_reduce,
-        "parameters": traffic.parameter_gather,
-        "Muon exchange": traffic.muon_exchange,
-        "tensor parallel": traffic.tensor_parallel,
-        "pipeline": traffic.pipeline,
-    }
-    yield "each inner step", human_bytes(traffic.inner_step), "inside the replica"
-    for name, size in parts.items():
-        if size:
-            yield f"  {name}", human_bytes(size), ""
-    if isinstance(config.outer, NoOuter):
+def _code_rows(code: CompressionConfig) -> Iterator[Row]:
+    """Yield the code that pseudogradients travel in; nothing where they are not encoded."""
+    if isinstance(code, NoCompression):
         return
-    code = config.outer.compression
-    wire = code.wire_dtype if isinstance(code, NoCompression) else code.kind
-    others = layout.num_replicas - 1
-    note = f"to {others} other {'replicas' if others > 1 else 'replica'}, {wire}"
-    if config.outer.fragments.count > 1:
-        note += f", in {config.outer.fragments.count} launches"
-    if layout.num_replicas == 1:
-        note = "one replica: the outer step needs no network"
-    yield "each round", human_bytes(traffic.outer_per_rank), note
-    if traffic.outer_per_replica:
-        seconds = ", ".join(
-            f"{traffic.outer_per_replica * 8 / (gbit * 1e9):.2g} s at {gbit}"
-            for gbit in _LINKS_GBIT
-        )
-        yield (
-            "  whole replica",
-            human_bytes(traffic.outer_per_replica),
-            f"sent by its ranks: {seconds} Gbit/s",
-        )
+    kind, _, amount = code_name(code).partition(", ")
+    yield "code", kind, f"{amount}; {code_words(code)}"
+    if exceptions := exception_words(code):
+        yield "", "", f"but {exceptions}"
+    decay, what = feedback_words(code)
+    yield "error feedback", decay, what

@@ -5,8 +5,8 @@ from functools import partial
 from megatron_muloco.config.inner import MuonInner
 from megatron_muloco.config.schema import RunConfig
 from megatron_muloco.optim.forms import Implementation, automatic_form
-from megatron_muloco.optim.units import LayerShape, Unit, split
-from megatron_muloco.shards import ParamInfo
+from megatron_muloco.optim.units import LayerShape, Unit, is_vector, split
+from megatron_muloco.planning.parameters import stage_parameters
 from megatron_muloco.topology import Topology
 
 __all__ = ["stage_units"]
@@ -29,20 +29,13 @@ def stage_units(config: RunConfig, topology: Topology, *, accelerator: bool) -> 
         kv_channels=model.kv_channels,
         ffn_hidden_size=model.ffn_hidden_size,
     )
-    h, heads = model.hidden_size, model.num_attention_heads * model.kv_channels
-    both = heads + 2 * model.query_groups * model.kv_channels
-    local = {  # in the order of Megatron's modules, by which ties between owners are broken
-        "self_attention.linear_proj": (h, heads // tensor, 1),
-        "self_attention.linear_qkv": (both // tensor, h, 0),
-        "mlp.linear_fc1": (2 * model.ffn_hidden_size // tensor, h, 0),
-        "mlp.linear_fc2": (h, model.ffn_hidden_size // tensor, 1),
-    }
+    parameters = stage_parameters(model, topology, stage=0, tp_rank=0)
     return tuple(
         unit
-        for layer in range(model.num_layers // topology.pipeline)
-        for name, (rows, columns, dim) in local.items()
+        for param in parameters  # in the order of the modules, by which ties of owners are broken
+        if not is_vector(param)
         for unit in split(
-            ParamInfo(f"decoder.layers.{layer}.{name}.weight", (rows, columns), dim, False),
+            param,
             shape,
             tensor_size=tensor,
             steps=muon.num_ns_steps,

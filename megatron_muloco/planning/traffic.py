@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from megatron_muloco.config.derived import derive
 from megatron_muloco.config.inner import MuonInner
 from megatron_muloco.config.schema import RunConfig
-from megatron_muloco.planning.outer_traffic import outer_bytes
+from megatron_muloco.planning.outer_traffic import round_bytes, uncoded_bytes
+from megatron_muloco.planning.rank_shards import stage_shards
 from megatron_muloco.planning.slices import BYTES, Slice, stage_slices
 from megatron_muloco.topology import Topology
 
@@ -28,7 +29,8 @@ class TrafficPlan:
         tensor_parallel: Per inner step over the tp group: activations and their gradients.
         pipeline: Per inner step to the neighbouring stages.
         outer_per_rank: Per round that compares replicas, over the outer group.
-        outer_per_replica: Per round, all ranks of one replica together.
+        outer_per_replica: Per round, all ranks of one replica together; the busiest replica.
+        outer_uncoded: What fp32 all-reduces of the values alone would send instead of the latter.
     """
 
     gradient_reduce: int
@@ -38,6 +40,7 @@ class TrafficPlan:
     pipeline: int
     outer_per_rank: int
     outer_per_replica: int
+    outer_uncoded: int
 
     @property
     def inner_step(self) -> int:
@@ -54,11 +57,13 @@ class TrafficPlan:
 def traffic_plan(config: RunConfig, topology: Topology) -> TrafficPlan:
     """Return the bytes sent per rank on the stage that sends most inside the replica."""
     slices = stage_slices(config.model, topology)
-    outer = [
-        outer_bytes(config, topology, stage=part.stage, tp_rank=tp_rank)
+    positions = [
+        shards
         for part in slices
         for tp_rank in range(topology.tensor)
+        for shards in stage_shards(config, topology, stage=part.stage, tp_rank=tp_rank)
     ]
+    outer = [round_bytes(config, topology, shards) for shards in positions]
     stages = [_stage_traffic(config, topology, part) for part in slices]
     gradients, gathers, exchange = (max(values) for values in zip(*stages, strict=True))
     return TrafficPlan(
@@ -67,8 +72,9 @@ def traffic_plan(config: RunConfig, topology: Topology) -> TrafficPlan:
         muon_exchange=exchange,
         tensor_parallel=_tensor_parallel_bytes(config, topology),
         pipeline=_pipeline_bytes(config, topology),
-        outer_per_rank=max(outer),
-        outer_per_replica=topology.sharding * sum(outer),
+        outer_per_rank=max(map(max, outer)),
+        outer_per_replica=max(map(sum, zip(*outer, strict=True))),
+        outer_uncoded=sum(uncoded_bytes(config, topology, shards) for shards in positions),
     )
 
 

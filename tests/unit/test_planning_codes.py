@@ -1,0 +1,226 @@
+"""What codes cost, from arithmetic: memory, bytes, and the words of the plan."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_muloco.comm.chunks import encoded_wire_bytes
+from megatron_muloco.compress.units import CodingUnit
+from megatron_muloco.config import RunConfig, load_config, topology_of
+from megatron_muloco.config.compression import (
+    CompressionConfig,
+    E3M0Compression,
+    LinearCompression,
+    NoCompression,
+    StatisticalCompression,
+    TopKCompression,
+)
+from megatron_muloco.config.counts import parameter_counts
+from megatron_muloco.planning import memory_plan, render_plan, traffic_plan
+from megatron_muloco.planning.outer_traffic import chunk_payloads, mean_wire_bytes
+from megatron_muloco.planning.reducer_memory import reducer_memory, residual_bytes
+from megatron_muloco.shards import ParamInfo, Shard
+from megatron_muloco.topology import Topology
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+CPU = CONFIGS / "cpu_k2.yaml"
+
+
+def config_of(*overrides: str) -> RunConfig:
+    return load_config(CPU, ["model.num_attention_heads=4", *overrides])
+
+
+CODES: dict[str, CompressionConfig] = {
+    "fp32": NoCompression(),
+    "fp32-in-chunks": NoCompression(deterministic=True),
+    "bf16": NoCompression(wire_dtype="bf16"),
+    "linear-4": LinearCompression(kind="linear", bits=4),
+    "linear-2-no-feedback": LinearCompression(kind="linear", bits=2, error_feedback=False),
+    "statistical-2-rows": StatisticalCompression(kind="statistical", bits=2, granularity="row"),
+    "statistical-8-raw": StatisticalCompression(
+        kind="statistical", bits=8, granularity="block", block_size=256
+    ),
+    "e3m0-blocks": E3M0Compression(kind="e3m0", granularity="block"),
+    "topk": TopKCompression(kind="topk", density=0.01),
+    "topk-dense": TopKCompression(kind="topk", density=0.4, value_bits=4),
+}
+
+
+def whole_shards() -> list[Shard]:
+    """Return three matrices and a norm, not cut."""
+    shapes = [(512, 256), (300, 512), (256, 256), (512,)]
+    names = [*(f"decoder.layers.0.{letter}.weight" for letter in "abc"), "decoder.norm.weight"]
+    params = [
+        ParamInfo(name, shape, None, False) for name, shape in zip(names, shapes, strict=True)
+    ]
+    return [Shard(param, 0, param.numel) for param in params]
+
+
+@pytest.mark.parametrize("name", CODES)
+def test_planned_buffers_and_residuals_are_those_of_the_reducers(name: str) -> None:
+    import torch
+
+    from megatron_muloco.comm.chunks import row_places
+    from megatron_muloco.comm.quantised import EncodedMean
+    from megatron_muloco.comm.reducers import mean_reducer
+    from megatron_muloco.comm.sparse import GatheredMean
+    from megatron_muloco.compress.build import codec_chooser
+
+    code, shards, device = CODES[name], whole_shards(), torch.device("cpu")
+    reducer: Any
+    if isinstance(code, NoCompression):
+        wire, deterministic = code.wire_dtype, code.deterministic
+        reducer = mean_reducer(None, device, wire_dtype=wire, deterministic=deterministic)
+    else:
+        encoding = GatheredMean if isinstance(code, TopKCompression) else EncodedMean
+        decay = code.error_decay if code.error_feedback else None
+        reducer = encoding(None, device, codec_chooser(code), row_places(shards), decay)
+    riders = torch.zeros(3)
+    tensors = {shard.name: torch.randn(shard.numel) for shard in shards}
+    flight = reducer.launch(0, tensors, 1.0, riders, round_index=1)
+    held = {buffer.data_ptr(): buffer.nbytes for buffer in flight.buffers}
+    planned = reducer_memory(code, shards, 1).buffers
+    # in each of two buffers a row of weight and riders; a chunk is even
+    row = 4 * (1 + len(riders))
+    assert planned <= sum(held.values()) <= planned + 2 * row + 3 * 4
+    reducer.wait(flight)
+    kept = reducer.residuals([{shard.name: shard.numel for shard in shards}])
+    residuals = sum(tensor.nbytes for kind in kept.values() for tensor in kind.values())
+    assert residual_bytes(code, [shards], 1) == residuals
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, code in CODES.items() if not isinstance(code, NoCompression)]
+)
+def test_planned_temporaries_cover_those_of_the_codecs(name: str) -> None:
+    """Encoding the largest unit with error feedback, from what is allocated on the way."""
+    import torch
+
+    from megatron_muloco.compress.build import codec_chooser
+    from megatron_muloco.compress.feedback import encode
+    from tests.support.allocated import AllocatedBytes
+
+    code = CODES[name]
+    assert not isinstance(code, NoCompression)
+    unit = CodingUnit(1 << 20, 256)
+    codec = codec_chooser(code)("decoder.layers.0.a.weight")
+    values, residual = torch.randn(2, unit.numel)
+    payload = torch.empty(codec.payload_bytes(unit), dtype=torch.uint8)
+    with AllocatedBytes() as allocated:
+        encode(codec, unit, values, payload, residual, 0.9)
+    most = allocated.most
+    param = ParamInfo("decoder.layers.0.a.weight", (1 << 12, 256), None, False)
+    planned = reducer_memory(code, [Shard(param, 0, param.numel)], 1).launching
+    assert most <= planned <= 2 * most
+
+
+# What the bars below allow, and what a value takes in fp32: both ways, 32 bits.
+BARS: dict[Literal[4, 2], float] = {4: 7.8, 2: 15.0}
+
+
+@given(
+    replicas=st.sampled_from([2, 3, 4, 16]),
+    units=st.lists(st.integers(8192, 40_000), min_size=1, max_size=4),
+    kind=st.sampled_from(["linear", "statistical"]),
+    bits=st.sampled_from([4, 2]),
+)
+def test_four_bits_send_an_eighth_and_two_a_sixteenth(
+    replicas: int,
+    units: list[int],
+    kind: Literal["linear", "statistical"],
+    bits: Literal[4, 2],
+) -> None:
+    code: LinearCompression | StatisticalCompression
+    if kind == "linear":
+        code = LinearCompression(kind="linear", bits=bits)
+    else:
+        code = StatisticalCompression(kind="statistical", bits=bits)
+    # K equal tensors for each size, in turn: every chunk has whole tensors, each one unit
+    params = [
+        ParamInfo(f"decoder.layers.{index}.weight", (size,), None, False)
+        for index, size in enumerate(units * replicas)
+    ]
+    shards = [Shard(param, 0, param.numel) for param in params]
+    sizes = chunk_payloads(code, shards, replicas)
+    assert len(set(sizes)) == 1
+    sent = encoded_wire_bytes(sizes, 0, rider_count=0) - (replicas - 1) * 4  # without the weight
+    assert sent * BARS[bits] <= mean_wire_bytes(sum(units) * replicas, replicas, "fp32", riders=-1)
+
+
+@pytest.mark.parametrize("kind", ["linear", "statistical"])
+@pytest.mark.parametrize("bits", [4, 2])
+def test_the_15b_run_meets_the_same_bars(kind: str, bits: Literal[4, 2]) -> None:
+    overrides = [f"outer.compression.kind={kind}", f"outer.compression.bits={bits}"]
+    config = load_config(CONFIGS / "15b_k16.yaml", overrides)
+    traffic = traffic_plan(config, topology_of(config, 1024))
+    # riders and the ends of chunks included
+    assert traffic.outer_per_replica * BARS[bits] <= traffic.outer_uncoded
+    assert traffic.outer_per_replica * 32 / bits >= traffic.outer_uncoded
+
+
+def test_chunk_owners_send_different_bytes() -> None:
+    code = LinearCompression(kind="linear", bits=4)
+    (first, *_) = whole_shards()
+    sizes = chunk_payloads(code, [first], 3)
+    sent = [encoded_wire_bytes(sizes, index, 0) for index in range(3)]
+    # 2^17 values in thirds of 43,691, the last one of 43,690: half a byte each, and a head of 8
+    assert sizes == [21_846 + 8, 21_846 + 8, 21_845 + 8]
+    assert sent == [2 * 4 + sum(sizes) + size for size in sizes]
+
+
+def test_the_plan_shows_the_code_and_what_it_costs() -> None:
+    overrides = [
+        "outer.compression.kind=statistical",
+        "outer.compression.bits=2",
+        "outer.compression.granularity=row",
+        "outer.compression.exceptions={norm: none, embedding: 8}",
+    ]
+    text = render_plan(load_config(CPU, overrides))
+    for words in (
+        "statistical  2 bits; a table per row",
+        "but norms fp32, embedding 8 bits",
+        "0.9  what this replica's code loses, and the code of the mean it owns",
+        "fp32, what error feedback keeps",
+        "to 1 other replica, statistical, 2 bits\n",
+        "what fp32 all-reduces would send",
+    ):
+        assert words in text
+    plain = render_plan(load_config(CPU))
+    for words in ("residuals", "ratio", "  code ", "error feedback"):
+        assert words not in plain
+    sparse = ["outer.compression.kind=topk", "outer.compression.density=0.01"]
+    text = render_plan(load_config(CPU, [*sparse, "outer.compression.error_feedback=false"]))
+    assert "1 %; the largest of every 4096 values, fp32, and their places" in text
+    assert "none  what a code loses is lost" in text
+    assert "residuals" not in text
+
+
+def test_error_feedback_costs_memory() -> None:
+    overrides = ["outer.compression.kind=linear", "outer.compression.bits=4"]
+    total = parameter_counts(config_of().model).total
+    topology = Topology(2, 1, 1, 1)
+    kept = memory_plan(config_of(*overrides), topology)
+    lost = memory_plan(config_of(*overrides, "outer.compression.error_feedback=false"), topology)
+    # e of all values, f of half of them
+    assert kept.outer_step.residuals == 4 * total + 4 * -(-total // 2)
+    assert kept.device - lost.device == kept.outer_step.residuals
+
+
+def test_a_communication_thread_keeps_what_it_works_on() -> None:
+    code = ["outer.compression.kind=linear", "outer.compression.bits=4"]
+    parts = ["outer.fragments.count=4", "model.num_layers=4", "outer.max_in_flight=4"]
+    topology = Topology(2, 1, 1, 1)
+    late = memory_plan(config_of(*code, *parts, "outer.overlap_steps=3"), topology).outer_step
+    now = memory_plan(config_of(*code, *parts), topology).outer_step
+    assert late.in_flight == 2
+    assert late.buffers == now.buffers  # one fragment is reduced after the other
+    assert (now.queued, late.queued) == (0, late.at_launch)
+    # an all-reduce works by itself, unless it goes through the host
+    plain = memory_plan(config_of(*parts, "outer.overlap_steps=3"), topology)
+    assert (plain.outer_step.queued, plain.host) == (0, 0)
+    host = memory_plan(config_of(*parts, "outer.overlap_steps=3", "outer.transport=host"), topology)
+    assert host.outer_step.queued == late.queued
+    assert host.host == host.outer_step.buffers == plain.outer_step.buffers // 2
