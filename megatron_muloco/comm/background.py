@@ -45,7 +45,7 @@ class Background:
         self._reducer, self._device = reducer, device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._tasks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self.residual_kinds = reducer.residual_kinds
+        self.residual_kinds, self.lends = reducer.residual_kinds, False
         # A daemon: a peer that is gone must not keep this process alive until the time limit.
         threading.Thread(target=self._work, name="outer communication", daemon=True).start()
 
@@ -67,7 +67,7 @@ class Background:
             handle = self._reducer.launch(
                 fragment, tensors, weight, riders, round_index=round_index
             )
-            return self._reducer.wait(handle), self._mark()
+            return self._own(self._reducer.wait(handle)), self._mark()
 
         return _Launched(fragment, self._submit(reduce))
 
@@ -93,6 +93,13 @@ class Background:
     def load_residuals(self, residuals: Residuals, fragments: Sequence[Sizes]) -> None:
         """See `Reducer.load_residuals`."""
         self._submit(lambda: self._reducer.load_residuals(residuals, fragments)).result()
+
+    def _own(self, reduced: Reduced) -> Reduced:
+        """Return a mean that the next launch leaves alone: the thread may be at it already."""
+        if not self._reducer.lends:
+            return reduced
+        own = {name: tensor.clone() for name, tensor in reduced.mean.items()}
+        return Reduced(own, reduced.stats)
 
     def _submit(self, call: Callable[[], Result]) -> "Future[Result]":
         future: Future[Result] = Future()

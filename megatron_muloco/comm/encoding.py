@@ -64,6 +64,8 @@ class EncodingReducer(OuterGroupReducer):
         residual: e, by parameter; this replica's own. ``None`` without error feedback.
     """
 
+    lends = False
+
     def __init__(
         self,
         group: ProcessGroup | None,

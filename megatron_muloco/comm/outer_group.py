@@ -28,6 +28,7 @@ class OuterGroupReducer:
     """
 
     residual_kinds: tuple[str, ...] = ()
+    lends = True
 
     def __init__(
         self, group: ProcessGroup | None, device: torch.device, *, through_host: bool = False

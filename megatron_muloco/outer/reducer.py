@@ -72,7 +72,7 @@ class Reduced:
 
     Attributes:
         mean: ``sum w_k x_k / sum w_k`` by name, fp32; zeros when all weights are zero. The tensors
-            are borrowed from the reducer until its next launch, and may be overwritten.
+            may be overwritten, and may be borrowed (`Reducer.lends`).
         stats: What travelled beside them.
     """
 
@@ -88,9 +88,11 @@ class Reducer(Protocol):
 
     Attributes:
         residual_kinds: Kinds of tensors that `residuals` returns.
+        lends: Whether the tensors of a mean are borrowed until the next launch; else they are new.
     """
 
     residual_kinds: tuple[str, ...]
+    lends: bool
 
     def launch(
         self,

@@ -161,6 +161,18 @@ CODED_CASES: dict[str, tuple[int, int, dict[str, Any]]] = {  # world, replicas, 
         3,
         {"outer": outer(transport="host", compression={"kind": "none", "deterministic": True})},
     ),
+    "k3-deterministic-in-flight": (
+        3,
+        3,
+        {
+            "outer": outer(
+                **FRAGMENTS,
+                overlap_steps=3,
+                max_in_flight=2,
+                compression={"kind": "none", "deterministic": True},
+            )
+        },
+    ),
     "k4-pp2-statistical4-without-feedback": (
         8,
         4,

@@ -79,6 +79,7 @@ class ExchangeReducer:
     """The reducer of one replica; it keeps no residuals."""
 
     residual_kinds = ()
+    lends = False
 
     def __init__(self, exchange: Exchange, replica: int) -> None:
         self.exchange, self.replica = exchange, replica

@@ -19,12 +19,14 @@ class Recorder:
     """A reducer that notes who calls what, and can be held up."""
 
     residual_kinds = ("residual",)
+    lends = True
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, int]] = []
         self.go_on = threading.Event()
         self.go_on.set()
         self.fail = False
+        self.memory = torch.zeros(1)
 
     def launch(
         self,
@@ -45,8 +47,9 @@ class Recorder:
         if self.fail:
             raise SyncError("a peer failed")
         assert not torch.is_grad_enabled()
-        mean = {name: tensor * 2 for name, tensor in tensors.items()}
-        return Reduced(mean, ReductionStats(torch.ones(1), torch.zeros(1, 0), wire_bytes=fragment))
+        self.memory.copy_(tensors["a"] * 2)
+        stats = ReductionStats(torch.ones(1), torch.zeros(1, 0), wire_bytes=fragment)
+        return Reduced({"a": self.memory}, stats)
 
     def forget_residual(self) -> None:
         self.note("forget")
@@ -99,6 +102,13 @@ def test_everything_happens_in_one_thread_in_the_order_of_the_calls() -> None:
     assert len(set(threads)) == 1
     assert threads[0] != threading.get_ident()
     assert reducer.residual_kinds == inner.residual_kinds
+
+
+def test_a_mean_outlives_the_next_launch() -> None:
+    reducer = Background(Recorder(), CPU)
+    first, second = launch(reducer, 0, 1.0), launch(reducer, 1, 3.0)
+    assert reducer.wait(second).mean["a"].tolist() == [6.0]
+    assert reducer.wait(first).mean["a"].tolist() == [2.0]
 
 
 def test_a_failure_is_raised_where_the_result_is_asked_for() -> None:
