@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from megatron_muloco.compress import statistical
 from megatron_muloco.compress.codec import Codec, Uncoded
 from megatron_muloco.compress.float4 import E3M0
 from megatron_muloco.compress.linear import Linear
@@ -341,6 +342,19 @@ def test_payloads_do_not_depend_on_the_number_of_threads(codec: Codec) -> None:
     finally:
         torch.set_num_threads(before)
     assert_equal(*payloads)
+
+
+def test_moments_do_not_depend_on_the_number_of_threads() -> None:
+    """To the last bit of fp64, which a payload would show only now and then."""
+    values = draw("outliers", 300_001, 6)[None]
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(torch.cat(statistical._moments(values)))
+    finally:
+        torch.set_num_threads(before)
+    assert_equal(*found)
 
 
 def test_statistical_beats_linear_at_two_bits() -> None:
