@@ -81,6 +81,8 @@ def outer_memory(config: RunConfig, topology: Topology, shards: Sequence[Shard])
         flushing = 2 * largest  # then nothing is in flight
     launching = max(reducer.launching for reducer in reducers) + (0 if in_thread else largest)
     waiting = max(reducer.waiting for reducer in reducers)
+    if in_thread:
+        waiting = max(waiting, largest)  # the mean leaves the reducer's memory for its own
     return OuterMemory(
         in_flight=number,
         buffers=at_once * max(reducer.buffers for reducer in reducers),  # each grows to the largest
