@@ -1,5 +1,9 @@
-"""Relation 9, uncompressed: the bytes that reducers count are those that the plan predicts."""
+"""Relation 9: the bytes that reducers count are those that the plan predicts, exactly.
 
+Every code over the real stack: model, Megatron's shards, fragments, chunks, riders.
+"""
+
+import itertools
 from typing import Any
 
 import pytest
@@ -7,99 +11,164 @@ import torch
 
 from megatron_muloco.config import RunConfig
 from megatron_muloco.config.derived import topology_of
+from megatron_muloco.config.outer import NoOuter
 from megatron_muloco.monitor.lines import LineCalendar
 from megatron_muloco.planning import render_plan, traffic_plan
-from megatron_muloco.planning.outer_traffic import outer_bytes
+from megatron_muloco.planning.outer_traffic import outer_bytes, uncoded_bytes
+from megatron_muloco.planning.rank_shards import rank_shards
 from megatron_muloco.planning.text import human_bytes
+from megatron_muloco.topology import Coords, Topology
 from tests.support.spawn import run_ranks
 from tests.support.tiny_models import finish_tiny, start_tiny, tiny_config
 
-INTERVAL = 4
+Sections = dict[str, Any]
+Sizes = tuple[int, int, int, int]  # K, tp, pp, dp
+TIED = {"untie_embeddings_and_output_weights": False}
+# Only kinds with a number of bits can have another one for some parameters.
+EXCEPTIONS: list[Sections] = [
+    {},
+    {"norm": "none"},
+    {"norm": 8, "embedding": 1, "output": "none"},
+]
+EXCEPTIONS_IN_FP32: list[Sections] = [{}, {"norm": "none"}, {"embedding": "none"}]
 
 
-def config_of(replicas: int, **sections: Any) -> RunConfig:
-    outer = {"kind": "nesterov", "lr": 0.7, "momentum": 0.6, "sync_interval": INTERVAL}
+def config_of(sizes: Sizes, outer: Sections | None = None, **sections: Any) -> RunConfig:
+    replicas, tensor, pipeline, data = sizes
+    base = {"kind": "nesterov", "lr": 0.7, "momentum": 0.6, "sync_interval": 2}
     return tiny_config(
-        parallel={"num_replicas": replicas, **sections.pop("parallel", {})},
-        training={"global_batch_size": 4 * replicas, "train_iters": 2 * INTERVAL},
-        outer=outer | sections.pop("outer", {}),
+        parallel={
+            "num_replicas": replicas,
+            "tensor_model_parallel_size": tensor,
+            "pipeline_model_parallel_size": pipeline,
+        },
+        training={"global_batch_size": replicas * data, "train_iters": 4},
+        outer=base | (outer or {}),
         monitor={"log_interval": 3, "pseudogradient_interval": 2, **sections.pop("monitor", {})},
         **sections,
     )
 
 
-def counted(config: RunConfig) -> list[int]:
-    """Return the bytes that this rank counted in each of two rounds, with the monitor's riders."""
+def counted(config: RunConfig) -> list[tuple[int, int]]:
+    """Return what this rank counted in each of two rounds, with the monitor's riders.
+
+    That is bytes on the wire, and those that an fp32 all-reduce of the values would have sent.
+    """
+    assert not isinstance(config.outer, NoOuter)
     run = start_tiny(config)
     calendar = LineCalendar(config.monitor.log_interval, run.optimizer.schedule)
     riders = torch.zeros(calendar.rider_count())
-    rounds = [0, 0]
-    inner_step = run.optimizer.outer_step
-    run.optimizer.outer_step = lambda: inner_step(riders)  # type: ignore[method-assign]
-    for step in range(1, 2 * INTERVAL + 1):
+    rounds = [[0, 0], [0, 0]]
+    outer_step = run.optimizer.outer_step
+    run.optimizer.outer_step = lambda: outer_step(riders)  # type: ignore[method-assign]
+    for _ in range(4):
         run.optimizer.last_outer = None
         run.train(1)
         if run.optimizer.last_outer is not None:
             for part in run.optimizer.last_outer.applied:
-                rounds[(part.launched_at - 1) // INTERVAL] += part.wire_bytes
-        assert run.optimizer.steps == step
+                index = (part.launched_at - 1) // 2
+                rounds[index][0] += part.wire_bytes
+                rounds[index][1] += part.uncoded_bytes
     finish_tiny()
-    return rounds
+    return [(sent, uncoded) for sent, uncoded in rounds]
 
 
-CASES: dict[str, tuple[int, dict[str, Any]]] = {
-    "k2": (2, {}),
-    "k3-bf16-wire": (3, {"outer": {"compression": {"kind": "none", "wire_dtype": "bf16"}}}),
-    "k4": (4, {}),
-    "k2-tp2-fragments": (
-        2,
-        {
-            "parallel": {"tensor_model_parallel_size": 2},
-            "outer": {"fragments": {"count": 2}},
-        },
-    ),
-    "k2-pp2-tied-fragments": (
-        2,
-        {
-            "parallel": {"pipeline_model_parallel_size": 2},
-            "model": {"untie_embeddings_and_output_weights": False},
-            "outer": {"fragments": {"count": 2, "pattern": "strided"}},
-        },
-    ),
-    "k2-without-sketch": (2, {"monitor": {"pseudogradient_interval": 0}}),
+def counted_of_all(configs: list[RunConfig]) -> list[list[tuple[int, int]]]:
+    return [counted(config) for config in configs]
+
+
+def planned(config: RunConfig, topology: Topology, place: Coords) -> list[tuple[int, int]]:
+    """Return the same from arithmetic; every second round compares replicas."""
+    uncoded = uncoded_bytes(config, topology, rank_shards(config, topology, place))
+    return [
+        (outer_bytes(config, topology, place, sketch=compares), uncoded)
+        for compares in (False, True)
+    ]
+
+
+def check(sizes: Sizes, configs: list[RunConfig]) -> None:
+    world = sizes[0] * sizes[1] * sizes[2] * sizes[3]
+    per_rank = run_ranks(counted_of_all, world, configs, timeout_s=20.0 * len(configs))
+    for index, config in enumerate(configs):
+        topology = topology_of(config, world)
+        found = [per_config[index] for per_config in per_rank]
+        for rank, rounds in enumerate(found):
+            assert rounds == planned(config, topology, topology.coords(rank)), (config.outer, rank)
+        plan = traffic_plan(config, topology)
+        sent = [rounds[1][0] for rounds in found]
+        assert plan.outer_per_rank == max(sent)
+        size = topology.replica_size
+        replicas = [sent[first : first + size] for first in range(0, world, size)]
+        assert plan.outer_per_replica == max(map(sum, replicas))
+        assert plan.outer_uncoded == sum(rounds[1][1] for rounds in found[:size])
+        (line,) = [x for x in render_plan(config, topology).splitlines() if "each round" in x]
+        assert human_bytes(max(sent)) in line
+
+
+LAYOUTS: dict[str, tuple[Sizes, Sections]] = {
+    "k2": ((2, 1, 1, 1), {}),
+    "k3": ((3, 1, 1, 1), {}),
+    "k2-tp2": ((2, 2, 1, 1), {}),
+    "k2-pp2-tied": ((2, 1, 2, 1), {"model": TIED}),
+    "k2-dp2": ((2, 1, 1, 2), {}),
+    "k4": ((4, 1, 1, 1), {}),
 }
 
-
-@pytest.mark.parametrize("case", CASES)
-def test_bytes_counted_are_the_planners(case: str) -> None:
-    replicas, sections = CASES[case]
-    config = config_of(replicas, **sections)
-    sizes = config.parallel
-    world = replicas * sizes.tensor_model_parallel_size * sizes.pipeline_model_parallel_size
-    topology = topology_of(config, world)
-    per_rank = run_ranks(counted, world, config)
-    for rank, rounds in enumerate(per_rank):
-        place = topology.coords(rank)
-        assert rounds == [
-            outer_bytes(config, topology, stage=place.pp, tp_rank=place.tp, sketch=compares)
-            for compares in (False, True)  # every second round
-        ]
-    plan = traffic_plan(config, topology)
-    busiest = max(rounds[1] for rounds in per_rank)
-    assert plan.outer_per_rank == busiest
-    first_replica = per_rank[: topology.replica_size]
-    assert plan.outer_per_replica == sum(rounds[1] for rounds in first_replica)
-    (line,) = [line for line in render_plan(config, topology).splitlines() if "each round" in line]
-    assert human_bytes(busiest) in line
+MEANS: list[Sections] = [
+    {"kind": "none", "wire_dtype": dtype, "deterministic": deterministic}
+    for dtype, deterministic in (("fp32", False), ("fp32", True), ("bf16", False))
+]
+GROUPED: list[Sections] = [
+    {"kind": kind, "granularity": granularity, "block_size": 48}
+    | ({} if bits is None else {"bits": bits})
+    for granularity in ("tensor", "row", "block")
+    for kind, bits in [("e3m0", None), *itertools.product(("linear", "statistical"), (8, 4, 2, 1))]
+]
+TOP_K: list[Sections] = [
+    {"kind": "topk", "density": density, "block_size": 100} | values
+    for density in (0.02, 0.3)
+    for values in ({}, {"wire_dtype": "bf16"}, {"value_bits": 4}, {"value_bits": 1})
+]
 
 
-def test_shards_of_data_parallel_ranks_differ_by_padding_only() -> None:
-    config = config_of(2)
-    topology = topology_of(config, 4)
-    planned = outer_bytes(config, topology, stage=0, tp_rank=0)
-    counts = [rounds[1] for rounds in run_ranks(counted, 4, config)]
-    # Megatron starts every parameter at a multiple of 64 elements and ends the flat buffer at a
-    # multiple of 128: a shard is longer than the even cut by at most that padding.
-    parameters = 2 * 10 + 3
-    assert sum(counts[:2]) <= 2 * planned + 4 * 4
-    assert max(counts) <= planned + 4 * (64 * parameters + 128)
+def with_exceptions(code: Sections, index: int) -> Sections:
+    """Return a code with exceptions and fragments that change from one to the next."""
+    exceptions = EXCEPTIONS if "bits" in code else EXCEPTIONS_IN_FP32
+    pattern = "strided" if index % 3 else "sequential"
+    return {
+        "compression": code | {"exceptions": exceptions[index % 3]},
+        "fragments": {"count": 1 + index % 2, "pattern": pattern},
+    }
+
+
+CODES = [with_exceptions(code, index) for index, code in enumerate([*GROUPED, *TOP_K])]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_uncompressed_bytes_are_the_planners(layout: str) -> None:
+    sizes, sections = LAYOUTS[layout]
+    outers = [
+        {"compression": mean, "fragments": {"count": count, "pattern": "strided"}}
+        for mean in MEANS
+        for count in (1, 2)
+    ]
+    configs = [config_of(sizes, outer, **sections) for outer in outers]
+    check(sizes, [*configs, config_of(sizes, monitor={"pseudogradient_interval": 0}, **sections)])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_coded_bytes_are_the_planners(layout: str) -> None:
+    sizes, sections = LAYOUTS[layout]
+    others = [name for name in LAYOUTS if name != "k2-tp2"]  # together they have every code again
+    codes = CODES if layout not in others else CODES[others.index(layout) :: len(others)]
+    check(sizes, [config_of(sizes, outer, **sections) for outer in codes])
+
+
+def test_bytes_do_not_depend_on_how_they_travel() -> None:
+    sizes = (2, 1, 1, 1)
+    code = {"compression": {"kind": "linear", "bits": 4}}
+    ways = [{}, {"transport": "host"}, {"overlap_steps": 1}, {"error_feedback": False}]
+    outers = [code | way for way in ways[:3]]
+    outers.append({"compression": code["compression"] | ways[3]})
+    outers.append({"transport": "host", "overlap_steps": 1})
+    check(sizes, [config_of(sizes, outer) for outer in outers])
