@@ -8,7 +8,7 @@ all ranks of the outer group; that thread alone uses the reducer's communicator.
 
 import queue
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -76,10 +76,7 @@ class Background:
         assert isinstance(handle, _Launched)
         reduced, finished = handle.future.result()
         if self._stream is not None:
-            current = torch.cuda.current_stream(self._device)
-            current.wait_event(finished)
-            for tensor in reduced.mean.values():
-                tensor.record_stream(current)
+            self._hand_over(finished, reduced.mean.values())
         return reduced
 
     def forget_residual(self) -> None:
@@ -88,7 +85,12 @@ class Background:
 
     def residuals(self, fragments: Sequence[Sizes]) -> Residuals:
         """See `Reducer.residuals`."""
-        return self._submit(lambda: self._reducer.residuals(fragments)).result()
+        residuals, finished = self._submit(
+            lambda: (self._reducer.residuals(fragments), self._mark())
+        ).result()
+        if self._stream is not None:
+            self._hand_over(finished, [t for kind in residuals.values() for t in kind.values()])
+        return residuals
 
     def load_residuals(self, residuals: Residuals, fragments: Sequence[Sizes]) -> None:
         """See `Reducer.load_residuals`."""
@@ -118,6 +120,13 @@ class Background:
         with torch.no_grad(), torch.cuda.stream(self._stream):  # no stream: does nothing
             while True:
                 self._tasks.get()()
+
+    def _hand_over(self, finished: Any, tensors: Iterable[Tensor]) -> None:
+        """Let the current stream use what the thread's stream produced."""
+        current = torch.cuda.current_stream(self._device)
+        current.wait_event(finished)
+        for tensor in tensors:
+            tensor.record_stream(current)
 
     def _mark(self) -> Any:
         """Return an event after what the current stream was given so far; nothing on a CPU."""
