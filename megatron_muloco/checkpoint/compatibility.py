@@ -5,10 +5,10 @@ else (learning rates, schedules, lengths, intervals, paths, the layout of a repl
 the run then goes on from the same state with the new values.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-__all__ = ["FIXED_KEYS", "differences"]
+__all__ = ["FIXED_KEYS", "differences", "residual_changes"]
 
 # Key or section -> why it cannot change. A section stands for all keys in it.
 FIXED_KEYS: dict[str, str] = {
@@ -25,6 +25,11 @@ FIXED_KEYS: dict[str, str] = {
 }
 # Either a number or a section; shown as one value.
 _WHOLE_KEYS = frozenset({"outer.sync_interval"})
+# Kinds of residuals of error feedback, for people.
+_RESIDUALS = {
+    "residual": "what the replicas' codes lost (e)",
+    "owner_residual": "what the code of the mean lost (f)",
+}
 # Used once, before the first step.
 _FREE_KEYS = frozenset({"model.init", "model.init_method_std"})
 
@@ -43,6 +48,27 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[st
         if reason and before.get(key) != after.get(key):
             lines.append(f"{key}: {before.get(key)!r} when saved, {after.get(key)!r} now; {reason}")
     return lines
+
+
+def residual_changes(saved: Collection[str], current: Collection[str]) -> list[str]:
+    """Return a line for the residuals that begin anew, and one for those that nobody takes over.
+
+    Args:
+        saved: Key prefixes of the tensors of one replica in the checkpoint.
+        current: Kinds of tensors of this run's synchronizer.
+    """
+    had = {kind for kind in _RESIDUALS if any(key.endswith(f".{kind}") for key in saved)}
+    has = {kind for kind in _RESIDUALS if kind in current}
+    lines = []
+    if has - had:
+        lines.append(f"error feedback: {_listed(has - had)}: zeros, the checkpoint has none")
+    if had - has:
+        lines.append(f"error feedback: {_listed(had - has)}: dropped, this run keeps none")
+    return lines
+
+
+def _listed(kinds: Collection[str]) -> str:
+    return " and ".join(label for kind, label in _RESIDUALS.items() if kind in kinds)
 
 
 def _reason(key: str) -> str | None:

@@ -1,6 +1,6 @@
 """From a checkpoint directory back into live state."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -48,8 +48,7 @@ def load_run(path: Path, into: RunState, space: ModelSpace) -> Description:
 
     Raises:
         CheckpointError: The checkpoint is damaged, foreign, of another format, or of a run that
-        this
-            one cannot go on from; the same on all ranks.
+            this one cannot go on from; the same on all ranks.
 
     Collectives: every rank of the job calls it.
     """
@@ -135,20 +134,11 @@ def _wanted(
     wanted = {masters: list(infos)}
     for moment, names in space.names(into.inner.named_state()).items():
         wanted[f"replica_{replica}.inner.{moment}"] = names
-    for kind in _outer_kinds(into, stored):
+    for kind in into.synchronizer.kinds() if into.synchronizer else ():
         prefix = outer_key(kind, replica)
         if prefix != masters:
             wanted[prefix] = [name for name in spoken_for if f"{prefix}.{name}" in stored]
     return wanted
-
-
-def _outer_kinds(into: RunState, stored: Collection[str]) -> list[str]:
-    """Return the kinds that the synchronizer has, and any others in the checkpoint for it."""
-    if into.synchronizer is None:
-        return []
-    prefix = outer_key("", into.groups.coords.replica)
-    kinds = {key.removeprefix(prefix).split(".")[0] for key in stored if key.startswith(prefix)}
-    return sorted(kinds.union(into.synchronizer.kinds()))
 
 
 def _read(path: Path, wanted: Wanted, space: ModelSpace) -> Pieces:

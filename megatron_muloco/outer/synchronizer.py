@@ -273,12 +273,11 @@ class Synchronizer:
         self._reducer.forget_residual()
 
     def _load_residuals(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take the residuals of a checkpoint; one without any was saved without error feedback."""
+        """Take the residuals of a checkpoint; a kind that it does not have starts from zeros."""
         found = {k: tensors[k] for k in self._reducer.residual_kinds if tensors.get(k)}
         for kind, residuals in found.items():
             check_names(kind, residuals, self._state.anchor)
-        if found:
-            self._reducer.load_residuals(found, self._sizes)
+        self._reducer.load_residuals(found, self._sizes)
 
     def _publish(self, names: tuple[str, ...]) -> None:
         self._replica.broadcast_duplicates(names)

@@ -8,7 +8,8 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 
 from megatron_muloco.api import initialize_replicas
-from megatron_muloco.checkpoint.state import RunState
+from megatron_muloco.checkpoint.compatibility import residual_changes
+from megatron_muloco.checkpoint.state import Description, RunState
 from megatron_muloco.checkpoint.store import CheckpointStore
 from megatron_muloco.comm.groups import Groups
 from megatron_muloco.config import RunConfig
@@ -214,16 +215,24 @@ def _resume(
             path, note = found.path, found.note
         else:
             path, note = Path(wanted), ""
-        step = store.load(path, state).step
+        description = store.load(path, state)
     except CheckpointError as error:
         raise ConfigError(f"checkpoint.resume: {error}") from error
+    step = description.step
     if step > (last := optimizer.derived.train_iters):
         raise ConfigError(
             f"checkpoint.resume: {path} was saved after inner step {step}, and this run ends after "
             f"{last}. Set training.train_iters to at least {step}."
         )
     optimizer.steps = step
-    return step, f"{note}\nresumed from {path} after inner step {step}".strip()
+    said = [note, *_residual_changes(description, state)]
+    return step, "\n".join([*said, f"resumed from {path} after inner step {step}"]).strip()
+
+
+def _residual_changes(description: Description, state: RunState) -> list[str]:
+    if state.synchronizer is None:
+        return []
+    return residual_changes(description.replicas[0]["digests"], state.synchronizer.kinds())
 
 
 def scalars_of(step: int, config: RunConfig) -> dict[str, Any]:
