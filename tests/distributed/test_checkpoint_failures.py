@@ -2,6 +2,7 @@
 
 import errno
 import json
+import pickle
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -25,9 +26,10 @@ from tests.distributed.test_checkpoint import (
 from tests.support.faults import fail_call
 from tests.support.spawn import run_ranks
 from tests.support.tensors import assert_equal
-from tests.support.tiny_models import ADAMW, MUON, finish_tiny
+from tests.support.tiny_models import ADAMW, MUON, NESTEROV, finish_tiny
 
-SECTIONS: dict[str, Any] = {"inner": MUON, "parallel": {"num_replicas": 2}}
+CODED = {**NESTEROV, "compression": {"kind": "statistical", "bits": 2}}
+SECTIONS: dict[str, Any] = {"inner": MUON, "outer": CODED, "parallel": {"num_replicas": 2}}
 
 
 def fail_to_save(directory: Path) -> list[str]:
@@ -120,6 +122,17 @@ def corrupt(path: Path, prefix: str) -> None:
     file.write_bytes(content)
 
 
+def lose(path: Path, prefix: str) -> None:
+    """Take one tensor out of the index of the tensors."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    metadata = FileSystemReader(path).read_metadata()
+    name = f"{prefix}.output_layer.weight"
+    del metadata.state_dict_metadata[name]
+    metadata.storage_data = {i: p for i, p in metadata.storage_data.items() if i.fqn != name}
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
 def later_format(path: Path) -> None:
     file = path / layout.STATE_FILE
     tree = json.loads(file.read_text())
@@ -133,6 +146,22 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         partial(corrupt, prefix="replica_0.inner.exp_avg"),
         "the replica_0.inner.exp_avg tensors that were read have digest",
     ),
+    "flipped-e": (
+        partial(corrupt, prefix="replica_0.outer.residual"),
+        "the replica_0.outer.residual tensors that were read have digest",
+    ),
+    "lost-e": (
+        partial(lose, prefix="replica_0.outer.residual"),
+        "the replica_0.outer.residual tensors that were read have digest",
+    ),
+    "flipped-f": (
+        partial(corrupt, prefix="outer.owner_residual"),
+        "the outer.owner_residual tensors that were read have digest",
+    ),
+    "lost-f": (
+        partial(lose, prefix="outer.owner_residual"),
+        "the outer.owner_residual tensors that were read have digest",
+    ),
     "lost-file": (lambda p: (p / "__0_0.distcp").unlink(), "__0_0.distcp is missing"),
     "bad-index": (lambda p: (p / ".metadata").write_bytes(b"\x80"), "cannot be read: rank 0:"),
     "bad-state": (lambda p: (p / layout.STATE_FILE).write_text("{"), "muloco.json is damaged"),
@@ -142,7 +171,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 def test_a_damaged_or_foreign_checkpoint_is_refused_with_its_reason(tmp_path: Path) -> None:
-    sections: dict[str, Any] = {"inner": MUON}
+    sections: dict[str, Any] = {"inner": MUON, "outer": CODED}
     run_ranks(save_after, 1, 1, 0, sections, tmp_path / "whole")
     for name, (damage, expected) in DAMAGE.items():
         shutil.copytree(tmp_path / "whole", tmp_path / name)

@@ -4,8 +4,9 @@ import errno
 import os
 import signal
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext, redirect_stdout
 from functools import partial
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,14 @@ SCHEDULES = {
     "overlap_steps": 1,
     "max_in_flight": 2,
 }
+# Fragments are in flight after steps 1 and 3, with residuals after both.
+CODED = {
+    **NESTEROV,
+    "fragments": {"count": 2},
+    "overlap_steps": 1,
+    "max_in_flight": 2,
+    "compression": {"kind": "statistical", "bits": 2},
+}
 TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 PP2 = {"pipeline_model_parallel_size": 2}
 
@@ -45,6 +54,7 @@ COVER: dict[str, tuple[int, int, dict[str, Any]]] = {  # world, replicas, sectio
     "k1": (1, 1, {"inner": MUON}),
     "k2": (2, 2, {"inner": ADAMW}),
     "k2-schedules": (2, 2, {"outer": SCHEDULES, "model": {"num_layers": 3}}),
+    "k2-coded": (2, 2, {"outer": CODED}),
     "k2-tp2-bf16": (4, 2, {"inner": MUON, "parallel": TP2, "training": {"precision": "bf16"}}),
     "k2-pp2": (4, 2, {"inner": MUON, "parallel": PP2}),
     "k2-dp2": (4, 2, {"inner": MUON}),
@@ -84,6 +94,25 @@ def stop_everywhere(prefix: str, replicas: int, sections: dict[str, Any], direct
 def test_resumed_at_any_step_is_never_stopped(case: str, prefix: str, tmp_path: Path) -> None:
     world, replicas, sections = COVER[case]
     run_ranks(stop_everywhere, world, prefix, replicas, sections, tmp_path, timeout_s=120)
+
+
+def resume_with_a_code(prefix: str, directory: Path) -> str:
+    """Save without a code, resume with one; return what the run says."""
+    checkpoint = {"dir": str(directory), "save_interval": ROUND, "keep": STEPS}
+    run_here(config_of(prefix, 2, outer={**CODED, "compression": {}}, checkpoint=checkpoint))
+    there = {"dir": str(directory / "coded"), "resume": str(directory / "iter_0000003")}
+    with redirect_stdout(StringIO()) as said:
+        run_here(config_of(prefix, 2, outer=CODED, checkpoint=there))
+    return said.getvalue()
+
+
+def test_a_run_says_that_residuals_begin_with_zeros(prefix: str, tmp_path: Path) -> None:
+    said, _ = run_ranks(resume_with_a_code, 2, prefix, tmp_path)
+    expected = (
+        "error feedback: what the replicas' codes lost (e) and what the code of the mean lost (f): "
+        "zeros, the checkpoint has none"
+    )
+    assert expected in " ".join(said.split())
 
 
 Fault = Callable[[Any], AbstractContextManager[Any]]
