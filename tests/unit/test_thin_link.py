@@ -137,7 +137,12 @@ def test_time_to_a_loss_is_composed_from_the_first_evaluation_that_reaches_it() 
 
 
 def test_paired_differences_are_relative() -> None:
-    assert compose.relative_difference([4.0, 4.5], [4.0, 4.0]) == 0.0625
+    assert compose.relative_difference([4.5], [4.0]) == (0.125, None)
+    mean, half = compose.relative_difference([4.0, 4.5], [4.0, 4.0])
+    assert mean == 0.0625
+    # Two pairs: half of the interval is the t quantile of one degree, 12.706, of half their gap.
+    assert half == pytest.approx(12.706 * 0.0625, rel=1e-4)  # the quantile has five digits
+    assert compose.relative_difference([5.0, 5.0], [4.0, 4.0])[1] == 0
 
 
 def row_of(**changed: Any) -> table.Row:

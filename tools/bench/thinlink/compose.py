@@ -2,7 +2,8 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from math import sqrt
+from statistics import fmean, stdev
 
 from .readings import Points, Reading
 
@@ -121,9 +122,22 @@ def steps_to(validation: Points, target: float) -> int | None:
     return next((step for step, loss in validation if loss <= target), None)
 
 
-def relative_difference(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """Return the mean of paired differences, ours - theirs, over the mean of theirs."""
-    return fmean(a - b for a, b in zip(ours, theirs, strict=True)) / fmean(theirs)
+def relative_difference(
+    ours: Sequence[float], theirs: Sequence[float]
+) -> tuple[float, float | None]:
+    """Return the mean of paired differences, ours - theirs, over the mean of theirs.
+
+    Returns:
+        It, and half of its 95 % interval by Student's t, ``None`` for a single pair.
+    """
+    from scipy.stats import t  # type: ignore[import-untyped]
+
+    scale, pairs = fmean(theirs), len(ours)
+    differences = [(a - b) / scale for a, b in zip(ours, theirs, strict=True)]
+    if pairs == 1:
+        return differences[0], None
+    half = float(t.ppf(0.975, pairs - 1)) * stdev(differences) / sqrt(pairs)
+    return fmean(differences), half
 
 
 def _mean(points: Points) -> float:

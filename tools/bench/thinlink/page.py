@@ -128,7 +128,7 @@ def _overlap(overlapped: list[Overlapped]) -> str:
             f"{method.exposed_ms / method.round_ms:.1%}",
             f"{method.exposed_ms / blocking.exposed_ms:.1%}",
             losses or "n/a",
-            "n/a" if difference is None else f"{difference:+.2%}",
+            "n/a" if difference is None else _difference(*difference),
         )
         rows.append(cells)
     head = ["", "round s", "exposed ms", "of the round", "of blocking", "losses", "difference"]
@@ -136,8 +136,12 @@ def _overlap(overlapped: list[Overlapped]) -> str:
     return f"{markdown(head, rows)}\n\n" + _prose(
         f"Bars: blocking waits at least {_BLOCKING_BAR:.0%} of a round, the others at most "
         f"{_EXPOSED_BAR:.0%} of what it waits; the mean of paired differences of the last held-out "
-        f"loss (seeds {seeds}) is at most {_LOSS_BAR:.1%}."
+        f"loss (seeds {seeds}; 95 % interval by Student's t) is at most {_LOSS_BAR:.1%}."
     )
+
+
+def _difference(mean: float, half: float | None) -> str:
+    return f"{mean:+.2%}" if half is None else f"{mean:+.2%} ± {half:.2%}"
 
 
 def _whole(whole: WholeRun) -> str:

@@ -27,14 +27,15 @@ class Overlapped:
         round_ms: Of a round.
         exposed_ms: Of it, waiting.
         losses: Seed -> last held-out loss.
-        against_blocking: Mean paired relative difference of the losses; ``None`` without pairs.
+        against_blocking: Mean paired relative difference of the losses, and half of its interval;
+            ``None`` without pairs.
     """
 
     title: str
     round_ms: float
     exposed_ms: float
     losses: Mapping[int, float]
-    against_blocking: float | None
+    against_blocking: tuple[float, float | None] | None
 
 
 @dataclass(frozen=True, slots=True)
