@@ -3,12 +3,14 @@
 import math
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 from megatron_muloco.checkpoint.compatibility import residual_changes
 from megatron_muloco.checkpoint.state import read_description
+from megatron_muloco.training import reducer_wiring
 from tests.distributed.test_checkpoint import (
     everything,
     load_elsewhere,
@@ -165,6 +167,18 @@ def test_stopped_with_residuals_and_resumed_is_never_stopped(case: str, tmp_path
         tmp_path,
         timeout_s=240,
     )
+
+
+def in_the_foreground(*args: Any) -> None:
+    with mock.patch.object(reducer_wiring, "Background", lambda reducer, device: reducer):
+        stop_and_resume(*args)
+
+
+def test_f_is_saved_after_the_waits_that_change_it(tmp_path: Path) -> None:
+    """Without the communication thread nothing waits before the save or the apply does."""
+    world, replicas, sections, _, _ = CASES["k2-both-in-flight"]
+    sections = sections_of(replicas, sections)
+    run_ranks(in_the_foreground, world, sections, (4, 7), None, tmp_path, timeout_s=240)
 
 
 # ---- another layout -----------------------------------------------------------------------------
