@@ -61,14 +61,17 @@ def counted(config: RunConfig) -> list[tuple[int, int]]:
     rounds = [[0, 0], [0, 0]]
     outer_step = run.optimizer.outer_step
     run.optimizer.outer_step = lambda: outer_step(riders)  # type: ignore[method-assign]
+    reports = []
     for _ in range(4):
         run.optimizer.last_outer = None
         run.train(1)
-        if run.optimizer.last_outer is not None:
-            for part in run.optimizer.last_outer.applied:
-                index = (part.launched_at - 1) // 2
-                rounds[index][0] += part.wire_bytes
-                rounds[index][1] += part.uncoded_bytes
+        reports.append(run.optimizer.last_outer)
+    if config.outer.overlap_steps:  # the last launch is still under way
+        reports.append(run.optimizer.flush())
+    for part in itertools.chain.from_iterable(report.applied for report in reports if report):
+        index = (part.launched_at - 1) // 2
+        rounds[index][0] += part.wire_bytes
+        rounds[index][1] += part.uncoded_bytes
     finish_tiny()
     return [(sent, uncoded) for sent, uncoded in rounds]
 
