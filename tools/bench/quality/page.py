@@ -11,6 +11,7 @@ from tools.bench.quality.runs import Result
 from tools.bench.quality.statistics import (
     CONFIDENCE,
     EQUAL_PERCENT,
+    Interval,
     Losses,
     does_not_fall,
     interval,
@@ -55,7 +56,7 @@ def page(results: Sequence[Result], command: str, drawing: str | None) -> str:
         INTRODUCTION,
         "## Claims",
         _table(
-            ("variant", "against", "seeds", "difference, %", "interval, %", "claim", "verdict"),
+            ("variant", "against", "per seed, %", "mean, %", "interval, %", "claim", "verdict"),
             [_comparison_row(losses, comparison) for comparison in COMPARISONS],
         ),
         "## Length of a round",
@@ -77,37 +78,67 @@ def page(results: Sequence[Result], command: str, drawing: str | None) -> str:
 
 def _comparison_row(losses: Losses, comparison: Comparison) -> tuple[object, ...]:
     found = list(percent_differences(losses, comparison.variant, comparison.baseline).values())
-    head = (comparison.variant, comparison.baseline, len(found))
+    names, claim = (comparison.variant, comparison.baseline), comparison.rule.value
     if not found:
-        return (*head, "not run", "", comparison.rule.value, "not run")
-    difference = interval(found)
-    ends = f"{difference.low:+.2f} to {difference.high:+.2f}"
-    claim = comparison.rule.value
-    return (*head, f"{difference.mean:+.2f}", ends, claim, verdict(comparison.rule, difference))
+        return (*names, "", "not run", "", claim, "not run")
+    of = interval(found)
+    each = ", ".join(f"{difference:+.2f}" for difference in found)
+    return (*names, each, f"{of.mean:+.2f}", _ends(of), claim, verdict(comparison.rule, of))
+
+
+def _ends(of: Interval) -> str:
+    return f"{of.low:+.2f} to {of.high:+.2f}" if of.count > 1 else "one seed"
 
 
 def _sweep(losses: Losses, steps: int) -> str:
-    rows = []
-    for method, names in SWEEPS.items():
-        found = list(rise(losses, names).values())
-        if not found:
-            continue
-        of = interval(found)
-        means = [f"{_mean(losses, name):.4f}" for name in names if losses.get(name)]
-        grows = does_not_fall(losses, names)
-        answer = "not run" if grows is None else ("no" if grows else "yes")
-        growth = f"{of.mean:+.2f} ({of.low:+.2f} to {of.high:+.2f})"
-        rows.append((method, len(found), ", ".join(means), growth, answer))
+    rows = [
+        _length_row(losses, method, place, steps)
+        for method, names in SWEEPS.items()
+        for place in range(len(names))
+        if losses.get(names[place])
+    ]
     if not rows:
         return "Not run."
-    lengths = ", ".join(map(str, INTERVALS))
-    rounds = ", ".join(str(steps // length) for length in INTERVALS)
-    head = ("method", "seeds", f"mean loss at H = {lengths}", "rise, % (interval)", "falls")
-    legend = (
-        f"{steps} steps, so {rounds} rounds. *Rise*: from H = {INTERVALS[0]} to {INTERVALS[-1]}. "
-        f"*Falls*: from one H\nto the next by more than {EQUAL_PERCENT} % in the mean."
+    head = (
+        "method",
+        "H",
+        "rounds",
+        "loss per seed",
+        "mean",
+        "above the H before, %",
+        "interval, %",
     )
-    return "\n\n".join((_table(head, rows), legend, _rises(losses)))
+    return "\n\n".join((_table(head, rows), _growth(losses), _rises(losses)))
+
+
+def _length_row(losses: Losses, method: str, place: int, steps: int) -> tuple[object, ...]:
+    name = SWEEPS[method][place]
+    each = ", ".join(f"{loss:.4f}" for _, loss in sorted(losses[name].items()))
+    length = INTERVALS[place]
+    head = (method, length, steps // length, each, f"{_mean(losses, name):.4f}")
+    before = SWEEPS[method][place - 1] if place else name
+    found = list(percent_differences(losses, name, before).values())
+    if not place or not found:
+        return (*head, "", "")
+    return (*head, f"{interval(found).mean:+.2f}", _ends(interval(found)))
+
+
+def _growth(losses: Losses) -> str:
+    lines = []
+    for method, names in SWEEPS.items():
+        found = list(rise(losses, names).values())
+        grows = does_not_fall(losses, names)
+        answer = "not run for every H" if grows is None else ("no" if grows else "yes")
+        lines.append(
+            f"- {method}: does the mean loss fall by more than {EQUAL_PERCENT} % anywhere? {answer}"
+        )
+        if found:
+            of, each = interval(found), ", ".join(f"{value:+.2f}" for value in found)
+            lines.append(
+                f"- {method}: rise from H = {INTERVALS[0]} to {INTERVALS[-1]}, %: {of.mean:+.2f} "
+                f"({_ends(of)}; per seed {each})"
+            )
+    return "\n".join(lines)
 
 
 def _sweep_steps(results: Sequence[Result]) -> int:
@@ -123,7 +154,7 @@ def _rises(losses: Losses) -> str:
     answer = "no larger" if apart.mean <= 0 else "larger"
     return (
         f"MuLoCo's rise minus DiLoCo's: {apart.mean:+.2f} percentage points "
-        f"({apart.low:+.2f} to {apart.high:+.2f}), so it is **{answer}** in the mean."
+        f"({_ends(apart)}), so it is **{answer}** in the mean."
     )
 
 
