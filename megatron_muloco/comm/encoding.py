@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup
 from typing_extensions import override
 
 from megatron_muloco.comm.buffers import Layout
-from megatron_muloco.comm.chunks import Piece, RowPlaces
+from megatron_muloco.comm.chunks import Piece, RowPlaces, chunk_pieces, payload_sizes
 from megatron_muloco.comm.outer_group import OuterGroupReducer, Stopwatch
 from megatron_muloco.comm.wire import Pending
 from megatron_muloco.compress.codec import Codec, from_bytes
@@ -81,6 +81,52 @@ class EncodingReducer(OuterGroupReducer):
         self.residual = None if error_decay is None else ErrorFeedback(error_decay)
         self.residual_kinds = () if error_decay is None else ("residual",)
 
+    @property
+    def _chunk_count(self) -> int:
+        """Chunks that a fragment is cut into, each encoded by itself."""
+        raise NotImplementedError
+
+    def _send(self, sent: Tensor, splits: Sequence[int]) -> tuple[Tensor, Pending]:
+        """Start sending ``[row | payload]`` of every chunk; return where everybody's arrive."""
+        raise NotImplementedError
+
+    def launch(
+        self,
+        fragment: int,
+        tensors: Mapping[str, Tensor],
+        weight: float,
+        riders: Tensor,
+        *,
+        round_index: int,
+    ) -> LaunchedCode:
+        """See `Reducer.launch`."""
+        layout, clock = Layout.of(tensors), Stopwatch()
+        chunks = chunk_pieces(layout.sizes, self._chunk_count, self._rows)
+        sizes = payload_sizes(chunks, self._codec_of)
+        row = self._row(weight, riders).view(torch.uint8)
+        splits = [row.numel() + size for size in sizes]
+        sent = self._pool.take(sum(splits), torch.uint8)
+        payloads = []
+        for slot in sent.split(splits):
+            slot[: row.numel()] = row
+            payloads.append(slot[row.numel() :].zero_())
+        with clock("encode"):
+            squares = self._encode_chunks(tensors, chunks, payloads, weight)
+        with self._named_errors("launch", fragment, round_index):
+            received, pending = self._send(sent, splits)
+        return LaunchedCode(
+            fragment,
+            round_index,
+            layout,
+            chunks,
+            sizes,
+            row.numel(),
+            (sent, received),
+            pending,
+            squares,
+            clock,
+        )
+
     @override
     def forget_residual(self) -> None:
         """See `Reducer.forget_residual`."""
@@ -106,16 +152,6 @@ class EncodingReducer(OuterGroupReducer):
             self.residual.load_state_dict(self._here(residuals.get("residual", {})))
 
     # ---- parts of launch and wait -----------------------------------------------------------
-
-    def _buffer(self, row: Tensor, sizes: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-        """Return a buffer of ``[row | payload]`` for every chunk, and its payloads, zeroed."""
-        splits = [row.numel() + size for size in sizes]
-        buffer = self._pool.take(sum(splits), torch.uint8)
-        payloads = []
-        for slot in buffer.split(splits):
-            slot[: row.numel()] = row
-            payloads.append(slot[row.numel() :].zero_())
-        return buffer, payloads
 
     def _encode_chunks(
         self,

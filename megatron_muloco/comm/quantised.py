@@ -26,10 +26,10 @@ from megatron_muloco.comm.chunks import (
     chunk_length,
     chunk_pieces,
     encoded_wire_bytes,
-    payload_sizes,
 )
-from megatron_muloco.comm.encoding import EncodingReducer, LaunchedCode
+from megatron_muloco.comm.encoding import EncodingReducer
 from megatron_muloco.comm.outer_group import Stopwatch
+from megatron_muloco.comm.wire import Pending
 from megatron_muloco.compress.codec import Codec
 from megatron_muloco.compress.feedback import ErrorFeedback, encode
 from megatron_muloco.outer.reducer import Reduced, Residuals, Sizes
@@ -72,39 +72,18 @@ class EncodedMean(EncodingReducer):
         self.owner_residual = None if error_decay is None else ErrorFeedback(error_decay)
         self.residual_kinds = () if error_decay is None else ("residual", "owner_residual")
 
-    def launch(
-        self,
-        fragment: int,
-        tensors: Mapping[str, Tensor],
-        weight: float,
-        riders: Tensor,
-        *,
-        round_index: int,
-    ) -> LaunchedCode:
-        """See `Reducer.launch`."""
-        layout, clock = Layout.of(tensors), Stopwatch()
-        chunks = chunk_pieces(layout.sizes, self._size, self._rows)
-        sizes = payload_sizes(chunks, self._codec_of)
-        row = self._row(weight, riders).view(torch.uint8)
-        sent, payloads = self._buffer(row, sizes)
-        with clock("encode"):
-            squares = self._encode_chunks(tensors, chunks, payloads, weight)
-        splits = [row.numel() + size for size in sizes]
+    @property
+    @override
+    def _chunk_count(self) -> int:
+        """One for each rank to own."""
+        return self._size
+
+    @override
+    def _send(self, sent: Tensor, splits: Sequence[int]) -> tuple[Tensor, Pending]:
         own = [splits[self._index]] * self._size
         received = self._pool.take(sum(own), torch.uint8)
-        with self._named_errors("launch", fragment, round_index):
-            pending = self._wire.all_to_all(received, sent, receive_splits=own, send_splits=splits)
-        return LaunchedCode(
-            fragment,
-            round_index,
-            layout,
-            chunks,
-            sizes,
-            row.numel(),
-            (sent, received),
-            pending,
-            squares,
-            clock,
+        return received, self._wire.all_to_all(
+            received, sent, receive_splits=own, send_splits=splits
         )
 
     def wait(self, handle: Any) -> Reduced:

@@ -7,16 +7,15 @@ rank decodes what all the others sent, and adds it up in replica order::
     wait     mean = sum w_k q_k / sum w_k, from the same bytes on all ranks, hence the same bits
 """
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from megatron_muloco.comm.buffers import Layout
-from megatron_muloco.comm.chunks import chunk_pieces, payload_sizes
-from megatron_muloco.comm.encoding import EncodingReducer, LaunchedCode
-from megatron_muloco.comm.outer_group import Stopwatch
+from megatron_muloco.comm.encoding import EncodingReducer
+from megatron_muloco.comm.wire import Pending
 from megatron_muloco.outer.reducer import Reduced
 
 __all__ = ["GatheredMean"]
@@ -31,38 +30,16 @@ class GatheredMean(EncodingReducer):
     Wire bytes a rank: ``K - 1`` times row and payload.
     """
 
-    def launch(
-        self,
-        fragment: int,
-        tensors: Mapping[str, Tensor],
-        weight: float,
-        riders: Tensor,
-        *,
-        round_index: int,
-    ) -> LaunchedCode:
-        """See `Reducer.launch`."""
-        layout, clock = Layout.of(tensors), Stopwatch()
-        chunks = chunk_pieces(layout.sizes, 1, self._rows)
-        sizes = payload_sizes(chunks, self._codec_of)
-        row = self._row(weight, riders).view(torch.uint8)
-        sent, payloads = self._buffer(row, sizes)
-        with clock("encode"):
-            squares = self._encode_chunks(tensors, chunks, payloads, weight)
+    @property
+    @override
+    def _chunk_count(self) -> int:
+        """The whole fragment."""
+        return 1
+
+    @override
+    def _send(self, sent: Tensor, splits: Sequence[int]) -> tuple[Tensor, Pending]:
         received = self._pool.take(self._size * sent.numel(), torch.uint8)
-        with self._named_errors("launch", fragment, round_index):
-            pending = self._wire.all_gather(received, sent)
-        return LaunchedCode(
-            fragment,
-            round_index,
-            layout,
-            chunks,
-            sizes,
-            row.numel(),
-            (sent, received),
-            pending,
-            squares,
-            clock,
-        )
+        return received, self._wire.all_gather(received, sent)
 
     def wait(self, handle: Any) -> Reduced:
         """See `Reducer.wait`."""
