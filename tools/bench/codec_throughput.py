@@ -15,7 +15,6 @@ import argparse
 import os
 import platform
 import random
-import subprocess
 import time
 import warnings
 from collections.abc import Callable
@@ -27,6 +26,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is loaded
 
 import numpy as np
 import torch
+from one_rank import ALONE, commit, median_interval
 from torch import Tensor
 
 from megatron_muloco.comm.chunks import chunk_pieces, payload_sizes
@@ -38,25 +38,15 @@ from megatron_muloco.compress.topk import TopK
 from megatron_muloco.compress.units import CodingUnit, Grouping
 
 WARM_UP = 2
-RESAMPLES = 10_000
 BITS = (8, 4, 2, 1)
 DENSITY = 1 / 32
 SIZES = (1 << 20, 1 << 22)
 REPLICAS, SYNC_INTERVAL = 2, 30  # of configs/cpu_k2.yaml, and of the round that the bar is about
 BAR = 0.01  # share of a round that coding may take
 OVERRIDES = (
-    "parallel.num_replicas=1",
+    *ALONE,
     "training.micro_batch_size=8",  # what one of two replicas has
     "training.global_batch_size=8",
-    "training.eval_interval=0",
-    "outer.kind=none",
-    "outer.lr=null",
-    "outer.momentum=null",
-    "outer.sync_interval=null",
-    "checkpoint.dir=null",
-    "checkpoint.save_interval=0",
-    "monitor.dir=null",
-    "monitor.sample_tokens=0",
 )
 Action = Callable[[], object]
 
@@ -162,9 +152,8 @@ def demo_step(config_path: str, steps: int) -> tuple[Action, list[tuple[str, int
 
 def median(samples: np.ndarray, digits: int) -> str:
     """Return the median and its bootstrap 95 % interval."""
-    draws = np.random.default_rng(0).integers(0, len(samples), (RESAMPLES, len(samples)))
-    low, high = np.percentile(np.median(samples[draws], axis=1), [2.5, 97.5])
-    return f"{np.median(samples):.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+    middle, low, high = median_interval(samples)
+    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def table(count: int, seconds: dict[str, np.ndarray]) -> list[str]:
@@ -212,9 +201,6 @@ def round_table(seconds: dict[str, np.ndarray], parameters: int) -> list[str]:
 
 def report(by_size: dict[int, dict[str, np.ndarray]], of_round: list[str], repetitions: int) -> str:
     """Return the page."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
     lines = [
         "# Codecs on one core",
         "",
@@ -235,7 +221,7 @@ def report(by_size: dict[int, dict[str, np.ndarray]], of_round: list[str], repet
             "",
             f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread, load "
             f"average {os.getloadavg()[0]:.0f}: other programs ran. torch {torch.__version__},",
-            f"{datetime.now(UTC):%Y-%m-%d}, commit {commit}.",
+            f"{datetime.now(UTC):%Y-%m-%d}, commit {commit()}.",
         ]
     )
 

@@ -13,7 +13,6 @@ matrix products at the shapes of the model and the rate of copies. The floor is
 import argparse
 import platform
 import random
-import subprocess
 import time
 import warnings
 from collections import Counter
@@ -24,25 +23,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from one_rank import ALONE, commit, median_interval
 
 BAR = 1.3
 WARM_UP_PAIRS = 3
 FLOOR_STEPS = 8
-RESAMPLES = 10_000
 PRODUCT_REPEATS, COPY_REPEATS = 8, 2
 OVERRIDES = (
-    "parallel.num_replicas=1",
+    *ALONE,
     "training.micro_batch_size=8",
     "training.global_batch_size=8",
-    "training.eval_interval=0",
-    "outer.kind=none",
-    "outer.lr=null",
-    "outer.momentum=null",
-    "outer.sync_interval=null",
-    "checkpoint.dir=null",
-    "checkpoint.save_interval=0",
-    "monitor.dir=null",
-    "monitor.sample_tokens=0",
     "inner.lr_warmup_iters=2",
 )
 INNER = {
@@ -215,13 +205,6 @@ def measure(steps: dict[str, Step], work: CountedWork, pairs: int) -> dict[str, 
     return {name: np.array(values) for name, values in seconds.items()}
 
 
-def interval(values: np.ndarray) -> tuple[float, float, float]:
-    """Return the median and its bootstrap 95 % interval."""
-    draws = np.random.default_rng(0).integers(0, len(values), (RESAMPLES, len(values)))
-    low, high = np.percentile(np.median(values[draws], axis=1), [2.5, 97.5])
-    return float(np.median(values)), float(low), float(high)
-
-
 def spread(figures: tuple[float, float, float]) -> str:
     """Return a median and its interval as text."""
     middle, low, high = figures
@@ -238,9 +221,9 @@ def report(
     """Return the result page and whether the bar is met."""
     wall, cpu = ({name: values[:, clock] for name, values in seconds.items()} for clock in (0, 1))
     added = wall["newton_schulz"] + wall["moving"]
-    ratio, low, high = interval(wall["muon"] / (wall["adamw"] + added))
-    of_cpu = interval(cpu["muon"] / (cpu["adamw"] + cpu["newton_schulz"] + cpu["moving"]))
-    plain = interval(wall["muon"] / wall["adamw"])
+    ratio, low, high = median_interval(wall["muon"] / (wall["adamw"] + added))
+    of_cpu = median_interval(cpu["muon"] / (cpu["adamw"] + cpu["newton_schulz"] + cpu["moving"]))
+    plain = median_interval(wall["muon"] / wall["adamw"])
     ms = {name: float(np.median(values)) * 1e3 for name, values in wall.items()}
     cpu_ms = {name: float(np.median(values)) * 1e3 for name, values in cpu.items()}
     difference = float(np.median(cpu["muon"] - cpu["adamw"])) * 1e3
@@ -295,16 +278,13 @@ def machine_rows() -> list[str]:
     import megatron.core
     import torch
 
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
     return [
         f"| machine | {platform.machine()}, {_processor()}, {torch.get_num_threads()} thread(s); "
         "load average "
         f"{Path('/proc/loadavg').read_text(encoding='utf-8').split()[0]} at the end |",
         f"| versions | Python {platform.python_version()}, torch {torch.__version__}, "
         f"megatron-core {megatron.core.__version__} |",
-        f"| commit, date | {commit}, {datetime.now(UTC):%Y-%m-%d} |",
+        f"| commit, date | {commit()}, {datetime.now(UTC):%Y-%m-%d} |",
     ]
 
 

@@ -12,7 +12,6 @@ whatever else the machine does falls on both.
 import argparse
 import platform
 import random
-import subprocess
 import time
 import warnings
 from collections.abc import Callable
@@ -21,24 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from one_rank import ALONE, commit, median_interval
 
 WARM_UP_PAIRS = 5
-RESAMPLES = 10_000
 OVERRIDES = (
-    "parallel.num_replicas=1",
+    *ALONE,
     "training.micro_batch_size=4",
     "training.global_batch_size=4",
-    "training.eval_interval=0",
     "inner.kind=adamw",
     "inner.lr=0.001",
-    "outer.kind=none",
-    "outer.lr=null",
-    "outer.momentum=null",
-    "outer.sync_interval=null",
-    "checkpoint.dir=null",
-    "checkpoint.save_interval=0",
-    "monitor.dir=null",
-    "monitor.sample_tokens=0",
 )
 
 
@@ -177,12 +167,8 @@ def measure(ours: Step, bare: Step, pairs: int) -> np.ndarray:
 def report(seconds: np.ndarray, description: str, options: argparse.Namespace) -> str:
     """Return the result page."""
     ratios = seconds[:, 0] / seconds[:, 1]
-    draws = np.random.default_rng(0).integers(0, len(ratios), (RESAMPLES, len(ratios)))
-    low, high = np.percentile(np.median(ratios[draws], axis=1), [2.5, 97.5])
+    middle, low, high = median_interval(ratios)
     ours, bare = np.median(seconds, axis=0) * 1e3
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
     import megatron.core
     import torch
 
@@ -196,7 +182,7 @@ def report(seconds: np.ndarray, description: str, options: argparse.Namespace) -
             "",
             "| quantity | value |",
             "|---|---|",
-            f"| **median ratio, ours / bare** | **{np.median(ratios):.4f}** |",
+            f"| **median ratio, ours / bare** | **{middle:.4f}** |",
             f"| bootstrap 95 % interval of the median | {low:.4f} to {high:.4f} |",
             f"| median of ours | {ours:.1f} ms |",
             f"| median of bare (the floor) | {bare:.1f} ms |",
@@ -206,7 +192,7 @@ def report(seconds: np.ndarray, description: str, options: argparse.Namespace) -
             f"{torch.get_num_threads()} thread(s) |",
             f"| versions | Python {platform.python_version()}, torch {torch.__version__}, "
             f"megatron-core {megatron.core.__version__} |",
-            f"| commit, date | {commit}, {datetime.now(UTC):%Y-%m-%d} |",
+            f"| commit, date | {commit()}, {datetime.now(UTC):%Y-%m-%d} |",
             "",
             "The difference is what a run needs beyond a bare loop: sharing loss and stop requests",
             "over the replica, the finite check of the gradient norm, timing and metrics. The",

@@ -1,0 +1,37 @@
+"""What the benchmarks of one rank share: the demo trained alone, and how medians are told."""
+
+import subprocess
+
+import numpy as np
+
+__all__ = ["ALONE", "commit", "median_interval"]
+
+# The demo's config as one rank without an outer step, files or evaluations.
+ALONE = (
+    "parallel.num_replicas=1",
+    "training.eval_interval=0",
+    "outer.kind=none",
+    "outer.lr=null",
+    "outer.momentum=null",
+    "outer.sync_interval=null",
+    "checkpoint.dir=null",
+    "checkpoint.save_interval=0",
+    "monitor.dir=null",
+    "monitor.sample_tokens=0",
+)
+_RESAMPLES = 10_000  # chosen: the interval then hardly depends on the draws
+
+
+def median_interval(values: np.ndarray) -> tuple[float, float, float]:
+    """Return the median of ``values`` and its bootstrap 95 % interval."""
+    draws = np.random.default_rng(0).integers(0, len(values), (_RESAMPLES, len(values)))
+    low, high = np.percentile(np.median(values[draws], axis=1), [2.5, 97.5])
+    return float(np.median(values)), float(low), float(high)
+
+
+def commit() -> str:
+    """Return the short name of the commit that is measured."""
+    answer = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return answer.stdout.strip()
