@@ -65,7 +65,7 @@ _COLUMNS = (
     "`muloco/exposed_ms` counts as waiting, slower peers and encoding included. *steps*, *min*: to "
     "the held-out loss above; minutes are steps times *step*. (*) bf16 is slow on a CPU, which is "
     "no matter of links: its *step* is the compute time of fp32 and what the link adds to its own "
-    "unshaped step."
+    "unshaped step, and its losses are those of the fp32 variant."
 )
 
 

@@ -15,6 +15,7 @@ __all__ = ["Overlapped", "Results", "WholeRun", "results"]
 
 # The method without the network that computes what a data-parallel one does: same inner optimizer,
 # same sequences a rank, same cores.
+_LEARNS_LIKE = {"muon_dp_bf16": "muon_dp"}  # not trained: bf16 takes a CPU many times as long
 _COMPUTES_LIKE = {"adamw_dp": "diloco", "muon_dp": "muloco", "muon_dp_bf16": "muloco"}
 
 
@@ -88,6 +89,7 @@ def results(campaign: Campaign, target: float | None) -> Results:
     seed = campaign.seeds[0]
     trained = {m.name: load(campaign.trained(m, seed)) for m in TABLE}
     curves = {n: r.series["validation"] for n, r in trained.items() if r is not None}
+    curves |= {bf16: curves[fp32] for bf16, fp32 in _LEARNS_LIKE.items() if fp32 in curves}
     if target is None and curves:
         target = max(curve[-1][1] for curve in curves.values())
     links = [
