@@ -215,7 +215,10 @@ def test_the_page_says_what_was_not_run_and_draws_the_rest(tmp_path: Path) -> No
     ] + [result("fragments-3", 1, 5.1), result(PLAIN, 1, 5.0)]
     text = page(results, "the command", "quality.png")
     assert "| linear-4 | plain |  | not run |" in text
-    assert "| fragments-3 | plain | +2.00 | +2.00 | one seed | equal | not shown |" in text
+    assert (
+        "| fragments-3 | plain | +2.00 | +2.00 | one seed | equal | not shown; 1 of 3 seeds |"
+        in text
+    )
     assert "+0.00 percentage points" in text
     assert max(map(len, text.splitlines())) <= 125
     draw(results, tmp_path / "quality.png")

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from textwrap import fill
 
-from tools.bench.quality.grid import COMPARISONS, INTERVALS, METHODS, VARIANTS, Comparison
+from tools.bench.quality.grid import COMPARISONS, INTERVALS, METHODS, VARIANTS, Comparison, Rule
 from tools.bench.quality.runs import Result
 from tools.bench.quality.statistics import (
     CONFIDENCE,
@@ -25,6 +25,8 @@ SWEEPS = {method: [f"{method}-h{length}" for length in INTERVALS] for method in 
 """Method -> variants in the order of H."""
 
 MARKDOWN_COLUMNS = 120
+FULL_SEEDS = 3
+"""Fewer are remarked on beside a verdict."""
 
 INTRODUCTION = f"""Two replicas on two CPU ranks train the model of
 `tools/bench/quality/small.yaml` on the demo's text, each variant with the same seeds. A seed sets
@@ -83,7 +85,14 @@ def _comparison_row(losses: Losses, comparison: Comparison) -> tuple[object, ...
         return (*names, "", "not run", "", claim, "not run")
     of = interval(found)
     each = ", ".join(f"{difference:+.2f}" for difference in found)
-    return (*names, each, f"{of.mean:+.2f}", _ends(of), claim, verdict(comparison.rule, of))
+    return (*names, each, f"{of.mean:+.2f}", _ends(of), claim, _said(comparison.rule, of))
+
+
+def _said(rule: Rule, difference: Interval) -> str:
+    """Return the verdict, with a remark where seeds are missing."""
+    answer = verdict(rule, difference)
+    complete = rule is Rule.SHOWN or difference.count >= FULL_SEEDS
+    return answer if complete else f"{answer}; {difference.count} of {FULL_SEEDS} seeds"
 
 
 def _ends(of: Interval) -> str:
