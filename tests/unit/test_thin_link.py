@@ -1,5 +1,6 @@
 """The network laboratory: its arithmetic, its command lines and its page."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from tools.bench.thinlink.commands import (
     shape_commands,
 )
 from tools.bench.thinlink.methods import METHODS, OVERLAP, SYNC_INTERVAL, TABLE, Sizes, overrides
-from tools.bench.thinlink.model import costs, disturbed
+from tools.bench.thinlink.model import costs
 from tools.bench.thinlink.phases import Campaign
 from tools.bench.thinlink.results import results
 
@@ -122,9 +123,8 @@ def test_steps_of_the_window_only() -> None:
     assert compose.step_seconds(reading(), 3) == 1.5  # (4 + 5) s / 2 rounds / 3 steps
     assert compose.step_seconds(reading(), 1) == 8 / 6
     assert compose.exposed_per_round(reading(), 3) == 1_500
-    assert compose.compute_seconds(reading(), {4, 7}) == 1.0
     with pytest.raises(ValueError, match="window"):
-        compose.compute_seconds(reading(), set(range(10)))
+        compose.step_seconds(replace(reading(), window=readings.Window(90, 99)), 3)
 
 
 def test_time_to_a_loss_is_composed_from_the_first_evaluation_that_reaches_it() -> None:
@@ -148,8 +148,7 @@ def test_paired_differences_are_relative() -> None:
 def row_of(**changed: Any) -> table.Row:
     arguments: dict[str, Any] = {
         "cost": compose.Costs(bytes_per_step=250_000, steps_per_round=3),
-        "disturbed": {4, 7},
-        "compute": None,
+        "compute": 1.0,
         "validation": [(0, 9.0), (30, 4.0)],
         "target": 4.0,
     }
@@ -199,22 +198,6 @@ def test_the_planner_knows_that_replicas_send_less() -> None:
     assert data_parallel.bytes_per_step > SYNC_INTERVAL * 0.99 * replicas.bytes_per_step
 
 
-def test_an_outer_step_falls_into_the_next_line() -> None:
-    window = readings.Window(30, 90)
-    assert disturbed(changes("muon_dp"), window) == set()
-    assert disturbed(changes("muloco"), window) == {31, 61}
-    overlapped = disturbed(changes("overlap_mix"), window)
-    # Launched after steps 30, 40, …, 80, applied 8 steps later; the line after it has its time.
-    under_way = {at + step for at in range(30, 90, 10) for step in range(1, 10)}
-    assert overlapped == under_way
-
-
-def test_always_in_flight_leaves_the_steps_without_an_event() -> None:
-    always = {2, 3, 4, 5, 6}
-    assert compose.disturbed_steps({3, 5}, always, range(3, 7)) == {4, 6}
-    assert compose.disturbed_steps({3, 5}, always - {2}, range(3, 7)) == {4, 5, 6}
-
-
 # ---- storage and page -------------------------------------------------------------------------
 
 
@@ -256,12 +239,13 @@ def test_a_page_shows_what_is_there(tmp_path: Path) -> None:
         "exposed_ms": [(last, 5_000.0)],
         "validation": [(0, 9.0), (30, 4.0), (60, 3.5)],
     }
-    for path, rate in (
-        (plan.measured(method, None), None),
-        (plan.measured(method, 10.0), 10.0),
-        (plan.trained(method, 1), None),
+    free = series | {"round_ms": [(SYNC_INTERVAL, 15_000.0), (last, 15_000.0)]}
+    for path, rate, seen in (
+        (plan.measured(method, None), None, free),
+        (plan.measured(method, 10.0), 10.0, series),
+        (plan.trained(method, 1), None, series),
     ):
-        stored = reading(mbit=rate, window=window, series=series, changes=list(changes("muloco")))
+        stored = reading(mbit=rate, window=window, series=seen, changes=list(changes("muloco")))
         readings.store(path, stored)
     found = results(plan, None)
     assert found.target == 3.5

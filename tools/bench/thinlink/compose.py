@@ -1,6 +1,6 @@
 """Arithmetic of the comparison: from readings to step times, floors and time to a loss."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
 from statistics import fmean, stdev
@@ -10,8 +10,6 @@ from .readings import Points, Reading
 __all__ = [
     "Costs",
     "Timing",
-    "compute_seconds",
-    "disturbed_steps",
     "exposed_per_round",
     "floor_seconds",
     "relative_difference",
@@ -78,37 +76,6 @@ def step_seconds(reading: Reading, steps_per_round: int) -> float:
     if steps_per_round == 1:
         return _mean(reading.within("step_s"))
     return _mean(reading.within("round_ms")) / 1e3 / steps_per_round
-
-
-def compute_seconds(reading: Reading, disturbed: Collection[int]) -> float:
-    """Return the mean seconds of the window's inner steps in which no outer step takes part.
-
-    Args:
-        reading: Of a method with replicas.
-        disturbed: Steps that are left out.
-
-    Raises:
-        ValueError: None is left.
-    """
-    return _mean([point for point in reading.within("step_s") if point[0] not in disturbed])
-
-
-def disturbed_steps(
-    events: Collection[int], in_flight: Collection[int], steps: Collection[int]
-) -> set[int]:
-    """Return those of ``steps`` whose time holds something of an outer step.
-
-    The time of an outer step belongs to the line of the inner step after it.
-
-    Args:
-        events: Steps after which something is launched or applied.
-        in_flight: Steps after which something is under way; the next one computes beside it.
-        steps: Inner steps that are measured.
-    """
-    beside = {step for step in steps if step - 1 in in_flight}
-    following = {step for step in steps if step - 1 in events}
-    # With an overlap that fills the round there is always something under way.
-    return following | beside if len(following | beside) < len(steps) else following
 
 
 def exposed_per_round(reading: Reading, steps_per_round: int) -> float:

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .compose import compute_seconds, exposed_per_round, relative_difference, step_seconds
+from .compose import exposed_per_round, relative_difference, step_seconds
 from .methods import OVERLAP, SYNC_INTERVAL, TABLE, Method
-from .model import costs, disturbed
+from .model import costs
 from .phases import Campaign
 from .readings import Points, Reading, load
 from .table import Row, row
@@ -120,8 +120,8 @@ def _rows(
     for method in TABLE:
         reading = load(campaign.measured(method, rate))
         unshaped = load(campaign.measured(method, None))
-        compute = _borrowed_compute(campaign, method, rate)
-        if reading is None or unshaped is None or (method.is_data_parallel and compute is None):
+        compute = _compute(campaign, method)
+        if reading is None or unshaped is None or compute is None:
             continue
         rows.append(
             row(
@@ -129,7 +129,6 @@ def _rows(
                 reading,
                 unshaped,
                 cost=costs(reading.changes),
-                disturbed=disturbed(reading.changes, reading.window),
                 compute=compute,
                 validation=curves.get(method.name, []),
                 target=target,
@@ -139,16 +138,21 @@ def _rows(
     return rows
 
 
-def _borrowed_compute(campaign: Campaign, method: Method, rate: float) -> float | None:
-    """Return the compute time of a data-parallel step, never more than its unshaped step."""
-    like = next((m for m in TABLE if m.name == _COMPUTES_LIKE.get(method.name)), None)
-    if like is None:
+def _compute(campaign: Campaign, method: Method) -> float | None:
+    """Return the seconds of a step without the network.
+
+    On a machine with fewer cores than ranks these wait for each other at every exchange, however
+    fast it is. So it is the whole step on unshaped links: its own for a method with replicas; for
+    data parallelism, which exchanges in every step, that of the same inner optimizer with replicas,
+    but never more than its own.
+    """
+    own = load(campaign.measured(method, None))
+    like = next((m for m in TABLE if m.name == _COMPUTES_LIKE.get(method.name)), method)
+    reading = load(campaign.measured(like, None))
+    if own is None or reading is None:
         return None
-    reading, own = load(campaign.measured(like, rate)), load(campaign.measured(method, None))
-    if reading is None or own is None:
-        return None
-    quiet = compute_seconds(reading, disturbed(reading.changes, reading.window))
-    return min(quiet, step_seconds(own, 1))
+    seconds = step_seconds(reading, SYNC_INTERVAL)
+    return min(seconds, step_seconds(own, 1)) if method.is_data_parallel else seconds
 
 
 def _overlapped(campaign: Campaign) -> list[Overlapped]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from .compose import Costs, Timing, compute_seconds, floor_seconds, step_seconds, steps_to
+from .compose import Costs, Timing, floor_seconds, step_seconds, steps_to
 from .readings import Reading
 
 __all__ = ["Row", "markdown", "methods_table", "row", "time_to_loss"]
@@ -53,8 +53,7 @@ def row(
     unshaped: Reading,
     *,
     cost: Costs,
-    disturbed: set[int],
-    compute: float | None,
+    compute: float,
     validation: list[tuple[int, float]],
     target: float | None,
     link_alone: bool = False,
@@ -66,9 +65,7 @@ def row(
         reading: Of the method.
         unshaped: The same run on unshaped links.
         cost: By the planner.
-        disturbed: Steps whose time holds something of an outer step.
-        compute: Seconds of a step without the network; ``None`` takes it from the reading's own
-            undisturbed steps, which data parallelism does not have.
+        compute: Seconds of a step without the network.
         validation: Held-out loss against steps of the method's training.
         target: Loss to reach.
         link_alone: Take for a step ``compute`` and what the link adds to the unshaped step, where
@@ -77,9 +74,8 @@ def row(
     assert reading.mbit is not None
     wall = step_seconds(reading, cost.steps_per_round)
     free = step_seconds(unshaped, cost.steps_per_round)
-    own = compute if compute is not None else compute_seconds(reading, disturbed)
     if link_alone:
-        wall += own - free
+        wall += compute - free
     steps = reading.window.last - reading.window.first
     is_dp = cost.steps_per_round == 1
     exposed = sum(ms for _, ms in reading.within("exposed_ms")) / 1e3
@@ -87,7 +83,7 @@ def row(
         name=reading.method,
         title=title,
         mbit=reading.mbit,
-        timing=Timing(own, wall, floor_seconds(own, cost.bytes_per_step, reading.mbit)),
+        timing=Timing(compute, wall, floor_seconds(compute, cost.bytes_per_step, reading.mbit)),
         planned_bytes=cost.bytes_per_step,
         counted_bytes=sum(reading.sent) / len(reading.sent) / steps,
         unshaped=free,
