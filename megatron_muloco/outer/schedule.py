@@ -118,7 +118,10 @@ class SyncSchedule:
 
     def ends_round(self, step: int) -> bool:
         """Return whether a round ends with inner step ``step``."""
-        return step >= 1 and self._round_of(step + 1).start == step
+        if step < 1:
+            return False
+        found = self._round_of(step)
+        return found.start + found.steps == step
 
     def _round_of(self, step: int) -> _Round:
         """Return the round of a step from 1 on; beyond ``train_iters`` the rounds just go on."""

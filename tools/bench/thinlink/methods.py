@@ -19,7 +19,7 @@ RANKS = 4  # K of the replica methods, dp of the others
 SYNC_INTERVAL = 30  # the MuLoCo paper's
 
 _MUON = ("inner.kind=muon", "inner.lr=0.0625")  # the MuLoCo paper's for its smallest model
-# Chosen: between the two best of the sweep for a half as wide model in docs/experiments/LOG.md.
+# Chosen: between the two best of the sweep for a narrower model in docs/experiments/LOG.md.
 _ADAMW = ("inner.kind=adamw", "inner.lr=0.06")
 _NO_OUTER = (
     "parallel.num_replicas=1",
