@@ -100,8 +100,9 @@ TABLE = (
     Method(
         "muloco_2bit_stream",
         "MuLoCo, 2 bits + EF, streaming",
-        # Chosen: a fragment of 0.4 MB needs less than a step at 10 Mbit/s; the second is a margin.
-        (*_MULOCO, *_code("statistical", 2), *_overlap(2, _MIX)),
+        # Chosen: a fragment of at most 0.7 MB needs a step at 10 Mbit/s, and ranks that share cores
+        # are a few steps apart.
+        (*_MULOCO, *_code("statistical", 2), *_overlap(5, _MIX)),
     ),
 )
 # Chosen: of the 10 steps between two launches of three fragments; the last two are a margin.
