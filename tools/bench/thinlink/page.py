@@ -25,12 +25,14 @@ _WHOLE_BAR = 0.05
 
 
 def write_page(campaign: Campaign, path: Path | None, target: float | None) -> str:
-    """Return the page; write it and its plot if asked."""
+    """Return the page; write it, and its plot where methods were trained, if asked."""
     found = results(campaign, target)
-    plot = None if path is None else path.with_suffix(".png")
+    drawn = path is not None and bool(found.curves)  # without trainings there is nothing to draw
+    plot = path.with_suffix(".png") if path is not None and drawn else None
     page = render(campaign, found, None if plot is None else plot.name)
-    if path is not None and plot is not None:
+    if plot is not None:
         draw(found, plot)
+    if path is not None:
         path.write_text(page + "\n", encoding="utf-8")
     return page
 

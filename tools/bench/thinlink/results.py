@@ -159,8 +159,10 @@ def _overlapped(campaign: Campaign) -> list[Overlapped]:
     found: list[Overlapped] = []
     for method in OVERLAP:
         reading = load(campaign.measured(method, campaign.overlap_rate))
+        if reading is None and not found:
+            return []  # nothing to compare with
         if reading is None:
-            return []
+            continue
         trained = {seed: load(campaign.trained(method, seed)) for seed in campaign.seeds}
         losses = {s: r.series["validation"][-1][1] for s, r in trained.items() if r is not None}
         pairs = sorted(losses.keys() & found[0].losses.keys()) if found else []
