@@ -22,6 +22,7 @@ __all__ = [
     "encoded_wire_bytes",
     "payload_sizes",
     "row_places",
+    "uncoded_wire_bytes",
 ]
 
 # Name -> width of its rows (0: all one row), and place of the shard's first value in the tensor.
@@ -99,3 +100,8 @@ def encoded_wire_bytes(sizes: Sequence[int], index: int, rider_count: int) -> in
     """
     others = len(sizes) - 1
     return others * 4 * (1 + rider_count) + sum(sizes) - sizes[index] + others * sizes[index]
+
+
+def uncoded_wire_bytes(numel: int, num_replicas: int) -> int:
+    """Return the bytes that one rank sends for an fp32 all-reduce of the values alone."""
+    return 2 * (num_replicas - 1) * -(-numel // num_replicas) * 4

@@ -10,7 +10,13 @@ from torch.distributed import ProcessGroup
 from typing_extensions import override
 
 from megatron_muloco.comm.buffers import Layout
-from megatron_muloco.comm.chunks import Piece, RowPlaces, chunk_pieces, payload_sizes
+from megatron_muloco.comm.chunks import (
+    Piece,
+    RowPlaces,
+    chunk_pieces,
+    payload_sizes,
+    uncoded_wire_bytes,
+)
 from megatron_muloco.comm.outer_group import OuterGroupReducer, Stopwatch
 from megatron_muloco.comm.wire import Pending
 from megatron_muloco.compress.codec import Codec, from_bytes
@@ -139,7 +145,7 @@ class EncodingReducer(OuterGroupReducer):
         if self.residual is None:
             return {}
         own = {
-            name: self.residual.of(name, torch.zeros(size, device=self._device))
+            name: self.residual.of(name, size, self._device)
             for sizes in fragments
             for name, size in sizes.items()
         }
@@ -174,7 +180,8 @@ class EncodingReducer(OuterGroupReducer):
             for piece, place in self._places(pieces):
                 values, kept = tensors[piece.name][piece.start : piece.end], None
                 if self.residual is not None:
-                    kept = self.residual.of(piece.name, tensors[piece.name])
+                    size = tensors[piece.name].numel()
+                    kept = self.residual.of(piece.name, size, self._device)
                     kept = kept[piece.start : piece.end]
                 decay = self.residual.decay if self.residual else 0.0
                 codec = self._codec_of(piece.name)
@@ -218,7 +225,7 @@ class EncodingReducer(OuterGroupReducer):
             rows[:, 0].clone(),
             rows[:, 1:].clone(),
             wire_bytes=wire_bytes,
-            uncoded_bytes=self._uncoded_bytes(handle.layout.numel),
+            uncoded_bytes=uncoded_wire_bytes(handle.layout.numel, self._size),
             code=CodeStats(exact, lost, encode_ms, decode_ms, self.residual is not None),
         )
         return Reduced(mean, stats)

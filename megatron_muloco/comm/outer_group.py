@@ -55,10 +55,6 @@ class OuterGroupReducer:
         head = torch.tensor([weight], dtype=torch.float32)
         return torch.cat([head.to(riders.device), riders.float()]).to(self._device)
 
-    def _uncoded_bytes(self, numel: int) -> int:
-        """Return what an fp32 all-reduce of the values alone would send."""
-        return 2 * (self._size - 1) * -(-numel // self._size) * 4
-
     def _return(self, *buffers: Tensor) -> None:
         """Give buffers back to the pool, each once."""
         for buffer in {id(each): each for each in buffers}.values():

@@ -120,7 +120,7 @@ class EncodedMean(EncodingReducer):
                 units = [received[index, place] for index in usable]
                 self._mean_of_units(piece, units, [weights[index] for index in usable], mean)
             if self.owner_residual is not None:
-                kept = self.owner_residual.of(piece.name, mean)
+                kept = self.owner_residual.of(piece.name, piece.unit.numel, self._device)
             decay = self.owner_residual.decay if self.owner_residual else 0.0
             with clock("encode"):
                 encode(self._codec_of(piece.name), piece.unit, mean, payload[place], kept, decay)
@@ -175,7 +175,7 @@ class EncodedMean(EncodingReducer):
         own, start = torch.zeros(length, device=self._device), 0
         for piece in self._owned(sizes):
             place = own[start : start + piece.unit.numel]
-            place.copy_(self.owner_residual.of(piece.name, place))
+            place.copy_(self.owner_residual.of(piece.name, piece.unit.numel, self._device))
             start += piece.unit.numel
         gathered = torch.empty(self._size * length, device=self._device)
         self._wire.all_gather(gathered, own).wait()

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_muloco.comm.buffers import Layout
+from megatron_muloco.comm.chunks import uncoded_wire_bytes
 from megatron_muloco.comm.outer_group import OuterGroupReducer
 from megatron_muloco.comm.wire import Pending
 from megatron_muloco.outer.reducer import Reduced, Reducer, ReductionStats
@@ -132,7 +133,7 @@ class AllReduceMean(OuterGroupReducer):
         _divide(buffer[:numel], rows)
         self._pool.give(buffer)
         wire_bytes = 2 * (self._size - 1) * (buffer.numel() // self._size) * buffer.element_size()
-        uncoded = self._uncoded_bytes(numel)
+        uncoded = uncoded_wire_bytes(numel, self._size)
         stats = ReductionStats(rows[:, 0].clone(), rows[:, 1:].clone(), wire_bytes, uncoded)
         return Reduced(handle.layout.unpack(buffer), stats)
 
@@ -207,7 +208,7 @@ class ChunkOwnerMean(OuterGroupReducer):
         with self._named_errors("apply", handle.fragment, handle.round_index):
             self._wire.all_gather(values, mean.to(self._wire_dtype)).wait()
         self._return(*handle.buffers)
-        uncoded = self._uncoded_bytes(handle.layout.numel)
+        uncoded = uncoded_wire_bytes(handle.layout.numel, self._size)
         sent = payloads.numel() // self._size + mean.numel() * values.element_size()
         wire_bytes = (self._size - 1) * sent
         stats = ReductionStats(rows[:, 0].clone(), rows[:, 1:].clone(), wire_bytes, uncoded)

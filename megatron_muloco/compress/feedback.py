@@ -29,10 +29,10 @@ class ErrorFeedback:
         self.decay = decay
         self._residuals: dict[str, Tensor] = {}
 
-    def of(self, name: str, like: Tensor) -> Tensor:
-        """Return the live residual of ``name``, of the shape of ``like``."""
+    def of(self, name: str, numel: int, device: torch.device) -> Tensor:
+        """Return the live residual of ``name``: ``numel`` flat fp32 values."""
         if name not in self._residuals:
-            self._residuals[name] = torch.zeros_like(like)
+            self._residuals[name] = torch.zeros(numel, device=device)
         return self._residuals[name]
 
     def forget(self) -> None:

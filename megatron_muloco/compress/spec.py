@@ -8,7 +8,6 @@ from megatron_muloco.compress.sizes import GroupedSize, PayloadSize, RawSize, To
 from megatron_muloco.compress.units import Grouping
 from megatron_muloco.config.compression import (
     CodeConfig,
-    E3M0Compression,
     ExceptionsConfig,
     TopKCompression,
 )
@@ -23,7 +22,6 @@ _HEAD_WIDTH: dict[str, Callable[[int], int]] = {
     "statistical": lambda bits: 1 << bits,
     "e3m0": lambda bits: 1,
 }
-_E3M0_BITS = 4
 _VALUE_BYTES = {"fp32": 4, "bf16": 2}
 
 
@@ -64,8 +62,6 @@ def spec_of(code: CodeConfig, name: str) -> CodeSpec:
         grouping = Grouping("block", code.block_size)
         return CodeSpec("topk", code.value_bits, grouping, code.density, code.wire_dtype)
     grouping = Grouping(code.granularity, code.block_size)
-    if isinstance(code, E3M0Compression):
-        return CodeSpec("e3m0", _E3M0_BITS, grouping)
     return CodeSpec(code.kind, exception or code.bits, grouping)
 
 

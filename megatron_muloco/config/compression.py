@@ -95,6 +95,11 @@ class E3M0Compression(_Grouped):
 
     kind: Literal["e3m0"] = Field(description=_KINDS)
 
+    @property
+    def bits(self) -> Literal[4]:
+        """Bits per value, as the other codes of a few bits have them."""
+        return 4
+
 
 class TopKCompression(_Code):
     """Only the largest values, with their places."""

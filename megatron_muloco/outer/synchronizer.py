@@ -340,10 +340,10 @@ class Synchronizer:
 
         Collectives: those of `Reducer.wait` and `Reducer.residuals`.
         """
-        tensors, _ = self._in_flight.state_dict(self._reducer)
+        tensors, entries = self._in_flight.state_dict(self._reducer)
         tensors |= {"anchor": dict(self._state.anchor), "momentum": dict(self._state.momentum)}
         tensors |= {k: dict(each) for k, each in self._reducer.residuals(self._sizes).items()}
-        return {"tensors": tensors, "scalars": self.scalars()}
+        return {"tensors": tensors, "scalars": self._scalars(entries)}
 
     def kinds(self) -> tuple[str, ...]:
         """Return the kinds of tensors that `state_dict` returns."""
@@ -352,10 +352,13 @@ class Synchronizer:
     def scalars(self) -> dict[str, Any]:
         """Return the plain numbers of `state_dict`; waits for the fragments in flight."""
         _, entries = self._in_flight.state_dict(self._reducer)
+        return self._scalars(entries)
+
+    def _scalars(self, in_flight: list[Any]) -> dict[str, Any]:
         return {
             "step": self.step,
             "guard": self._guard.state_dict(),
-            "in_flight": entries,
+            "in_flight": in_flight,
             "progress": [progress.state_dict() for progress in self._progress],
         }
 

@@ -19,7 +19,7 @@ def code_name(code: CompressionConfig) -> str:
         return code.wire_dtype
     if isinstance(code, TopKCompression):
         return f"top-k, {100 * code.density:g} %"
-    return f"{code.kind}, {_bits(4 if isinstance(code, E3M0Compression) else code.bits)}"
+    return f"{code.kind}, {_bits(code.bits)}"
 
 
 def code_words(code: CodeConfig) -> str:

@@ -15,6 +15,7 @@ from megatron_muloco.comm.chunks import (
     encoded_wire_bytes,
     payload_sizes,
     row_places,
+    uncoded_wire_bytes,
 )
 from megatron_muloco.compress.spec import payload_size, spec_of
 from megatron_muloco.config.compression import (
@@ -87,7 +88,7 @@ def round_bytes(
 def uncoded_bytes(config: RunConfig, topology: Topology, shards: Sequence[Shard]) -> int:
     """Return what fp32 all-reduces of a round's values alone would send."""
     return sum(
-        2 * (topology.num_replicas - 1) * -(-_numel(fragment) // topology.num_replicas) * 4
+        uncoded_wire_bytes(_numel(fragment), topology.num_replicas)
         for fragment in by_fragment(config, shards)
     )
 
