@@ -13,6 +13,7 @@ from tools.bench.thinlink.commands import (
     Names,
     create_commands,
     owner_of,
+    relay_command,
     shape_commands,
 )
 from tools.bench.thinlink.methods import METHODS, OVERLAP, SYNC_INTERVAL, TABLE, Sizes, overrides
@@ -74,6 +75,25 @@ def test_delay_without_a_rate_is_at_the_root() -> None:
     assert "root handle 2: netem delay 5ms" in " ".join(command)
 
 
+def test_a_relay_takes_the_place_of_bridge_and_netem() -> None:
+    link = Link(10, delay_ms=20, loss=0.01)
+    commands = [
+        *create_commands(NAMES, 2, bridge=False),
+        *shape_commands(NAMES, 2, link, netem=False),
+    ]
+    assert not {"bridge", "master", "netem"} & {word for command in commands for word in command}
+    ports = [c[c.index("set") + 1] for c in commands if c[:4] == ["ip", "-n", NAMES.hub, "link"]]
+    relay = relay_command(NAMES, 2, link)
+    assert relay[:4] == ["ip", "netns", "exec", NAMES.hub]
+    assert relay[-4:] == ["20", "0.01", *ports]
+
+
+def test_readings_of_other_links_have_other_names() -> None:
+    links = [Link(None), Link(10), Link(100), Link(10, 20), Link(10, 20, 0.01), Link(10, 0, 0.01)]
+    assert len({link.name for link in links}) == len(links)
+    assert Link(10).name == "10mbit"
+
+
 def test_namespaces_say_who_owns_them() -> None:
     created = [c[3] for c in create_commands(NAMES, 2) if c[:3] == ["ip", "netns", "add"]]
     assert created == [NAMES.hub, NAMES.rank(0), NAMES.rank(1)]
@@ -109,6 +129,22 @@ def test_counters_are_interpolated_and_constant_outside() -> None:
 def test_the_worst_link_decides_and_too_fast_is_wrong_too() -> None:
     links = [probe.Achieved(0, 10.0, 9.5), probe.Achieved(1, 10.75, 10.0)]
     assert probe.off_by(links, 10) == pytest.approx(0.075)  # one rounding in a division
+
+
+def test_a_lossy_link_is_measured_before_its_loss_and_after_it() -> None:
+    links = [probe.Achieved(0, 10.0, 9.0)]
+    assert probe.off_by(links, 10, loss=0.1) == 0
+    assert probe.off_by(links, 10) == pytest.approx(0.1)  # one rounding in a division
+
+
+def test_echoes_must_take_twice_the_delay_and_miss_what_is_lost() -> None:
+    link = Link(10, delay_ms=20, loss=0.01)
+    # A trip there and back is whole with 0.99 squared: 79.6 of 4,000 are missing, 8.8 deviates.
+    right = probe.Echoes([40.0, 42.9, 37.1], sent=4000, lost=80)
+    assert probe.wrong_echoes(right, link) == ""
+    assert "43.10 ms, not 40" in probe.wrong_echoes(replace(right, round_trip_ms=[40, 43.1]), link)
+    assert "116 of 4000" in probe.wrong_echoes(replace(right, lost=116), link)
+    assert "1 of 4000" in probe.wrong_echoes(replace(right, lost=1), replace(link, loss=0.0))
 
 
 # ---- arithmetic -------------------------------------------------------------------------------
@@ -163,7 +199,7 @@ def test_a_row_composes_one_reading() -> None:
     assert row.counted_bytes == 150.0  # the mean of 600 and 1,200 over 6 steps
     assert row.exposed_share == 3.0 / 9.0
     assert row.seconds_to_target == 45.0
-    text = table.methods_table([row])
+    text = table.methods_table([row], with_target=True)
     widths = {line.count("|") for line in text.splitlines()}
     assert len(widths) == 1
     assert "| MuLoCo | 250.0 | 0.1 | 1,000 |" in text
@@ -215,6 +251,7 @@ def campaign(out: Path) -> Campaign:
         rounds=3,
         link=Link(None),
         timeout=1.0,
+        commit="abc1234",
     )
 
 

@@ -1,5 +1,7 @@
 """One small laboratory: shaped, swept, and left by a rank that fails. Needs root."""
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -23,6 +25,12 @@ def namespaces_of(names: Names) -> list[str]:
     return [name for name in all_names if owner_of(name) == (names.pid, names.started)]
 
 
+def check_until_it_fails(laboratory: lab.Lab) -> None:
+    while True:
+        laboratory.check()
+        time.sleep(0.01)
+
+
 @needs_lab
 def test_a_link_carries_no_more_than_its_rate_and_leaves_nothing_behind(
     monkeypatch: pytest.MonkeyPatch,
@@ -36,6 +44,24 @@ def test_a_link_carries_no_more_than_its_rate_and_leaves_nothing_behind(
     # A loaded machine may send less, but no machine more: in a second at 4 Mbit/s, 0.5 MB, a full
     # bucket adds 15 kB (3 %).
     assert all(0 < rate < 4 * 1.05 for link in achieved for rate in (link.up, link.down))
+
+
+@needs_lab
+def test_a_relay_delays_every_datagram_and_loses_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lab, "_impairer", lambda _link: "relay")  # also where there is netem
+    with lab.Lab(3, Link(4, delay_ms=15, loss=0.05)) as laboratory:
+        found = probe.echoes(laboratory)
+        laboratory.check()
+        listed = ["ip", "netns", "pids", laboratory.names.hub]
+        relay = subprocess.run(listed, capture_output=True, text=True, check=True).stdout
+        os.kill(int(relay), signal.SIGKILL)
+        with pytest.raises(lab.LabError, match="relay ended with -9"):
+            check_until_it_fails(laboratory)
+    assert namespaces_of(laboratory.names) == []
+    # A loaded machine answers later, but none earlier than the link allows.
+    assert all(trip >= 30 for trip in found.round_trip_ms)
+    # 3,000 echoes, each lost with 1 - 0.95^2 = 9.75 %: 292.5, and six deviations of 16.2.
+    assert abs(found.lost - 292.5) <= 98
 
 
 @needs_lab

@@ -26,7 +26,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is loaded
 
 import numpy as np
 import torch
-from one_rank import ALONE, commit, median_interval
+from one_rank import ALONE, median_interval
+from provenance import commit
 from torch import Tensor
 
 from megatron_muloco.comm.chunks import chunk_pieces, payload_sizes

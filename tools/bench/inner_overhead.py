@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from one_rank import ALONE, commit, median_interval
+from one_rank import ALONE, median_interval
+from provenance import commit
 
 BAR = 1.3
 WARM_UP_PAIRS = 3

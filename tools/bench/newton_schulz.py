@@ -17,7 +17,6 @@ import json
 import os
 import platform
 import random
-import subprocess
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -28,6 +27,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import torch
+from provenance import commit
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -170,9 +170,7 @@ def row(
 
 def report(recorded: dict[str, dict[str, list[Clocks]]], loads: list[float]) -> str:
     """Return the measured part of the page."""
-    version = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
+    version = commit()
     lines = [
         "| width, shape, form | wall, plain / ours | CPU time, plain / ours | GFLOP, plain → ours "
         "| rate / product's, plain → ours | floor | reached of floor |",

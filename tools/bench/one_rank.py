@@ -1,10 +1,8 @@
 """What the benchmarks of one rank share: the demo trained alone, and how medians are told."""
 
-import subprocess
-
 import numpy as np
 
-__all__ = ["ALONE", "commit", "median_interval"]
+__all__ = ["ALONE", "median_interval"]
 
 # The demo's config as one rank without an outer step, files or evaluations.
 ALONE = (
@@ -27,11 +25,3 @@ def median_interval(values: np.ndarray) -> tuple[float, float, float]:
     draws = np.random.default_rng(0).integers(0, len(values), (_RESAMPLES, len(values)))
     low, high = np.percentile(np.median(values[draws], axis=1), [2.5, 97.5])
     return float(np.median(values)), float(low), float(high)
-
-
-def commit() -> str:
-    """Return the short name of the commit that is measured."""
-    answer = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return answer.stdout.strip()

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from one_rank import ALONE, commit, median_interval
+from one_rank import ALONE, median_interval
+from provenance import commit
 
 WARM_UP_PAIRS = 5
 OVERRIDES = (

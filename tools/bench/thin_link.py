@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 from types import FrameType
 
+from provenance import commit
 from thinlink import phases
 from thinlink.commands import Link
 from thinlink.lab import LabError, sweep, why_not_here
@@ -72,8 +73,8 @@ def _parse() -> argparse.Namespace:
     add("--rates", nargs="+", type=float, default=[100, 10], help="of the table, Mbit/s")
     add("--overlap-rate", type=float, default=20, help="of phase overlap, Mbit/s")
     add("--whole-rate", type=float, default=10, help="of phase whole, Mbit/s")
-    add("--delay-ms", type=float, default=0, help="of every link, one way; needs netem")
-    add("--loss", type=float, default=0, help="share of packets lost; needs netem")
+    add("--delay-ms", type=float, default=0, help="added between two ranks, one way")
+    add("--loss", type=float, default=0, help="share of frames lost between two ranks")
     add("--steps", type=int, default=600, help="inner steps of a training; a multiple of 30")
     add("--batch", type=int, default=8, help="sequences of a step over the four ranks")
     add("--dp-steps", type=int, default=20, help="data-parallel steps that are measured")
@@ -100,6 +101,7 @@ def _campaign(options: argparse.Namespace) -> phases.Campaign:
         rounds=options.rounds,
         link=Link(None, options.delay_ms, options.loss),
         timeout=options.timeout,
+        commit=commit(),
     )
 
 

@@ -9,7 +9,6 @@ import json
 import multiprocessing
 import os
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from pathlib import Path
 import yaml
 
 from megatron_muloco.errors import ConfigError
+from tools.bench.provenance import commit
 
 ROOT = Path(__file__).resolve().parents[3]
 CONFIG = Path(__file__).with_name("small.yaml")
@@ -45,7 +45,7 @@ class Result:
         initial_loss: The same before the first step.
         bytes_sent: By the writing rank in all outer steps; ``None`` where it was not written.
         seconds: Wall time of the run with its start.
-        commit: Of the program; with ``+`` where tracked files differed from it.
+        commit: Of the program; with ``+`` where the program differed from it.
     """
 
     variant: str
@@ -122,7 +122,7 @@ def run(out: Path, variant: str, seed: int, keys: Sequence[str]) -> Result:
         initial_loss=held_out[0][1],
         bytes_sent=round(sum(value for _, value in sent)) if sent else None,
         seconds=round(seconds, 1),
-        commit=_commit(),
+        commit=commit(),
     )
     path = path_of(out, variant, seed)
     partial = path.with_suffix(".partial")
@@ -195,12 +195,3 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def _commit() -> str:
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(ROOT), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-    changed = git("status", "--porcelain", "--untracked-files=no")
-    return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")

@@ -5,10 +5,14 @@ port of that bridge. Both ends are shaped, so every rank has a full-duplex link 
 
     rank 0: eth0 [tbf] ---- [tbf] port0 --.
     rank 1: eth0 [tbf] ---- [tbf] port1 --+-- br0     (hub)
+
+Delay and loss come from netem under the first tbf, or from `relay` in place of the bridge.
 """
 
 import re
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 __all__ = [
     "DEVICE",
@@ -18,6 +22,7 @@ __all__ = [
     "congestion_command",
     "create_commands",
     "owner_of",
+    "relay_command",
     "shape_commands",
 ]
 
@@ -66,13 +71,26 @@ class Link:
 
     Attributes:
         mbit: Rate in 10^6 bits of Ethernet frames a second; ``None`` leaves the link as it is.
-        delay_ms: One way, added by netem.
-        loss: Share of packets that netem drops.
+        delay_ms: Added between two ranks, one way.
+        loss: Share of frames between two ranks that is dropped.
     """
 
     mbit: float | None
     delay_ms: float = 0.0
     loss: float = 0.0
+
+    @property
+    def is_impaired(self) -> bool:
+        """Whether frames are delayed or lost."""
+        return bool(self.delay_ms or self.loss)
+
+    @property
+    def name(self) -> str:
+        """Of the files that belong to it."""
+        if self.mbit is None:
+            return "unshaped"
+        impaired = f"-{self.delay_ms:g}ms-{self.loss:g}lost" if self.is_impaired else ""
+        return f"{self.mbit:g}mbit{impaired}"
 
     @property
     def queue_bytes(self) -> int:
@@ -92,14 +110,15 @@ def address(rank: int) -> str:
     return f"{_SUBNET}.{rank + 1}"
 
 
-def create_commands(names: Names, ranks: int) -> list[list[str]]:
-    """Return the commands that build namespaces, bridge and unshaped links."""
+def create_commands(names: Names, ranks: int, *, bridge: bool = True) -> list[list[str]]:
+    """Return the commands that build namespaces and unshaped links, and the bridge if wanted."""
     hub = names.hub
-    commands = [
-        ["ip", "netns", "add", hub],
-        ["ip", "-n", hub, "link", "add", _BRIDGE, "type", "bridge"],
-        ["ip", "-n", hub, "link", "set", _BRIDGE, "up"],
-    ]
+    commands = [["ip", "netns", "add", hub]]
+    if bridge:
+        commands += [
+            ["ip", "-n", hub, "link", "add", _BRIDGE, "type", "bridge"],
+            ["ip", "-n", hub, "link", "set", _BRIDGE, "up"],
+        ]
     for rank in range(ranks):
         space, port = names.rank(rank), f"port{rank}"
         commands += [
@@ -109,7 +128,7 @@ def create_commands(names: Names, ranks: int) -> list[list[str]]:
             # One packet is one frame: else the counters see the header of up to 45 frames once.
             ["ip", "-n", space, "link", "set", DEVICE, "gso_max_segs", "1"],
             ["ip", "-n", space, "addr", "add", f"{address(rank)}/24", "dev", DEVICE],
-            ["ip", "-n", hub, "link", "set", port, "master", _BRIDGE, "up"],
+            ["ip", "-n", hub, "link", "set", port, *(("master", _BRIDGE) if bridge else ()), "up"],
             ["ip", "-n", space, "link", "set", DEVICE, "up"],
         ]
     return commands
@@ -121,8 +140,16 @@ def congestion_command(names: Names, rank: int, algorithm: str) -> list[str]:
     return ["ip", "netns", "exec", names.rank(rank), "sysctl", "-q", "-w", setting]
 
 
-def shape_commands(names: Names, ranks: int, link: Link) -> list[list[str]]:
-    """Return the commands that shape both ends of every rank's link."""
+def relay_command(names: Names, ranks: int, link: Link) -> list[str]:
+    """Return the command that switches frames between the ports, in place of the bridge."""
+    script = [sys.executable, str(Path(__file__).with_name("relay.py"))]
+    ports = [f"port{rank}" for rank in range(ranks)]
+    impairment = [f"{link.delay_ms:g}", f"{link.loss:g}"]
+    return ["ip", "netns", "exec", names.hub, *script, *impairment, *ports]
+
+
+def shape_commands(names: Names, ranks: int, link: Link, *, netem: bool = True) -> list[list[str]]:
+    """Return the commands that shape both ends of every rank's link, with netem or without."""
     commands = []
     for rank in range(ranks):
         for space, device in ((names.rank(rank), DEVICE), (names.hub, f"port{rank}")):
@@ -132,7 +159,7 @@ def shape_commands(names: Names, ranks: int, link: Link) -> list[list[str]]:
                 queue = ["burst", f"{BURST_BYTES}b", "limit", f"{link.queue_bytes}b"]
                 commands.append([*tc, *at, "handle", "1:", "tbf", "rate", bits, *queue])
                 at = ["parent", "1:1"]
-            if (link.delay_ms or link.loss) and device == DEVICE:  # each packet passes one of them
+            if netem and link.is_impaired and device == DEVICE:  # each packet passes one of them
                 impaired = ["delay", f"{link.delay_ms:g}ms", "loss", f"{link.loss:.4%}"]
                 commands.append([*tc, *at, "handle", "2:", "netem", *impaired, "limit", "100000"])
     return commands

@@ -1,6 +1,7 @@
 """A laboratory: built, shaped, and taken down again whatever happens."""
 
 import atexit
+import ctypes
 import os
 import shutil
 import signal
@@ -14,14 +15,16 @@ from .commands import (
     congestion_command,
     create_commands,
     owner_of,
+    relay_command,
     shape_commands,
 )
 
-__all__ = ["Lab", "LabError", "no_netem", "started", "sweep", "why_not_here"]
+__all__ = ["Lab", "LabError", "die_with_parent", "started", "sweep", "why_not_here"]
 
 # Chosen: cubic is what most machines run; bbr models the bottleneck, and a token bucket misleads
 # it. A kernel may keep cubic from namespaces (tcp_allowed_congestion_control), but never reno.
 _CONGESTION_CONTROL = ("cubic", "reno")
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class LabError(Exception):
@@ -38,9 +41,16 @@ def why_not_here() -> str:
     return _try(["tbf", "rate", "1mbit", "burst", "16kb", "limit", "64kb"])
 
 
-def no_netem() -> str:
-    """Return why links cannot be delayed here or lose packets, or nothing."""
-    return why_not_here() or (_try(["netem", "delay", "1ms"]) and "this kernel has no netem")
+def _impairer(link: Link) -> str:
+    """Return what delays frames here and drops some; nothing where none is."""
+    if not link.is_impaired:
+        return ""
+    return "relay" if _try(["netem", "delay", "1ms"]) else "netem"
+
+
+def die_with_parent() -> None:
+    """Let the kernel kill this process when the laboratory dies, even by SIGKILL."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _try(qdisc: list[str]) -> str:
@@ -63,24 +73,33 @@ class Lab:
         ranks: Namespaces beside the hub.
         link: How each link is shaped.
 
+    Attributes:
+        impaired_by: What delays frames and loses some: ``netem``, else ``relay``, our own switch in
+            user space; nothing where the link asks for neither.
+
     Raises:
         LabError: On entering, where a command fails; nothing is left behind.
     """
 
     def __init__(self, ranks: int, link: Link) -> None:
         self.ranks, self.link = ranks, link
-        self.congestion_control = ""
+        self.congestion_control = self.impaired_by = ""
+        self._relay: subprocess.Popen[str] | None = None
         self.names = Names(os.getpid(), started(os.getpid()))
 
     def __enter__(self) -> "Lab":
         sweep()
         atexit.register(self.close)
         try:
-            for command in create_commands(self.names, self.ranks):
+            self.impaired_by = _impairer(self.link)
+            relayed = self.impaired_by == "relay"
+            for command in create_commands(self.names, self.ranks, bridge=not relayed):
                 _checked(command)
             self.congestion_control = self._choose_congestion_control()
-            for command in shape_commands(self.names, self.ranks, self.link):
+            for command in shape_commands(self.names, self.ranks, self.link, netem=not relayed):
                 _checked(command)
+            if relayed:
+                self._start_relay()
         except BaseException:
             self.close()
             raise
@@ -100,6 +119,29 @@ class Lab:
         for name in _namespaces():
             if owner_of(name) == (self.names.pid, self.names.started):
                 _remove(name)
+        if self._relay is not None:
+            self._relay.kill()
+            self._relay.communicate()
+            self._relay = None
+
+    def check(self) -> None:
+        """Raise `LabError` where the relay has ended, without which no frame arrives."""
+        if self._relay is not None and self._relay.poll() is not None:
+            said = self._relay.communicate()[1].strip()
+            raise LabError(f"the relay ended with {self._relay.returncode}: {said}")
+
+    def _start_relay(self) -> None:
+        self._relay = subprocess.Popen(
+            relay_command(self.names, self.ranks, self.link),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=die_with_parent,
+        )
+        assert self._relay.stdout is not None
+        if not self._relay.stdout.readline():  # it switches once it has said so
+            self._relay.wait()
+            self.check()
 
     def _choose_congestion_control(self) -> str:
         for algorithm in _CONGESTION_CONTROL:
@@ -153,13 +195,7 @@ def _checked(command: list[str]) -> None:
     done = _run(command)
     if done.returncode == 0:
         return
-    reason = f"{' '.join(command)}\n  {done.stderr.strip()}"
-    if "netem" in command:
-        reason += (
-            "\nThis kernel has no netem, so delay and loss are n/a here. Leave --delay-ms and "
-            "--loss out, or use a kernel with CONFIG_NET_SCH_NETEM."
-        )
-    raise LabError(reason)
+    raise LabError(f"{' '.join(command)}\n  {done.stderr.strip()}")
 
 
 def _run(command: list[str]) -> "subprocess.CompletedProcess[str]":

@@ -2,18 +2,16 @@
 
 import os
 import platform
-import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 from textwrap import fill
 
 from .commands import Link
-from .lab import no_netem
 from .methods import RANKS, SYNC_INTERVAL
 from .model import parameters
 from .phases import Campaign
 from .plot import draw
-from .probe import ALLOWED
+from .probe import ALLOWED, PINGS
 from .results import Overlapped, Results, WholeRun, results
 from .table import Row, markdown, methods_table
 
@@ -44,9 +42,10 @@ def render(campaign: Campaign, found: Results, plot: str | None) -> str:
         parts.append(f"![loss against wall-clock, bytes sent, utilisation]({plot})")
     for rate, rows in found.rows.items():
         if rows:
-            parts += [f"## {rate:g} Mbit/s", methods_table(rows), bars_at(rows)]
+            table = methods_table(rows, with_target=found.target is not None)
+            parts += [f"## {rate:g} Mbit/s", table, bars_at(rows)]
     if any(found.rows.values()):
-        parts.append(_prose(_COLUMNS))
+        parts.append(_prose(_COLUMNS + ("" if found.target is None else _TARGET) + _BF16))
     if found.overlapped:
         parts += [f"## Overlap, at {campaign.overlap_rate:g} Mbit/s", _overlap(found.overlapped)]
     if found.whole is not None:
@@ -63,11 +62,15 @@ _COLUMNS = (
     "the same with replicas; for data parallelism the unshaped step of the same inner optimizer "
     "with replicas, or its own where that is less. *floor*: compute, then the planned "
     "bytes at the nominal rate; overlap may go below it. *step*: as measured, outer steps "
-    "included. *used*: utilisation, compute over step. *exposed*: share of the time that "
-    "`muloco/exposed_ms` counts as waiting, slower peers and encoding included. *steps*, *min*: to "
-    "the held-out loss above; minutes are steps times *step*. (*) bf16 is slow on a CPU, which is "
-    "no matter of links: its *step* is the compute time of fp32 and what the link adds to its own "
-    "unshaped step, and its losses are those of the fp32 variant."
+    "included. *used*: utilisation, compute over step, from two runs: above 100 % the machine was "
+    "faster in the second. *exposed*: share of the time that "
+    "`muloco/exposed_ms` counts as waiting, slower peers and encoding included."
+)
+_TARGET = " *steps*, *min*: to the held-out loss above; minutes are steps times *step*."
+_BF16 = (
+    " (*) bf16 is slow on a CPU, which is no matter of links: its *step* is the compute time of "
+    "fp32 and what the link adds to its own unshaped step, and its losses are those of the fp32 "
+    "variant."
 )
 
 
@@ -81,8 +84,8 @@ def _introduction(campaign: Campaign, found: Results) -> str:
     changes = found.links[0].changes if found.links else []
     size = f"{parameters(changes) / 1e6:.2f}M parameters, " if changes else ""
     text = _prose(
-        f"`python tools/bench/thin_link.py`: the demo's model and text, {size}{RANKS} ranks in one "
-        f"network namespace each, {campaign.batch} sequences a step in all; replicas meet every "
+        f"`{_command(campaign)}`: the demo's model and text, {size}{RANKS} ranks in one network "
+        f"namespace each, {campaign.batch} sequences a step in all; replicas meet every "
         f"{SYNC_INTERVAL} steps. How to run and read it: [the guide](../guides/thin_link.md)."
     )
     if found.target is None:
@@ -93,6 +96,18 @@ def _introduction(campaign: Campaign, found: Results) -> str:
         "measured on shaped links and multiplied: what is learnt does not depend on the link, "
         "which the runs assert by equal digests of their final anchors."
     )
+
+
+def _command(campaign: Campaign) -> str:
+    options = [
+        f"--steps {campaign.steps}",
+        f"--batch {campaign.batch}",
+        f"--seeds {' '.join(map(str, campaign.seeds))}",
+        f"--rates {' '.join(f'{rate:g}' for rate in campaign.rates)}",
+    ]
+    if campaign.link.is_impaired:
+        options += [f"--delay-ms {campaign.link.delay_ms:g}", f"--loss {campaign.link.loss:g}"]
+    return f"python tools/bench/thin_link.py {' '.join(options)}"
 
 
 def bars_at(rows: list[Row]) -> str:
@@ -161,29 +176,36 @@ def _links(campaign: Campaign, found: Results) -> str:
     for rate in sorted({r.mbit for r in found.links if r.mbit is not None}, reverse=True):
         readings = [r for r in found.links if r.mbit == rate]
         achieved = [mbit for r in readings for link in r.achieved for mbit in link]
+        echoes = [ms for r in readings for ms in r.round_trip_ms]
         algorithms = ", ".join(sorted({r.congestion_control for r in readings}))
         low, high = f"{min(achieved):.2f}", f"{max(achieved):.2f}"
-        rows.append((f"{rate:g} Mbit/s", low, high, str(len(readings)), algorithms))
-    table = markdown(["link", "lowest", "highest", "runs", "TCP"], rows) if rows else ""
-    rates = _prose(
-        "Rates are those of Ethernet frames as the kernel counts them, all links loaded both ways "
-        f"by TCP before each run; one that is more than {ALLOWED:.0%} off ends the measurement. "
-        f"{_impairment(campaign.link)}"
-    )
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
+        echo = f"{min(echoes):.2f} to {max(echoes):.2f}" if echoes else "n/a"
+        rows.append((f"{rate:g} Mbit/s", low, high, echo, str(len(readings)), algorithms))
+    head = ["link", "lowest", "highest", "echo ms", "runs", "TCP"]
+    table = markdown(head, rows) if rows else ""
+    commits = ", ".join(sorted({r.commit for r in found.readings}))
     machine = _prose(
         f"{platform.machine()}, {os.cpu_count()} cores for {RANKS} ranks, Linux "
-        f"{platform.release()}, Python {platform.python_version()}; commit {commit}, "
+        f"{platform.release()}, Python {platform.python_version()}; measured at {commits}; "
         f"{datetime.now(UTC):%Y-%m-%d}. Written by phase `report`."
     )
-    return "\n\n".join(part for part in (table, rates, machine) if part)
+    return "\n\n".join(
+        part for part in (table, _prose(_checks(campaign.link, found)), machine) if part
+    )
 
 
-def _impairment(link: Link) -> str:
-    if link.delay_ms or link.loss:
-        return f"netem adds {link.delay_ms:g} ms one way and loses {link.loss:.2%} of packets."
-    why = no_netem()
-    reason = f"n/a: {why}" if why else "not added"
-    return f"Delay and loss are {reason}; what there is of both is the machine's own."
+def _checks(link: Link, found: Results) -> str:
+    transfers = "datagrams" if link.is_impaired else "TCP"
+    rates = (
+        "Rates are those of Ethernet frames as the kernel counts them, all links loaded both ways "
+        f"by {transfers} before each run; one that is more than {ALLOWED:.0%} off ends the "
+        "measurement. "
+    )
+    if not link.is_impaired:
+        return f"{rates}Delay and loss are not added; what there is of both is the machine's own."
+    means = ", ".join(sorted({r.impaired_by for r in found.links if r.impaired_by}))
+    return (
+        f"{rates}{link.delay_ms:g} ms one way and a loss of {link.loss:.2%} of frames are added by "
+        f"{means}, and are checked with {PINGS} echoes a rank; *echo* is their median there and "
+        "back."
+    )

@@ -10,8 +10,8 @@ from pathlib import Path
 from .commands import Link
 from .lab import Lab, LabError
 from .methods import CONFIG, OVERLAP, RANKS, SYNC_INTERVAL, TABLE, Method, Sizes, overrides
-from .probe import ALLOWED, off_by, probe
-from .readings import Reading, Window, load, read_run, store
+from .probe import ALLOWED, echoes, off_by, probe, wrong_echoes
+from .readings import Links, Reading, Window, load, read_run, store
 from .runs import run_ranks
 
 __all__ = ["Campaign", "measure", "overlap", "train", "whole"]
@@ -37,6 +37,7 @@ class Campaign:
         rounds: Rounds that are measured of the others.
         link: Delay and loss of every shaped link.
         timeout: Seconds for one run.
+        commit: Of the program.
     """
 
     out: Path
@@ -51,6 +52,7 @@ class Campaign:
     rounds: int
     link: Link
     timeout: float
+    commit: str
 
     def wants(self, method: Method) -> bool:
         """Whether a method was asked for."""
@@ -62,11 +64,11 @@ class Campaign:
 
     def measured(self, method: Method, mbit: float | None) -> Path:
         """Where the reading of a measurement is kept."""
-        return self.out / "measure" / f"{method.name}-{_rate_name(mbit)}.json"
+        return self.out / "measure" / f"{method.name}-{self.shaped(mbit).name}.json"
 
     def whole(self, method: Method) -> Path:
         """Where the reading of a whole training on shaped links is kept."""
-        return self.out / "whole" / f"{method.name}-{_rate_name(self.whole_rate)}.json"
+        return self.out / "whole" / f"{method.name}-{self.shaped(self.whole_rate).name}.json"
 
     def shaped(self, mbit: float | None) -> Link:
         """Return the links of a rate; unshaped ones are neither delayed nor lossy."""
@@ -169,45 +171,56 @@ def _reading(
         return kept
     print(f"{path}: {method.title}, {sizes.steps} steps", flush=True)
     with Lab(RANKS, campaign.shaped(mbit)) as lab:
-        achieved = _checked_rates(lab, mbit)
+        links = _checked(lab)
         run = run_ranks(lab, CONFIG, changes, directory, timeout=campaign.timeout)
         reading = read_run(
             run,
+            links,
             method=method.name,
             changes=changes,
-            mbit=mbit,
-            achieved=achieved,
-            congestion_control=lab.congestion_control,
             window=window,
+            commit=campaign.commit,
         )
     store(path, reading)
     return reading
 
 
-def _checked_rates(lab: Lab, mbit: float | None) -> list[tuple[float, float]]:
-    """Return what every link achieves, up and down; nothing for unshaped ones.
+def _checked(lab: Lab) -> Links:
+    """Return what every link achieves.
 
     Raises:
         LabError: It is not what was asked for.
     """
-    if mbit is None:
-        return []
     for _ in range(_PROBES):
-        achieved = probe(lab)
-        if off_by(achieved, mbit) <= ALLOWED:
-            return [(link.up, link.down) for link in achieved]
+        achieved = [] if lab.link.mbit is None else probe(lab)
+        echoed = echoes(lab) if lab.link.is_impaired else None
+        wrong = ""
+        if achieved and off_by(achieved, lab.link.mbit, lab.link.loss) > ALLOWED:
+            wrong = f"a rate is more than {ALLOWED:.0%} off: {achieved}"
+        elif echoed is not None:
+            wrong = wrong_echoes(echoed, lab.link)
+        if not wrong:
+            return Links(
+                mbit=lab.link.mbit,
+                delay_ms=lab.link.delay_ms,
+                loss=lab.link.loss,
+                impaired_by=lab.impaired_by,
+                achieved=[(link.up, link.down) for link in achieved],
+                round_trip_ms=[] if echoed is None else echoed.round_trip_ms,
+                congestion_control=lab.congestion_control,
+            )
     raise LabError(
-        f"links of {mbit:g} Mbit/s achieved something else, {_PROBES} times in a row more than "
-        f"{ALLOWED:.0%} off. Measure on a quiet machine, at a rate that it can shape."
+        f"links {lab.link.name} are something else, {_PROBES} times in a row; {wrong}. Measure on "
+        "a quiet machine, at a rate that it can shape."
     )
 
 
 def _same_digests(readings: Sequence[Reading]) -> None:
     digests = {reading.digest for reading in readings}
     if len(digests) > 1:
-        rates = ", ".join(f"{_rate_name(r.mbit)}: {r.digest}" for r in readings)
+        rates = ", ".join(f"{_name(r)}: {r.digest}" for r in readings)
         raise LabError(f"{readings[0].method} learnt different things on different links: {rates}")
 
 
-def _rate_name(mbit: float | None) -> str:
-    return "unshaped" if mbit is None else f"{mbit:g}mbit"
+def _name(reading: Reading) -> str:
+    return Link(reading.mbit, reading.delay_ms, reading.loss).name

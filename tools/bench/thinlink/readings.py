@@ -9,7 +9,7 @@ from pathlib import Path
 from .counters import bytes_at
 from .runs import Run
 
-__all__ = ["Reading", "Window", "load", "read_run", "store"]
+__all__ = ["Links", "Reading", "Window", "load", "read_run", "store"]
 
 _DIGEST = re.compile(r"final anchor digest: ([0-9a-f]+)")
 _SERIES = {
@@ -32,16 +32,37 @@ class Window:
     last: int
 
 
-@dataclass(frozen=True)
-class Reading:
+@dataclass(frozen=True, kw_only=True)
+class Links:
+    """What a run's links were.
+
+    Attributes:
+        mbit: Nominal rate, ``None`` for unshaped ones.
+        delay_ms: Added between two ranks, one way.
+        loss: Share of frames that is dropped between two ranks.
+        impaired_by: What delays and drops: ``netem``, ``relay``, or nothing.
+        achieved: Rank -> (up, down) as probed before the run, in Mbit/s.
+        round_trip_ms: Rank -> median of echoes from the next rank, as probed before the run; empty
+            without delay and loss.
+        congestion_control: Of TCP.
+    """
+
+    mbit: float | None
+    delay_ms: float = 0.0
+    loss: float = 0.0
+    impaired_by: str = ""
+    achieved: list[tuple[float, float]]
+    round_trip_ms: list[float] = field(default_factory=list)
+    congestion_control: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading(Links):
     """One run.
 
     Attributes:
         method: Its name.
         changes: To the config.
-        mbit: Nominal rate of the links, ``None`` for unshaped ones.
-        achieved: Rank -> (up, down) as probed before the run, in Mbit/s.
-        congestion_control: Of TCP.
         window: What is measured.
         digest: Of the anchor at the end.
         series: Name of a series -> its points: seconds of inner steps (``step_s``), milliseconds of
@@ -49,19 +70,18 @@ class Reading:
         sent: Bytes that the kernel counted out of each rank within the window.
         received: And into it.
         seconds: Of the whole run, start-up included.
+        commit: Of the program.
     """
 
     method: str
     changes: list[str]
-    mbit: float | None
-    achieved: list[tuple[float, float]]
-    congestion_control: str
     window: Window
     digest: str
     series: dict[str, Points]
     sent: list[float] = field(default_factory=list)
     received: list[float] = field(default_factory=list)
     seconds: float = 0.0
+    commit: str = ""
 
     def within(self, name: str) -> Points:
         """Return the points of a series within the window."""
@@ -70,14 +90,7 @@ class Reading:
 
 
 def read_run(
-    run: Run,
-    *,
-    method: str,
-    changes: Sequence[str],
-    mbit: float | None,
-    achieved: Sequence[tuple[float, float]],
-    congestion_control: str,
-    window: Window,
+    run: Run, links: Links, *, method: str, changes: Sequence[str], window: Window, commit: str
 ) -> Reading:
     """Read events, console and counters of a finished run.
 
@@ -94,17 +107,16 @@ def read_run(
         for rank, s in run.samples.items()
     }
     return Reading(
+        **vars(links),
         method=method,
         changes=list(changes),
-        mbit=mbit,
-        achieved=list(achieved),
-        congestion_control=congestion_control,
         window=window,
         digest=found.group(1),
         series={name: points.get(tag, []) for name, tag in _SERIES.items()},
         sent=[moved[rank][0] for rank in sorted(moved)],
         received=[moved[rank][1] for rank in sorted(moved)],
         seconds=run.seconds,
+        commit=commit,
     )
 
 

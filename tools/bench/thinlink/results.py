@@ -68,7 +68,8 @@ class Results:
         rows: Rate -> rows, in the order of the methods.
         overlapped: The first blocks; empty where phase overlap has not run.
         whole: ``None`` where phase whole has not run.
-        links: The readings on shaped links.
+        links: The readings on shaped links, delayed and lossy as the campaign's.
+        readings: These, and the ones on unshaped links.
     """
 
     target: float | None
@@ -77,6 +78,7 @@ class Results:
     overlapped: list[Overlapped]
     whole: WholeRun | None
     links: list[Reading]
+    readings: list[Reading]
 
 
 def results(campaign: Campaign, target: float | None) -> Results:
@@ -92,10 +94,12 @@ def results(campaign: Campaign, target: float | None) -> Results:
     curves |= {bf16: curves[fp32] for bf16, fp32 in _LEARNS_LIKE.items() if fp32 in curves}
     if target is None and curves:
         target = max(curve[-1][1] for curve in curves.values())
-    links = [
+    impairment = (campaign.link.delay_ms, campaign.link.loss)
+    readings = [
         reading
         for path in sorted(_paths(campaign))
-        if (reading := load(path)) is not None and reading.mbit is not None
+        if (reading := load(path)) is not None
+        and (reading.mbit is None or (reading.delay_ms, reading.loss) == impairment)
     ]
     return Results(
         target=target,
@@ -103,13 +107,16 @@ def results(campaign: Campaign, target: float | None) -> Results:
         rows={rate: _rows(campaign, rate, curves, target) for rate in campaign.rates},
         overlapped=_overlapped(campaign),
         whole=_whole(campaign),
-        links=links,
+        links=[reading for reading in readings if reading.mbit is not None],
+        readings=readings,
     )
 
 
 def _paths(campaign: Campaign) -> list[Path]:
     return [
-        path for phase in ("measure", "whole") for path in (campaign.out / phase).glob("*.json")
+        path
+        for phase in ("train", "measure", "whole")
+        for path in (campaign.out / phase).glob("*.json")
     ]
 
 

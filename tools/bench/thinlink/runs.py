@@ -1,10 +1,8 @@
 """Starts the training program in a laboratory, one rank a namespace, and waits for it."""
 
 import contextlib
-import ctypes
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -14,12 +12,11 @@ from pathlib import Path
 
 from .commands import DEVICE, address
 from .counters import Sampler
-from .lab import Lab, LabError
+from .lab import Lab, LabError, die_with_parent
 
 __all__ = ["Run", "run_ranks"]
 
 _PORT = 29500  # of the rendezvous; a namespace of its own has no other user of it
-_PR_SET_PDEATHSIG = 1
 _POLL_SECONDS = 0.1
 _LOG_TAIL = 2_000
 
@@ -66,7 +63,7 @@ def run_ranks(
             log = stack.enter_context((directory / f"rank{rank}.log").open("wb"))
             processes[rank] = stack.enter_context(_rank(lab, rank, script, log))
         sampler = stack.enter_context(Sampler({r: p.pid for r, p in processes.items()}))
-        failed = _wait(processes, began + timeout)
+        failed = _wait(lab, processes, began + timeout)
     console = (directory / "rank0.log").read_text(encoding="utf-8", errors="replace")
     if failed is not None:
         log_text = (directory / f"rank{failed}.log").read_text(encoding="utf-8", errors="replace")
@@ -96,7 +93,7 @@ def _rank(
         env=environment,
         stdout=log,  # type: ignore[call-overload]
         stderr=subprocess.STDOUT,
-        preexec_fn=_die_with_parent,
+        preexec_fn=die_with_parent,
     )
     try:
         yield process
@@ -105,14 +102,12 @@ def _rank(
         process.wait()
 
 
-def _die_with_parent() -> None:
-    """Let the kernel kill this process when the laboratory dies, even by SIGKILL."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _wait(processes: "Mapping[int, subprocess.Popen[bytes]]", deadline: float) -> int | None:
+def _wait(
+    lab: Lab, processes: "Mapping[int, subprocess.Popen[bytes]]", deadline: float
+) -> int | None:
     """Return the first rank that failed or was too slow, ``None`` when all are done."""
     while True:
+        lab.check()
         codes = {rank: process.poll() for rank, process in processes.items()}
         failed = [rank for rank, code in codes.items() if code not in (None, 0)]
         if failed:

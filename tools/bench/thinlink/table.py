@@ -109,11 +109,14 @@ _COLUMNS: Mapping[str, Callable[[Row], str]] = {
     "of floor": lambda r: f"{r.timing.of_floor:.2f}",
     "used": lambda r: f"{r.timing.utilisation:.1%}",
     "exposed": lambda r: "" if r.exposed_share is None else f"{r.exposed_share:.1%}",
+}
+_TARGET_COLUMNS: Mapping[str, Callable[[Row], str]] = {
     "steps": lambda r: "n/a" if r.steps is None else str(r.steps),
     "min": lambda r: "n/a" if r.seconds_to_target is None else f"{r.seconds_to_target / 60:,.1f}",
 }
 
 
-def methods_table(rows: Sequence[Row]) -> str:
-    """Return the table of one rate."""
-    return markdown(list(_COLUMNS), [[cell(r) for cell in _COLUMNS.values()] for r in rows])
+def methods_table(rows: Sequence[Row], *, with_target: bool) -> str:
+    """Return the table of one rate, with the way to a held-out loss or without."""
+    columns = {**_COLUMNS, **(_TARGET_COLUMNS if with_target else {})}
+    return markdown(list(columns), [[cell(r) for cell in columns.values()] for r in rows])
