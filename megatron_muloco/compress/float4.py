@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from megatron_muloco.compress.grouped import GroupedCodec, blocks
+from megatron_muloco.compress.grouped import GroupedCodec, column_blocks
 from megatron_muloco.compress.units import Grouping
 
 __all__ = ["E3M0"]
@@ -44,10 +44,10 @@ class E3M0(GroupedCodec):
         largest = torch.maximum(values.amax(1, keepdim=True), -values.amin(1, keepdim=True))
         divisor = torch.where(largest > 0, largest, 1.0)
         table = _codes_by_leading_bits(values.device)
-        for rows, columns in blocks(values):
-            ratios = (values[rows, columns] / divisor[rows]).view(torch.int32)
+        for columns in column_blocks(values):
+            ratios = (values[:, columns] / divisor).view(torch.int32)
             leading = (ratios >> _OTHER_BITS).bitwise_and_(len(table) - 1).flatten()
-            place = codes[rows, columns]
+            place = codes[:, columns]
             place.copy_(table.index_select(0, leading).view(place.shape))
         return largest
 

@@ -25,7 +25,7 @@ from megatron_muloco.compress.packing import pack, unpack
 from megatron_muloco.compress.sizes import GroupedSize
 from megatron_muloco.compress.units import CodingUnit, Grouping
 
-__all__ = ["GroupedCodec", "blocks", "table_index", "write_codes"]
+__all__ = ["GroupedCodec", "column_blocks", "table_index", "write_codes"]
 
 # 512 KiB of fp32. Chosen by measurement, of 2**13 to 2**18: smaller blocks would stay in the
 # second-level cache, but calling the operators costs more than that saves.
@@ -64,6 +64,7 @@ class GroupedCodec(RawFallback, ABC):
     def _encode_groups(self, values: Tensor, codes: Tensor) -> Tensor:
         """Fill uint8 ``codes`` for ``values``, both [groups, width]; return [groups, head_width].
 
+        Either there are several groups, together at most a block, or there is one of any width.
         Values that are not finite leave something in the head that is not finite either.
         """
 
@@ -76,8 +77,13 @@ class GroupedCodec(RawFallback, ABC):
         codes = torch.empty(unit.numel, dtype=torch.uint8, device=values.device)
         parts = group_matrices(values, self.grouping, unit)
         codes_of_parts = group_matrices(codes, self.grouping, unit)
-        pairs = zip(parts, codes_of_parts, strict=True)
-        head = torch.cat([self._encode_groups(part, into).flatten() for part, into in pairs])
+        head = torch.cat(
+            [
+                self._encode_groups(part[rows], into[rows]).flatten()
+                for part, into in zip(parts, codes_of_parts, strict=True)
+                for rows in _row_blocks(part, self.level_count)
+            ]
+        )
         refuse_non_finite(head)
         packed = [pack(part, self.bits) for part in codes.split(block_values(codes.device))]
         return torch.cat([to_bytes(head), *packed])
@@ -96,11 +102,12 @@ class GroupedCodec(RawFallback, ABC):
         codes_of_parts = group_matrices(codes, self.grouping, unit)
         for part, codes_of_part in zip(parts, codes_of_parts, strict=True):
             heads_of_part = heads[first : first + len(part)]
-            for rows, columns in blocks(part):
-                levels = self._levels(heads_of_part[rows])
-                place = part[rows, columns]
-                index = table_index(codes_of_part[rows, columns].int(), self.level_count)
-                place.copy_(levels.flatten().index_select(0, index).view(place.shape))
+            for rows in _row_blocks(part, self.level_count):
+                levels = self._levels(heads_of_part[rows]).flatten()
+                for columns in column_blocks(part):
+                    place = part[rows, columns]
+                    index = table_index(codes_of_part[rows, columns].int(), self.level_count)
+                    place.copy_(levels.index_select(0, index).view(place.shape))
             first += len(part)
 
     def _decode_one(self, packed: Tensor, levels: Tensor, out: Tensor) -> None:
@@ -152,10 +159,16 @@ def block_values(device: torch.device) -> int:
     return _BLOCK_VALUES if device.type == "cpu" else _DEVICE_BLOCK_VALUES
 
 
-def blocks(matrix: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Yield slices of rows and columns that cut a matrix into blocks, only long rows into parts."""
+def _row_blocks(matrix: Tensor, table_width: int) -> Iterator[slice]:
+    """Yield runs of rows that are at most a block each, and so is a table with a line for each."""
     count, width = matrix.shape
+    rows = max(1, block_values(matrix.device) // max(width, table_width))
+    for row in range(0, count, rows):
+        yield slice(row, row + rows)
+
+
+def column_blocks(matrix: Tensor) -> Iterator[slice]:
+    """Yield slices that cut long rows into blocks."""
     size = block_values(matrix.device)
-    for row in range(0, count, rows := max(1, size // width)):
-        for column in range(0, width, size):
-            yield slice(row, row + rows), slice(column, column + size)
+    for column in range(0, matrix.shape[1], size):
+        yield slice(column, column + size)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from megatron_muloco.compress.grouped import GroupedCodec, blocks, write_codes
+from megatron_muloco.compress.grouped import GroupedCodec, column_blocks, write_codes
 
 __all__ = ["Linear"]
 
@@ -36,9 +36,9 @@ class Linear(GroupedCodec):
         # group, or of one so small that its steps vanish: level 0 is then as good as any.
         step = (high / 2 - low / 2) / steps
         step = torch.where(step > 0, step, 1.0)
-        for rows, columns in blocks(values):
-            scaled = torch.add(-low[rows] / 2, values[rows, columns], alpha=0.5).div_(step[rows])
-            write_codes(scaled.round_(), codes[rows, columns], self.level_count)
+        for columns in column_blocks(values):
+            scaled = torch.add(-low / 2, values[:, columns], alpha=0.5).div_(step)
+            write_codes(scaled.round_(), codes[:, columns], self.level_count)
         return torch.cat([low, high], dim=1)
 
     @override

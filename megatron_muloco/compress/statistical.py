@@ -5,7 +5,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from megatron_muloco.compress.codec import refuse_non_finite
-from megatron_muloco.compress.grouped import GroupedCodec, blocks, table_index, write_codes
+from megatron_muloco.compress.grouped import GroupedCodec, column_blocks, table_index, write_codes
 
 __all__ = ["Statistical"]
 
@@ -44,13 +44,13 @@ class Statistical(GroupedCodec):
         scale = torch.where(deviation > 0, _STEPS / (_RANGE * deviation), 0.0)
         counts = torch.zeros(len(values), bins, dtype=torch.float64, device=values.device)
         sums = torch.zeros_like(counts)
-        for rows, columns in blocks(values):
-            steps = values[rows, columns].double().sub_(lowest[rows]).mul_(scale[rows]).round_()
+        for columns in column_blocks(values):
+            steps = values[:, columns].double().sub_(lowest).mul_(scale).round_()
             # fp32 holds the steps inside the range exactly: they are below 2**24.
-            code = write_codes(steps.float().mul_(bins / _STEPS), codes[rows, columns], bins)
+            code = write_codes(steps.float().mul_(bins / _STEPS), codes[:, columns], bins)
             index, size = table_index(code, bins), len(code) * bins
-            counts[rows].add_(torch.bincount(index, minlength=size).view(-1, bins))
-            sums[rows].add_(torch.bincount(index, steps.flatten(), size).view(-1, bins))
+            counts += torch.bincount(index, minlength=size).view(-1, bins)
+            sums += torch.bincount(index, steps.flatten(), size).view(-1, bins)
         above = (sums / counts - _STEPS / 2) * torch.where(scale > 0, 1 / scale, 0.0)
         # A bin that nothing fell into is never decoded; the mean stands in for it.
         heads: Tensor = torch.where(counts > 0, mean + above, mean).float()
@@ -69,10 +69,10 @@ def _moments(values: Tensor) -> tuple[Tensor, Tensor]:
     """
     total = torch.zeros(len(values), 1, dtype=torch.float64, device=values.device)
     squares = torch.zeros_like(total)
-    for rows, columns in blocks(values):
-        for run in values[rows, columns].double().split(_RUN, dim=1):
-            total[rows].add_(run.sum(1, keepdim=True))
-            squares[rows].add_(torch.linalg.vector_norm(run, dim=1, keepdim=True).square_())
+    for columns in column_blocks(values):
+        for run in values[:, columns].double().split(_RUN, dim=1):
+            total += run.sum(1, keepdim=True)
+            squares += torch.linalg.vector_norm(run, dim=1, keepdim=True).square_()
     mean = total / values.shape[1]
     variance = (squares / values.shape[1] - mean * mean).clamp_(min=0)
     return mean, variance.sqrt()

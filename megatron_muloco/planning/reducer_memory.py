@@ -7,7 +7,7 @@ replicas, and u values in the largest unit that is encoded at once::
     fp32 all-reduce     4                      0             0, the result is in the buffer
     in chunks           3w                     0             bf16 8; fp32 4 + about 2
     linear, statistical,
-    e3m0                2p                     12 u / n      4 + p (1 + 1/K), or p / K + 16 u / n
+    e3m0                2p                     13 u / n      4 + p (1 + 1/K), or p / K + 17 u / n
     topk                (1 + K) p              10 u / n      4 + 6 u / n
 
 Transport through the host keeps what travels there too. Rows of riders are not counted.
@@ -27,12 +27,12 @@ from megatron_muloco.planning.outer_traffic import chunk_payloads
 from megatron_muloco.planning.slices import BYTES
 from megatron_muloco.shards import Shard
 
-__all__ = ["ReducerMemory", "is_all_reduce", "reducer_memory", "residual_bytes"]
+__all__ = ["ReducerMemory", "reducer_memory", "residual_bytes"]
 
 # Most that encoding a large unit takes, in bytes for each of its values: with error feedback two
-# fp32 copies, codes, and what packs them. Measured on a CPU: 9 to 12. Blocks of a megabyte or two
-# come on top; they are not counted.
-_ENCODING = 12
+# fp32 copies, codes, and what packs them. Measured on a CPU: 9 to 12.02. Blocks of a megabyte or
+# two come on top; they are not counted.
+_ENCODING = 13
 # Top-k: 9, and 20 for each value that is kept; its place alone takes 8.
 _SELECTING, _KEEPING = 10, 24
 
@@ -54,11 +54,6 @@ class ReducerMemory:
     staged: int
 
 
-def is_all_reduce(code: CompressionConfig) -> bool:
-    """Whether values travel in one all-reduce, which needs nobody to work on it."""
-    return isinstance(code, NoCompression) and code.wire_dtype == "fp32" and not code.deterministic
-
-
 def reducer_memory(
     code: CompressionConfig, shards: Sequence[Shard], num_replicas: int
 ) -> ReducerMemory:
@@ -67,7 +62,7 @@ def reducer_memory(
     if not isinstance(code, NoCompression):
         return _coded(code, shards, elements, num_replicas)
     fp32, wire = BYTES["fp32"] * elements, BYTES[code.wire_dtype] * elements
-    if is_all_reduce(code):
+    if code.is_all_reduce:
         return ReducerMemory(buffers=fp32, launching=0, waiting=0, staged=fp32)
     pairs = num_replicas // 2  # first sums of neighbours, beside all chunks in fp32
     summing = fp32 * (num_replicas + pairs) // num_replicas

@@ -43,6 +43,10 @@ CODES: dict[str, CompressionConfig] = {
     "statistical-8-raw": StatisticalCompression(
         kind="statistical", bits=8, granularity="block", block_size=256
     ),
+    "statistical-4-small": StatisticalCompression(
+        kind="statistical", bits=4, granularity="block", block_size=32
+    ),
+    "linear-8-small": LinearCompression(kind="linear", bits=8, granularity="block", block_size=16),
     "e3m0-blocks": E3M0Compression(kind="e3m0", granularity="block"),
     "topk": TopKCompression(kind="topk", density=0.01),
     "topk-dense": TopKCompression(kind="topk", density=0.4, value_bits=4),
