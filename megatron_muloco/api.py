@@ -20,10 +20,10 @@ from megatron_muloco.comm.groups import Groups, build_groups
 from megatron_muloco.config import RunConfig
 from megatron_muloco.config.checks import check
 from megatron_muloco.config.derived import topology_of
+from megatron_muloco.config.outer import NoOuter
 from megatron_muloco.errors import ConfigError
 from megatron_muloco.runtime.distributed import start_distributed
 from megatron_muloco.runtime.parallel_state import mirror_groups, require_unset
-from megatron_muloco.training.reducer_wiring import travels_by_host
 from megatron_muloco.training.replica_optimizer import ReplicaOptimizer
 from megatron_muloco.training.wiring import wrap_optimizer
 
@@ -53,9 +53,8 @@ def initialize_replicas(config: RunConfig) -> Groups:
     topology = topology_of(config, ranks.world_size)
     check(config, topology)
     _require_one_config(config)
-    groups = build_groups(
-        topology, timeout=timeout, exchange_backend="gloo" if travels_by_host(config) else None
-    )
+    by_host = not isinstance(config.outer, NoOuter) and config.outer.sends_from_host
+    groups = build_groups(topology, timeout=timeout, exchange_backend="gloo" if by_host else None)
     mirror_groups(groups)
     seed_ranks(config.training.seed, groups)
     return groups

@@ -3,6 +3,7 @@
 import argparse
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -54,7 +55,7 @@ def reference() -> str:
         if "." not in entry.key:
             parts.append(f"\n## {entry.key}\n\n{entry.info.description}\n\n{HEADER}")
         elif not inner or get_origin(entry.info.annotation) is tuple or _takes_number(entry):
-            parts.append(_row(entry))
+            parts += [_row(replace(entry, variant=v, info=i)) for v, i in entry.definitions.items()]
     return "".join(parts)
 
 

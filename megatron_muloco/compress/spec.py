@@ -61,7 +61,7 @@ def spec_of(code: CodeConfig, name: str) -> CodeSpec:
     if isinstance(code, TopKCompression):
         grouping = Grouping("block", code.block_size)
         return CodeSpec("topk", code.value_bits, grouping, code.density, code.wire_dtype)
-    grouping = Grouping(code.granularity, code.block_size)
+    grouping = Grouping(code.granularity, code.values_per_block)
     return CodeSpec(code.kind, exception or code.bits, grouping)
 
 

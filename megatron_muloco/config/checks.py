@@ -20,6 +20,7 @@ from megatron_muloco.config.layout_checks import (
 )
 from megatron_muloco.config.outer_checks import (
     apply_rule_is_one,
+    block_size_has_blocks,
     data_parallelism_has_one_replica,
     exceptions_fit_the_code,
     fragments_have_layers,
@@ -212,6 +213,7 @@ RULES: tuple[Rule, ...] = (
     data_parallelism_has_one_replica,
     fragments_have_layers,
     exceptions_fit_the_code,
+    block_size_has_blocks,
     apply_rule_is_one,
     norm_band_is_a_band,
     overlap_is_shorter_than_the_spacing,

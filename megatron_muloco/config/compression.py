@@ -1,6 +1,6 @@
 """Schema of the code that pseudogradients travel in."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -48,9 +48,16 @@ class NoCompression(Section):
         "bf16 and all codes are deterministic anyway.",
     )
 
+    @property
+    def is_all_reduce(self) -> bool:
+        """Whether values travel in one all-reduce, which needs nobody to work on it."""
+        return self.wire_dtype == "fp32" and not self.deterministic
+
 
 class _Code(Section):
     """Keys of every lossy code."""
+
+    is_all_reduce: ClassVar[bool] = False
 
     error_feedback: bool = Field(
         True, description="Keep what a code loses and add it to the next round's pseudogradient."
@@ -71,9 +78,15 @@ class _Grouped(_Code):
         description="What shares one scale: a rank's piece of a tensor, each row of it, or each "
         "block of block_size values.",
     )
-    block_size: int = Field(
-        256, ge=2, description="Values per block; used with granularity block only."
+    block_size: int | None = Field(
+        None, ge=2, description="Values per block, 256 when not given; only with granularity block."
     )
+
+    @property
+    def values_per_block(self) -> int:
+        """Values of a block, where blocks are what shares a scale."""
+        # 256 is chosen: two fp32 numbers for each block take a quarter of a bit a value.
+        return self.block_size or 256
 
 
 class LinearCompression(_Grouped):

@@ -4,7 +4,7 @@ Error messages and the reference page are made from it.
 """
 
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -22,13 +22,15 @@ class SchemaField:
 
     Attributes:
         key: Dotted name; list entries are written ``[]``.
-        variant: ``section.kind: value`` where only one kind of the section has the key, else "".
-        info: What pydantic knows about it.
+        variant: ``section.kind: value`` where only some kinds of the section have the key, else "".
+        info: What pydantic knows about it, in the first of them.
+        definitions: The same by variant: several where kinds define the key differently.
     """
 
     key: str
     variant: str
     info: FieldInfo
+    definitions: Mapping[str, FieldInfo]
 
 
 @dataclass(frozen=True)
@@ -77,25 +79,47 @@ def _tag(section: type[Section]) -> str:
 def schema_fields(
     sections: Sequence[type[Section]] = (RunConfig,), prefix: str = "", variant: str = ""
 ) -> Iterator[SchemaField]:
-    """Yield every key, depth first; keys shared by all kinds of a section come once."""
+    """Yield every key, depth first; keys shared by several kinds of a section come once."""
+
+    def variant_of(owners: Sequence[type[Section]]) -> str:
+        if len(owners) == len(sections):
+            return variant
+        return f"{prefix}kind: {' or '.join(map(_tag, owners))}"
+
     seen: set[str] = set()
     for section in sections:
         kind_first = sorted(section.model_fields.items(), key=lambda item: item[0] != "kind")
         for name, info in kind_first:
             if name in seen:
                 continue
-            owners = [other for other in sections if name in other.model_fields]
-            if len(owners) == len(sections):
-                own_variant = variant
-            else:
-                tags = " or ".join(_tag(owner) for owner in owners)
-                own_variant = f"{prefix}kind: {tags}"
             seen.add(name)
-            yield SchemaField(f"{prefix}{name}", own_variant, info)
+            owners = [other for other in sections if name in other.model_fields]
+            definitions = {
+                variant_of(alike): alike[0].model_fields[name] for alike in _alike(owners, name)
+            }
+            yield SchemaField(f"{prefix}{name}", variant_of(owners), info, definitions)
             inner = section_types(info.annotation)
             brackets = "[]" if get_origin(info.annotation) is tuple else ""
             if inner:
-                yield from schema_fields(inner, f"{prefix}{name}{brackets}.", own_variant)
+                yield from schema_fields(inner, f"{prefix}{name}{brackets}.", variant_of(owners))
+
+
+def _alike(owners: Sequence[type[Section]], name: str) -> list[list[type[Section]]]:
+    """Group sections that define a key in the same way; every section's ``kind`` is its own."""
+    groups: list[list[type[Section]]] = []
+    for owner in owners:
+        for group in groups:
+            if name == "kind" or _meaning(group[0], name) == _meaning(owner, name):
+                group.append(owner)
+                break
+        else:
+            groups.append([owner])
+    return groups
+
+
+def _meaning(section: type[Section], name: str) -> tuple[object, ...]:
+    info = section.model_fields[name]
+    return (info.annotation, info.get_default(), info.metadata, info.description)
 
 
 def locate(loc: Sequence[str | int]) -> Location:

@@ -60,7 +60,11 @@ class _Synchronised(Section):
         default_factory=FragmentsConfig, description="Division of the parameters."
     )
     overlap_steps: int = Field(
-        0, ge=0, description="Inner steps between sending a fragment and using the result; 0 waits."
+        0,
+        ge=0,
+        description="Inner steps between sending a fragment and using the result; 0 waits. Less "
+        "than the shortest sync_interval, and than max_in_flight times the steps between two "
+        "launches.",
     )
     max_in_flight: int = Field(1, ge=1, description="Fragments that may be under way at once.")
     mixing_weight: float | None = Field(
@@ -94,6 +98,17 @@ class _Synchronised(Section):
     guard: GuardConfig = Field(
         default_factory=GuardConfig, description="Protection from broken replicas."
     )
+
+    @property
+    def sends_from_host(self) -> bool:
+        """Whether pseudogradients leave from host memory; ``transport: auto`` never does."""
+        return self.transport == "host"
+
+    @property
+    def reduces_in_thread(self) -> bool:
+        """Whether a thread reduces beside training, as a reduction with several phases needs."""
+        one_phase = self.compression.is_all_reduce and not self.sends_from_host
+        return self.overlap_steps > 0 and not one_phase
 
     @property
     def effective_mixing_weight(self) -> float:

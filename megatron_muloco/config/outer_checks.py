@@ -6,7 +6,11 @@ Each rule is a function; `checks` lists and runs them.
 from collections.abc import Iterator
 from itertools import pairwise
 
-from megatron_muloco.config.compression import E3M0Compression, TopKCompression
+from megatron_muloco.config.compression import (
+    E3M0Compression,
+    NoCompression,
+    TopKCompression,
+)
 from megatron_muloco.config.derived import spacing_of_launches, train_iterations
 from megatron_muloco.config.outer import AverageOuter, NesterovOuter, NoOuter
 from megatron_muloco.config.problems import Problem
@@ -16,6 +20,7 @@ from megatron_muloco.topology import Topology
 
 __all__ = [
     "apply_rule_is_one",
+    "block_size_has_blocks",
     "data_parallelism_has_one_replica",
     "exceptions_fit_the_code",
     "fragments_have_layers",
@@ -126,9 +131,24 @@ def exceptions_fit_the_code(config: RunConfig, topology: Topology | None) -> Ite
         if bits not in (None, "none"):
             yield Problem(
                 f"outer.compression.exceptions.{key}",
-                f"{bits}, but kind {code.kind} has no number of bits that could differ.\nUse none "
-                "to send these parameters in fp32, or kind linear or statistical.",
+                f"{bits}, but kind {code.kind} has one code for all parameters.\nUse none to send "
+                "these in fp32, or kind linear or statistical.",
             )
+
+
+def block_size_has_blocks(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
+    """Blocks have a size only where there are blocks."""
+    if isinstance(config.outer, NoOuter):
+        return
+    code = config.outer.compression
+    if isinstance(code, NoCompression | TopKCompression) or code.granularity == "block":
+        return
+    if code.block_size is not None:
+        yield Problem(
+            "outer.compression.block_size",
+            f"{code.block_size} has no effect with granularity {code.granularity}.\nRemove it or "
+            "set outer.compression.granularity: block.",
+        )
 
 
 def norm_band_is_a_band(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:

@@ -79,7 +79,9 @@ class ParallelConfig(Section):
     )
     tensor_model_parallel_size: PositiveInt = Field(1, description="Ranks that slice each matrix.")
     pipeline_model_parallel_size: PositiveInt = Field(1, description="Pipeline stages.")
-    context_parallel_size: PositiveInt = Field(1, description="Ranks that share each sequence.")
+    context_parallel_size: PositiveInt = Field(
+        1, description="Ranks that share each sequence; only 1 is available."
+    )
     sequence_parallel: bool = Field(
         False,
         description="Divide norms and residuals over tensor-parallel ranks along the sequence; no "
@@ -186,7 +188,9 @@ class CheckpointConfig(Section):
         0, ge=0, description="Inner steps between checkpoints; 0 saves at the end and on request."
     )
     keep: PositiveInt = Field(2, description="Newest checkpoints to keep.")
-    async_save: bool = Field(False, description="Write while training goes on.")
+    async_save: bool = Field(
+        False, description="Write while training goes on; only false is available."
+    )
     resume: str = Field(
         "auto",
         min_length=1,

@@ -118,7 +118,7 @@ def context_parallel(config: RunConfig) -> Iterator[tuple[str, str]]:
 def async_save(config: RunConfig) -> Iterator[tuple[str, str]]:
     """Checkpoints are written while training waits."""
     if config.checkpoint.async_save:
-        yield ("checkpoint.async_save", "true is not available yet.\nUse false.")
+        yield ("checkpoint.async_save", "true is not available.\nUse false.")
 
 
 UNSUPPORTED = (

@@ -170,7 +170,8 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric(
         "muloco/exposed_ms", "ms", "event", "writing rank", "outer",
-        "Time in which training waited for the outer step; on an accelerator a lower bound.",
+        "Host time of launching outer steps and waiting for them; on an accelerator with what was "
+        "queued before.",
     ),
     Metric(
         "muloco/round_ms", "ms", "event", "writing rank", "outer",
@@ -195,11 +196,12 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric(
         "muloco/residual_norm", "1", "event", "replica 0", "feedback",
-        "Norm of what error feedback keeps for the next round.",
+        "Norm of what error feedback keeps for the next round, of the fragments sent now.",
     ),
     Metric(
         "muloco/quarantined", "replicas", "event", "the same everywhere", "outer",
-        "Replicas left out by the guard (weight 0); the largest of it over fragments.",
+        "Replicas with weight 0: left out by the guard, or with tokens as weights not trained; the "
+        "most of any fragment.",
     ),
     Metric(
         "muloco/round", "rounds", "event", "the same everywhere", "outer",

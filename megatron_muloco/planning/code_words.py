@@ -54,7 +54,7 @@ def feedback_words(code: CodeConfig) -> tuple[str, str]:
 
 def _group(code: LinearCompression | StatisticalCompression | E3M0Compression) -> str:
     if code.granularity == "block":
-        return f"block of {code.block_size}"
+        return f"block of {code.values_per_block}"
     return {"tensor": "piece of a tensor", "row": "row"}[code.granularity]
 
 

@@ -6,7 +6,6 @@ from megatron_muloco.config.outer import NoOuter
 from megatron_muloco.config.schema import RunConfig
 from megatron_muloco.planning.code_words import code_name
 from megatron_muloco.planning.memory import MemoryPlan
-from megatron_muloco.planning.reducer_memory import is_all_reduce
 from megatron_muloco.planning.text import human_bytes
 from megatron_muloco.planning.traffic import TrafficPlan
 from megatron_muloco.topology import Topology
@@ -90,7 +89,7 @@ def traffic_rows(config: RunConfig, traffic: TrafficPlan, layout: Topology) -> I
     )
     sent = human_bytes(traffic.outer_per_replica)
     yield "  whole replica", sent, f"sent by its ranks: {seconds} Gbit/s"
-    if not is_all_reduce(code):
+    if not code.is_all_reduce:
         ratio = traffic.outer_uncoded / traffic.outer_per_replica
         all_reduce = human_bytes(traffic.outer_uncoded)
         yield "  ratio", f"1/{ratio:.2f}", f"of {all_reduce}, what fp32 all-reduces would send"

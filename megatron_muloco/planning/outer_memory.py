@@ -23,7 +23,7 @@ from megatron_muloco.config.outer import AverageOuter, NesterovOuter, NoOuter
 from megatron_muloco.config.schema import RunConfig
 from megatron_muloco.outer.schedule import Average, SyncSchedule
 from megatron_muloco.planning.rank_shards import by_fragment
-from megatron_muloco.planning.reducer_memory import is_all_reduce, reducer_memory, residual_bytes
+from megatron_muloco.planning.reducer_memory import reducer_memory, residual_bytes
 from megatron_muloco.planning.slices import BYTES
 from megatron_muloco.shards import Shard
 from megatron_muloco.topology import Topology
@@ -71,8 +71,7 @@ def outer_memory(config: RunConfig, topology: Topology, shards: Sequence[Shard])
     code, schedule = outer.compression, schedule_of(config, outer)
     reducers = [reducer_memory(code, fragment, replicas) for fragment in fragments]
     values = [BYTES["fp32"] * sum(shard.numel for shard in part) for part in fragments]
-    number, through_host = _in_flight(schedule), outer.transport == "host"
-    in_thread = outer.overlap_steps > 0 and (through_host or not is_all_reduce(code))
+    number, in_thread = _in_flight(schedule), outer.reduces_in_thread
     largest, at_once = max(values), 1 if in_thread else number
     at_launch = _largest(values, number) if outer.overlap_steps else 0
     queued = _largest(values, number) if in_thread else 0
@@ -90,7 +89,9 @@ def outer_memory(config: RunConfig, topology: Topology, shards: Sequence[Shard])
         at_launch=at_launch,
         residuals=residual_bytes(code, fragments, replicas),
         temporary=max(launching, waiting, flushing - at_launch - queued),
-        staged=at_once * max(reducer.staged for reducer in reducers) if through_host else 0,
+        staged=at_once * max(reducer.staged for reducer in reducers)
+        if outer.sends_from_host
+        else 0,
     )
 
 

@@ -122,7 +122,8 @@ MEANS: list[Sections] = [
     for dtype, deterministic in (("fp32", False), ("fp32", True), ("bf16", False))
 ]
 GROUPED: list[Sections] = [
-    {"kind": kind, "granularity": granularity, "block_size": 48}
+    {"kind": kind, "granularity": granularity}
+    | ({"block_size": 48} if granularity == "block" else {})
     | ({} if bits is None else {"bits": bits})
     for granularity in ("tensor", "row", "block")
     for kind, bits in [("e3m0", None), *itertools.product(("linear", "statistical"), (8, 4, 2, 1))]

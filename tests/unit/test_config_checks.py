@@ -70,7 +70,11 @@ RULE_CASES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "exceptions_fit_the_code": (
         ["outer.compression={kind: e3m0, exceptions: {norm: 8}}"],
-        ["outer.compression.exceptions.norm: 8, but kind e3m0 has no number of bits"],
+        ["outer.compression.exceptions.norm: 8, but kind e3m0 has one code for all parameters"],
+    ),
+    "block_size_has_blocks": (
+        ["outer.compression={kind: linear, bits: 4, block_size: 64}"],
+        ["outer.compression.block_size: 64 has no effect with granularity tensor"],
     ),
     "apply_rule_is_one": (
         ["outer.apply=additive", "outer.mixing_weight=0.5"],
@@ -147,7 +151,7 @@ UNSUPPORTED_CASES: dict[str, tuple[list[str], str]] = {
     ),
     "async_save": (
         ["checkpoint.async_save=true"],
-        "checkpoint.async_save: true is not available yet.",
+        "checkpoint.async_save: true is not available.",
     ),
 }
 
