@@ -3,7 +3,9 @@
 A reduction with several phases (send, decode, average, encode, send again, decode) makes progress
 only while somebody works on it. Here a communication thread does, so that an apply finds the result
 ready. Launches run one after the other in the order in which they were made, which is the same on
-all ranks of the outer group; that thread alone uses the reducer's communicator.
+all ranks of the outer group; that thread alone uses the reducer's communicator. After a failure it
+does nothing more: the peers are still in the collectives of the launch that failed, and would take
+those of the next one for them.
 """
 
 import queue
@@ -45,6 +47,7 @@ class Background:
         self._reducer, self._device = reducer, device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._tasks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._failure: BaseException | None = None  # the first one; the thread's own
         self.residual_kinds, self.lends = reducer.residual_kinds, False
         # A daemon: a peer that is gone must not keep this process alive until the time limit.
         threading.Thread(target=self._work, name="outer communication", daemon=True).start()
@@ -76,7 +79,9 @@ class Background:
         assert isinstance(handle, _Launched)
         reduced, finished = handle.future.result()
         if self._stream is not None:
-            self._hand_over(finished, reduced.mean.values())
+            code = reduced.stats.code
+            squares = [] if code is None else [code.exact_square, code.lost_square]
+            self._hand_over(finished, [*reduced.mean.values(), *squares])
         return reduced
 
     def forget_residual(self) -> None:
@@ -108,9 +113,12 @@ class Background:
 
         def task() -> None:
             try:
+                if self._failure is not None:
+                    raise self._failure
                 future.set_result(call())
             # Whatever it is belongs to whoever waits for the result.
             except BaseException as error:  # noqa: BLE001
+                self._failure = self._failure or error
                 future.set_exception(error)
 
         self._tasks.put(task)

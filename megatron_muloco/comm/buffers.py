@@ -71,7 +71,8 @@ class BufferPool:
         self._lent.append((buffer, storage))
         return buffer
 
-    def give(self, buffer: Tensor) -> None:
-        """Take back a buffer; its contents stay until it is taken again."""
-        index = next(i for i, (lent, _) in enumerate(self._lent) if lent is buffer)
-        self._free.append(self._lent.pop(index)[1])
+    def give(self, *buffers: Tensor) -> None:
+        """Take back buffers; their contents stay until they are taken again."""
+        for buffer in buffers:
+            index = next(i for i, (lent, _) in enumerate(self._lent) if lent is buffer)
+            self._free.append(self._lent.pop(index)[1])

@@ -39,7 +39,7 @@ class LaunchedCode:
         row_bytes: Of weight and riders, before every payload.
         buffers: Sent and received; the network reads and writes them.
         pending: The collective.
-        squares: What `encode` returned, summed.
+        squares: What `encode` returned, summed; NaN where nothing was encoded.
         clock: Times of encoding and decoding.
     """
 
@@ -116,8 +116,13 @@ class EncodingReducer(OuterGroupReducer):
         for slot in sent.split(splits):
             slot[: row.numel()] = row
             payloads.append(slot[row.numel() :].zero_())
-        with clock("encode"):
-            squares = self._encode_chunks(tensors, chunks, payloads, weight)
+        squares = torch.full((2,), torch.nan, dtype=torch.float64, device=self._device)
+        if weight:
+            with (
+                clock("encode"),
+                self._named_values("a pseudogradient and its residual", fragment, round_index),
+            ):
+                squares = self._encode_chunks(tensors, chunks, payloads)
         with self._named_errors("launch", fragment, round_index):
             received, pending = self._send(sent, splits)
         return LaunchedCode(
@@ -155,7 +160,7 @@ class EncodingReducer(OuterGroupReducer):
     def load_residuals(self, residuals: Residuals, fragments: Sequence[Sizes]) -> None:
         """See `Reducer.load_residuals`."""
         if self.residual is not None:
-            self.residual.load_state_dict(self._here(residuals.get("residual", {})))
+            self.residual.load(self._here(residuals.get("residual", {})))
 
     # ---- parts of launch and wait -----------------------------------------------------------
 
@@ -164,18 +169,13 @@ class EncodingReducer(OuterGroupReducer):
         tensors: Mapping[str, Tensor],
         chunks: Sequence[Sequence[Piece]],
         payloads: Sequence[Tensor],
-        weight: float,
     ) -> Tensor:
-        """Fill the payloads of a replica with a weight; return the squared norms of `encode`.
+        """Fill the payloads; return the squared norms of `encode`.
 
-        A replica left out for its norm still keeps what its code lost, as if it had sent it. One
-        that is not finite has no code, and its residuals are about to be forgotten.
+        Not called for a replica without a weight: it sends nothing, so it lost nothing, and e stays
+        as it is. What its pseudogradient was must not come back in the next round through e.
         """
         squares = torch.zeros(2, dtype=torch.float64, device=self._device)
-        if not weight:
-            if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
-                return squares
-            payloads = [torch.empty_like(payload) for payload in payloads]
         for pieces, payload in zip(chunks, payloads, strict=True):
             for piece, place in self._places(pieces):
                 values, kept = tensors[piece.name][piece.start : piece.end], None
@@ -218,7 +218,7 @@ class EncodingReducer(OuterGroupReducer):
     def _reduced(
         self, handle: LaunchedCode, mean: Mapping[str, Tensor], rows: Tensor, wire_bytes: int
     ) -> Reduced:
-        self._return(*handle.buffers)
+        self._pool.give(*handle.buffers)
         exact, lost = handle.squares.unbind()
         encode_ms, decode_ms = handle.clock["encode"], handle.clock["decode"]
         stats = ReductionStats(

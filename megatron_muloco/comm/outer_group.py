@@ -55,11 +55,6 @@ class OuterGroupReducer:
         head = torch.tensor([weight], dtype=torch.float32)
         return torch.cat([head.to(riders.device), riders.float()]).to(self._device)
 
-    def _return(self, *buffers: Tensor) -> None:
-        """Give buffers back to the pool, each once."""
-        for buffer in {id(each): each for each in buffers}.values():
-            self._pool.give(buffer)
-
     @contextmanager
     def _named_errors(self, verb: str, fragment: int, round_index: int) -> Iterator[None]:
         try:
@@ -69,6 +64,16 @@ class OuterGroupReducer:
                 f"round {round_index}: the {verb} of fragment {fragment} failed on rank "
                 f"{self._ranks[self._index]} of outer group {self._ranks}: {error}. A rank of that "
                 "group ended or was late; the first error in its log is the cause."
+            ) from error
+
+    @contextmanager
+    def _named_values(self, what: str, fragment: int, round_index: int) -> Iterator[None]:
+        try:
+            yield
+        except SyncError as error:
+            raise SyncError(
+                f"round {round_index}, fragment {fragment}, rank {self._ranks[self._index]} of "
+                f"outer group {self._ranks}: {what} could not be encoded: {error}"
             ) from error
 
 

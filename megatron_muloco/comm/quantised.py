@@ -91,7 +91,8 @@ class EncodedMean(EncodingReducer):
         rows, payloads = self._arrived(handle)
         weights: list[float] = rows[:, 0].tolist()
         pieces = handle.chunks[self._index]
-        own = self._encode_mean(pieces, payloads, weights, handle.clock)
+        with self._named_values("the mean and its residual", handle.fragment, handle.round_index):
+            own = self._encode_mean(pieces, payloads, weights, handle.clock)
         with self._named_errors("apply", handle.fragment, handle.round_index):
             encoded = self._gather(own, handle.sizes)
         mean = {name: torch.zeros(size, device=self._device) for name, size in handle.layout.sizes}
@@ -166,7 +167,7 @@ class EncodedMean(EncodingReducer):
                 for piece in self._owned(sizes)
                 if piece.name in owners
             }
-            self.owner_residual.load_state_dict(self._here(owned))
+            self.owner_residual.load(self._here(owned))
 
     def _from_owners(self, sizes: Sizes) -> dict[str, Tensor]:
         """Return f of a fragment's tensors, each piece from its owner."""

@@ -13,7 +13,7 @@ k-th chunk, sums it in fp32 in a fixed order and sends the mean to all::
     all-gather   mean of chunk k
 
 Both give bitwise equal results on all ranks of the group. The second gives the same bits in every
-run and over any network, may travel in bf16, and is where codecs will encode chunks.
+run and over any network, and may travel in bf16.
 """
 
 import math
@@ -160,6 +160,7 @@ class ChunkOwnerMean(OuterGroupReducer):
     ) -> None:
         super().__init__(group, device, through_host=through_host)
         self._wire_dtype = wire_dtype
+        self.lends = wire_dtype == torch.float32  # other dtypes are converted, into new memory
 
     def launch(
         self,
@@ -207,7 +208,7 @@ class ChunkOwnerMean(OuterGroupReducer):
         _divide(mean, rows)
         with self._named_errors("apply", handle.fragment, handle.round_index):
             self._wire.all_gather(values, mean.to(self._wire_dtype)).wait()
-        self._return(*handle.buffers)
+        self._pool.give(*handle.buffers)
         uncoded = uncoded_wire_bytes(handle.layout.numel, self._size)
         sent = payloads.numel() // self._size + mean.numel() * values.element_size()
         wire_bytes = (self._size - 1) * sent

@@ -114,7 +114,7 @@ def refuse_non_finite(values: Tensor) -> None:
     """Raise if a value, or a scale or sum that one would spoil, is not finite."""
     if not bool(torch.isfinite(values).all()):
         raise SyncError(
-            "a pseudogradient to be encoded is not finite. The guard takes such a replica out of "
-            "the mean before; values that overflow together with their residual come here. Lower "
-            "inner.lr or outer.compression.error_decay."
+            "some values are not finite. The guard takes out of the mean a replica that has any; "
+            "here come those that overflow together with their residual. Lower inner.lr or "
+            "outer.compression.error_decay."
         )

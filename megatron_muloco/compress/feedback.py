@@ -23,30 +23,29 @@ class ErrorFeedback:
 
     Args:
         decay: Factor on a residual when it is added again.
+
+    Attributes:
+        residuals: Those that were asked for so far; the live tensors.
     """
 
     def __init__(self, decay: float) -> None:
         self.decay = decay
-        self._residuals: dict[str, Tensor] = {}
+        self.residuals: dict[str, Tensor] = {}
 
     def of(self, name: str, numel: int, device: torch.device) -> Tensor:
         """Return the live residual of ``name``: ``numel`` flat fp32 values."""
-        if name not in self._residuals:
-            self._residuals[name] = torch.zeros(numel, device=device)
-        return self._residuals[name]
+        if name not in self.residuals:
+            self.residuals[name] = torch.zeros(numel, device=device)
+        return self.residuals[name]
 
     def forget(self) -> None:
         """Set all residuals to zero."""
-        for residual in self._residuals.values():
+        for residual in self.residuals.values():
             residual.zero_()
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return the residuals; the live tensors."""
-        return dict(self._residuals)
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take copies of ``state``, and nothing else."""
-        self._residuals = {name: residual.clone() for name, residual in state.items()}
+    def load(self, residuals: Mapping[str, Tensor]) -> None:
+        """Take copies of ``residuals``, and keep nothing else."""
+        self.residuals = {name: residual.clone() for name, residual in residuals.items()}
 
 
 def encode(

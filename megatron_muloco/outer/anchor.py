@@ -40,13 +40,18 @@ class AnchorState:
         """Return anchor minus ``local`` in new memory on the device of ``local``."""
         return pseudogradient(self.anchor[name], local, out=torch.empty_like(local))
 
-    def step(self, name: str, mean: Tensor, optimizer: OuterNesterov, round_index: int) -> None:
-        """Take the outer step on one shard, on the device of ``mean``; see `OuterNesterov.step`."""
+    def step(self, name: str, mean: Tensor, optimizer: OuterNesterov, round_index: int) -> Tensor:
+        """Take the outer step on one shard; see `OuterNesterov.step`.
+
+        Returns:
+            The new anchor on the device of ``mean``, where the step is taken.
+        """
         anchor, momentum = self.anchor[name].to(mean.device), self.momentum[name].to(mean.device)
         optimizer.step(anchor, momentum, mean, round_index=round_index)
         if anchor is not self.anchor[name]:
             self.anchor[name].copy_(anchor)
             self.momentum[name].copy_(momentum)
+        return anchor
 
     def load(self, anchor: Mapping[str, Tensor], momentum: Mapping[str, Tensor]) -> None:
         """Copy saved tensors into this state.
@@ -81,5 +86,6 @@ def check_names(kind: str, given: Iterable[str], wanted: Iterable[str]) -> None:
     if missing or surplus:
         raise CheckpointError(
             f"outer state '{kind}': missing {', '.join(missing) or 'none'}; not held by this rank: "
-            f"{', '.join(surplus) or 'none'}. It was saved for another layout or another model."
+            f"{', '.join(surplus) or 'none'}. It was saved for another model, or another division "
+            "of it. Resume with the model of the saved run."
         )

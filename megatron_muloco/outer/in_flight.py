@@ -62,6 +62,8 @@ class InFlight:
             assert self.reduced is not None
             return self.reduced
         reduced = self.wait(reducer)
+        if not reducer.lends:
+            return reduced
         own = {name: tensor.clone() for name, tensor in reduced.mean.items()}
         self.reduced = Reduced(own, reduced.stats)
         return self.reduced

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["OuterNesterov", "RoundSchedule", "average"]
+__all__ = ["OuterNesterov", "RoundSchedule"]
 
 RoundSchedule = Callable[[int], float]
 """A hyperparameter as a function of the round, which is counted from 1."""
@@ -47,11 +47,6 @@ class OuterNesterov:
         momentum.mul_(mu).add_(mean)
         update = mean.add_(momentum * mu).mul_(lr)
         anchor.sub_(update)
-
-
-def average() -> OuterNesterov:
-    """Return plain parameter averaging (local SGD): lr 1, no momentum."""
-    return OuterNesterov(lr=1.0, momentum=0.0)
 
 
 def _at(value: float | RoundSchedule, round_index: int) -> float:

@@ -22,6 +22,10 @@ class Progress:
         self.steps += 1
         self.trained += share
 
+    def restart(self) -> None:
+        """Count the steps of this interval so far as not trained: their result is gone."""
+        self.trained = 0.0
+
     def take(self) -> float:
         """Return the trained share of the interval, in [0, 1], and begin the next one."""
         share = self.trained / self.steps

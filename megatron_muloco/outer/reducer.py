@@ -106,7 +106,7 @@ class Reducer(Protocol):
         """Start the reduction and return at once.
 
         Args:
-            fragment: Index of the fragment; for messages and per-fragment buffers.
+            fragment: Index of the fragment; for messages.
             tensors: Flat fp32 tensors, which nobody changes before ``wait`` returns. Every replica
                 gives the same names and sizes in the same order; the mapping may be empty.
             weight: In [0, 1]. With 0 nothing of ``tensors`` reaches the others, not even a NaN.

@@ -143,14 +143,15 @@ class Reference:
         return r, start, h
 
     def launch(self, i: int, t: int) -> None:
-        """Every replica encodes its pseudogradient of fragment i and sends it."""
+        """Every replica with a weight encodes its pseudogradient of fragment i and sends it."""
         s = self.settings
         sent = _Sent(t, q=[], weight=[], at_launch=[])
         lost_replicas = []
         for k, local in enumerate(self.local):
             delta = {name: self.anchor[name] - local[name] for name in s.fragments[i]}
-            sent.weight.append(self.weigh(k, i, t, delta))
-            sent.q.append(self._encode(delta, self.residual[k]))
+            weight = self.weigh(k, i, t, delta)
+            sent.weight.append(weight)
+            sent.q.append(self._encode(delta, self.residual[k]) if weight else {})
             sent.at_launch.append({name: local[name].clone() for name in s.fragments[i]})
             if not _finite(delta):
                 lost_replicas.append(k)

@@ -5,9 +5,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from megatron_muloco.outer.guard import Verdict
-from megatron_muloco.outer.in_flight import InFlight
-from megatron_muloco.outer.reducer import CodeStats
-from megatron_muloco.outer.sketch import cosines
 
 __all__ = ["CodeReport", "FragmentReport", "OuterReport"]
 
@@ -41,6 +38,7 @@ class FragmentReport:
     Attributes:
         fragment: Index of the fragment.
         launched_at: Inner step after which it was launched.
+        round_index: Round that this step belongs to.
         verdict: The guard's word on this replica.
         weights: w of every replica, ``[K]``.
         riders: The caller's riders of every replica, ``[K, n]``.
@@ -49,8 +47,7 @@ class FragmentReport:
         cosine_to_mean: Cosine of own and mean pseudogradient, 0-dim; NaN where undefined.
         wire_bytes: Bytes that this rank sent.
         uncoded_bytes: Bytes that an fp32 all-reduce would have sent, riders not counted.
-        exposed_ms: Host time spent launching and waiting. On an accelerator the wait only orders
-            streams, so there it is a lower bound.
+        exposed_ms: Host time spent launching and waiting.
         pairwise_cosines: Estimated cosines of the replicas' pseudogradients, ``[K, K]``, NaN beside
             one that is not finite or zero; ``None`` in rounds that do not compare replicas.
         code: What a lossy code did; ``None`` without one, and for a fragment that was in flight
@@ -59,6 +56,7 @@ class FragmentReport:
 
     fragment: int
     launched_at: int
+    round_index: int
     verdict: Verdict
     weights: Tensor
     riders: Tensor
@@ -71,55 +69,10 @@ class FragmentReport:
     uncoded_bytes: int = 0
     code: CodeReport | None = None
 
-    @classmethod
-    def of(cls, flight: InFlight, sums: Tensor) -> "FragmentReport":
-        """Return the report of an applied fragment.
-
-        Args:
-            flight: The fragment, waited for.
-            sums: Over the replica, fp64: the products own * mean, mean * mean and update * update;
-                squared norms of what was encoded and of what the code lost, then the products of
-                the sketches of decoded and exact mean (decoded * exact, decoded * decoded,
-                exact * exact); then those of the replicas' sketches where they were exchanged.
-        """
-        assert flight.reduced is not None
-        dot, mean_square, update_square = sums[:3].unbind()
-        stats = flight.reduced.stats
-        replicas = len(stats.weights)
-        return cls(
-            fragment=flight.fragment,
-            launched_at=flight.launched_at,
-            verdict=flight.verdict,
-            weights=stats.weights,
-            riders=flight.shown().riders,
-            pseudogradient_norm=flight.norm,
-            update_norm=update_square.sqrt(),
-            cosine_to_mean=dot / (mean_square.sqrt() * flight.norm),
-            pairwise_cosines=(
-                None if flight.sketch_size is None else cosines(sums[8:].view(replicas, -1))
-            ),
-            wire_bytes=stats.wire_bytes,
-            uncoded_bytes=stats.uncoded_bytes,
-            code=None if stats.code is None else _code_report(stats.code, sums[3:8]),
-            exposed_ms=flight.exposed_ms,
-        )
-
     @property
     def weight_sum(self) -> float:
         """Sum of the weights; 0 means that no replica could be used and the anchor did not move."""
         return float(self.weights.sum())
-
-
-def _code_report(code: CodeStats, sums: Tensor) -> CodeReport:
-    exact, lost, dot, decoded_square, exact_square = sums.unbind()
-    return CodeReport(
-        encoded_norm=exact.sqrt(),
-        lost_norm=lost.sqrt(),
-        cosine=dot / (decoded_square * exact_square).sqrt(),
-        encode_ms=code.encode_ms,
-        decode_ms=code.decode_ms,
-        error_feedback=code.error_feedback,
-    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,8 @@ from megatron_muloco.outer.replica import ReplicaPort
 from megatron_muloco.outer.report import FragmentReport, OuterReport
 from megatron_muloco.outer.riders import pack_riders
 from megatron_muloco.outer.schedule import Apply, Average, Launch, SyncSchedule
-from megatron_muloco.outer.sketch import PseudogradientSketch, gram
+from megatron_muloco.outer.sketch import PseudogradientSketch
+from megatron_muloco.outer.tally import Tally
 
 __all__ = ["Synchronizer"]
 
@@ -209,8 +210,7 @@ class Synchronizer:
             self._guard.observe(flight.fragment, flight.shown().norms.tolist())
         usable = bool(reduced.stats.weights.any())
         round_index = self._schedule.round(flight.launched_at)
-        code_sums = self._code_sums(flight)
-        sums = torch.zeros(3, dtype=torch.float64, device=self._replica.device)
+        tally = Tally(flight, self._sketch, self._replica.device)
         for name in self._owned[flight.fragment]:
             local = self._replica.masters[name]
             at_launch = local if flight.at_launch is None else flight.at_launch[name]
@@ -218,10 +218,12 @@ class Synchronizer:
             own = self._state.pseudogradient(name, at_launch)
             dot, mean_square = torch.dot(own, mean), torch.dot(mean, mean)
             if usable:  # leaves in ``mean`` what it takes off the anchor
-                self._state.step(name, mean, self._optimizer, round_index)
-            sums += torch.stack([dot, mean_square, torch.dot(mean, mean)]).double()
-            self._merge.merge(local, self._state.anchor_on(local.device, name), at_launch)
-        return self._report(flight, torch.cat([sums, code_sums]))
+                anchor = self._state.step(name, mean, self._optimizer, round_index)
+            else:
+                anchor = self._state.anchor_on(local.device, name)
+            tally.add(dot, mean_square, torch.dot(mean, mean))
+            self._merge.merge(local, anchor, at_launch)
+        return tally.report(self._replica.total, round_index)
 
     def _average(self, fragment: int) -> FragmentReport:
         """Set anchor and local parameters of a fragment to the mean of the local parameters."""
@@ -229,6 +231,7 @@ class Synchronizer:
         verdict, norm = self._guard.judge_replica(
             fragment, deltas, self._replica.total, self._replica.device, use_band=False
         )
+        round_index = self._schedule.round(self.step)
         flight = InFlight(
             fragment=fragment,
             launched_at=self.step,
@@ -240,20 +243,20 @@ class Synchronizer:
                 {name: self._replica.masters[name] for name in self._owned[fragment]},
                 verdict.weight,
                 pack_riders(norm, None),
-                round_index=self._schedule.round(self.step),
+                round_index=round_index,
             ),
         )
         reduced = flight.wait(self._plain_reducer)
-        sums = torch.zeros(3, dtype=torch.float64, device=self._replica.device)
+        tally = Tally(flight, self._sketch, self._replica.device)
         for name in self._owned[fragment]:
             if reduced.stats.weights.any():
                 mean = reduced.mean[name]
                 update = self._state.pseudogradient(name, mean)
                 square = torch.dot(update, update)
-                sums += torch.stack([torch.dot(deltas[name], update), square, square]).double()
+                tally.add(torch.dot(deltas[name], update), square, square)
                 self._state.anchor[name].copy_(mean)
             self._replica.masters[name].copy_(self._state.anchor[name])
-        return self._report(flight, torch.cat([sums, self._code_sums(flight)]))
+        return tally.report(self._replica.total, round_index)
 
     # ---- parts of events --------------------------------------------------------------------
 
@@ -271,6 +274,8 @@ class Synchronizer:
         overwrite(self._replica.masters, self._state.anchor)
         self._in_flight.restart_from(self._state.anchor)
         self._reducer.forget_residual()
+        for progress in self._progress:
+            progress.restart()
 
     def _load_residuals(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Take the residuals of a checkpoint; a kind that it does not have starts from zeros."""
@@ -286,26 +291,6 @@ class Synchronizer:
     def _names_of(self, applied: list[FragmentReport]) -> tuple[str, ...]:
         fragments = self._plan.fragments
         return tuple(name for report in applied for name in fragments[report.fragment])
-
-    def _code_sums(self, flight: InFlight) -> Tensor:
-        """Return this rank's part of what a report says of the code; see `FragmentReport.of`."""
-        assert flight.reduced is not None
-        sums = torch.zeros(5, dtype=torch.float64, device=self._replica.device)
-        stats = flight.reduced.stats
-        if stats.code is not None:
-            sums[0], sums[1] = stats.code.exact_square, stats.code.lost_square
-            if self._sketch is not None and flight.sketch_size:
-                exact = torch.mv(flight.shown().sketches.T, stats.weights).to(sums.device)
-                decoded = self._sketch(flight.reduced.mean)
-                products = [decoded.dot(exact), decoded.dot(decoded), exact.dot(exact)]
-                sums[2:] = torch.stack(products).double()
-        return sums
-
-    def _report(self, flight: InFlight, sums: Tensor) -> FragmentReport:
-        if flight.sketch_size is not None:
-            products = gram(flight.shown().sketches).flatten()
-            sums = torch.cat([sums, products.to(sums.device)])
-        return FragmentReport.of(flight, self._replica.total(sums))
 
     # ---- state ------------------------------------------------------------------------------
 

@@ -126,14 +126,15 @@ def outer_step(trainer: Trainer, step: int) -> OuterReport | None:
 
 
 def _tell_left_out(trainer: Trainer, report: OuterReport) -> None:
-    """Say which replicas the guard left out; the weights are the same on all of them."""
+    """Say which replicas have no part in a mean; the weights are the same on all of them."""
     for part in report.applied:
         left_out = [replica for replica, weight in enumerate(part.weights.tolist()) if not weight]
         if left_out:
             consequence = "; NO REPLICA IS LEFT, the anchor did not move" if report.alarm else ""
             trainer.monitor.say(
-                f"outer step after iteration {report.step}: the guard left out replicas "
-                f"{left_out} of fragment {part.fragment}{consequence}"
+                f"outer step after iteration {report.step}: replicas {left_out} have weight 0 in "
+                f"fragment {part.fragment} (left out by the guard, or nothing trained)"
+                f"{consequence}"
             )
 
 

@@ -48,12 +48,14 @@ class OuterChecks:
         Collectives: 8 bytes a parameter over the outer group where a comparison is due; in debug
         mode also the duplicates over their ranks. Every rank calls it after every outer step.
         """
-        applied = {fragment.fragment for fragment in report.applied}
-        # Each fragment is applied once a round; the first one stands for its round.
-        in_turn = self._interval and report.round_index % self._interval == 0 and 0 in applied
-        if in_turn or (self._debug and applied):
+        # Each fragment is launched once a round; the first one stands for its round.
+        in_turn = any(
+            self._interval and part.fragment == 0 and part.round_index % self._interval == 0
+            for part in report.applied
+        )
+        if in_turn or (self._debug and report.applied):
             self._compare_anchors(report.round_index)
-        if self._debug and applied:
+        if self._debug and report.applied:
             self._duplicates.check(report.round_index)
 
     def at_the_end(self, report: OuterReport) -> None:

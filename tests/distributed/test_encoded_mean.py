@@ -46,6 +46,11 @@ KINDS: list[dict[str, Any]] = [
     {"kind": "topk", "density": 0.2, "block_size": 32, "wire_dtype": "bf16"},
     {"kind": "topk", "density": 0.3, "block_size": 128, "value_bits": 2},
 ]
+GRANULARITIES: list[dict[str, Any]] = [
+    {"granularity": "tensor"},
+    {"granularity": "row"},
+    {"granularity": "block", "block_size": 50},
+]
 MERGES: list[dict[str, Any]] = [{}, {"mixing_weight": 0.5}, {"additive": True}]
 OVERLAPS = (0, 1, 5)
 FRAGMENTS = (ONE, THREE, [[name] for name in SIZES])
@@ -93,9 +98,9 @@ def cases() -> list[Case]:
     each meets each code.
     """
     codes = [
-        {**kind, **({} if kind["kind"] == "topk" else {"granularity": each, "block_size": 50})}
+        kind if kind["kind"] == "topk" else {**kind, **each}
         for kind in KINDS
-        for each in (("tensor",) if kind["kind"] == "topk" else ("tensor", "row", "block"))
+        for each in (GRANULARITIES[:1] if kind["kind"] == "topk" else GRANULARITIES)
     ]
     found = []
     for number, (code, feedback) in enumerate(product(codes, (True, False))):
@@ -229,7 +234,7 @@ def reduce_unevenly(weights: list[float], sizes: dict[str, int]) -> Any:
     riders = torch.tensor([float(rank), 0.5])
     reduced = reducer.wait(reducer.launch(0, tensors, weights[rank], riders, round_index=1))
     assert reducer.owner_residual is not None
-    own = sum(residual.numel() for residual in reducer.owner_residual.state_dict().values())
+    own = sum(residual.numel() for residual in reducer.owner_residual.residuals.values())
     stats = reduced.stats
     return dict(reduced.mean), stats.weights.tolist(), stats.riders.tolist(), stats.wire_bytes, own
 
@@ -282,29 +287,46 @@ def test_one_replica_encodes_twice_and_sends_nothing() -> None:
     assert reduced.stats.wire_bytes == 0
 
 
-def leave_out_the_last() -> tuple[Parameters, Parameters]:
+LEFT_OUT = 2  # in the second of three rounds
+HUGE = 1e6
+
+
+def pseudogradient(replica: int, round_index: int) -> torch.Tensor:
+    """The same in every round, but far too large where the replica is left out."""
+    values = normal(100, replica)
+    return values * HUGE if (replica, round_index) == (LEFT_OUT, 2) else values
+
+
+def weight_of(replica: int, round_index: int) -> float:
+    return float((replica, round_index) != (LEFT_OUT, 2))
+
+
+def leave_one_out() -> list[tuple[Parameters, Parameters]]:
     codec = Linear(4, Grouping())
     reducer = EncodedMean(dist.group.WORLD, CPU, lambda name: codec, {}, 0.9)
-    values = normal(100, dist.get_rank())
-    for round_index in (1, 2):
-        weight = float(dist.get_rank() < dist.get_world_size() - 1)
-        handle = reducer.launch(0, {"a": values}, weight, torch.zeros(0), round_index=round_index)
+    rank, seen = dist.get_rank(), []
+    for round_index in (1, 2, 3):
+        tensors = {"a": pseudogradient(rank, round_index)}
+        weight = weight_of(rank, round_index)
+        handle = reducer.launch(0, tensors, weight, torch.zeros(0), round_index=round_index)
         reduced = reducer.wait(handle)
-    assert reducer.residual is not None
-    return dict(reduced.mean), reducer.residual.state_dict()
+        assert reducer.residual is not None
+        residual = reducer.residual.of("a", 100, CPU).clone()
+        seen.append(({"a": reduced.mean["a"].clone()}, {"a": residual}))
+    return seen
 
 
-def test_a_replica_left_out_keeps_what_its_code_lost() -> None:
+def test_a_replica_left_out_sends_nothing_and_keeps_its_residual() -> None:
     count = 3
     code = LinearCompression(kind="linear", bits=4)
     keys = reference_keys(code, {}, [{"a": 100}], count)
-    settings = Settings(sync_interval=1, train_iters=2, fragments=[["a"]], **keys)
+    settings = Settings(sync_interval=1, train_iters=3, fragments=[["a"]], **keys)
 
     def by(replica: int) -> Any:
-        """The local parameters are the anchor less the same pseudogradient, every round."""
+        """The local parameters are the anchor less the pseudogradient of the round."""
 
         def step(local: Parameters, t: int) -> None:
-            local["a"].copy_(-normal(100, replica))
+            local["a"].copy_(-pseudogradient(replica, t))
 
         return step
 
@@ -312,14 +334,22 @@ def test_a_replica_left_out_keeps_what_its_code_lost() -> None:
         {"a": torch.zeros(100)},
         [by(k) for k in range(count)],
         settings,
-        weigh=lambda k, fragment, t, delta: float(k < count - 1),
+        weigh=lambda k, fragment, t, delta: weight_of(k, t),
     )
-    for t in (1, 2):
+    by_rank = run_ranks(leave_one_out, count)
+    for t in (1, 2, 3):
         before = reference.anchor["a"].zero_().clone()
         reference.step(t)
-    for replica, (mean, residual) in enumerate(run_ranks(leave_out_the_last, count)):
-        assert_equal(mean["a"], before - reference.anchor["a"], "mean")
-        assert_equal(residual["a"], reference.residual[replica]["a"], f"e of replica {replica}")
+        for replica, seen in enumerate(by_rank):
+            mean, residual = seen[t - 1]
+            assert_equal(mean["a"], before - reference.anchor["a"], f"mean of round {t}")
+            expected = reference.residual[replica]["a"]
+            assert_equal(residual["a"], expected, f"e of replica {replica} after round {t}")
+    kept, after = by_rank[LEFT_OUT][0][1]["a"], by_rank[LEFT_OUT][1][1]["a"]
+    assert kept.any()
+    assert_equal(after, kept, "e of the replica left out")
+    # Nothing of the round that did not count comes back: values of about 1, not of a million.
+    assert by_rank[0][2][0]["a"].abs().max() < 10
 
 
 def test_forgetting_keeps_the_owners_residual() -> None:
@@ -329,8 +359,8 @@ def test_forgetting_keeps_the_owners_residual() -> None:
     reducer.wait(reducer.launch(0, tensors, 1.0, torch.zeros(0), round_index=1))
     assert reducer.residual is not None
     assert reducer.owner_residual is not None
-    assert reducer.residual.state_dict()["a"].any()
-    reducer.owner_residual.load_state_dict({"a": torch.ones(100)})
+    assert reducer.residual.residuals["a"].any()
+    reducer.owner_residual.load({"a": torch.ones(100)})
     reducer.forget_residual()
-    assert not reducer.residual.state_dict()["a"].any()
-    assert reducer.owner_residual.state_dict()["a"].all()
+    assert not reducer.residual.residuals["a"].any()
+    assert reducer.owner_residual.residuals["a"].all()

@@ -118,5 +118,20 @@ def test_a_failure_is_raised_where_the_result_is_asked_for() -> None:
     handle = launch(reducer, 0)
     with pytest.raises(SyncError, match="a peer failed"):
         reducer.wait(handle)
+
+
+def test_nothing_is_launched_after_a_failure() -> None:
+    """Peers are in the collectives of the launch that failed, and would take others for them."""
+    inner = Recorder()
+    inner.fail = True
+    reducer = Background(inner, CPU)
+    first, second = launch(reducer, 0), launch(reducer, 1)
+    with pytest.raises(SyncError, match="a peer failed"):
+        reducer.wait(first)
     inner.fail = False
-    assert reducer.wait(launch(reducer, 1)).mean["a"].tolist() == [2.0]
+    for later in (second, launch(reducer, 2)):
+        with pytest.raises(SyncError, match="a peer failed"):
+            reducer.wait(later)
+    with pytest.raises(SyncError, match="a peer failed"):
+        reducer.residuals([])
+    assert [what for what, _ in inner.calls] == ["launch 0", "wait 0"]

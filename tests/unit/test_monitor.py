@@ -126,6 +126,7 @@ class Replicas:
 def fragment_report(fragment, launched_at, riders, weights=None):
     weights = torch.ones(riders.size(0)) if weights is None else weights
     return FragmentReport(
+        round_index=1,
         fragment=fragment,
         launched_at=launched_at,
         verdict=Verdict.GOOD,

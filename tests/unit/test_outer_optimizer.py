@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from megatron_muloco.outer.merge import Additive, Mix
-from megatron_muloco.outer.optimizer import OuterNesterov, average
+from megatron_muloco.outer.optimizer import OuterNesterov
 from megatron_muloco.outer.pseudogradient import pseudogradient
 from tests.support.tensors import assert_close, assert_equal, integer_tensor
 
@@ -27,7 +27,9 @@ def test_averaging_puts_the_anchor_onto_the_mean_of_the_replicas() -> None:
     anchor = integer_tensor(9, seed=0)
     replicas = [integer_tensor(9, seed=seed) for seed in (1, 2)]
     deltas = [pseudogradient(anchor, local, out=torch.empty(9)) for local in replicas]
-    average().step(anchor, torch.zeros(9), (deltas[0] + deltas[1]) / 2, round_index=1)
+    OuterNesterov(lr=1.0, momentum=0.0).step(
+        anchor, torch.zeros(9), (deltas[0] + deltas[1]) / 2, round_index=1
+    )
     assert_equal(anchor, (replicas[0] + replicas[1]) / 2)
 
 

@@ -15,7 +15,7 @@ from megatron_muloco.errors import CheckpointError, ConfigError
 from megatron_muloco.outer.fragments import FragmentPlan
 from megatron_muloco.outer.guard import Guard, Verdict
 from megatron_muloco.outer.merge import Mix
-from megatron_muloco.outer.optimizer import average
+from megatron_muloco.outer.optimizer import OuterNesterov
 from megatron_muloco.outer.reference import Parameters, Reference, Settings
 from megatron_muloco.outer.report import OuterReport
 from megatron_muloco.outer.schedule import SyncSchedule
@@ -558,7 +558,7 @@ def test_a_parameter_without_a_fragment_is_refused() -> None:
             Replica(start()).port(),
             FragmentPlan((("a", "b"),)),
             SyncSchedule(sync_interval=1, train_iters=1),
-            average(),
+            OuterNesterov(lr=1.0, momentum=0.0),
             Mix(),
             lone_reducer(),
             lone_reducer(),

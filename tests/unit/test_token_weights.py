@@ -89,6 +89,23 @@ def test_by_replica_all_weigh_the_same() -> None:
         assert weights == [[1.0] * 3] * 5
 
 
+def test_what_a_restarted_replica_trained_before_does_not_count() -> None:
+    def body(k: int, reducer: ExchangeReducer) -> Any:
+        replica = Replica(start())
+        synchronizer = synchronizer_of(replica.port(), SETTINGS, reducer, 3, weigh_by_tokens=True)
+        weights = []
+        for t in range(1, 5):
+            if (k, t) == (1, 2):
+                replica.parameters["a"].fill_(float("nan"))
+            report = synchronizer.after_inner_step(t, trained=1.0)
+            weights += [part.weights.tolist() for part in report.applied] if report else []
+        return weights
+
+    for weights in in_lockstep(body, 3):
+        # b is launched after step 4; replica 1 took the anchor of b, too, after step 2.
+        assert weights == [[1.0, 0.0, 1.0], [1.0, 0.5, 1.0]]
+
+
 def test_progress_begins_again_with_every_launch() -> None:
     progress = Progress()
     for trained in (1.0, 0.0, 1.0, 1.0):
