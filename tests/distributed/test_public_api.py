@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -116,6 +117,17 @@ def _without_launcher(config: RunConfig) -> Trajectory:
     return _with_a_bare_loop(config)
 
 
+def _stopped_and_resumed(config: RunConfig, directory: Path) -> Trajectory:
+    losses, norms = [], []
+    for steps in (3, STEPS):  # the first one stops in the middle of a round
+        run = bare_loop.train(config, lambda groups: _batches(config, groups), steps, directory)
+        losses += run.losses
+        norms += run.grad_norms
+        tensors = _tensors(run.optimizer)
+        finish_tiny()
+    return losses, norms, tensors
+
+
 CASES: dict[str, tuple[dict[str, Any], int]] = {
     "tp1": ({}, 2),
     "tp2": ({"parallel": {"tensor_model_parallel_size": 2}}, 4),
@@ -138,6 +150,14 @@ def test_pipeline_stages_bf16_and_data_parallelism_too(dataset: str) -> None:
         config = config_of(dataset, "muon", **sections)
         bare, ours = (run_ranks(fn, 4, config) for fn in (_with_a_bare_loop, _with_pretrain))
         check_equal(bare, ours, every_rank_has_the_loss=False)
+
+
+def test_a_bare_loop_stopped_and_resumed_was_never_stopped(dataset: str, tmp_path: Path) -> None:
+    config = config_of(dataset, "muon")
+    check_equal(
+        run_ranks(_stopped_and_resumed, 2, config, tmp_path),
+        run_ranks(_with_a_bare_loop, 2, config),
+    )
 
 
 def test_a_world_that_the_caller_initialised(dataset: str) -> None:

@@ -6,6 +6,7 @@ Everything else is what such a loop holds anyway, written with Megatron's public
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_muloco import initialize_replicas, wrap_optimizer
+from megatron_muloco.checkpoint.state import RunState
+from megatron_muloco.checkpoint.store import CheckpointStore
 from megatron_muloco.model.initialise import initialise_weights
 from megatron_muloco.model.layer_spec import decoder_block_spec
 
@@ -39,8 +42,13 @@ class BareRun:
 Batches = Callable[[int], list[dict[str, torch.Tensor]]]
 
 
-def train(config: Any, batches_for: Callable[[Any], Batches], steps: int) -> BareRun:
-    """Train this rank for ``steps`` inner steps and the outer steps due after them."""
+def train(
+    config: Any, batches_for: Callable[[Any], Batches], steps: int, directory: Path | None = None
+) -> BareRun:
+    """Train this rank up to inner step ``steps``, with the outer steps due on the way.
+
+    With a directory it goes on from the newest checkpoint there, and leaves one at the end.
+    """
     groups = initialize_replicas(config)  # (1) instead of initialize_model_parallel
     batches = batches_for(groups)
     model = build_model(config, groups.pg)
@@ -66,6 +74,11 @@ def train(config: Any, batches_for: Callable[[Any], Batches], steps: int) -> Bar
     )
     optimizer = wrap_optimizer(optimizer, ddp, config, groups)  # (2)
 
+    state = RunState(groups, optimizer.view, optimizer.inner, optimizer.synchronizer, config)
+    store = None if directory is None else CheckpointStore(directory, groups)
+    if store is not None and (found := store.latest()) is not None:
+        optimizer.steps = store.load(found.path, state).step
+
     run = BareRun(groups, optimizer)
     forward_backward = partial(
         get_forward_backward_func(pp_size=groups.pg.pp.size(), vp_size=None),
@@ -76,7 +89,7 @@ def train(config: Any, batches_for: Callable[[Any], Batches], steps: int) -> Bar
         p2p_communicator=P2PCommunicator(groups.pg.pp, model.config),
         pg_collection=groups.pg,
     )
-    for step in range(1, steps + 1):
+    for step in range(optimizer.steps + 1, steps + 1):
         ddp.zero_grad_buffer()
         optimizer.zero_grad()
         microbatches = batches(step)
@@ -87,12 +100,15 @@ def train(config: Any, batches_for: Callable[[Any], Batches], steps: int) -> Bar
         if losses:  # on the last pipeline stage
             run.losses.append(float(torch.stack([entry["loss"] for entry in losses]).mean()))
         run.grad_norms.append(grad_norm)
-    optimizer.flush()  # replicas meet once more after the last step
+    if store is not None:
+        store.save(steps, state)  # every rank, after the same step, before the flush
+    if steps == config.training.train_iters:
+        optimizer.flush()  # replicas meet once more after the last step
     return run
 
 
 def build_model(config: Any, pg: Any) -> GPTModel:
-    """Build this rank's pipeline stage; any Megatron model and initialisation will do.
+    """Build this rank's pipeline stage; any GPTModel of the sizes in ``config.model`` will do.
 
     These are the ones of ``pretrain.py``, spelled out.
     """
