@@ -52,6 +52,8 @@ def draw(found: Results, path: Path) -> None:
 def _loss_panel(
     axis: Any, rows: Sequence[Row], found: Results, colours: dict[str, str], rate: float
 ) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     for r in rows:
         curve = [(step, value) for step, value in found.curves.get(r.name, []) if step > 0]
         if curve:
@@ -61,6 +63,10 @@ def _loss_panel(
     if found.target is not None:
         axis.axhline(found.target, color="grey", linewidth=0.8, linestyle="--")
     axis.set_xscale("log")
+    axis.set_yscale("log")  # an overshoot of the first rounds leaves room for the rest
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter(NullFormatter())
     axis.set_xlabel("wall-clock, minutes")
     axis.set_ylabel("held-out loss, nats per token")
     axis.set_title(f"{rate:g} Mbit/s; colours as in the bars")
