@@ -10,6 +10,7 @@ from megatron_muloco.config.outer import AverageOuter, NesterovOuter, NoOuter
 from megatron_muloco.config.round_schedules import interval_words, rate_words
 from megatron_muloco.config.schema import RunConfig
 from megatron_muloco.monitor.console import count
+from megatron_muloco.planning.code_words import code_name
 from megatron_muloco.topology import Topology
 
 __all__ = ["RunSummary", "method_name", "start_banner"]
@@ -37,11 +38,9 @@ def _outer_words(outer: NesterovOuter | AverageOuter) -> str:
     if outer.overlap_steps:
         words.append(f"overlapped by {_counted(outer.overlap_steps, 'step')}")
     compression = outer.compression
-    words.append(
-        f"{compression.wire_dtype} on the wire"
-        if isinstance(compression, NoCompression)
-        else f"{compression.kind} compression"
-    )
+    words.append(f"{code_name(compression)} on the wire")
+    if not isinstance(compression, NoCompression) and compression.error_feedback:
+        words.append("error feedback")
     return ", ".join(words)
 
 

@@ -131,6 +131,12 @@ def test_the_banner_says_what_is_trained_on_what():
         assert fact in text
 
 
+def test_the_banner_names_the_code():
+    assert "fp32 on the wire" in banner(config(), 2)
+    text = banner(config("outer.compression={kind: statistical, bits: 2}"), 2)
+    assert "statistical, 2 bits on the wire, error feedback" in text
+
+
 def test_the_banner_counts_one_of_something():
     text = banner(config("outer.overlap_steps=1"), 2)
     assert "8 per replica in 1 microbatch\n" in text
