@@ -55,7 +55,10 @@ def reference() -> str:
         if "." not in entry.key:
             parts.append(f"\n## {entry.key}\n\n{entry.info.description}\n\n{HEADER}")
         elif not inner or get_origin(entry.info.annotation) is tuple or _takes_number(entry):
-            parts += [_row(replace(entry, variant=v, info=i)) for v, i in entry.definitions.items()]
+            parts += [
+                _row(replace(entry, variant=variant, definitions={variant: info}))
+                for variant, info in entry.definitions.items()
+            ]
     return "".join(parts)
 
 

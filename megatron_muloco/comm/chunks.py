@@ -103,5 +103,5 @@ def encoded_wire_bytes(sizes: Sequence[int], index: int, rider_count: int) -> in
 
 
 def uncoded_wire_bytes(numel: int, num_replicas: int) -> int:
-    """Return the bytes that one rank sends for an fp32 all-reduce of the values alone."""
+    """Return the bytes that one rank sends for an fp32 all-reduce of ``numel`` values."""
     return 2 * (num_replicas - 1) * -(-numel // num_replicas) * 4

@@ -132,7 +132,7 @@ class AllReduceMean(OuterGroupReducer):
         rows = buffer[numel : numel + self._size * columns].view(self._size, columns).cpu()
         _divide(buffer[:numel], rows)
         self._pool.give(buffer)
-        wire_bytes = 2 * (self._size - 1) * (buffer.numel() // self._size) * buffer.element_size()
+        wire_bytes = uncoded_wire_bytes(buffer.numel(), self._size)
         uncoded = uncoded_wire_bytes(numel, self._size)
         stats = ReductionStats(rows[:, 0].clone(), rows[:, 1:].clone(), wire_bytes, uncoded)
         return Reduced(handle.layout.unpack(buffer), stats)

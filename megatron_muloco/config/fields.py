@@ -23,14 +23,18 @@ class SchemaField:
     Attributes:
         key: Dotted name; list entries are written ``[]``.
         variant: ``section.kind: value`` where only some kinds of the section have the key, else "".
-        info: What pydantic knows about it, in the first of them.
-        definitions: The same by variant: several where kinds define the key differently.
+        definitions: What pydantic knows about it, by variant: several where kinds define the key
+            differently.
     """
 
     key: str
     variant: str
-    info: FieldInfo
     definitions: Mapping[str, FieldInfo]
+
+    @property
+    def info(self) -> FieldInfo:
+        """What pydantic knows about it, in the first of the kinds that have it."""
+        return next(iter(self.definitions.values()))
 
 
 @dataclass(frozen=True)
@@ -94,14 +98,15 @@ def schema_fields(
                 continue
             seen.add(name)
             owners = [other for other in sections if name in other.model_fields]
+            own_variant = variant_of(owners)
             definitions = {
                 variant_of(alike): alike[0].model_fields[name] for alike in _alike(owners, name)
             }
-            yield SchemaField(f"{prefix}{name}", variant_of(owners), info, definitions)
+            yield SchemaField(f"{prefix}{name}", own_variant, definitions)
             inner = section_types(info.annotation)
             brackets = "[]" if get_origin(info.annotation) is tuple else ""
             if inner:
-                yield from schema_fields(inner, f"{prefix}{name}{brackets}.", variant_of(owners))
+                yield from schema_fields(inner, f"{prefix}{name}{brackets}.", own_variant)
 
 
 def _alike(owners: Sequence[type[Section]], name: str) -> list[list[type[Section]]]:

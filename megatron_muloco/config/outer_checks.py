@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 from megatron_muloco.config.compression import (
+    CompressionConfig,
     E3M0Compression,
     NoCompression,
     TopKCompression,
@@ -122,9 +123,7 @@ def apply_rule_is_one(config: RunConfig, topology: Topology | None) -> Iterator[
 
 def exceptions_fit_the_code(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
     """Other bits for some parameters need a code that has bits."""
-    if isinstance(config.outer, NoOuter):
-        return
-    code = config.outer.compression
+    code = _code(config)
     if not isinstance(code, E3M0Compression | TopKCompression):
         return
     for key, bits in code.exceptions:
@@ -138,9 +137,7 @@ def exceptions_fit_the_code(config: RunConfig, topology: Topology | None) -> Ite
 
 def block_size_has_blocks(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
     """Blocks have a size only where there are blocks."""
-    if isinstance(config.outer, NoOuter):
-        return
-    code = config.outer.compression
+    code = _code(config)
     if isinstance(code, NoCompression | TopKCompression) or code.granularity == "block":
         return
     if code.block_size is not None:
@@ -149,6 +146,10 @@ def block_size_has_blocks(config: RunConfig, topology: Topology | None) -> Itera
             f"{code.block_size} has no effect with granularity {code.granularity}.\nRemove it or "
             "set outer.compression.granularity: block.",
         )
+
+
+def _code(config: RunConfig) -> CompressionConfig:
+    return NoCompression() if isinstance(config.outer, NoOuter) else config.outer.compression
 
 
 def norm_band_is_a_band(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:

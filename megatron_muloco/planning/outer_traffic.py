@@ -140,8 +140,7 @@ def mean_wire_bytes(
         return 0
     row = 1 + riders
     if wire_dtype == "fp32" and not deterministic:
-        chunk = -(-(elements + num_replicas * row) // num_replicas)
-        return 2 * (num_replicas - 1) * chunk * BYTES["fp32"]
+        return uncoded_wire_bytes(elements + num_replicas * row, num_replicas)
     chunk = -(-elements // num_replicas)
     chunk += chunk % 2  # the reducer keeps chunks even, so that fp32 rows stay aligned
     return (num_replicas - 1) * (row * BYTES["fp32"] + 2 * chunk * BYTES[wire_dtype])

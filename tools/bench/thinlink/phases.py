@@ -218,9 +218,5 @@ def _checked(lab: Lab) -> Links:
 def _same_digests(readings: Sequence[Reading]) -> None:
     digests = {reading.digest for reading in readings}
     if len(digests) > 1:
-        rates = ", ".join(f"{_name(r)}: {r.digest}" for r in readings)
+        rates = ", ".join(f"{r.link.name}: {r.digest}" for r in readings)
         raise LabError(f"{readings[0].method} learnt different things on different links: {rates}")
-
-
-def _name(reading: Reading) -> str:
-    return Link(reading.mbit, reading.delay_ms, reading.loss).name

@@ -41,7 +41,7 @@ def draw(found: Results, path: Path) -> None:
         _bar_panel(sent, rows, bars, colours, "kB sent per rank and step")
         sent.set_xscale("log")
         sent.set_xlim(left=min(bars) / 3)  # a bar of the least is still a bar
-        shares = [min(100 * r.timing.utilisation, 100) for r in rows]
+        shares = [100 * r.timing.utilisation for r in rows]
         _bar_panel(used, rows, shares, colours, "utilisation, %")
         used.set_xlim(0, 100)
         used.set_yticklabels([])

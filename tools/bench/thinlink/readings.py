@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from .commands import Link
 from .counters import bytes_at
 from .runs import Run
 
@@ -54,6 +55,11 @@ class Links:
     achieved: list[tuple[float, float]]
     round_trip_ms: list[float] = field(default_factory=list)
     congestion_control: str
+
+    @property
+    def link(self) -> Link:
+        """How each was shaped."""
+        return Link(self.mbit, self.delay_ms, self.loss)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -78,7 +78,7 @@ class _Switch:
             for port in targets:
                 if port is not source:
                     # A full shaper drops, as a full port of any switch does.
-                    with contextlib.suppress(BlockingIOError, OSError):
+                    with contextlib.suppress(OSError):
                         port.send(frame)
 
 

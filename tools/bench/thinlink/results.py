@@ -68,8 +68,7 @@ class Results:
         rows: Rate -> rows, in the order of the methods.
         overlapped: The first blocks; empty where phase overlap has not run.
         whole: ``None`` where phase whole has not run.
-        links: The readings on shaped links, delayed and lossy as the campaign's.
-        readings: These, and the ones on unshaped links.
+        readings: On unshaped links, and on those that are shaped as the campaign asks.
     """
 
     target: float | None
@@ -77,8 +76,12 @@ class Results:
     rows: Mapping[float, list[Row]]
     overlapped: list[Overlapped]
     whole: WholeRun | None
-    links: list[Reading]
     readings: list[Reading]
+
+    @property
+    def links(self) -> list[Reading]:
+        """The readings on shaped links."""
+        return [reading for reading in self.readings if reading.mbit is not None]
 
 
 def results(campaign: Campaign, target: float | None) -> Results:
@@ -94,12 +97,10 @@ def results(campaign: Campaign, target: float | None) -> Results:
     curves |= {bf16: curves[fp32] for bf16, fp32 in _LEARNS_LIKE.items() if fp32 in curves}
     if target is None and curves:
         target = max(curve[-1][1] for curve in curves.values())
-    impairment = (campaign.link.delay_ms, campaign.link.loss)
     readings = [
         reading
         for path in sorted(_paths(campaign))
-        if (reading := load(path)) is not None
-        and (reading.mbit is None or (reading.delay_ms, reading.loss) == impairment)
+        if (reading := load(path)) is not None and reading.link == campaign.shaped(reading.mbit)
     ]
     return Results(
         target=target,
@@ -107,7 +108,6 @@ def results(campaign: Campaign, target: float | None) -> Results:
         rows={rate: _rows(campaign, rate, curves, target) for rate in campaign.rates},
         overlapped=_overlapped(campaign),
         whole=_whole(campaign),
-        links=[reading for reading in readings if reading.mbit is not None],
         readings=readings,
     )
 
