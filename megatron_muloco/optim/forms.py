@@ -8,9 +8,9 @@ from typing import Literal
 
 __all__ = ["ChooseForm", "Implementation", "always_plain", "automatic_form", "newton_schulz_flops"]
 
-Implementation = Literal["plain", "triangle", "gram", "library"]
+Implementation = Literal["plain", "triangle", "gram"]
 """``plain``: as published. ``triangle``: half of each symmetric product. ``gram``: pairs of steps
-too. ``library``: kernels for CUDA, which ``auto`` does not choose as long as nobody has run them.
+too.
 """
 
 ChooseForm = Callable[[int, int], Implementation]
@@ -46,7 +46,7 @@ def always_plain(rows: int, columns: int) -> Implementation:
 
 
 def newton_schulz_flops(rows: int, columns: int, steps: int, form: Implementation = "plain") -> int:
-    """Return the FLOPs of ``steps`` quintic steps in one form; ``library`` counts as ``plain``.
+    """Return the FLOPs of ``steps`` quintic steps in one form.
 
     With m the smaller side and n the longer, a wide product takes 2 m^2 n and a small one 2 m^3;
     of a symmetric one, the triangle forms compute half. A plain step has two wide products and a
@@ -54,7 +54,7 @@ def newton_schulz_flops(rows: int, columns: int, steps: int, form: Implementatio
     steps has five small halves in place of one, and as many wide ones as a step alone.
     """
     m, n = sorted((rows, columns))
-    if form in ("plain", "library"):
+    if form == "plain":
         return steps * (4 * m * m * n + 2 * m * m * m)
     alone = 3 * m * m * n + m * m * m
     if form == "triangle" or steps < 2:

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_muloco.optim import gram, library_steps
+from megatron_muloco.optim import gram
 from megatron_muloco.optim.forms import Implementation, automatic_form
 from megatron_muloco.optim.gram import Triple
 
@@ -135,8 +135,6 @@ def newton_schulz(
         impl = choose(M.shape[-2], M.shape[-1], dtype, M.device)
     if impl == "plain":
         X = _iterate_plain(X, triples)
-    elif impl == "library":
-        X = library_steps.iterate(X, triples)
     else:
         _check_implementation(impl, dtype)
         X = gram.iterate(X, triples, pairs=impl == "gram")
@@ -155,7 +153,7 @@ def _iterate_plain(X: Tensor, triples: Sequence[Triple]) -> Tensor:
 
 def _check_implementation(impl: Implementation, dtype: torch.dtype) -> None:
     if impl not in ("triangle", "gram"):
-        raise ValueError(f"impl {impl!r} is not 'auto', 'plain', 'triangle', 'gram' or 'library'")
+        raise ValueError(f"impl {impl!r} is not 'auto', 'plain', 'triangle' or 'gram'")
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(
             f"impl {impl!r} iterates in fp32 or fp64, not {dtype}: a Gram matrix in a shorter "
