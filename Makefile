@@ -42,10 +42,10 @@ $(STAMP312): $(PINS) requirements/cpu-py312.txt
 	@touch $@
 
 demo: $(STAMP)
-	$(PY) tools/demo_corpus.py
+	$(PY) -m tools.demo_corpus
 	$(CPU) $(VENV)/bin/deepspeed --num_accelerators 2 --master_port $$($(FREE_PORT)) \
 	    launch/pretrain.py --config configs/cpu_k2.yaml
-	$(PY) tools/demo_summary.py
+	$(PY) -m tools.demo_summary
 
 test: $(STAMP)
 	$(PY) -m pytest -q -m "not slow" $(PYTEST_ARGS)

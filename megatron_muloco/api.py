@@ -10,76 +10,9 @@ after which ``optimizer.step()`` is the inner step plus the outer steps that are
 imported from the package itself.
 """
 
-from datetime import timedelta
-from typing import Any
-
-import torch
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
-from megatron_muloco.comm.groups import Groups, build_groups
-from megatron_muloco.config import RunConfig
-from megatron_muloco.config.checks import check
-from megatron_muloco.config.derived import topology_of
-from megatron_muloco.config.outer import NoOuter
-from megatron_muloco.errors import ConfigError
-from megatron_muloco.runtime.distributed import start_distributed
-from megatron_muloco.runtime.parallel_state import mirror_groups, require_unset
+from megatron_muloco.comm.groups import Groups
+from megatron_muloco.training.build_optimizer import wrap_optimizer
 from megatron_muloco.training.replica_optimizer import ReplicaOptimizer
-from megatron_muloco.training.wiring import wrap_optimizer
+from megatron_muloco.training.start import initialize_replicas
 
 __all__ = ["Groups", "ReplicaOptimizer", "initialize_replicas", "wrap_optimizer"]
-
-
-def initialize_replicas(config: RunConfig) -> Groups:
-    """Join the job and return this rank's groups; Megatron's ``parallel_state`` mirrors them.
-
-    Starts ``deepspeed.comm`` unless torch.distributed is already initialised, installs the CPU seam
-    where there is no accelerator, builds every process group, checks that all ranks have the same
-    configuration, and seeds Megatron's random number trackers.
-
-    Args:
-        config: The run; its parallel section must fit the number of ranks.
-
-    Raises:
-        TopologyError: The ranks do not factor; names the whole product.
-        ConfigError: The configuration does not fit this world, or ranks have different ones.
-        RuntimeMismatch: ``parallel_state`` is already initialised.
-
-    Collectives: every rank of the job calls it at the same point.
-    """
-    require_unset()
-    timeout = timedelta(minutes=config.training.distributed_timeout_minutes)
-    ranks = start_distributed(timeout=timeout)
-    topology = topology_of(config, ranks.world_size)
-    check(config, topology)
-    _require_one_config(config)
-    by_host = not isinstance(config.outer, NoOuter) and config.outer.sends_from_host
-    groups = build_groups(topology, timeout=timeout, exchange_backend="gloo" if by_host else None)
-    mirror_groups(groups)
-    seed_ranks(config.training.seed, groups)
-    return groups
-
-
-def _require_one_config(config: RunConfig) -> None:
-    """Raise on every rank when a rank was given another configuration than rank 0."""
-    dumps: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(dumps, config.model_dump(mode="json"))
-    for rank, dump in enumerate(dumps):
-        if dump != dumps[0]:
-            sections = [name for name in dump if dump[name] != dumps[0].get(name)]
-            raise ConfigError(
-                f"rank {rank} has another configuration than rank 0, in {', '.join(sections)}; "
-                "every rank must read the same file with the same --set values"
-            )
-
-
-def seed_ranks(seed: int, groups: Groups) -> None:
-    """Seed torch and Megatron's trackers.
-
-    All replicas draw alike: the initial weights must agree, and nothing in this model draws later
-    (there is no dropout).
-    """
-    torch.manual_seed(seed)
-    model_parallel_cuda_manual_seed(
-        seed, tp_rank=groups.coords.tp, ep_rank=0, etp_rank=groups.coords.tp
-    )

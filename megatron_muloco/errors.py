@@ -4,7 +4,8 @@ Messages answer four questions in this order: what is wrong (with the values), w
 matters, what to do.
 """
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 
 __all__ = [
     "CheckpointError",
@@ -13,6 +14,7 @@ __all__ = [
     "RuntimeMismatch",
     "SyncError",
     "TopologyError",
+    "run_tool",
 ]
 
 
@@ -46,3 +48,25 @@ class SyncError(MulocoError):
 
 class CheckpointError(MulocoError):
     """State on disk is missing, incompatible or incomplete."""
+
+
+# ------------------------------------------------------------------------------------------
+# How the data tools end: 0 done, 2 bad input, 130 interrupted; never a stack trace for a user.
+
+
+_BAD_INPUT = 2
+_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+def run_tool(body: Callable[[], None]) -> int:
+    """Run a tool and return its exit code; problems go to stderr, one a line."""
+    try:
+        body()
+    except ConfigError as error:
+        for problem in error.problems:
+            sys.stderr.write(f"error: {problem}\n")
+        return _BAD_INPUT
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; nothing was published\n")
+        return _INTERRUPTED
+    return 0

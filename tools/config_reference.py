@@ -9,7 +9,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic_core import PydanticUndefined
 
-from megatron_muloco.config.fields import (
+from megatron_muloco.config.messages import (
     SchemaField,
     is_tagged,
     schema_fields,

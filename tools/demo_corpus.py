@@ -15,20 +15,18 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_muloco.data.cli import run_tool
-from megatron_muloco.data.corpus import (
+from megatron_muloco.data.indexed import Manifest, check_indexed, read_manifest
+from megatron_muloco.data.prepare import PrepareOptions, prepare
+from megatron_muloco.data.tokenizer import tokenizer_digest, train_tokenizer
+from megatron_muloco.errors import ConfigError, run_tool
+from tools.corpora.docstrings import (
     DEFAULT_PACKAGES,
     Corpus,
     Document,
     collect,
     package_versions,
 )
-from megatron_muloco.data.indexed import Manifest, check_indexed, read_manifest
-from megatron_muloco.data.prepare import PrepareOptions, prepare
-from megatron_muloco.data.statistics import unigram_cross_entropy
-from megatron_muloco.data.tokenizer import tokenizer_digest
-from megatron_muloco.data.tokenizer_training import train_tokenizer
-from megatron_muloco.errors import ConfigError
+from tools.corpora.statistics import unigram_cross_entropy
 
 # Changed when the same packages would give other files.
 _RECIPE = 1

@@ -1,4 +1,4 @@
-"""What a run learned, from its event files: python tools/demo_summary.py --config F."""
+"""What a run learned, from its event files: python -m tools.demo_summary --config F."""
 
 import argparse
 import statistics
@@ -10,10 +10,9 @@ from pathlib import Path
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_muloco.config import RunConfig, load_config
-from megatron_muloco.data.cli import run_tool
-from megatron_muloco.data.statistics import unigram_cross_entropy
-from megatron_muloco.errors import ConfigError
+from megatron_muloco.errors import ConfigError, run_tool
 from megatron_muloco.monitor.monitor import SAMPLE_TAG
+from tools.corpora.statistics import unigram_cross_entropy
 
 Points = Mapping[str, list[tuple[int, float]]]
 """Tag -> (inner step, value) in the order of steps."""

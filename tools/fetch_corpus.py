@@ -17,10 +17,9 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from megatron_muloco.data.cli import run_tool
-from megatron_muloco.data.corpus import Document, is_held_out
-from megatron_muloco.data.debian_corpus import SOURCES, DebianSource, real_package
-from megatron_muloco.errors import ConfigError
+from megatron_muloco.errors import ConfigError, run_tool
+from tools.corpora.debian import SOURCES, DebianSource, real_package
+from tools.corpora.docstrings import Document, is_held_out
 
 _HELD_OUT_FRACTION = 0.01
 

@@ -6,7 +6,7 @@ import sys
 from megatron_muloco.config import check, load_config, topology_of
 from megatron_muloco.errors import ConfigError
 from megatron_muloco.planning import render_plan
-from megatron_muloco.planning.text import write_out
+from megatron_muloco.planning.report import write_out
 
 
 def main(arguments: list[str] | None = None) -> int:

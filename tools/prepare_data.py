@@ -7,11 +7,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_muloco.data.cli import run_tool
-from megatron_muloco.data.documents import check_inputs
-from megatron_muloco.data.prepare import PrepareOptions, prepare
+from megatron_muloco.data.prepare import PrepareOptions, check_inputs, prepare
 from megatron_muloco.data.tokenizer import TOKENIZER_TYPES
-from megatron_muloco.errors import ConfigError
+from megatron_muloco.errors import ConfigError, run_tool
 
 
 def main(argv: list[str] | None = None) -> int:

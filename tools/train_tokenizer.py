@@ -8,8 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_muloco.data.cli import run_tool
-from megatron_muloco.data.documents import (
+from megatron_muloco.data.prepare import (
     BadRecord,
     Layout,
     check_inputs,
@@ -17,9 +16,8 @@ from megatron_muloco.data.documents import (
     raw_records,
     text_of,
 )
-from megatron_muloco.data.tokenizer import tokenizer_digest
-from megatron_muloco.data.tokenizer_training import train_tokenizer
-from megatron_muloco.errors import ConfigError
+from megatron_muloco.data.tokenizer import tokenizer_digest, train_tokenizer
+from megatron_muloco.errors import ConfigError, run_tool
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from megatron_muloco.checkpoint.cuts import Cut
-from megatron_muloco.shards import Shard
+from megatron_muloco.checkpoint.sharding import Cut
+from megatron_muloco.params import Shard
 
 __all__ = ["digest_sum", "model_digests", "render", "whole_index"]
 

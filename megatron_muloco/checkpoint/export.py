@@ -17,7 +17,7 @@ from megatron.core.dist_checkpointing.mapping import (
 from torch import Tensor
 
 from megatron_muloco.checkpoint import layout
-from megatron_muloco.checkpoint.model_space import ModelSpace
+from megatron_muloco.checkpoint.sharding import ModelSpace
 from megatron_muloco.checkpoint.state import Masters
 from megatron_muloco.checkpoint.storage import everywhere, finish_directory
 from megatron_muloco.checkpoint.store import write_published

@@ -21,17 +21,18 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedBase
 
 from megatron_muloco.checkpoint import layout
-from megatron_muloco.checkpoint.layout import Found
-from megatron_muloco.checkpoint.load import load_anchor, load_run
-from megatron_muloco.checkpoint.model_space import ModelSpace
-from megatron_muloco.checkpoint.save import (
+from megatron_muloco.checkpoint.io import (
     describe,
+    load_anchor,
+    load_run,
     masters_differ,
     run_kinds,
     sharded_kinds,
     sharded_rng,
     write_description,
 )
+from megatron_muloco.checkpoint.layout import Found
+from megatron_muloco.checkpoint.sharding import ModelSpace
 from megatron_muloco.checkpoint.state import ANCHOR, Description, Masters, RunState
 from megatron_muloco.checkpoint.storage import everywhere, write_tensors
 from megatron_muloco.comm.groups import Groups

@@ -9,7 +9,7 @@ Words are little-endian, as on every machine that torch's accelerators sit in.
 import torch
 from torch import Tensor
 
-from megatron_muloco.compress.sizes import packed_bytes
+from megatron_muloco.compress.format import packed_bytes
 
 __all__ = ["pack", "unpack"]
 

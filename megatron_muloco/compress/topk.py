@@ -1,5 +1,7 @@
 """The largest values of every block, with their places in it."""
 
+from collections.abc import Callable
+from functools import cache
 from typing import Literal
 
 import torch
@@ -7,18 +9,20 @@ from torch import Tensor
 from typing_extensions import override
 
 from megatron_muloco.compress.codec import (
+    Codec,
     RawFallback,
+    Uncoded,
     from_bytes,
     group_matrices,
     refuse_non_finite,
     to_bytes,
 )
+from megatron_muloco.compress.format import CodeSpec, CodingUnit, Grouping, TopKSize, spec_of
 from megatron_muloco.compress.packing import pack, unpack
-from megatron_muloco.compress.sizes import TopKSize
-from megatron_muloco.compress.statistical import Statistical
-from megatron_muloco.compress.units import CodingUnit, Grouping
+from megatron_muloco.compress.quantizers import E3M0, Linear, Statistical
+from megatron_muloco.config.outer import CodeConfig
 
-__all__ = ["TopK"]
+__all__ = ["TopK", "build_codec", "codec_chooser"]
 
 # 12-bit places. SparseLoCo (arXiv 2508.15706) selects inside chunks of this many values too.
 _BLOCK_SIZE = 4096
@@ -121,3 +125,25 @@ class TopK(RawFallback):
             return mask.nonzero()[:, 1].view(count, -1)
         kept = self._sizes.kept(width)
         return unpack(places, self._sizes.place_bits(width), count * kept).long().view(count, kept)
+
+
+# ------------------------------------------------------------------------------------------
+# Codecs from the config.
+
+
+def codec_chooser(code: CodeConfig) -> Callable[[str], Codec]:
+    """Return the function from a parameter's name to its codec."""
+    build = cache(build_codec)
+    return cache(lambda name: build(spec_of(code, name)))
+
+
+def build_codec(spec: CodeSpec) -> Codec:
+    """Return the codec of a spec."""
+    if spec.kind == "raw":
+        return Uncoded()
+    if spec.kind == "topk":
+        return TopK(spec.density, spec.wire_dtype, spec.grouping.block_size, spec.bits)
+    if spec.kind == "e3m0":
+        return E3M0(spec.grouping)
+    assert spec.bits is not None
+    return (Linear if spec.kind == "linear" else Statistical)(spec.bits, spec.grouping)

@@ -1,10 +1,10 @@
 """Config: YAML in, frozen and checked models out. No torch."""
 
-from megatron_muloco.config.checks import RULES, Rule, check, find_problems
 from megatron_muloco.config.derived import Derived, derive, smallest_topology, topology_of
+from megatron_muloco.config.inner import learning_rate
 from megatron_muloco.config.load import load_config
-from megatron_muloco.config.problems import Problem
-from megatron_muloco.config.schedules import learning_rate
+from megatron_muloco.config.messages import Problem
+from megatron_muloco.config.rules import RULES, Rule, check, find_problems
 from megatron_muloco.config.schema import RunConfig
 
 __all__ = [

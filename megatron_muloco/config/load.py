@@ -6,7 +6,6 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_muloco.config.checks import find_problems
 from megatron_muloco.config.document import (
     Document,
     merge,
@@ -15,8 +14,8 @@ from megatron_muloco.config.document import (
     read_document,
     without_nulls,
 )
-from megatron_muloco.config.fields import locate
-from megatron_muloco.config.problems import Problem, validation_problems
+from megatron_muloco.config.messages import Problem, locate, validation_problems
+from megatron_muloco.config.rules import find_problems
 from megatron_muloco.config.schema import RunConfig
 from megatron_muloco.errors import ConfigError
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_muloco.config.problems import Problem
+from megatron_muloco.config.messages import Problem
 from megatron_muloco.data.indexed import check_indexed, read_manifest
 from megatron_muloco.data.tokenizer import (
     check_tokenizer,

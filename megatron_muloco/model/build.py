@@ -1,5 +1,6 @@
 """Builds one pipeline stage of the model from configuration."""
 
+import importlib.util
 from typing import Any
 
 import torch
@@ -11,9 +12,27 @@ from megatron_muloco.config import RunConfig
 from megatron_muloco.config.derived import padded_vocab_size
 from megatron_muloco.model.initialise import initialise_weights
 from megatron_muloco.model.layer_spec import decoder_block_spec
-from megatron_muloco.runtime.apex import fused_weight_gradients
 
-__all__ = ["build_model", "transformer_config"]
+__all__ = ["build_model", "fused_weight_gradients", "transformer_config"]
+
+
+# ------------------------------------------------------------------------------------------
+# NVIDIA apex, where it is installed: detected, never required.
+#
+# apex is built from source on GPU machines; the package of that name on PyPI is something else.
+# Megatron finds its fused norms and optimizers by itself. What has to be asked for is the fused
+# accumulation of weight gradients into the main gradient. (Written for CUDA; not run yet.)
+
+
+_EXTENSION = "fused_weight_gradient_mlp_cuda"  # module that apex builds with --wgrad_accumulation
+
+
+def fused_weight_gradients() -> bool:
+    """Whether apex's fused weight-gradient accumulation can be used by this process."""
+    return torch.cuda.is_available() and importlib.util.find_spec(_EXTENSION) is not None
+
+
+# ------------------------------------------------------------------------------------------
 
 
 def transformer_config(config: RunConfig) -> TransformerConfig:

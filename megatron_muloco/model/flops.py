@@ -6,7 +6,7 @@ counted, as is usual for model FLOPs utilisation. Letters are those of `config.c
 
 from dataclasses import dataclass
 
-from megatron_muloco.config.counts import (
+from megatron_muloco.config.derived import (
     ParameterCounts,
     attention_parameters_per_layer,
     mlp_parameters_per_layer,

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from megatron_muloco.errors import RuntimeMismatch
-from megatron_muloco.shards import ParamInfo
+from megatron_muloco.params import ParamInfo
 
 __all__ = ["EMBEDDING", "OUTPUT", "describe_parameters", "named_parameters", "partition_dim"]
 

@@ -8,14 +8,12 @@ import yaml
 from megatron_muloco.config.derived import derive
 from megatron_muloco.config.schema import RunConfig
 from megatron_muloco.model.flops import flops_per_token
-from megatron_muloco.monitor.banner import start_banner
-from megatron_muloco.monitor.console import Console
-from megatron_muloco.monitor.lines import LineCalendar
+from megatron_muloco.monitor.console import Console, start_banner
 from megatron_muloco.monitor.monitor import Monitor, RunFacts
 from megatron_muloco.monitor.tensorboard import EventWriter
 from megatron_muloco.monitor.throughput import peak_tflops
-from megatron_muloco.optim.truth_report import TruthReport
-from megatron_muloco.outer.schedule import SyncSchedule
+from megatron_muloco.optim.parameter_table import TruthReport
+from megatron_muloco.outer.schedule import LineCalendar, SyncSchedule
 from megatron_muloco.topology import Topology
 
 __all__ = ["PARAMETERS_FILE", "build_monitor", "device_name"]

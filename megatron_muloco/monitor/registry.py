@@ -8,8 +8,7 @@ torch.
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_muloco.config.compression import NoCompression
-from megatron_muloco.config.outer import NoOuter
+from megatron_muloco.config.outer import NoCompression, NoOuter
 from megatron_muloco.config.schema import RunConfig
 from megatron_muloco.errors import RuntimeMismatch
 

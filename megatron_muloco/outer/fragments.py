@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_muloco.errors import ConfigError
-from megatron_muloco.shards import coverage
+from megatron_muloco.params import coverage
 
 __all__ = ["FragmentPattern", "FragmentPlan"]
 

@@ -7,7 +7,7 @@ travels with the data as the replica's weight.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import Enum
 from statistics import median
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Guard", "Verdict", "local_statistics"]
+__all__ = ["Guard", "Progress", "Verdict", "local_statistics"]
 
 
 class Verdict(Enum):
@@ -112,3 +112,39 @@ class Guard:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self._medians = {int(fragment): float(middle) for fragment, middle in state.items()}
+
+
+# ------------------------------------------------------------------------------------------
+# How much of an interval a replica trained: its weight where replicas are weighed by tokens.
+
+
+@dataclass
+class Progress:
+    """Inner steps of a fragment since its last launch.
+
+    Attributes:
+        steps: All of them.
+        trained: Those that changed parameters, each as the share of its tokens that counted.
+    """
+
+    steps: int = 0
+    trained: float = 0.0
+
+    def add(self, share: float) -> None:
+        """Count one inner step, of which ``share`` was trained."""
+        self.steps += 1
+        self.trained += share
+
+    def restart(self) -> None:
+        """Count the steps of this interval so far as not trained: their result is gone."""
+        self.trained = 0.0
+
+    def take(self) -> float:
+        """Return the trained share of the interval, in [0, 1], and begin the next one."""
+        share = self.trained / self.steps
+        self.steps, self.trained = 0, 0.0
+        return share
+
+    def state_dict(self) -> dict[str, float]:
+        """Return the counts as plain numbers."""
+        return asdict(self)

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from megatron_muloco.errors import CheckpointError
-from megatron_muloco.outer.anchor import check_names
 from megatron_muloco.outer.guard import Verdict
-from megatron_muloco.outer.reducer import Handle, Reduced, Reducer, ReductionStats
-from megatron_muloco.outer.riders import Shown
+from megatron_muloco.outer.optimizer import check_names
+from megatron_muloco.outer.reducer import Handle, Reduced, Reducer, ReductionStats, Shown
 from megatron_muloco.outer.schedule import Apply
 
 __all__ = ["InFlight", "InFlightTable"]

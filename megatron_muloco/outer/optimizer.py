@@ -1,11 +1,27 @@
 """The outer optimizer: one Nesterov step on the anchor, a shard at a time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
+import torch
 from torch import Tensor
 
-__all__ = ["OuterNesterov", "RoundSchedule"]
+from megatron_muloco.errors import CheckpointError
+from megatron_muloco.params import coverage
+
+__all__ = [
+    "Additive",
+    "AnchorState",
+    "MergeRule",
+    "Mix",
+    "OuterNesterov",
+    "RoundSchedule",
+    "check_names",
+    "copy_to",
+    "overwrite",
+    "pseudogradient",
+]
 
 RoundSchedule = Callable[[int], float]
 """A hyperparameter as a function of the round, which is counted from 1."""
@@ -51,3 +67,160 @@ class OuterNesterov:
 
 def _at(value: float | RoundSchedule, round_index: int) -> float:
     return value(round_index) if callable(value) else value
+
+
+# ------------------------------------------------------------------------------------------
+# How a replica takes the new anchor: two rules, one object each.
+
+
+class MergeRule(Protocol):
+    """Moves local parameters after their fragment's outer step."""
+
+    def merge(self, local: Tensor, anchor: Tensor, at_launch: Tensor) -> None:
+        """Write the new local parameters into ``local``.
+
+        Args:
+            local: theta_k now; written in place.
+            anchor: theta after the outer step.
+            at_launch: theta_k when the fragment was launched; ``local`` itself without overlap.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """``theta_k <- (1 - alpha) * theta + alpha * theta_k``.
+
+    Attributes:
+        mixing_weight: alpha, the share of the local value that is kept; 0 takes the anchor.
+
+    Source: Streaming DiLoCo (arXiv:2501.18512), where alpha is 0.5 whenever launches overlap steps.
+    """
+
+    mixing_weight: float = 0.0
+
+    def merge(self, local: Tensor, anchor: Tensor, at_launch: Tensor) -> None:
+        """Write the weighted mean of anchor and local parameters."""
+        if self.mixing_weight == 0.0:  # not only faster: 0 * NaN would keep a NaN
+            local.copy_(anchor)
+        else:
+            local.mul_(self.mixing_weight).add_(anchor * (1.0 - self.mixing_weight))
+
+
+@dataclass(frozen=True, slots=True)
+class Additive:
+    """``theta_k <- theta + (theta_k - theta_k at launch)``: keeps all progress since the launch."""
+
+    def merge(self, local: Tensor, anchor: Tensor, at_launch: Tensor) -> None:
+        """Write the anchor plus what the replica did since the launch."""
+        if local is at_launch:
+            local.copy_(anchor)
+        else:
+            local.sub_(at_launch).add_(anchor)
+
+
+# ------------------------------------------------------------------------------------------
+# The one place where the sign of the pseudogradient is decided.
+
+
+def pseudogradient(anchor: Tensor, local: Tensor, *, out: Tensor) -> Tensor:
+    """Return ``anchor - local``, the direction that the outer optimizer subtracts.
+
+    A positive entry means that the replica moved *down* in that coordinate, so the result behaves
+    like a gradient summed over the round: an outer step with lr 1 and no momentum moves the anchor
+    onto the (mean) local parameters, up to one fp32 rounding.
+
+    Args:
+        anchor: Parameters agreed at the last outer step; fp32, on any device.
+        local: The replica's current parameters, same shape; may be a view of a model parameter.
+        out: Buffer for the result, fp32, on the device that will send it. It may be neither input.
+
+    Returns:
+        ``out``.
+
+    Dtypes: the subtraction is done in fp32, whatever ``local`` is.
+    Source: DiLoCo (arXiv:2311.08105), algorithm 1.
+    """
+    out.copy_(anchor)
+    return out.sub_(local.to(device=out.device, dtype=out.dtype))
+
+
+# ------------------------------------------------------------------------------------------
+# Anchor and outer momentum of one rank's shards, on the device or in host memory.
+
+
+class AnchorState:
+    """theta and u by name, flat fp32; the same names in both.
+
+    In host memory they visit the masters' device one shard at a time, so that the arithmetic, and
+    with it every bit, is the same as with the state on the device.
+
+    Args:
+        masters: The parameters that the run starts from; copied, since masters may be views of
+            the parameters that the replica trains.
+        device: Where the state lives.
+    """
+
+    def __init__(self, masters: Mapping[str, Tensor], device: torch.device) -> None:
+        self.device = device
+        self.anchor = {name: copy_to(device, local) for name, local in masters.items()}
+        self.momentum = {
+            name: copy_to(device, torch.zeros_like(local)) for name, local in masters.items()
+        }
+
+    def anchor_on(self, device: torch.device, name: str) -> Tensor:
+        """Return one shard's anchor on ``device``: the stored tensor itself where it is there."""
+        return self.anchor[name].to(device)
+
+    def pseudogradient(self, name: str, local: Tensor) -> Tensor:
+        """Return anchor minus ``local`` in new memory on the device of ``local``."""
+        return pseudogradient(self.anchor[name], local, out=torch.empty_like(local))
+
+    def step(self, name: str, mean: Tensor, optimizer: OuterNesterov, round_index: int) -> Tensor:
+        """Take the outer step on one shard; see `OuterNesterov.step`.
+
+        Returns:
+            The new anchor on the device of ``mean``, where the step is taken.
+        """
+        anchor, momentum = self.anchor[name].to(mean.device), self.momentum[name].to(mean.device)
+        optimizer.step(anchor, momentum, mean, round_index=round_index)
+        if anchor is not self.anchor[name]:
+            self.anchor[name].copy_(anchor)
+            self.momentum[name].copy_(momentum)
+        return anchor
+
+    def load(self, anchor: Mapping[str, Tensor], momentum: Mapping[str, Tensor]) -> None:
+        """Copy saved tensors into this state.
+
+        Raises:
+            CheckpointError: The names are not those of this rank's shards.
+        """
+        check_names("anchor", anchor, self.anchor)
+        check_names("momentum", momentum, self.momentum)
+        for name in self.anchor:
+            self.anchor[name].copy_(anchor[name])
+            self.momentum[name].copy_(momentum[name])
+
+
+def copy_to(device: torch.device, tensor: Tensor) -> Tensor:
+    """Return an fp32 copy on ``device``; pinned on the host of an accelerator's tensor."""
+    pin = device.type == "cpu" and tensor.device.type == "cuda"
+    copy = torch.empty(tensor.shape, dtype=torch.float32, device=device, pin_memory=pin)
+    return copy.copy_(tensor.detach())
+
+
+@torch.no_grad()
+def overwrite(masters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Copy values into the masters of the same names."""
+    for name, value in values.items():
+        masters[name].copy_(value)
+
+
+def check_names(kind: str, given: Iterable[str], wanted: Iterable[str]) -> None:
+    """Raise `CheckpointError` unless saved tensors are exactly those that this rank holds."""
+    missing, surplus = coverage(list(given), wanted)
+    if missing or surplus:
+        raise CheckpointError(
+            f"outer state '{kind}': missing {', '.join(missing) or 'none'}; not held by this rank: "
+            f"{', '.join(surplus) or 'none'}. It was saved for another model, or another division "
+            "of it. Resume with the model of the saved run."
+        )

@@ -14,30 +14,75 @@ then, once for all events: duplicates take their owners' values, masters go to m
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_muloco.errors import ConfigError
-from megatron_muloco.outer.anchor import AnchorState, check_names, copy_to, overwrite
+from megatron_muloco.outer.diagnostics import (
+    FragmentReport,
+    OuterReport,
+    PseudogradientSketch,
+    Tally,
+)
 from megatron_muloco.outer.fragments import FragmentPlan
-from megatron_muloco.outer.guard import Guard, Verdict
+from megatron_muloco.outer.guard import Guard, Progress, Verdict
 from megatron_muloco.outer.in_flight import InFlight, InFlightTable
-from megatron_muloco.outer.merge import MergeRule
-from megatron_muloco.outer.optimizer import OuterNesterov
-from megatron_muloco.outer.progress import Progress
-from megatron_muloco.outer.reducer import Reducer
-from megatron_muloco.outer.replica import ReplicaPort
-from megatron_muloco.outer.report import FragmentReport, OuterReport
-from megatron_muloco.outer.riders import pack_riders
+from megatron_muloco.outer.optimizer import (
+    AnchorState,
+    MergeRule,
+    OuterNesterov,
+    check_names,
+    copy_to,
+    overwrite,
+)
+from megatron_muloco.outer.reducer import Reducer, pack_riders
 from megatron_muloco.outer.schedule import Apply, Average, Launch, SyncSchedule
-from megatron_muloco.outer.sketch import PseudogradientSketch
-from megatron_muloco.outer.tally import Tally
+from megatron_muloco.params import Shard
 
-__all__ = ["Synchronizer"]
+__all__ = ["ReplicaPort", "Synchronizer"]
+
+
+# ------------------------------------------------------------------------------------------
+# What the outer step needs from the replica that it works for.
+
+
+@dataclass(frozen=True)
+class ReplicaPort:
+    """One rank's access to its replica.
+
+    All callables are collective over the replica: every one of its ranks calls them in the same
+    order, also ranks without shards of the fragment at hand.
+
+    Attributes:
+        device: Where the masters are.
+        shards: This rank's pieces, in an order that is the same at the same position of every
+            replica. Pieces of parameters marked ``duplicate`` are not synchronised here.
+        masters: Name to flat fp32 tensor of ``shard.numel`` elements; possibly views of parameters.
+        total: Sums a small fp64 tensor over the ranks of the replica and returns the sum; bitwise
+            equal on all of them.
+        broadcast_duplicates: Gives the duplicates of the named parameters their owners' values,
+            from masters to masters.
+        publish: Copies masters to model parameters and gathers what other ranks need.
+    """
+
+    device: torch.device
+    shards: Sequence[Shard]
+    masters: Mapping[str, Tensor]
+    total: Callable[[Tensor], Tensor]
+    broadcast_duplicates: Callable[[Collection[str]], None]
+    publish: Callable[[], None]
+
+    def owned_names(self) -> tuple[str, ...]:
+        """Return the names that this rank synchronises, in the order of ``shards``."""
+        return tuple(shard.name for shard in self.shards if not shard.param.duplicate)
+
+
+# ------------------------------------------------------------------------------------------
 
 
 class Synchronizer:

@@ -12,18 +12,290 @@ Megatron pads buffers by at most a few kilobytes per bucket.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_muloco.comm.chunking import chunk_length, chunk_pieces, row_places
+from megatron_muloco.config.derived import derive
 from megatron_muloco.config.inner import MuonInner
-from megatron_muloco.config.outer import NoOuter
+from megatron_muloco.config.outer import (
+    AverageOuter,
+    CodeConfig,
+    CompressionConfig,
+    NesterovOuter,
+    NoCompression,
+    NoOuter,
+    TopKCompression,
+)
 from megatron_muloco.config.schema import RunConfig
-from megatron_muloco.optim.units import is_vector
-from megatron_muloco.planning.exchange_memory import exchange_bytes
-from megatron_muloco.planning.outer_memory import OuterMemory, outer_memory
-from megatron_muloco.planning.rank_shards import stage_shards
-from megatron_muloco.planning.slices import BYTES, Slice, stage_slices
-from megatron_muloco.shards import Shard
+from megatron_muloco.optim.matrices import is_vector
+from megatron_muloco.optim.parameter_table import assign
+from megatron_muloco.optim.routing import divide, largest_batch
+from megatron_muloco.outer.schedule import Average, SyncSchedule
+from megatron_muloco.params import Shard
+from megatron_muloco.planning.layout import (
+    BYTES,
+    Slice,
+    by_fragment,
+    stage_shards,
+    stage_slices,
+    stage_units,
+)
+from megatron_muloco.planning.traffic import chunk_payloads, planned_on_accelerator
 from megatron_muloco.topology import Topology
 
-__all__ = ["MemoryPlan", "memory_plan"]
+__all__ = [
+    "MemoryPlan",
+    "OuterMemory",
+    "ReducerMemory",
+    "exchange_bytes",
+    "memory_plan",
+    "outer_memory",
+    "reducer_memory",
+    "residual_bytes",
+    "schedule_of",
+]
+
+
+# ------------------------------------------------------------------------------------------
+# Memory that reducing one fragment takes, as the reducers of `comm` hold it.
+#
+# In bytes for each of the rank's n values, with w bytes on the wire, p bytes of payload a value, K
+# replicas, and u values in the largest unit that is encoded at once::
+#
+#                         kept between rounds    at launch     while it is waited for
+#     fp32 all-reduce     4                      0             0, the result is in the buffer
+#     in chunks           3w                     0             bf16 8; fp32 4 + about 2
+#     linear, statistical,
+#     e3m0                2p                     13 u / n      4 + p (1 + 1/K), or p / K + 17 u / n
+#     topk                (1 + K) p              10 u / n      4 + 6 u / n
+#
+# Transport through the host keeps what travels there too. Rows of riders are not counted.
+
+
+# Most that encoding a large unit takes, in bytes for each of its values: with error feedback two
+# fp32 copies, codes, and what packs them. Measured on a CPU: 9 to 12.02. Blocks of a megabyte or
+# two come on top; they are not counted.
+_ENCODING = 13
+# Top-k: 9, and 20 for each value that is kept; its place alone takes 8.
+_SELECTING, _KEEPING = 10, 24
+
+
+@dataclass(frozen=True, slots=True)
+class ReducerMemory:
+    """Bytes for one fragment.
+
+    Attributes:
+        buffers: What travels; kept between rounds.
+        launching: On top while it is launched, the pseudogradients not included.
+        waiting: On top while it is waited for, the result included.
+        staged: Of ``buffers``, what transport through the host keeps in host memory once more.
+    """
+
+    buffers: int
+    launching: int
+    waiting: int
+    staged: int
+
+
+def reducer_memory(
+    code: CompressionConfig, shards: Sequence[Shard], num_replicas: int
+) -> ReducerMemory:
+    """Return the bytes for a fragment of these shards."""
+    elements = sum(shard.numel for shard in shards)
+    if not isinstance(code, NoCompression):
+        return _coded(code, shards, elements, num_replicas)
+    fp32, wire = BYTES["fp32"] * elements, BYTES[code.wire_dtype] * elements
+    if code.is_all_reduce:
+        return ReducerMemory(buffers=fp32, launching=0, waiting=0, staged=fp32)
+    pairs = num_replicas // 2  # first sums of neighbours, beside all chunks in fp32
+    summing = fp32 * (num_replicas + pairs) // num_replicas
+    waiting = summing if code.wire_dtype == "fp32" else 2 * fp32  # bf16: before and after weighing
+    return ReducerMemory(buffers=3 * wire, launching=0, waiting=waiting, staged=2 * wire)
+
+
+def _coded(
+    code: CodeConfig, shards: Sequence[Shard], elements: int, num_replicas: int
+) -> ReducerMemory:
+    sizes = chunk_payloads(code, shards, num_replicas)
+    fp32, payload = BYTES["fp32"] * elements, sum(sizes)
+    unit = _largest_unit(code, shards, num_replicas)
+    if isinstance(code, TopKCompression):
+        buffers = (1 + num_replicas) * payload
+        kept = round(_KEEPING * code.density * unit)
+        return ReducerMemory(
+            buffers=buffers,
+            launching=_SELECTING * unit + kept,
+            waiting=fp32 + 6 * unit + kept,  # the mean; one replica's values and what decodes them
+            staged=buffers,
+        )
+    own = max(sizes)
+    buffers = payload + num_replicas * own
+    # The owner's encoding of its mean, or everybody's payloads and the decoded mean.
+    waiting = own + max((4 + _ENCODING) * unit, payload + fp32 + 4 * unit)
+    return ReducerMemory(buffers, _ENCODING * unit, waiting, staged=buffers)
+
+
+def _largest_unit(code: CodeConfig, shards: Sequence[Shard], num_replicas: int) -> int:
+    """Return the values of the largest unit that is encoded at once."""
+    chunks = chunk_pieces(
+        [(shard.name, shard.numel) for shard in shards],
+        1 if isinstance(code, TopKCompression) else num_replicas,
+        row_places(shards),
+    )
+    return max((piece.unit.numel for pieces in chunks for piece in pieces), default=0)
+
+
+def residual_bytes(
+    code: CompressionConfig, fragments: Sequence[Sequence[Shard]], num_replicas: int
+) -> int:
+    """Return what error feedback keeps, in fp32.
+
+    e of all the rank's values; except for top-k, which is encoded once, f of the chunks it owns.
+    """
+    if isinstance(code, NoCompression) or not code.error_feedback:
+        return 0
+    kept = 0
+    for shards in fragments:
+        sizes = [(shard.name, shard.numel) for shard in shards]
+        elements = sum(size for _, size in sizes)
+        kept += elements
+        if not isinstance(code, TopKCompression):
+            kept += min(elements, chunk_length(sizes, num_replicas))
+    return BYTES["fp32"] * kept
+
+
+# ------------------------------------------------------------------------------------------
+# Memory of an outer step beside anchor and momentum, as synchronizer and reducers hold it.
+#
+# For each fragment of a rank, in bytes per value::
+#
+#     kept between rounds, per fragment in flight   what travels (`reducer_memory`)
+#     copies of the local values at launch          4 per fragment in flight, none without overlap
+#     error feedback                                4, and 4/K where the mean is encoded again
+#     while a fragment is launched                  4 (the pseudogradient), and what encoding takes
+#     while it is averaged after the last round     4 and a flat fp32 buffer of its own, 4
+#
+# Overlapped codes, and everything overlapped that travels through the host, are worked on by a
+# communication thread, one fragment after the other. What travels is then kept once, and each
+# fragment in flight holds 4 until it is applied: its pseudogradient, later its mean.
+#
+# Riders, sketches and padding are not counted: a few hundred kilobytes.
+
+
+@dataclass(frozen=True, slots=True)
+class OuterMemory:
+    """Bytes of one rank.
+
+    Attributes:
+        in_flight: Fragments that are under way at once, at most.
+        buffers: What travels; kept between rounds.
+        queued: Pseudogradients and means in the hands of a communication thread.
+        at_launch: Local values at the launches of the fragments in flight.
+        residuals: What error feedback keeps.
+        temporary: What an outer step needs on top, at its fullest moment.
+        staged: Copies of what travels in host memory.
+    """
+
+    in_flight: int
+    buffers: int
+    queued: int
+    at_launch: int
+    residuals: int
+    temporary: int
+    staged: int
+
+    @property
+    def device(self) -> int:
+        """Bytes in device memory."""
+        return self.buffers + self.queued + self.at_launch + self.residuals + self.temporary
+
+
+def outer_memory(config: RunConfig, topology: Topology, shards: Sequence[Shard]) -> OuterMemory:
+    """Return what outer steps need on a rank with these shards.
+
+    The fragments in flight are taken to be the largest ones.
+    """
+    outer, replicas = config.outer, topology.num_replicas
+    if isinstance(outer, NoOuter):
+        return OuterMemory(0, 0, 0, 0, 0, 0, 0)
+    fragments = by_fragment(config, shards)
+    code, schedule = outer.compression, schedule_of(config, outer)
+    reducers = [reducer_memory(code, fragment, replicas) for fragment in fragments]
+    values = [BYTES["fp32"] * sum(shard.numel for shard in part) for part in fragments]
+    number, in_thread = _in_flight(schedule), outer.reduces_in_thread
+    largest, at_once = max(values), 1 if in_thread else number
+    at_launch = _largest(values, number) if outer.overlap_steps else 0
+    queued = _largest(values, number) if in_thread else 0
+    flushing = 0
+    if any(isinstance(event, Average) for event in schedule.flush_events()):
+        flushing = 2 * largest  # then nothing is in flight
+    launching = max(reducer.launching for reducer in reducers) + (0 if in_thread else largest)
+    waiting = max(reducer.waiting for reducer in reducers)
+    if in_thread:
+        waiting = max(waiting, largest)  # the mean leaves the reducer's memory for its own
+    return OuterMemory(
+        in_flight=number,
+        buffers=at_once * max(reducer.buffers for reducer in reducers),  # each grows to the largest
+        queued=queued,
+        at_launch=at_launch,
+        residuals=residual_bytes(code, fragments, replicas),
+        temporary=max(launching, waiting, flushing - at_launch - queued),
+        staged=at_once * max(reducer.staged for reducer in reducers)
+        if outer.sends_from_host
+        else 0,
+    )
+
+
+def schedule_of(config: RunConfig, outer: NesterovOuter | AverageOuter) -> SyncSchedule:
+    """Return the calendar of a run's outer steps."""
+    return SyncSchedule(
+        sync_interval=outer.sync_interval,
+        train_iters=derive(config).train_iters,
+        fragment_count=outer.fragments.count,
+        overlap_steps=outer.overlap_steps,
+    )
+
+
+def _in_flight(schedule: SyncSchedule) -> int:
+    """Return how many fragments are under way at once, or launched and waited for, at most."""
+    return max(1, schedule.most_in_flight())
+
+
+def _largest(sizes: Sequence[int], count: int) -> int:
+    """Return the sum of the ``count`` largest sizes."""
+    return sum(sorted(sizes, reverse=True)[:count])
+
+
+# ------------------------------------------------------------------------------------------
+# Bytes that the exchange of matrices keeps between steps: `optim.exchange`'s buffers.
+
+
+def exchange_bytes(config: RunConfig, topology: Topology) -> int:
+    """Return the bytes of the fullest rank; 0 without Muon.
+
+    Updates come back in fp32, for each element that the rank holds, taken as an even share. On the
+    wire's side are what it sends (as many elements), what it gets as an owner (those of its units),
+    and the matrices of the largest batch that it computes. A stage of one rank sends nothing. All
+    pipeline stages have equal matrices.
+    """
+    if not isinstance(config.inner, MuonInner):
+        return 0
+    accelerator = planned_on_accelerator(config)
+    wire = BYTES[config.inner.muon.wire_dtype(accelerator=accelerator)]
+    units = stage_units(config, topology, accelerator=accelerator)
+    ranks = topology.stage_size
+    held = -(-sum(unit.numel for unit in units) // ranks)
+    if ranks == 1:
+        return 4 * held + wire * largest_batch(units)
+    owners = assign(units, ranks).owners
+    chunks = divide(units, owners, config.inner.muon.exchange_chunks)
+    as_owner = 0
+    for rank in range(ranks):
+        owned = [[units[i] for i in chunk if owners[i] == rank] for chunk in chunks]
+        received = sum(unit.numel for chunk in owned for unit in chunk)
+        as_owner = max(as_owner, received + max(map(largest_batch, owned), default=0))
+    return (4 + wire) * held + wire * as_owner
+
+
+# ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)

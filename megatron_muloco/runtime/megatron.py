@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron_muloco.comm.groups import Groups
 from megatron_muloco.errors import RuntimeMismatch
 from megatron_muloco.model.names import describe_parameters
-from megatron_muloco.shards import ParamInfo, Shard
+from megatron_muloco.params import ParamInfo, Shard
 
 __all__ = [
     "MasterView",

@@ -11,19 +11,19 @@ from enum import Enum
 
 import torch
 
+from megatron_muloco.checkpoint.io import digests_of
 from megatron_muloco.checkpoint.layout import checkpoint_path
-from megatron_muloco.checkpoint.save import digests_of
 from megatron_muloco.checkpoint.state import ANCHOR
 from megatron_muloco.config import RunConfig
 from megatron_muloco.errors import CheckpointError
-from megatron_muloco.monitor.interval import Value
+from megatron_muloco.monitor.monitor import Value
 from megatron_muloco.optim.muon import MuonAdamW
-from megatron_muloco.outer.report import OuterReport
+from megatron_muloco.outer.diagnostics import OuterReport
 from megatron_muloco.runtime.distributed import shutdown
-from megatron_muloco.training.evaluate import anchor_in_place, evaluate, generate
+from megatron_muloco.training.build import Trainer, build_trainer, scalars_of
+from megatron_muloco.training.forward import anchor_in_place, evaluate, generate
 from megatron_muloco.training.replica_optimizer import InnerReport
-from megatron_muloco.training.signals import StopRequest
-from megatron_muloco.training.trainer import Trainer, build_trainer, scalars_of
+from megatron_muloco.training.stopping import StopRequest
 
 __all__ = ["Outcome", "inner_step", "outer_step", "run", "train"]
 

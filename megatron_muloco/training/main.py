@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from megatron_muloco.config import RunConfig, load_config
-from megatron_muloco.config.checks import check
 from megatron_muloco.config.derived import smallest_topology, topology_of
+from megatron_muloco.config.rules import check
 from megatron_muloco.errors import ConfigError, MulocoError, TopologyError
+from megatron_muloco.runtime.distributed import silence_known_warnings
 from megatron_muloco.runtime.ranks import RankInfo, discover_ranks
-from megatron_muloco.runtime.warnings import silence_known_warnings
-from megatron_muloco.training.signals import StopRequest
+from megatron_muloco.training.stopping import StopRequest
 
 __all__ = ["main"]
 
@@ -82,8 +82,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _print_plan(config: RunConfig, world_size: int | None) -> None:
     from megatron_muloco.data.checks import check_run_data
-    from megatron_muloco.planning.report import render_plan
-    from megatron_muloco.planning.text import write_out
+    from megatron_muloco.planning.report import render_plan, write_out
 
     topology = None if world_size is None else topology_of(config, world_size)
     check(config, topology or smallest_topology(config))
@@ -123,14 +122,14 @@ def _fit_world(
         f"{config_path} needs {needed} ranks ({smallest_topology(config)}) and one was started; "
         f"there is no accelerator here, so {needed} CPU ranks are started now.\n"
     )
-    from megatron_muloco.training.relaunch import relaunch
+    from megatron_muloco.training.launch import relaunch
 
     relaunch(needed, arguments, os.environ)
 
 
 def _why_not_here(config: RunConfig) -> str:
     """Return why the missing ranks of a config are not started by this process, or nothing."""
-    from megatron_muloco.planning.cpu_world import machine_memory, why_not_on_cpus
+    from megatron_muloco.training.launch import machine_memory, why_not_on_cpus
 
     if _accelerators():
         return "on accelerators the launcher starts the ranks"

@@ -34,7 +34,7 @@ def started(sections: dict[str, Any]) -> TinyRun:
     """
     wrap = partial(wrap_data_parallel, bucket_size=3001)
     with (
-        mock.patch("megatron_muloco.api.check"),
+        mock.patch("megatron_muloco.training.start.check"),
         mock.patch("tests.support.tiny_models.wrap_data_parallel", wrap),
     ):
         return start_tiny(tiny_config(**sections))

@@ -11,20 +11,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_muloco.comm.background import Background
-from megatron_muloco.comm.chunks import (
+from megatron_muloco.comm.chunking import (
     chunk_pieces,
     encoded_wire_bytes,
     payload_sizes,
 )
-from megatron_muloco.comm.quantised import EncodedMean
+from megatron_muloco.comm.compressed import EncodedMean, GatheredMean
 from megatron_muloco.comm.reducers import mean_reducer
-from megatron_muloco.comm.sparse import GatheredMean
-from megatron_muloco.compress.build import codec_chooser
-from megatron_muloco.compress.linear import Linear
-from megatron_muloco.compress.statistical import Statistical
-from megatron_muloco.compress.units import CodingUnit, Grouping
-from megatron_muloco.config.compression import CodeConfig, LinearCompression
-from megatron_muloco.config.outer import NesterovOuter
+from megatron_muloco.compress.format import CodingUnit, Grouping
+from megatron_muloco.compress.quantizers import Linear, Statistical
+from megatron_muloco.compress.topk import codec_chooser
+from megatron_muloco.config.outer import CodeConfig, LinearCompression, NesterovOuter
 from megatron_muloco.outer.guard import Guard
 from megatron_muloco.outer.reducer import Reducer
 from megatron_muloco.outer.reference import Parameters, Reference, Settings

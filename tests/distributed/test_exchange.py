@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_muloco.comm.exchange import AllToAll
+from megatron_muloco.comm.collectives import AllToAll
 from megatron_muloco.optim.exchange import ShardExchange
-from megatron_muloco.optim.segments import RankShards
-from megatron_muloco.optim.units import LayerShape, Unit, split
+from megatron_muloco.optim.matrices import LayerShape, Unit, split
+from megatron_muloco.optim.routing import RankShards
 from tests.support.scattered import cut, matrix_params, shards_of, whole
 from tests.support.spawn import run_ranks
 from tests.support.tensors import assert_equal, integer_tensor

@@ -9,10 +9,10 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
-from megatron_muloco.api import initialize_replicas
 from megatron_muloco.config import RunConfig
 from megatron_muloco.errors import ConfigError, RuntimeMismatch
 from megatron_muloco.topology import Topology
+from megatron_muloco.training.start import initialize_replicas
 from tests.support.spawn import run_ranks
 from tests.support.tiny_models import finish_tiny, tiny_config
 

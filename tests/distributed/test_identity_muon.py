@@ -8,9 +8,9 @@ from torch import Tensor
 
 from megatron_muloco.errors import RuntimeMismatch
 from megatron_muloco.optim.exchange import ShardExchange
+from megatron_muloco.optim.matrices import Unit
 from megatron_muloco.optim.newton_schulz import scale_factor
-from megatron_muloco.optim.segments import RankShards
-from megatron_muloco.optim.units import Unit
+from megatron_muloco.optim.routing import RankShards
 from tests.support import inner_updates as updates
 from tests.support.inner_updates import Held
 from tests.support.scattered import whole

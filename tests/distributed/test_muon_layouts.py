@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_muloco.comm.exchange import AllToAll
+from megatron_muloco.comm.collectives import AllToAll
+from megatron_muloco.optim.matrices import LayerShape
 from megatron_muloco.optim.muon import MuonSettings, StepReport
-from megatron_muloco.optim.units import LayerShape
 from tests.support.scattered import VECTOR, Stage, gather, train, train_in_threads, whole
 from tests.support.spawn import run_ranks
 from tests.support.tensors import assert_equal

@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_muloco.comm.positions import check_same_shards
+from megatron_muloco.comm.consistency import check_same_shards
 from megatron_muloco.config import RunConfig
+from megatron_muloco.config.derived import sketch_width
 from megatron_muloco.errors import RuntimeMismatch, SyncError
 from megatron_muloco.model.build import build_model
-from megatron_muloco.monitor.outer_metrics import outer_metrics
-from megatron_muloco.planning.outer_traffic import sketch_width
-from megatron_muloco.shards import ParamInfo, Shard
+from megatron_muloco.outer.diagnostics import outer_metrics
+from megatron_muloco.params import ParamInfo, Shard
 from megatron_muloco.topology import Topology
 from tests.support.spawn import run_ranks
 from tests.support.tensors import assert_equal

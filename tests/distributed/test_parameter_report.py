@@ -2,10 +2,10 @@
 
 import pytest
 
-from megatron_muloco.optim.truth_report import TruthReport
-from megatron_muloco.optim.units import Unit
-from megatron_muloco.planning.stage_units import stage_units
-from megatron_muloco.training.parameter_report import gather_report
+from megatron_muloco.optim.matrices import Unit
+from megatron_muloco.optim.parameter_table import TruthReport
+from megatron_muloco.planning.layout import stage_units
+from megatron_muloco.training.build import gather_report
 from tests.support.spawn import run_ranks
 from tests.support.tiny_models import MUON, finish_tiny, start_tiny, tiny_config
 

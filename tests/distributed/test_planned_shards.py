@@ -6,9 +6,8 @@ import pytest
 
 from megatron_muloco.config import RunConfig
 from megatron_muloco.config.derived import topology_of
-from megatron_muloco.planning.parameters import EMBEDDING, stage_parameters
-from megatron_muloco.planning.rank_shards import cut_buffer, rank_shards
-from megatron_muloco.shards import ParamInfo, Shard
+from megatron_muloco.params import ParamInfo, Shard
+from megatron_muloco.planning.layout import EMBEDDING, cut_buffer, rank_shards, stage_parameters
 from tests.support.spawn import run_ranks
 from tests.support.tiny_models import finish_tiny, start_tiny, tiny_config
 

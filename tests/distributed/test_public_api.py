@@ -15,9 +15,9 @@ from megatron_muloco.data.datasets import build_datasets
 from megatron_muloco.data.prepare import PrepareOptions, prepare
 from megatron_muloco.data.sampler import BatchLayout
 from megatron_muloco.data.tokenizer import load_tokenizer
+from megatron_muloco.training.build import build_trainer
 from megatron_muloco.training.loop import train
-from megatron_muloco.training.signals import StopRequest
-from megatron_muloco.training.trainer import build_trainer
+from megatron_muloco.training.stopping import StopRequest
 from tests.support import bare_loop
 from tests.support.faults import count_calls
 from tests.support.spawn import run_ranks

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_muloco.comm.digests import check_equal, digests
+from megatron_muloco.comm.consistency import check_equal, digests
 from megatron_muloco.comm.reducers import ReplicaSum, mean_reducer
 from megatron_muloco.errors import SyncError
 from megatron_muloco.outer.reducer import Reducer

@@ -9,8 +9,8 @@ import torch
 from megatron_muloco.comm.groups import Groups
 from megatron_muloco.config import RunConfig
 from megatron_muloco.errors import RuntimeMismatch
+from megatron_muloco.training.build_optimizer import wrap_optimizer
 from megatron_muloco.training.forward import ForwardBackward
-from megatron_muloco.training.wiring import wrap_optimizer
 from tests.support.collectives import counted_collectives
 from tests.support.spawn import run_ranks
 from tests.support.tensors import assert_equal

@@ -8,9 +8,8 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_muloco.checkpoint.compatibility import residual_changes
-from megatron_muloco.checkpoint.state import read_description
-from megatron_muloco.training import reducer_wiring
+from megatron_muloco.checkpoint.state import read_description, residual_changes
+from megatron_muloco.training import build_optimizer
 from tests.distributed.test_checkpoint import (
     everything,
     load_elsewhere,
@@ -170,7 +169,7 @@ def test_stopped_with_residuals_and_resumed_is_never_stopped(case: str, tmp_path
 
 
 def in_the_foreground(*args: Any) -> None:
-    with mock.patch.object(reducer_wiring, "Background", lambda reducer, device: reducer):
+    with mock.patch.object(build_optimizer, "Background", lambda reducer, device: reducer):
         stop_and_resume(*args)
 
 

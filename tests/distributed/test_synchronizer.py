@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_muloco.comm.digests import check_equal
+from megatron_muloco.comm.consistency import check_equal
 from megatron_muloco.comm.reducers import ReplicaSum, mean_reducer
-from megatron_muloco.config.round_schedules import Steps
+from megatron_muloco.config.outer import Steps
 from megatron_muloco.outer.reference import Parameters, Reference, Settings
-from megatron_muloco.outer.replica import ReplicaPort
+from megatron_muloco.outer.synchronizer import ReplicaPort
 from tests.support.replicas import Replica, synchronizer_of, whole_shard
 from tests.support.spawn import run_ranks
 from tests.support.tensors import assert_equal, integer_tensor

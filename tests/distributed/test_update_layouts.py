@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_muloco.optim.matrices import Unit
 from megatron_muloco.optim.newton_schulz import newton_schulz, scale_factor
-from megatron_muloco.optim.units import Unit
 from tests.support import inner_updates as updates
 from tests.support.inner_updates import Held
 from tests.support.spawn import run_ranks

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_muloco.comm.collectives import DeviceWire, HostWire, Wire
 from megatron_muloco.comm.reducers import mean_reducer
-from megatron_muloco.comm.wire import DeviceWire, HostWire, Wire
 from tests.support.spawn import run_ranks
 from tests.support.tensors import assert_equal
 

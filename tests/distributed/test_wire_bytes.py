@@ -12,11 +12,11 @@ import torch
 from megatron_muloco.config import RunConfig
 from megatron_muloco.config.derived import topology_of
 from megatron_muloco.config.outer import NoOuter
-from megatron_muloco.monitor.lines import LineCalendar
+from megatron_muloco.outer.schedule import LineCalendar
 from megatron_muloco.planning import render_plan, traffic_plan
-from megatron_muloco.planning.outer_traffic import outer_bytes, uncoded_bytes
-from megatron_muloco.planning.rank_shards import rank_shards
-from megatron_muloco.planning.text import human_bytes
+from megatron_muloco.planning.layout import rank_shards
+from megatron_muloco.planning.report import human_bytes
+from megatron_muloco.planning.traffic import outer_bytes, uncoded_bytes
 from megatron_muloco.topology import Coords, Topology
 from tests.support.spawn import run_ranks
 from tests.support.tiny_models import finish_tiny, start_tiny, tiny_config

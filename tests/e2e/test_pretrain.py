@@ -16,7 +16,7 @@ import psutil
 import pytest
 import yaml
 
-from megatron_muloco.training.relaunch import launcher_command
+from megatron_muloco.training.launch import launcher_command
 from tests.support.byte_runs import byte_config, byte_dataset, run_here
 from tests.support.ports import held_port
 from tests.support.spawn import run_ranks

@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from megatron_muloco.data.prepare import PrepareOptions, prepare
-from megatron_muloco.data.tokenizer_training import train_tokenizer
+from megatron_muloco.data.tokenizer import train_tokenizer
 from megatron_muloco.training.main import main
 from tests.support.byte_runs import byte_config, byte_dataset
 from tests.support.spawn import run_ranks

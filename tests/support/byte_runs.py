@@ -83,9 +83,9 @@ def run_here(config: RunConfig, *, around: Any = None) -> Ended:
     from contextlib import nullcontext
 
     from megatron_muloco.runtime.parallel_state import unmirror_groups
+    from megatron_muloco.training.build import build_trainer
     from megatron_muloco.training.loop import train
-    from megatron_muloco.training.signals import StopRequest
-    from megatron_muloco.training.trainer import build_trainer
+    from megatron_muloco.training.stopping import StopRequest
 
     with StopRequest() as stop:
         trainer = build_trainer(config)

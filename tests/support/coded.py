@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_muloco.comm.chunks import RowPlaces, chunk_pieces
-from megatron_muloco.compress.build import codec_chooser
-from megatron_muloco.compress.units import CodingUnit
-from megatron_muloco.config.compression import CodeConfig, NoCompression, TopKCompression
+from megatron_muloco.comm.chunking import RowPlaces, chunk_pieces
+from megatron_muloco.compress.format import CodingUnit
+from megatron_muloco.compress.topk import codec_chooser
+from megatron_muloco.config.outer import CodeConfig, NoCompression, TopKCompression
 
 __all__ = ["reference_keys"]
 

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_muloco.comm.exchange import AllToAll
+from megatron_muloco.comm.collectives import AllToAll
 from megatron_muloco.model.names import named_parameters
-from megatron_muloco.optim.assignment import Assignment
 from megatron_muloco.optim.exchange import ShardExchange
-from megatron_muloco.optim.segments import RankShards
-from megatron_muloco.optim.units import Unit
+from megatron_muloco.optim.matrices import Unit
+from megatron_muloco.optim.parameter_table import Assignment
+from megatron_muloco.optim.routing import RankShards
 from tests.support.scattered import Pieces, scatter, whole
 from tests.support.tiny_models import TinyRun
 

@@ -7,7 +7,7 @@ the flush in between have to agree bit for bit. Each position of the replicas is
 
 from typing import Any
 
-from megatron_muloco.comm.chunks import row_places
+from megatron_muloco.comm.chunking import row_places
 from megatron_muloco.config import RunConfig
 from megatron_muloco.outer.fragments import FragmentPlan
 from megatron_muloco.outer.reference import Parameters, Reference, Settings

@@ -16,14 +16,12 @@ from torch import Tensor
 
 from megatron_muloco.outer.fragments import FragmentPlan
 from megatron_muloco.outer.guard import Guard
-from megatron_muloco.outer.merge import Additive, MergeRule, Mix
-from megatron_muloco.outer.optimizer import OuterNesterov
+from megatron_muloco.outer.optimizer import Additive, MergeRule, Mix, OuterNesterov
 from megatron_muloco.outer.reducer import Reduced, Reducer, ReductionStats, Residuals, Sizes
 from megatron_muloco.outer.reference import Parameters, Settings
-from megatron_muloco.outer.replica import ReplicaPort
 from megatron_muloco.outer.schedule import SyncSchedule
-from megatron_muloco.outer.synchronizer import Synchronizer
-from megatron_muloco.shards import ParamInfo, Shard
+from megatron_muloco.outer.synchronizer import ReplicaPort, Synchronizer
+from megatron_muloco.params import ParamInfo, Shard
 
 __all__ = [
     "Exchange",

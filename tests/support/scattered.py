@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_muloco.optim.assignment import Assignment
 from megatron_muloco.optim.exchange import ShardExchange, Transport
+from megatron_muloco.optim.matrices import LayerShape, Unit
 from megatron_muloco.optim.muon import MuonAdamW, StepReport
 from megatron_muloco.optim.parameter_table import (
+    Assignment,
     InnerKind,
     ParameterTable,
     build_parameter_table,
 )
-from megatron_muloco.optim.segments import RankShards
-from megatron_muloco.optim.units import LayerShape, Unit
-from megatron_muloco.shards import ParamInfo, Shard
+from megatron_muloco.optim.routing import RankShards
+from megatron_muloco.params import ParamInfo, Shard
 
 Pieces = dict[tuple[str, int], Tensor]  # (parameter, tensor rank) -> local tensor
 Run = tuple[dict[str, Tensor], StepReport]

@@ -6,15 +6,15 @@ from typing import Any
 
 import torch
 
-from megatron_muloco.api import initialize_replicas
 from megatron_muloco.comm.groups import Groups
 from megatron_muloco.config import RunConfig
 from megatron_muloco.model.build import build_model
 from megatron_muloco.runtime.megatron import wrap_data_parallel
 from megatron_muloco.runtime.parallel_state import unmirror_groups
+from megatron_muloco.training.build_optimizer import build_replica_optimizer
 from megatron_muloco.training.forward import ForwardBackward
 from megatron_muloco.training.replica_optimizer import ReplicaOptimizer
-from megatron_muloco.training.wiring import build_replica_optimizer
+from megatron_muloco.training.start import initialize_replicas
 
 MUON = {"kind": "muon", "lr": 0.02, "lr_warmup_iters": 2, "weight_decay": 0.01}
 ADAMW = {"kind": "adamw", "lr": 0.003, "lr_warmup_iters": 2, "weight_decay": 0.01}

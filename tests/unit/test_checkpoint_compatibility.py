@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_muloco.checkpoint.compatibility import FIXED_KEYS, differences
+from megatron_muloco.checkpoint.state import FIXED_KEYS, differences
 
 PAGE = Path(__file__).parents[2] / "docs" / "concepts" / "checkpoints.md"
 CONFIG = {

@@ -11,14 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_muloco.compress import statistical
+from megatron_muloco.compress import quantizers
 from megatron_muloco.compress.codec import Codec, Uncoded
-from megatron_muloco.compress.float4 import E3M0
-from megatron_muloco.compress.linear import Linear
-from megatron_muloco.compress.sizes import TopKSize
-from megatron_muloco.compress.statistical import Statistical
+from megatron_muloco.compress.format import CodingUnit, Granularity, Grouping, TopKSize
+from megatron_muloco.compress.quantizers import E3M0, Linear, Statistical
 from megatron_muloco.compress.topk import TopK
-from megatron_muloco.compress.units import CodingUnit, Granularity, Grouping
 from megatron_muloco.errors import SyncError
 from tests.support.tensors import assert_equal
 
@@ -351,7 +348,7 @@ def test_moments_do_not_depend_on_the_number_of_threads() -> None:
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            found.append(torch.cat(statistical._moments(values)))
+            found.append(torch.cat(quantizers._moments(values)))
     finally:
         torch.set_num_threads(before)
     assert_equal(*found)
@@ -386,7 +383,7 @@ def test_places_take_no_more_than_their_bits() -> None:
 
 def test_sizes_are_known_without_torch() -> None:
     code = (
-        "import sys, megatron_muloco.compress.sizes, megatron_muloco.comm.chunks; "
+        "import sys, megatron_muloco.compress.format, megatron_muloco.comm.chunking; "
         "sys.exit('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)

@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_muloco.config import RULES, Problem, RunConfig, check, find_problems, load_config
-from megatron_muloco.config.fields import schema_fields
-from megatron_muloco.config.support import OTHER_NAMES, REFUSED_KEYS, UNSUPPORTED
+from megatron_muloco.config.messages import OTHER_NAMES, REFUSED_KEYS, UNSUPPORTED, schema_fields
 from megatron_muloco.errors import ConfigError
 from megatron_muloco.topology import Topology
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_muloco.config.fields import locate, schema_fields
+from megatron_muloco.config.messages import locate, schema_fields
 from tools import config_reference
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "config.md"

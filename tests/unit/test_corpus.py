@@ -5,14 +5,14 @@ import textwrap
 
 import pytest
 
-from megatron_muloco.data.corpus import collect, definitions, is_held_out, package_versions
-from megatron_muloco.data.debian_corpus import (
+from megatron_muloco.errors import ConfigError
+from tools.corpora.debian import (
     SOURCES,
     dictionary_documents,
     gloss_documents,
     real_package,
 )
-from megatron_muloco.errors import ConfigError
+from tools.corpora.docstrings import collect, definitions, is_held_out, package_versions
 
 LONG = "A sentence that is long enough to count as prose in a document. "
 

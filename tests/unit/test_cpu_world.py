@@ -9,10 +9,10 @@ from megatron_muloco.config import RunConfig, load_config
 from megatron_muloco.config.derived import smallest_topology
 from megatron_muloco.errors import TopologyError
 from megatron_muloco.planning import memory_plan
-from megatron_muloco.planning.cpu_world import machine_memory, why_not_on_cpus
 from megatron_muloco.runtime.ranks import RankInfo, discover_ranks
+from megatron_muloco.training import launch
 from megatron_muloco.training import main as program
-from megatron_muloco.training import relaunch
+from megatron_muloco.training.launch import machine_memory, why_not_on_cpus
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 CPU = CONFIGS / "cpu_k2.yaml"
@@ -59,7 +59,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         numbers.append(ranks)
         raise SystemExit(0)
 
-    monkeypatch.setattr(relaunch, "relaunch", remember)
+    monkeypatch.setattr(launch, "relaunch", remember)
     monkeypatch.setattr(program, "_accelerators", lambda: 0)
     return numbers
 

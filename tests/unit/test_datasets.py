@@ -20,9 +20,9 @@ from megatron_muloco.data.datasets import build_datasets
 from megatron_muloco.data.indexed import open_indexed
 from megatron_muloco.data.prepare import PrepareOptions, prepare
 from megatron_muloco.data.sampler import BatchLayout
-from megatron_muloco.data.statistics import token_counts, unigram_cross_entropy
 from megatron_muloco.data.tokenizer import load_tokenizer
 from megatron_muloco.errors import ConfigError
+from tools.corpora.statistics import token_counts, unigram_cross_entropy
 
 SEQ_LENGTH = 8
 
@@ -275,8 +275,8 @@ def test_vocabulary_larger_than_the_model_is_a_problem(prefixes):
 def test_checks_and_sampler_import_neither_torch_nor_megatron():
     code = (
         "import sys, megatron_muloco.data.checks, megatron_muloco.data.sampler, "
-        "megatron_muloco.data.corpus, megatron_muloco.data.prepare, "
-        "megatron_muloco.data.statistics, megatron_muloco.data.tokenizer_training; "
+        "tools.corpora.docstrings, megatron_muloco.data.prepare, "
+        "tools.corpora.statistics, megatron_muloco.data.tokenizer; "
         "print([name for name in ('torch', 'megatron', 'sentencepiece') if name in sys.modules])"
     )
     root = Path(__file__).parents[2]

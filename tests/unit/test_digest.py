@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_muloco.checkpoint.cuts import Cut
 from megatron_muloco.checkpoint.digest import digest_sum, render, whole_index
-from megatron_muloco.shards import ParamInfo, Shard
+from megatron_muloco.checkpoint.sharding import Cut
+from megatron_muloco.params import ParamInfo, Shard
 
 FC1 = "decoder.layers.0.mlp.linear_fc1.weight"
 QKV = "decoder.layers.0.self_attention.linear_qkv.weight"

@@ -9,12 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_muloco.errors import RuntimeMismatch
-from megatron_muloco.optim.assignment import assign
-from megatron_muloco.optim.chunks import divide
 from megatron_muloco.optim.exchange import ShardExchange, Transform
-from megatron_muloco.optim.segments import RankShards, check_coverage, plan_paths
-from megatron_muloco.optim.units import LayerShape, Unit, split
-from megatron_muloco.shards import ParamInfo
+from megatron_muloco.optim.matrices import LayerShape, Unit, split
+from megatron_muloco.optim.parameter_table import assign
+from megatron_muloco.optim.routing import RankShards, check_coverage, divide, plan_paths
+from megatron_muloco.params import ParamInfo
 from tests.support.scattered import (
     VECTOR,
     Mailbox,

@@ -13,7 +13,7 @@ PACKAGE = Path(megatron_muloco.__file__).parent
 
 LEVELS = {
     "errors": 0,
-    "shards": 0,
+    "params": 0,
     "topology": 0,
     "config": 0,
     "scaling": 1,
@@ -35,7 +35,7 @@ LEVELS = {
 TORCH_FREE = (
     "megatron_muloco.config",
     "megatron_muloco.topology",
-    "megatron_muloco.shards",
+    "megatron_muloco.params",
     "megatron_muloco.errors",
     "megatron_muloco.planning",
     "megatron_muloco.data.sampler",

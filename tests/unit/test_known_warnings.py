@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 
-from megatron_muloco.runtime.warnings import silence_known_warnings
+from megatron_muloco.runtime.distributed import silence_known_warnings
 
 
 def test_known_warnings_are_dropped_and_others_pass() -> None:

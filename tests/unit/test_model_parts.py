@@ -10,7 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_muloco.data.batches import document_ids
 from megatron_muloco.model.attention import SDPACoreAttention, document_mask
-from megatron_muloco.model.norm import QKRMSNorm, RMSNorm
+from megatron_muloco.model.layer_spec import QKRMSNorm, RMSNorm
 
 END = 9
 

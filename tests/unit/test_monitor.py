@@ -14,15 +14,13 @@ from megatron_muloco.config.derived import topology_of
 from megatron_muloco.errors import RuntimeMismatch
 from megatron_muloco.monitor.build import PARAMETERS_FILE, build_monitor
 from megatron_muloco.monitor.console import Console
-from megatron_muloco.monitor.interval import floats
-from megatron_muloco.monitor.lines import LineCalendar
-from megatron_muloco.monitor.monitor import Monitor, RunFacts
+from megatron_muloco.monitor.monitor import Monitor, RunFacts, floats
 from megatron_muloco.monitor.registry import applicable_tags
 from megatron_muloco.monitor.tensorboard import EventWriter
-from megatron_muloco.optim.truth_report import TruthReport
+from megatron_muloco.optim.parameter_table import TruthReport
+from megatron_muloco.outer.diagnostics import CodeReport, FragmentReport, OuterReport
 from megatron_muloco.outer.guard import Verdict
-from megatron_muloco.outer.report import CodeReport, FragmentReport, OuterReport
-from megatron_muloco.outer.schedule import Apply, Launch, SyncSchedule
+from megatron_muloco.outer.schedule import Apply, Launch, LineCalendar, SyncSchedule
 
 CPU = torch.device("cpu")
 

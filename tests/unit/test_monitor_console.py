@@ -11,8 +11,15 @@ import torch
 from megatron_muloco.config import load_config
 from megatron_muloco.config.derived import derive, topology_of
 from megatron_muloco.errors import RuntimeMismatch
-from megatron_muloco.monitor.banner import RunSummary, method_name, start_banner
-from megatron_muloco.monitor.console import Console, EvaluationLine, TrainingLine, count
+from megatron_muloco.monitor.console import (
+    Console,
+    EvaluationLine,
+    RunSummary,
+    TrainingLine,
+    count,
+    method_name,
+    start_banner,
+)
 from megatron_muloco.monitor.diagnostics import OrthogonalisationProbe, orthogonality_error
 from megatron_muloco.monitor.registry import METRICS, applicable_tags, metric
 from megatron_muloco.monitor.throughput import PEAKS, measure_speed, peak_tflops

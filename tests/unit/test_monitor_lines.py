@@ -4,8 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_muloco.monitor.lines import RIDERS_PER_LINE, LineCalendar
-from megatron_muloco.outer.schedule import Launch, SyncSchedule
+from megatron_muloco.outer.schedule import RIDERS_PER_LINE, Launch, LineCalendar, SyncSchedule
 
 
 @st.composite

@@ -8,14 +8,12 @@ import torch
 from torch import Tensor
 
 from megatron_muloco.errors import CheckpointError, RuntimeMismatch
-from megatron_muloco.optim.assignment import Assignment
 from megatron_muloco.optim.exchange import ShardExchange
-from megatron_muloco.optim.forms import Implementation
+from megatron_muloco.optim.matrices import Implementation, LayerShape
 from megatron_muloco.optim.muon import MuonAdamW, MuonSettings
 from megatron_muloco.optim.newton_schulz import newton_schulz, scale_factor
-from megatron_muloco.optim.parameter_table import ParameterTable
-from megatron_muloco.optim.units import LayerShape
-from megatron_muloco.shards import Shard
+from megatron_muloco.optim.parameter_table import Assignment, ParameterTable
+from megatron_muloco.params import Shard
 from tests.support.scattered import (
     VECTOR,
     Pieces,

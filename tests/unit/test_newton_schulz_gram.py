@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_muloco.optim.gram import iterate
 from megatron_muloco.optim.newton_schulz import (
     CoefficientType,
     choose,
     coefficient_triples,
+    iterate,
     newton_schulz,
+    symmetric_product,
 )
-from megatron_muloco.optim.symmetric import symmetric_product
 from tests.support.tensors import assert_equal, integer_tensor
 from tests.unit.test_newton_schulz import matrix, polynomial_oracle, relative_error
 

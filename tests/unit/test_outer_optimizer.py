@@ -4,9 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_muloco.outer.merge import Additive, Mix
-from megatron_muloco.outer.optimizer import OuterNesterov
-from megatron_muloco.outer.pseudogradient import pseudogradient
+from megatron_muloco.outer.optimizer import Additive, Mix, OuterNesterov, pseudogradient
 from tests.support.tensors import assert_close, assert_equal, integer_tensor
 
 

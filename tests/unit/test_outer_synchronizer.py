@@ -10,16 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_muloco.config.round_schedules import CosineRamp, LinearRamp, Steps
+from megatron_muloco.config.outer import CosineRamp, LinearRamp, Steps
 from megatron_muloco.errors import CheckpointError, ConfigError
+from megatron_muloco.outer.diagnostics import OuterReport, PseudogradientSketch
 from megatron_muloco.outer.fragments import FragmentPlan
 from megatron_muloco.outer.guard import Guard, Verdict
-from megatron_muloco.outer.merge import Mix
-from megatron_muloco.outer.optimizer import OuterNesterov
+from megatron_muloco.outer.optimizer import Mix, OuterNesterov
 from megatron_muloco.outer.reference import Parameters, Reference, Settings
-from megatron_muloco.outer.report import OuterReport
 from megatron_muloco.outer.schedule import SyncSchedule
-from megatron_muloco.outer.sketch import PseudogradientSketch
 from megatron_muloco.outer.synchronizer import Synchronizer
 from tests.support.replicas import (
     Exchange,

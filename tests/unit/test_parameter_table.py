@@ -6,10 +6,13 @@ from dataclasses import replace
 import pytest
 
 from megatron_muloco.errors import RuntimeMismatch
-from megatron_muloco.optim.parameter_table import ParameterTable, build_parameter_table
-from megatron_muloco.optim.truth_report import truth_report
-from megatron_muloco.optim.units import LayerShape
-from megatron_muloco.shards import ParamInfo
+from megatron_muloco.optim.matrices import LayerShape
+from megatron_muloco.optim.parameter_table import (
+    ParameterTable,
+    build_parameter_table,
+    truth_report,
+)
+from megatron_muloco.params import ParamInfo
 from tests.support.scattered import matrix_params
 
 LAYER = LayerShape(8, 4, 4, 24)
@@ -134,7 +137,7 @@ def test_planning_needs_no_torch() -> None:
     import subprocess
 
     code = (
-        "import sys; import megatron_muloco.optim.parameter_table, megatron_muloco.optim.segments;"
+        "import sys; import megatron_muloco.optim.parameter_table, megatron_muloco.optim.routing;"
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -13,20 +13,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_muloco.config import RunConfig, load_config, topology_of
-from megatron_muloco.config.counts import parameter_counts
+from megatron_muloco.config.derived import parameter_counts, sketch_width
 from megatron_muloco.config.inner import MuonConfig
+from megatron_muloco.params import ParamInfo
 from megatron_muloco.planning import memory_plan, render_plan, traffic_plan
-from megatron_muloco.planning.outer_memory import OuterMemory
-from megatron_muloco.planning.outer_traffic import (
+from megatron_muloco.planning.layout import (
+    by_fragment,
+    cut_buffer,
+    stage_parameters,
+    stage_shards,
+    stage_slices,
+)
+from megatron_muloco.planning.memory import OuterMemory
+from megatron_muloco.planning.report import human_bytes, human_count
+from megatron_muloco.planning.traffic import (
     mean_wire_bytes,
     outer_bytes,
-    sketch_width,
 )
-from megatron_muloco.planning.parameters import stage_parameters
-from megatron_muloco.planning.rank_shards import by_fragment, cut_buffer, stage_shards
-from megatron_muloco.planning.slices import stage_slices
-from megatron_muloco.planning.text import human_bytes, human_count
-from megatron_muloco.shards import ParamInfo
 from megatron_muloco.topology import Coords, Topology
 from tools import plan as plan_tool
 
@@ -219,11 +222,11 @@ def test_exchange_memory_is_that_of_the_exchange(
 ) -> None:
     import torch
 
-    from megatron_muloco.optim.assignment import assign
     from megatron_muloco.optim.exchange import ShardExchange
-    from megatron_muloco.planning.exchange_memory import exchange_bytes
-    from megatron_muloco.planning.stage_units import stage_units
-    from megatron_muloco.shards import ParamInfo
+    from megatron_muloco.optim.parameter_table import assign
+    from megatron_muloco.params import ParamInfo
+    from megatron_muloco.planning.layout import stage_units
+    from megatron_muloco.planning.memory import exchange_bytes
     from tests.support.scattered import NoTransport, cut_evenly
 
     tensor, pipeline, data = sizes

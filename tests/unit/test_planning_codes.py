@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_muloco.comm.chunks import encoded_wire_bytes
-from megatron_muloco.compress.units import CodingUnit
+from megatron_muloco.comm.chunking import encoded_wire_bytes
+from megatron_muloco.compress.format import CodingUnit
 from megatron_muloco.config import RunConfig, load_config, topology_of
-from megatron_muloco.config.compression import (
+from megatron_muloco.config.derived import parameter_counts
+from megatron_muloco.config.outer import (
     CompressionConfig,
     E3M0Compression,
     LinearCompression,
@@ -18,11 +19,10 @@ from megatron_muloco.config.compression import (
     StatisticalCompression,
     TopKCompression,
 )
-from megatron_muloco.config.counts import parameter_counts
+from megatron_muloco.params import ParamInfo, Shard
 from megatron_muloco.planning import memory_plan, render_plan, traffic_plan
-from megatron_muloco.planning.outer_traffic import chunk_payloads, mean_wire_bytes
-from megatron_muloco.planning.reducer_memory import reducer_memory, residual_bytes
-from megatron_muloco.shards import ParamInfo, Shard
+from megatron_muloco.planning.memory import reducer_memory, residual_bytes
+from megatron_muloco.planning.traffic import chunk_payloads, mean_wire_bytes
 from megatron_muloco.topology import Topology
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -67,11 +67,10 @@ def whole_shards() -> list[Shard]:
 def test_planned_buffers_and_residuals_are_those_of_the_reducers(name: str) -> None:
     import torch
 
-    from megatron_muloco.comm.chunks import row_places
-    from megatron_muloco.comm.quantised import EncodedMean
+    from megatron_muloco.comm.chunking import row_places
+    from megatron_muloco.comm.compressed import EncodedMean, GatheredMean
     from megatron_muloco.comm.reducers import mean_reducer
-    from megatron_muloco.comm.sparse import GatheredMean
-    from megatron_muloco.compress.build import codec_chooser
+    from megatron_muloco.compress.topk import codec_chooser
 
     code, shards, device = CODES[name], whole_shards(), torch.device("cpu")
     reducer: Any
@@ -103,8 +102,8 @@ def test_planned_temporaries_cover_those_of_the_codecs(name: str) -> None:
     """Encoding the largest unit with error feedback, from what is allocated on the way."""
     import torch
 
-    from megatron_muloco.compress.build import codec_chooser
-    from megatron_muloco.compress.feedback import encode
+    from megatron_muloco.compress.codec import encode
+    from megatron_muloco.compress.topk import codec_chooser
     from tests.support.allocated import AllocatedBytes
 
     code = CODES[name]

@@ -14,16 +14,22 @@ from pathlib import Path
 import pytest
 
 from megatron_muloco.data import prepare as prepare_module
-from megatron_muloco.data.documents import BadRecord, layout_of, raw_records, text_of
 from megatron_muloco.data.indexed import check_indexed, open_indexed, read_manifest
-from megatron_muloco.data.prepare import PrepareOptions, prepare
+from megatron_muloco.data.prepare import (
+    BadRecord,
+    PrepareOptions,
+    layout_of,
+    prepare,
+    raw_records,
+    text_of,
+)
 from megatron_muloco.data.tokenizer import (
     check_vocab_size,
     load_encoder,
     load_tokenizer,
     tokenizer_digest,
+    train_tokenizer,
 )
-from megatron_muloco.data.tokenizer_training import train_tokenizer
 from megatron_muloco.errors import ConfigError
 
 REPOSITORY = Path(__file__).parents[2]

@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 
 import pytest
 
-from megatron_muloco.training import relaunch as module
-from megatron_muloco.training.relaunch import launcher_command, relaunch
+from megatron_muloco.training import launch as module
+from megatron_muloco.training.launch import launcher_command, relaunch
 
 
 class Replaced(BaseException):

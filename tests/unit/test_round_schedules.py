@@ -9,9 +9,8 @@ import pytest
 
 from megatron_muloco.config import RunConfig, derive, load_config
 from megatron_muloco.config.derived import spacing_of_launches
-from megatron_muloco.config.outer import NesterovOuter
-from megatron_muloco.config.round_schedules import interval_words, rate_words
-from megatron_muloco.monitor.banner import start_banner
+from megatron_muloco.config.outer import NesterovOuter, interval_words, rate_words
+from megatron_muloco.monitor.console import start_banner
 from megatron_muloco.planning import memory_plan, render_plan
 from megatron_muloco.topology import Topology
 

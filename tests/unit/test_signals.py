@@ -6,7 +6,7 @@ from contextlib import suppress
 
 import pytest
 
-from megatron_muloco.training.signals import StopRequest
+from megatron_muloco.training.stopping import StopRequest
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM], ids=lambda n: n.name)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from megatron_muloco.outer.sketch import PseudogradientSketch, cosines, gram
+from megatron_muloco.outer.diagnostics import PseudogradientSketch, cosines, gram
 from tests.support.tensors import assert_equal, integer_tensor
 
 WIDTH = 1024
@@ -75,7 +75,7 @@ def test_a_sketch_is_linear_and_keeps_single_values() -> None:
 def test_long_tensors_are_visited_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     values = {"a": integer_tensor(1000, seed=5)}
     whole = PseudogradientSketch(16)(values)
-    monkeypatch.setattr("megatron_muloco.outer.sketch._CHUNK_ELEMENTS", 48)
+    monkeypatch.setattr("megatron_muloco.outer.diagnostics._CHUNK_ELEMENTS", 48)
     assert_equal(PseudogradientSketch(16)(values), whole)
 
 

@@ -20,8 +20,7 @@ from hypothesis import strategies as st
 from megatron_muloco.errors import CheckpointError
 from megatron_muloco.training import loop, stopping
 from megatron_muloco.training.loop import Outcome
-from megatron_muloco.training.signals import StopRequest
-from megatron_muloco.training.stopping import StopAgreement
+from megatron_muloco.training.stopping import StopAgreement, StopRequest
 
 LAST_STEP = 12
 MOST_TURNS = 20_000  # a run takes some hundreds

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from megatron_muloco.outer.progress import Progress
+from megatron_muloco.outer.guard import Progress
 from megatron_muloco.outer.reference import Parameters, Reference, Settings
 from tests.support.replicas import ExchangeReducer, Replica, in_lockstep, synchronizer_of
 from tests.support.tensors import assert_equal, integer_tensor

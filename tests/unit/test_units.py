@@ -7,17 +7,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_muloco.errors import RuntimeMismatch, TopologyError
-from megatron_muloco.optim.assignment import assign
-from megatron_muloco.optim.chunks import by_shape
-from megatron_muloco.optim.forms import newton_schulz_flops
-from megatron_muloco.optim.units import (
+from megatron_muloco.optim.matrices import (
     LayerShape,
     Unit,
     check_rows,
+    newton_schulz_flops,
     route,
     split,
 )
-from megatron_muloco.shards import ParamInfo
+from megatron_muloco.optim.parameter_table import assign
+from megatron_muloco.optim.routing import by_shape
+from megatron_muloco.params import ParamInfo
 
 HIDDEN = 6
 QKV = "decoder.layers.3.self_attention.linear_qkv.weight"

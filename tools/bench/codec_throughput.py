@@ -30,13 +30,11 @@ from one_rank import ALONE, median_interval
 from provenance import commit
 from torch import Tensor
 
-from megatron_muloco.comm.chunks import chunk_pieces, payload_sizes
+from megatron_muloco.comm.chunking import chunk_pieces, payload_sizes
 from megatron_muloco.compress.codec import Codec
-from megatron_muloco.compress.float4 import E3M0
-from megatron_muloco.compress.linear import Linear
-from megatron_muloco.compress.statistical import Statistical
+from megatron_muloco.compress.format import CodingUnit, Grouping
+from megatron_muloco.compress.quantizers import E3M0, Linear, Statistical
 from megatron_muloco.compress.topk import TopK
-from megatron_muloco.compress.units import CodingUnit, Grouping
 
 WARM_UP = 2
 BITS = (8, 4, 2, 1)
@@ -134,9 +132,9 @@ def coding_of_an_outer_step(sizes: list[tuple[str, int]], codec: Codec) -> Actio
 def demo_step(config_path: str, steps: int) -> tuple[Action, list[tuple[str, int]]]:
     """Return the inner step of one replica of the demo, and its tensors' names and sizes."""
     from megatron_muloco.config import load_config
+    from megatron_muloco.training.build import build_trainer
     from megatron_muloco.training.loop import inner_step, outer_step
-    from megatron_muloco.training.signals import StopRequest
-    from megatron_muloco.training.trainer import build_trainer
+    from megatron_muloco.training.stopping import StopRequest
 
     length = (f"training.train_iters={steps}", "inner.lr_warmup_iters=2")
     trainer: Any = build_trainer(load_config(config_path, (*OVERRIDES, *length)))

@@ -134,7 +134,7 @@ def build(config_path: str, steps: int) -> tuple[dict[str, Step], CountedWork, s
     """Return both trainers' steps, what Muon must do beside AdamW's, and what they train."""
     from megatron_muloco.config import load_config
     from megatron_muloco.runtime.parallel_state import unmirror_groups
-    from megatron_muloco.training.trainer import build_trainer
+    from megatron_muloco.training.build import build_trainer
 
     length = f"training.train_iters={steps}"
     trainers = {}
@@ -155,7 +155,7 @@ def build(config_path: str, steps: int) -> tuple[dict[str, Step], CountedWork, s
 def step_of(trainer: Any) -> Step:
     """Return a whole training step of a trainer."""
     from megatron_muloco.training.loop import inner_step, outer_step
-    from megatron_muloco.training.signals import StopRequest
+    from megatron_muloco.training.stopping import StopRequest
 
     stop = StopRequest()
 

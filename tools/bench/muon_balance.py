@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_muloco.config import RunConfig, load_config
-from megatron_muloco.optim.assignment import assign
-from megatron_muloco.planning.stage_units import stage_units
+from megatron_muloco.optim.parameter_table import assign
+from megatron_muloco.planning.layout import stage_units
 from megatron_muloco.topology import Topology
 
 LAYOUTS = ((4, 16, 1, 1.06), (4, 8, 2, 1.06), (4, 16, 2, 1.17), (4, 8, 1, None), (1, 8, 1, None))
@@ -133,7 +133,7 @@ def report(rows: Sequence[Row], config: str) -> str:
         "# Balance of Newton-Schulz over the ranks of a stage",
         "",
         f"Units of one pipeline stage of `{config}`, assigned by counted FLOPs, heaviest first,",
-        "then refined by pairs of ranks (`optim/assignment.py`), against the best assignment there",
+        "then refined by pairs of ranks (`optim/parameter_table.py`), against the best there",
         "is: matrices are not divided, so few units a rank cannot reach the mean. It is exact",
         "where units have at most two different costs; otherwise it is the larger of mean load and",
         "largest unit, which no assignment beats. Written by `python tools/bench/muon_balance.py`.",

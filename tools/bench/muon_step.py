@@ -29,12 +29,12 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from megatron_muloco.optim.exchange import ShardExchange
+from megatron_muloco.optim.matrices import LayerShape, Unit
 from megatron_muloco.optim.muon import MuonAdamW, MuonSettings
 from megatron_muloco.optim.newton_schulz import scale_factor
 from megatron_muloco.optim.parameter_table import ParameterTable, build_parameter_table
-from megatron_muloco.optim.segments import RankShards, blocks, unit_segments
-from megatron_muloco.optim.units import LayerShape, Unit
-from megatron_muloco.shards import ParamInfo, Shard
+from megatron_muloco.optim.routing import RankShards, blocks, unit_segments
+from megatron_muloco.params import ParamInfo, Shard
 
 TENSOR, DATA = 2, 2
 RANKS = TENSOR * DATA
@@ -92,7 +92,7 @@ def measure(rank: int, directory: str, width: int, vocabulary: int, pairs: int) 
         "gloo", init_method=f"file://{directory}/store", rank=rank, world_size=RANKS
     )
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
-    from megatron_muloco.comm.exchange import AllToAll
+    from megatron_muloco.comm.collectives import AllToAll
 
     stage = build_stage(width, vocabulary)
     ours, ours_masters, bytes_sent = our_form(stage, rank, AllToAll(dist.group.WORLD))

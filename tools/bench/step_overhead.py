@@ -55,9 +55,9 @@ Step = Callable[[int], None]
 def build(config_path: str, steps: int) -> tuple[Step, Step, str]:
     """Return both loops' steps over one process group, and what they train."""
     from megatron_muloco.config import load_config
+    from megatron_muloco.training.build import build_trainer
     from megatron_muloco.training.loop import inner_step, outer_step
-    from megatron_muloco.training.signals import StopRequest
-    from megatron_muloco.training.trainer import build_trainer
+    from megatron_muloco.training.stopping import StopRequest
 
     length = (f"training.train_iters={steps}", "inner.lr_warmup_iters=2")
     config = load_config(config_path, (*OVERRIDES, *length))
@@ -87,7 +87,7 @@ def bare_loop(config: Any, trainer: Any) -> Step:
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from megatron_muloco.config.schedules import learning_rate
+    from megatron_muloco.config.inner import learning_rate
     from megatron_muloco.data.batches import document_ids
     from megatron_muloco.model.attention import document_mask
     from megatron_muloco.model.build import build_model

@@ -1,6 +1,6 @@
 """Quality on real text: thin-link outer steps against plain ones, over paired seeds.
 
-    python tools/demo_corpus.py
+    python -m tools.demo_corpus
     python -m tools.bench.quality --out runs/quality
     python -m tools.bench.quality --out runs/quality --report-only \
         --write docs/performance/quality.md
@@ -15,8 +15,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_muloco.data.cli import run_tool
-from megatron_muloco.errors import ConfigError
+from megatron_muloco.errors import ConfigError, run_tool
 from tools.bench.quality.grid import VARIANTS, chosen_variants
 from tools.bench.quality.page import page
 from tools.bench.quality.runs import Result, read_result, run

@@ -25,7 +25,7 @@ from tools.bench.provenance import commit
 ROOT = Path(__file__).resolve().parents[3]
 CONFIG = Path(__file__).with_name("small.yaml")
 RANKS = 2
-PRELOADED = ["megatron_muloco.training.trainer", __name__]
+PRELOADED = ["megatron_muloco.training.build", __name__]
 ALL_RANKS = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 _TERMINATE_SECONDS = 10.0  # chosen: a rank that was asked to end is killed after this
 _POLL_SECONDS = 0.2  # chosen: short against a run

@@ -1,0 +1,371 @@
+"""From live state to a finished temporary directory."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from megatron.core.dist_checkpointing import ShardedTensor
+from torch import Tensor
+
+from megatron_muloco.checkpoint.digest import model_digests, render
+from megatron_muloco.checkpoint.layout import CONFIG_FILE, FINAL_ANCHOR, STATE_FILE, write_file
+from megatron_muloco.checkpoint.sharding import ModelSpace, sharded_tensors
+from megatron_muloco.checkpoint.state import (
+    ANCHOR,
+    FORMAT,
+    Description,
+    Masters,
+    RunState,
+    differences,
+    is_shared,
+    outer_key,
+    read_description,
+    rng_key,
+    rng_tensors,
+    set_rng_tensors,
+)
+from megatron_muloco.checkpoint.storage import (
+    everywhere,
+    finish_directory,
+    missing_bytes,
+    read_tensors,
+    stored_keys,
+)
+from megatron_muloco.comm.groups import Groups
+from megatron_muloco.errors import CheckpointError, SyncError
+from megatron_muloco.params import Shard
+from megatron_muloco.runtime.accelerator import training_device
+
+__all__ = [
+    "Kinds",
+    "describe",
+    "digests_of",
+    "load_anchor",
+    "load_run",
+    "masters_differ",
+    "run_kinds",
+    "sharded_kinds",
+    "sharded_rng",
+    "write_description",
+]
+
+Kinds = Mapping[str, Mapping[str, Tensor]]
+
+
+def run_kinds(state: RunState, *, with_masters: bool) -> Kinds:
+    """Return the tensors of a training checkpoint, by key prefix and name; live ones, as shards."""
+    replica = state.groups.coords.replica
+    kinds: dict[str, Mapping[str, Tensor]] = {}
+    if state.synchronizer is None:
+        kinds[ANCHOR] = state.anchors()
+    else:
+        for kind, tensors in state.synchronizer.state_dict()["tensors"].items():
+            kinds[outer_key(kind, replica)] = tensors
+    for moment, tensors in state.inner.named_state().items():
+        kinds[f"replica_{replica}.inner.{moment}"] = tensors
+    if with_masters:
+        kinds[f"replica_{replica}.master"] = state.view.masters
+    return kinds
+
+
+def sharded_kinds(state: RunState, kinds: Kinds, space: ModelSpace) -> Iterator[ShardedTensor]:
+    """Yield what this rank writes of ``kinds``: shared ones on replica 0, others on their replica.
+
+    Collectives: every rank of a replica exhausts it at the same point.
+    """
+    if state.groups.coords.replica > 0:
+        kinds = {kind: tensors for kind, tensors in kinds.items() if not is_shared(kind)}
+    yield from _tensors_of(kinds, space)
+
+
+def sharded_rng() -> Iterator[ShardedTensor]:
+    """Yield the states of this rank's random number generators."""
+    rank = torch.distributed.get_rank()
+    for name, tensor in rng_tensors().items():
+        yield ShardedTensor.from_rank_offsets(rng_key(rank, name), tensor)
+
+
+def _tensors_of(kinds: Kinds, space: ModelSpace) -> Iterator[ShardedTensor]:
+    """Yield the pieces that this rank holds of every parameter that it speaks for."""
+    names = space.names(kinds)
+    for kind, tensors in kinds.items():
+        spoken_for = [name for name in names[kind] if not space.cut(name).param.duplicate]
+        for name, piece in space.gather(tensors, spoken_for).items():
+            yield from sharded_tensors(f"{kind}.{name}", space.cut(name), piece)
+
+
+def digests_of(groups: Groups, shards: Sequence[Shard], kinds: Kinds) -> dict[str, str]:
+    """Return the digest of each kind. Collectives: 8 bytes a kind over the replica."""
+    device = training_device()
+
+    def all_reduce(total: Tensor) -> None:
+        moved = total.to(device)
+        torch.distributed.all_reduce(moved, group=groups.replica)
+        total.copy_(moved)
+
+    return model_digests(
+        kinds,
+        shards,
+        tensor_rank=groups.coords.tp,
+        tensor_size=groups.topology.tensor,
+        all_reduce=all_reduce,
+    )
+
+
+def masters_differ(state: RunState) -> bool:
+    """Whether any master anywhere differs from the anchor in any bit.
+
+    Collectives: one number over the job.
+    """
+    if state.synchronizer is None:
+        return False
+    differs = any(
+        not torch.equal(
+            anchor.view(torch.int32),
+            state.view.masters[name].detach().to(anchor.device).view(torch.int32),
+        )
+        for name, anchor in state.anchors().items()
+    )
+    flags: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(flags, differs)
+    return any(flags)
+
+
+def describe(state: RunState, kinds: Kinds, *, step: int, has_masters: bool) -> Description:
+    """Return the plain part of a checkpoint of ``kinds``, complete on every rank.
+
+    Collectives: digests over the replica, one small object from every rank of the job.
+
+    Raises:
+        SyncError: Replicas disagree about what they share.
+    """
+    groups = state.groups
+    own: dict[str, Any] = {
+        "digests": digests_of(groups, state.view.shards, kinds),
+        "inner_step": state.inner.step_count,
+        "synchronizer": None,
+    }
+    if state.synchronizer is not None:
+        own["synchronizer"] = state.synchronizer.scalars()
+    everywhere: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everywhere, own if groups.is_leader else None)
+    replicas = [entry for entry in everywhere if entry is not None]
+    _check_shared(filter(is_shared, kinds), [replica["digests"] for replica in replicas])
+    return Description(
+        format=FORMAT,
+        step=step,
+        topology=asdict(groups.topology),
+        anchor_digest=own["digests"][ANCHOR],
+        versions=_versions(),
+        has_masters=has_masters,
+        scalars=state.scalars,
+        replicas=replicas,
+        config=state.config.model_dump(mode="json"),
+    )
+
+
+def _check_shared(kinds: Iterable[str], by_replica: Sequence[Mapping[str, str]]) -> None:
+    for kind in kinds:
+        digests = [digests[kind] for digests in by_replica]
+        if len(set(digests)) > 1:
+            raise SyncError(
+                f"replicas hold different values of the {kind} that they share (digests "
+                f"{', '.join(digests)}, in their order), so no checkpoint of this state would be "
+                "right. Resume from an earlier checkpoint."
+            )
+
+
+def write_description(directory: Path, description: Description) -> None:
+    """Write everything but the tensors. One rank of the job calls it, after the tensors."""
+    write_file(
+        directory / CONFIG_FILE, yaml.safe_dump(description.config, sort_keys=False, width=100)
+    )
+    finish_directory(
+        directory, {"iteration": description.step, "anchor_digest": description.anchor_digest}
+    )
+    write_file(directory / STATE_FILE, description.to_json())
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in ("megatron_muloco", "megatron-core", "torch"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # run from a source tree
+            found[package] = "unknown"
+    return found
+
+
+# ------------------------------------------------------------------------------------------
+# From a checkpoint directory back into live state.
+
+
+Wanted = Mapping[str, Sequence[str]]
+Pieces = dict[str, dict[str, Tensor]]
+
+_REMEDY = "Resume from an older checkpoint (checkpoint.resume: <directory>)."
+
+
+def load_run(path: Path, into: RunState, space: ModelSpace) -> Description:
+    """Overwrite the live state by that of a training checkpoint; return its description.
+
+    Nothing is overwritten before everything was read and its digests were found right.
+
+    Raises:
+        CheckpointError: The checkpoint is damaged, foreign, of another format, or of a run that
+            this one cannot go on from; the same on all ranks.
+
+    Collectives: every rank of the job calls it.
+    """
+    with everywhere(f"the checkpoint {path} cannot be read", _REMEDY):
+        description = read_description(path)
+        _check_config(path, description, into)
+        stored = _stored(path)
+    wanted = _wanted(description, stored, into, space)
+    pieces = _read(path, wanted, space)
+    own = description.replicas[into.groups.coords.replica]
+    found = digests_of(into.groups, into.view.shards, pieces)
+    _check_digests(path, found, own["digests"])
+    _apply(description, pieces, into)
+    if description.topology == asdict(into.groups.topology):
+        _load_rng(path, stored)
+    into.scalars.clear()
+    into.scalars.update(description.scalars)
+    into.view.publish()
+    return description
+
+
+def load_anchor(
+    path: Path, groups: Groups, view: Masters, space: ModelSpace, *, flushed: bool = True
+) -> Description:
+    """Set masters and model parameters to the anchor of a checkpoint of any number of replicas.
+
+    For evaluation and export: inner and outer optimizer keep what they have.
+
+    Args:
+        path: A training checkpoint.
+        groups: This rank's groups.
+        view: Masters of this rank.
+        space: Of the same shards.
+        flushed: Take the anchor after the final flush where the checkpoint has one.
+
+    Raises:
+        CheckpointError: As `load_run`.
+
+    Collectives: every rank of the job calls it.
+    """
+    if flushed and (path / FINAL_ANCHOR / STATE_FILE).is_file():
+        path = path / FINAL_ANCHOR
+    with everywhere(f"the checkpoint {path} cannot be read", _REMEDY):
+        description = read_description(path)
+        _stored(path)
+    pieces = _read(path, {ANCHOR: list(view.infos)}, space)
+    found = digests_of(groups, view.shards, pieces)
+    _check_digests(path, found, {ANCHOR: description.anchor_digest})
+    _fill(view, pieces[ANCHOR])
+    view.publish()
+    return description
+
+
+def _check_config(path: Path, description: Description, into: RunState) -> None:
+    changed = differences(description.config, into.config.model_dump(mode="json"))
+    if changed:
+        listed = "".join(f"\n  {line}" for line in changed)
+        raise CheckpointError(
+            f"{path} was saved by a run with another configuration:{listed}\n"
+            "Going on would mix two runs. Give these keys their old values, or start anew with "
+            "checkpoint.resume: none and another checkpoint.dir."
+        )
+
+
+def _stored(path: Path) -> frozenset[str]:
+    """Return the keys of a checkpoint after a look at the sizes of its files."""
+    if torch.distributed.get_rank() == 0 and (problems := missing_bytes(path)):
+        raise CheckpointError(
+            f"the checkpoint {path} is incomplete: {'; '.join(problems[:4])}"
+            f"{f' and {len(problems) - 4} more' if len(problems) > 4 else ''}. {_REMEDY}"
+        )
+    return stored_keys(path)
+
+
+def _wanted(
+    description: Description, stored: frozenset[str], into: RunState, space: ModelSpace
+) -> dict[str, list[str]]:
+    """Return key prefix -> names to read, the same on all dp x cp ranks, which all call it."""
+    replica = into.groups.coords.replica
+    infos = into.view.infos
+    spoken_for = [name for name, info in infos.items() if not info.duplicate]
+    masters = f"replica_{replica}.master" if description.has_masters else ANCHOR
+    wanted = {masters: list(infos)}
+    for moment, names in space.names(into.inner.named_state()).items():
+        wanted[f"replica_{replica}.inner.{moment}"] = names
+    for kind in into.synchronizer.kinds() if into.synchronizer else ():
+        prefix = outer_key(kind, replica)
+        if prefix != masters:
+            wanted[prefix] = [name for name in spoken_for if f"{prefix}.{name}" in stored]
+    return wanted
+
+
+def _read(path: Path, wanted: Wanted, space: ModelSpace) -> Pieces:
+    """Return key prefix -> name -> this rank's flat shard."""
+    held: Pieces = {}
+    tensors = []
+    for prefix, names in wanted.items():
+        held[prefix] = {}
+        for name in filter(space.holds, names):
+            cut = space.cut(name)
+            held[prefix][name] = torch.empty(cut.param.local_shape, dtype=torch.float32)
+            tensors += sharded_tensors(f"{prefix}.{name}", cut, held[prefix][name])
+    with everywhere(f"the checkpoint {path} cannot be read", _REMEDY):
+        read_tensors(path, tensors)
+    return {prefix: space.scatter(held[prefix], names) for prefix, names in wanted.items()}
+
+
+def _apply(description: Description, pieces: Pieces, into: RunState) -> None:
+    replica = into.groups.coords.replica
+    own = description.replicas[replica]
+    masters = f"replica_{replica}.master" if description.has_masters else ANCHOR
+    _fill(into.view, pieces[masters])
+    moments = {kind: pieces[f"replica_{replica}.inner.{kind}"] for kind in into.inner.named_state()}
+    into.inner.load_named_state(moments, step=int(own["inner_step"]))
+    if into.synchronizer is not None:
+        tensors = {
+            kind: {
+                name: piece
+                for name, piece in pieces.get(outer_key(kind, replica), {}).items()
+                if not into.view.infos[name].duplicate
+            }
+            for kind in into.synchronizer.kinds()
+        }
+        into.synchronizer.load_state_dict({"tensors": tensors, "scalars": own["synchronizer"]})
+
+
+@torch.no_grad()
+def _fill(view: Masters, pieces: Mapping[str, Tensor]) -> None:
+    for name, master in view.masters.items():
+        master.copy_(pieces[name])
+
+
+def _check_digests(path: Path, found: Mapping[str, str], saved: Mapping[str, str]) -> None:
+    for kind, digest in found.items():
+        if digest != saved.get(kind, render(0)):  # a kind without tensors was not saved
+            raise CheckpointError(
+                f"{path}: the {kind} tensors that were read have digest {digest}, those that were "
+                f"saved {saved.get(kind)}, so some file has changed since. {_REMEDY}"
+            )
+
+
+def _load_rng(path: Path, stored: frozenset[str]) -> None:
+    """Restore this rank's generators, where they are of the kinds that were saved."""
+    states = {name: torch.empty_like(state) for name, state in rng_tensors().items()}
+    keys = {rng_key(torch.distributed.get_rank(), name): state for name, state in states.items()}
+    with everywhere(f"the random number states in {path} cannot be read", _REMEDY):
+        if keys.keys() <= stored:
+            read_tensors(
+                path, [ShardedTensor.from_rank_offsets(k, state) for k, state in keys.items()]
+            )
+            set_rng_tensors(states)

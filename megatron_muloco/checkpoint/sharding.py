@@ -1,0 +1,283 @@
+"""Between flat shards scattered over data-parallel ranks and whole tensor-parallel pieces.
+
+Each parameter of a pipeline stage has one *holder* among the dp x cp ranks. To save, the shards of
+a parameter travel to its holder, which writes the whole piece; to load, the holder reads it and
+the shards travel back. Holders share the elements evenly, so no rank needs memory for more than
+its share, and no element is written or read twice in a replica::
+
+    dp 0  [aaa|bb]        gather       holder of a: dp 0   [aaaaaa]
+    dp 1  [aaa|bbbb]   ------------>   holder of b: dp 1   [bbbbbb]
+"""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from torch import Tensor
+
+from megatron_muloco.comm.collectives import AllToAll
+from megatron_muloco.comm.groups import Groups
+from megatron_muloco.params import ParamInfo, Shard
+
+__all__ = ["Cut", "ModelSpace", "sharded_tensors"]
+
+
+# ------------------------------------------------------------------------------------------
+# Where a tensor-parallel piece lies in the whole parameter. No torch: arithmetic on shapes.
+#
+# Megatron cuts a parameter along one dimension into equal slices, one for each tensor-parallel
+# rank. The fused MLP input is the exception: gate and up are cut separately and every rank stacks
+# its two slices::
+#
+#     whole   | gate 0 | gate 1 | up 0 | up 1 |        rank 0 holds | gate 0 | up 0 |
+#
+# The fused q, k and v need no rule: a rank holds whole query groups, which follow each other in the
+# whole.
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """One rank's piece of one parameter.
+
+    Attributes:
+        param: The parameter as this rank holds it.
+        tensor_rank: This rank's place among the tensor-parallel ranks.
+        tensor_size: Number of tensor-parallel ranks.
+    """
+
+    param: ParamInfo
+    tensor_rank: int
+    tensor_size: int
+
+    @property
+    def dim(self) -> int:
+        """Dimension that is cut; 0 where nothing is."""
+        return self.param.partition_dim or 0
+
+    @property
+    def slices(self) -> int:
+        """Slices of each block; 1 where every rank holds the whole parameter."""
+        return 1 if self.param.partition_dim is None else self.tensor_size
+
+    @property
+    def index(self) -> int:
+        """Which slice of each block this rank holds."""
+        return 0 if self.param.partition_dim is None else self.tensor_rank
+
+    @property
+    def blocks(self) -> int:
+        """Blocks along ``dim`` that are cut separately and stacked by every rank."""
+        return 2 if self.param.name.endswith(".mlp.linear_fc1.weight") else 1
+
+    @property
+    def slice_length(self) -> int:
+        """Length along ``dim`` of one slice of one block."""
+        return self.param.local_shape[self.dim] // self.blocks
+
+    @property
+    def global_shape(self) -> tuple[int, ...]:
+        """Shape of the whole parameter."""
+        shape = list(self.param.local_shape)
+        shape[self.dim] *= self.slices
+        return tuple(shape)
+
+
+# ------------------------------------------------------------------------------------------
+
+# Elements of the parameters that travel together: at most 256 MiB of fp32 each way at a rank.
+_BATCH_NUMEL = 1 << 26
+
+
+class ModelSpace:
+    """Moves this rank's shards to the holders of their parameters and back.
+
+    Invariant: all dp x cp ranks have the same parameters, in the same order, and the same holders.
+
+    Args:
+        groups: This rank's groups.
+        infos: Every parameter of this stage, in the order of the stage.
+        shards: This rank's pieces of them.
+        device: What the group's backend sends from.
+
+    Collectives: construction gathers every rank's ranges over dp x cp; `names`, `gather` and
+    `scatter` are called by all of these ranks, in the same order with the same names.
+    """
+
+    def __init__(
+        self,
+        groups: Groups,
+        infos: Mapping[str, ParamInfo],
+        shards: Sequence[Shard],
+        device: torch.device,
+    ) -> None:
+        self._group = groups.pg.dp_cp
+        self._exchange = AllToAll(self._group)
+        self._infos, self._device = infos, device
+        self._topology, self._tensor_rank = groups.topology, groups.coords.tp
+        mine = {shard.name: (shard.start, shard.end) for shard in shards}
+        self._ranges: list[dict[str, tuple[int, int]]] = self._from_all(mine)
+        self._holders = _assign_holders(infos, self._exchange.size)
+
+    def cut(self, name: str) -> Cut:
+        """Return where this rank's piece of a parameter lies in the whole."""
+        return Cut(self._infos[name], self._tensor_rank, self._topology.tensor)
+
+    def holds(self, name: str) -> bool:
+        """Whether this rank reads and writes the parameter for its dp x cp ranks."""
+        return self._holders[name] == self._exchange.rank
+
+    def names(self, kinds: Mapping[str, Collection[str]]) -> dict[str, list[str]]:
+        """Return, for each kind of tensor, the names that any dp x cp rank has, in stage order.
+
+        A rank that holds nothing of a parameter cannot know otherwise that the others have it.
+        """
+        everywhere = self._from_all({kind: sorted(names) for kind, names in kinds.items()})
+        return {
+            kind: [name for name in self._infos if any(name in rank[kind] for rank in everywhere)]
+            for kind in kinds
+        }
+
+    def gather(self, pieces: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+        """Return the whole pieces that this rank holds, of their local shape, in host memory.
+
+        Args:
+            pieces: This rank's flat fp32 shards of ``names``.
+            names: The same on all ranks.
+        """
+        whole: dict[str, Tensor] = {}
+        for batch in self._batches(names):
+            leaving = [
+                pieces[name].detach().view(-1).to(self._device) for name in self._sent(batch)
+            ]
+            empty = torch.empty(0, dtype=torch.float32, device=self._device)
+            arrived = self._exchanged(
+                torch.cat([empty, *leaving]),
+                send_splits=self._sent_counts(batch),
+                receive_splits=self._held_counts(batch),
+            )
+            held = {
+                name: torch.empty(self._infos[name].numel, dtype=torch.float32)
+                for name in filter(self.holds, batch)
+            }
+            for place, piece in self._held_places(batch, held, arrived):
+                place.copy_(piece)
+            whole.update(held)
+        return {name: tensor.view(self._infos[name].local_shape) for name, tensor in whole.items()}
+
+    def scatter(self, whole: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+        """Return this rank's flat shards in host memory; `gather` backwards.
+
+        Args:
+            whole: The pieces that this rank holds.
+            names: The same on all ranks.
+        """
+        pieces: dict[str, Tensor] = {}
+        for batch in self._batches(names):
+            held = {name: whole[name].reshape(-1) for name in filter(self.holds, batch)}
+            leaving = torch.empty(sum(self._held_counts(batch)), dtype=torch.float32)
+            for place, piece in self._held_places(batch, held, leaving):
+                piece.copy_(place)
+            arrived = self._exchanged(
+                leaving.to(self._device),
+                send_splits=self._held_counts(batch),
+                receive_splits=self._sent_counts(batch),
+            )
+            mine = self._sent(batch)
+            lengths = [_length(self._own[name]) for name in mine]
+            pieces.update(zip(mine, arrived.split(lengths), strict=True) if mine else ())
+        return pieces
+
+    # ---- parts ------------------------------------------------------------------------------
+
+    @property
+    def _own(self) -> dict[str, tuple[int, int]]:
+        return self._ranges[self._exchange.rank]
+
+    def _from_all(self, value: dict[str, Any]) -> list[dict[str, Any]]:
+        gathered: list[dict[str, Any]] = [{}] * self._exchange.size
+        torch.distributed.all_gather_object(gathered, value, group=self._group)
+        return gathered
+
+    def _batches(self, names: Sequence[str]) -> Iterator[list[str]]:
+        batch: list[str] = []
+        for name in names:
+            if batch and sum(self._infos[n].numel for n in (*batch, name)) > _BATCH_NUMEL:
+                yield batch
+                batch = []
+            batch.append(name)
+        if batch:
+            yield batch
+
+    def _exchanged(
+        self, sent: Tensor, *, send_splits: Sequence[int], receive_splits: Sequence[int]
+    ) -> Tensor:
+        """Return what the other ranks sent, in host memory."""
+        received = torch.empty(sum(receive_splits), dtype=torch.float32, device=self._device)
+        self._exchange(received, sent, receive_splits=receive_splits, send_splits=send_splits)
+        return received.cpu()
+
+    def _sent(self, batch: Sequence[str]) -> list[str]:
+        """Return the parameters of which this rank has a shard, by holder."""
+        mine = [name for name in batch if name in self._own]
+        return sorted(mine, key=lambda name: self._holders[name])  # stable: holder, then batch
+
+    def _sent_counts(self, batch: Sequence[str]) -> list[int]:
+        """Elements of this rank's shards by holder."""
+        counts = [0] * self._exchange.size
+        for name in batch:
+            counts[self._holders[name]] += _length(self._own.get(name))
+        return counts
+
+    def _held_counts(self, batch: Sequence[str]) -> list[int]:
+        """Elements of the parameters held here, by the rank that has them."""
+        return [
+            sum(_length(ranges.get(name)) for name in batch if self.holds(name))
+            for ranges in self._ranges
+        ]
+
+    def _held_places(
+        self, batch: Sequence[str], held: Mapping[str, Tensor], buffer: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (range of a held tensor, its place in the buffer), in the order of the buffer."""
+        offset = 0
+        for ranges in self._ranges:
+            for name in batch:
+                if name in ranges and self.holds(name):
+                    start, end = ranges[name]
+                    yield held[name][start:end], buffer[offset : offset + end - start]
+                    offset += end - start
+
+
+def sharded_tensors(key: str, cut: Cut, piece: Tensor) -> list[ShardedTensor]:
+    """Describe to Megatron which slab of the whole tensor ``key`` a tensor-parallel piece is.
+
+    Args:
+        key: Name in the checkpoint.
+        cut: Where the piece lies.
+        piece: The piece, of its local shape; the result has views of it.
+    """
+    if cut.slices == 1:
+        return [ShardedTensor.from_rank_offsets(key, piece)]
+    return [
+        ShardedTensor.from_rank_offsets(
+            key, block, (cut.dim, number * cut.slices + cut.index, cut.blocks * cut.slices)
+        )
+        for number, block in enumerate(piece.chunk(cut.blocks, dim=cut.dim))
+    ]
+
+
+def _length(place: tuple[int, int] | None) -> int:
+    return place[1] - place[0] if place else 0
+
+
+def _assign_holders(infos: Mapping[str, ParamInfo], ranks: int) -> dict[str, int]:
+    """Give every parameter to the rank with the fewest elements so far, largest first."""
+    loads = [0] * ranks
+    holders: dict[str, int] = {}
+    for name in sorted(infos, key=lambda n: (-infos[n].numel, n)):
+        holder = loads.index(min(loads))
+        holders[name] = holder
+        loads[holder] += infos[name].numel
+    return holders

@@ -1,0 +1,130 @@
+"""Are these tensors the same bits on all ranks of a group? Cheap enough to ask every few rounds.
+
+Eight bytes a tensor travel. Replicas must agree on the anchor bit for bit: a difference of one
+rounding would grow silently for the rest of the run.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+from typing import Any
+
+import deepspeed.comm as dist
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup, get_process_group_ranks
+
+from megatron_muloco.errors import RuntimeMismatch, SyncError
+from megatron_muloco.params import Shard
+
+__all__ = ["check_equal", "check_same_shards", "digests"]
+
+_AT_THE_START = (
+    "Replicas have to start from the same weights, or their mean is of unrelated models. Use the "
+    "same training.seed or load the same checkpoint on all ranks."
+)
+_AFTER_A_ROUND = (
+    "From here on replicas would drift apart. Resume from a checkpoint before this round; if it "
+    "happens again, suspect the minority's hardware."
+)
+
+
+def digests(tensors: Mapping[str, Tensor]) -> Tensor:
+    """Return one int64 a tensor, a hash of its bytes, in the order of the sorted names.
+
+    Tensors are visited one at a time and copied to the host for it.
+    """
+    values = [_digest(tensors[name]) for name in sorted(tensors)]
+    return torch.tensor(values, dtype=torch.int64)
+
+
+def check_equal(
+    tensors: Mapping[str, Tensor],
+    group: ProcessGroup,
+    device: torch.device,
+    *,
+    what: str,
+    round_index: int,
+) -> None:
+    """Raise on every rank of ``group`` unless all its ranks hold the same bits.
+
+    Args:
+        tensors: The same names on each rank, for instance the anchor of equal positions.
+        group: The outer group, or the holders of a duplicate inside a replica.
+        device: What the group's backend sends from.
+        what: For the message, for instance ``"the anchor"``.
+        round_index: For the message; 0 before the first round.
+
+    Collectives: a blocking all-gather over ``group`` of 8 bytes a tensor; all its ranks call it.
+
+    Raises:
+        SyncError: Names the first differing parameter, the round and the ranks.
+    """
+    size = dist.get_world_size(group)
+    if size == 1 or not tensors:
+        return
+    own = digests(tensors).to(device)
+    gathered = own.new_empty(size * own.numel())
+    dist.all_gather_into_tensor(gathered, own, group=group)
+    by_rank = gathered.view(size, -1).cpu()
+    differing = (by_rank != by_rank[0]).any(dim=0).nonzero().flatten().tolist()
+    if differing:
+        column = by_rank[:, differing[0]].tolist()
+        raise SyncError(
+            f"{f'round {round_index}' if round_index else 'before the first round'}: {what} of "
+            f"{sorted(tensors)[differing[0]]} differs between ranks "
+            f"({_camps(column, get_process_group_ranks(group))}); {len(differing)} parameters of "
+            f"{len(tensors)} differ. {_AFTER_A_ROUND if round_index else _AT_THE_START}"
+        )
+
+
+def _camps(values: Sequence[int], ranks: Sequence[int]) -> str:
+    """Return ``ranks [0, 1] against [2]``."""
+    camps: dict[int, list[int]] = {}
+    for value, rank in zip(values, ranks, strict=True):
+        camps.setdefault(value, []).append(rank)
+    return "ranks " + " against ".join(map(str, camps.values()))
+
+
+def _digest(tensor: Tensor) -> int:
+    flat = tensor.detach().contiguous().flatten().view(torch.uint8).cpu()
+    value = hashlib.blake2b(flat.numpy().data, digest_size=8).digest()
+    return int.from_bytes(value, "little", signed=True)
+
+
+# ------------------------------------------------------------------------------------------
+# Do ranks at the same position of their replicas hold the same pieces? Asked once.
+
+
+def check_same_shards(group: ProcessGroup, shards: Sequence[Shard]) -> None:
+    """Raise on every rank of the outer group unless all hold the same shards in the same order.
+
+    Sums over replicas pair elements by their place in a flat buffer: of different pieces they would
+    be finite, plausible and wrong.
+
+    Collectives: a blocking object gather over ``group``; all its ranks call it.
+
+    Raises:
+        RuntimeMismatch: Names the first difference and the ranks.
+    """
+    mine = [_description(shard) for shard in shards]
+    by_rank: list[Any] = [None] * group.size()
+    torch.distributed.all_gather_object(by_rank, mine, group=group)
+    ranks = get_process_group_ranks(group)
+    for rank, theirs in zip(ranks, by_rank, strict=True):
+        if theirs == by_rank[0]:
+            continue
+        pairs = zip_longest(by_rank[0], theirs, fillvalue="nothing")
+        here, there = next((here, there) for here, there in pairs if here != there)
+        raise RuntimeMismatch(
+            f"ranks {ranks[0]} and {rank} are at the same position of their replicas, but rank "
+            f"{ranks[0]} holds {here} where rank {rank} holds {there}. Their pseudogradients could "
+            "not be averaged. Give every replica the same model, the same parallel sizes and the "
+            "same settings of Megatron's distributed optimizer."
+        )
+
+
+def _description(shard: Shard) -> str:
+    copy = ", a duplicate" if shard.param.duplicate else ""
+    shape = "x".join(map(str, shard.param.local_shape))
+    return f"{shard.name} [{shape}] from {shard.start} to {shard.end}{copy}"

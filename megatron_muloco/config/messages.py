@@ -1,0 +1,434 @@
+"""Sentences for what is wrong with a config: what, where, why, what to do."""
+
+import difflib
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from megatron_muloco.config.schema import RunConfig
+from megatron_muloco.config.section import Section
+
+__all__ = [
+    "OTHER_NAMES",
+    "REFUSED_KEYS",
+    "REFUSED_VALUES",
+    "UNSUPPORTED",
+    "Location",
+    "Problem",
+    "SchemaField",
+    "is_tagged",
+    "locate",
+    "schema_fields",
+    "section_types",
+    "validation_problems",
+]
+
+
+# ------------------------------------------------------------------------------------------
+# The schema as data: every key with its section, type, default and description.
+#
+# Error messages and the reference page are made from it.
+
+
+@dataclass(frozen=True)
+class SchemaField:
+    """One key of the schema.
+
+    Attributes:
+        key: Dotted name; list entries are written ``[]``.
+        variant: ``section.kind: value`` where only some kinds of the section have the key, else "".
+        definitions: What pydantic knows about it, by variant: several where kinds define the key
+            differently.
+    """
+
+    key: str
+    variant: str
+    definitions: Mapping[str, FieldInfo]
+
+    @property
+    def info(self) -> FieldInfo:
+        """What pydantic knows about it, in the first of the kinds that have it."""
+        return next(iter(self.definitions.values()))
+
+
+@dataclass(frozen=True)
+class Location:
+    """What a pydantic error location points at.
+
+    Attributes:
+        key: Dotted name without the union tags that pydantic adds.
+        owner: The section that has, or should have had, the last name.
+        info: The field itself; None for a name that is not in the schema.
+    """
+
+    key: str
+    owner: type[Section]
+    info: FieldInfo | None
+
+
+def section_types(annotation: Any) -> tuple[type[Section], ...]:
+    """Return the section classes inside an annotation; several for a discriminated union."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return (annotation,)
+    origin = get_origin(annotation)
+    if origin in (Annotated, tuple):
+        return section_types(get_args(annotation)[0])
+    if origin in (Union, types.UnionType):
+        return tuple(kind for arg in get_args(annotation) for kind in section_types(arg))
+    return ()
+
+
+def is_tagged(annotation: Any) -> bool:
+    """Return whether pydantic's error locations name the member of a union, by its ``kind``."""
+    if get_origin(annotation) not in (Union, types.UnionType):
+        return False
+    members = [arg for arg in get_args(annotation) if arg is not types.NoneType]
+    return len(members) > 1 and bool(section_types(annotation))
+
+
+def _tag(section: type[Section]) -> str:
+    """Return the value of ``kind`` that selects a section of a union."""
+    annotation = section.model_fields["kind"].annotation
+    if get_origin(annotation) is not Literal:
+        raise TypeError(f"{section.__name__}.kind must be a Literal")
+    return str(get_args(annotation)[0])
+
+
+def schema_fields(
+    sections: Sequence[type[Section]] = (RunConfig,), prefix: str = "", variant: str = ""
+) -> Iterator[SchemaField]:
+    """Yield every key, depth first; keys shared by several kinds of a section come once."""
+
+    def variant_of(owners: Sequence[type[Section]]) -> str:
+        if len(owners) == len(sections):
+            return variant
+        return f"{prefix}kind: {' or '.join(map(_tag, owners))}"
+
+    seen: set[str] = set()
+    for section in sections:
+        kind_first = sorted(section.model_fields.items(), key=lambda item: item[0] != "kind")
+        for name, info in kind_first:
+            if name in seen:
+                continue
+            seen.add(name)
+            owners = [other for other in sections if name in other.model_fields]
+            own_variant = variant_of(owners)
+            definitions = {
+                variant_of(alike): alike[0].model_fields[name] for alike in _alike(owners, name)
+            }
+            yield SchemaField(f"{prefix}{name}", own_variant, definitions)
+            inner = section_types(info.annotation)
+            brackets = "[]" if get_origin(info.annotation) is tuple else ""
+            if inner:
+                yield from schema_fields(inner, f"{prefix}{name}{brackets}.", own_variant)
+
+
+def _alike(owners: Sequence[type[Section]], name: str) -> list[list[type[Section]]]:
+    """Group sections that define a key in the same way; every section's ``kind`` is its own."""
+    groups: list[list[type[Section]]] = []
+    for owner in owners:
+        for group in groups:
+            if name == "kind" or _meaning(group[0], name) == _meaning(owner, name):
+                group.append(owner)
+                break
+        else:
+            groups.append([owner])
+    return groups
+
+
+def _meaning(section: type[Section], name: str) -> tuple[object, ...]:
+    info = section.model_fields[name]
+    return (info.annotation, info.get_default(), info.metadata, info.description)
+
+
+def locate(loc: Sequence[str | int]) -> Location:
+    """Return what a pydantic error location means in the words of a config file."""
+    owner: type[Section] = RunConfig
+    names: list[str] = []
+    info: FieldInfo | None = None
+    choices: tuple[type[Section], ...] = (RunConfig,)
+    tagged = False
+    for item in loc:
+        if isinstance(item, int):
+            names.append(str(item))
+        elif tagged:
+            choices = tuple(choice for choice in choices if _tag(choice) == item)
+            tagged = False
+        else:
+            owner = choices[0] if choices else owner
+            names.append(item)
+            info = owner.model_fields.get(item)
+            choices = section_types(info.annotation) if info else ()
+            tagged = info is not None and is_tagged(info.annotation)
+    return Location(".".join(names), owner, info)
+
+
+# ------------------------------------------------------------------------------------------
+# What the schema can say and the program does not do: refused by name, with the reason.
+#
+# Two kinds of entry. Keys and values that are not offered at all, which people know from Megatron,
+# get a reason instead of "unknown key"; other programs' names for keys of the schema lead to them.
+# Values that the schema has for coming versions are refused by `UNSUPPORTED` rules until the code
+# behind them exists; lifting one is deleting its function.
+
+
+_MOE = "mixture-of-experts models are not trained here. Remove the key; the MLP is dense."
+_FP8 = "fp8 is not trained here. Use training.precision bf16."
+_FP4 = "fp4 is not trained here. Use training.precision bf16."
+_FP16 = "fp16 needs loss scaling, which is not built. Use training.precision bf16 or fp32."
+_VIRTUAL = "virtual pipeline stages are not scheduled here. Use pipeline_model_parallel_size alone."
+_DROPOUT = "the models here train without dropout, as in the papers. Remove the key."
+_FSDP = "parameters are sharded by Megatron's distributed optimizer only. Remove the key."
+_DP = "it follows from the number of ranks: world / (replicas x tp x pp). Remove the key."
+_OFFLOAD = "the inner optimizer keeps its state in fp32 on the device. Remove the key."
+
+REFUSED_KEYS = {
+    "num_moe_experts": _MOE,
+    "num_experts": _MOE,
+    "moe_router_topk": _MOE,
+    "expert_model_parallel_size": _MOE,
+    "fp8": _FP8,
+    "fp8_format": _FP8,
+    "fp8_recipe": _FP8,
+    "fp4": _FP4,
+    "fp16": _FP16,
+    "loss_scale": _FP16,
+    "bf16": "precision is one key. Use training.precision: bf16.",
+    "virtual_pipeline_model_parallel_size": _VIRTUAL,
+    "num_layers_per_virtual_pipeline_stage": _VIRTUAL,
+    "hidden_dropout": _DROPOUT,
+    "attention_dropout": _DROPOUT,
+    "use_megatron_fsdp": _FSDP,
+    "use_torch_fsdp2": _FSDP,
+    "use_distributed_optimizer": "it is always on. Remove the key.",
+    "use_precision_aware_optimizer": _OFFLOAD,
+    "optimizer_cpu_offload": _OFFLOAD,
+    "data_parallel_size": _DP,
+}
+
+# What Hugging Face, nanoGPT, DeepSpeed and Megatron's command line call keys of the schema.
+OTHER_NAMES = {
+    "adam_beta1": "inner.adam.beta1",
+    "adam_beta2": "inner.adam.beta2",
+    "adam_eps": "inner.adam.eps",
+    "batch_size": "training.global_batch_size",
+    "d_ff": "model.ffn_hidden_size",
+    "d_model": "model.hidden_size",
+    "dtype": "training.precision",
+    "eval_iterations": "training.eval_iters",
+    "gradient_clipping": "training.clip_grad",
+    "grad_clip": "training.clip_grad",
+    "head_dim": "model.kv_channels",
+    "intermediate_size": "model.ffn_hidden_size",
+    "learning_rate": "inner.lr",
+    "load": "checkpoint.resume",
+    "max_grad_norm": "training.clip_grad",
+    "max_iters": "training.train_iters",
+    "max_lr": "inner.lr",
+    "max_position_embeddings": "model.seq_length",
+    "max_steps": "training.train_iters",
+    "micro_batch": "training.micro_batch_size",
+    "n_embd": "model.hidden_size",
+    "n_head": "model.num_attention_heads",
+    "n_heads": "model.num_attention_heads",
+    "n_layer": "model.num_layers",
+    "n_layers": "model.num_layers",
+    "num_heads": "model.num_attention_heads",
+    "num_hidden_layers": "model.num_layers",
+    "num_key_value_heads": "model.num_query_groups",
+    "num_kv_heads": "model.num_query_groups",
+    "num_steps": "training.train_iters",
+    "pipeline_parallel_size": "parallel.pipeline_model_parallel_size",
+    "pp": "parallel.pipeline_model_parallel_size",
+    "replicas": "parallel.num_replicas",
+    "rope_theta": "model.rotary_base",
+    "save": "checkpoint.dir",
+    "save_dir": "checkpoint.dir",
+    "seq_len": "model.seq_length",
+    "sequence_length": "model.seq_length",
+    "tensor_parallel_size": "parallel.tensor_model_parallel_size",
+    "tensorboard_dir": "monitor.dir",
+    "tp": "parallel.tensor_model_parallel_size",
+    "train_batch_size": "training.global_batch_size",
+    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
+    "vocab": "model.vocab_size",
+    "warmup_iters": "inner.lr_warmup_iters",
+    "warmup_steps": "inner.lr_warmup_iters",
+    "wd": "inner.weight_decay",
+}
+
+REFUSED_VALUES = {
+    ("training.precision", "fp16"): _FP16,
+    ("training.precision", "fp8"): _FP8,
+    ("training.precision", "fp4"): _FP4,
+}
+
+
+def context_parallel(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """Sequences are not divided over ranks."""
+    size = config.parallel.context_parallel_size
+    if size > 1:
+        yield (
+            "parallel.context_parallel_size",
+            f"{size} is not available: attention here runs on whole sequences (context parallelism "
+            "needs Transformer Engine).\nUse 1; spend the ranks on tensor or data parallelism.",
+        )
+
+
+def async_save(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """Checkpoints are written while training waits."""
+    if config.checkpoint.async_save:
+        yield ("checkpoint.async_save", "true is not available.\nUse false.")
+
+
+UNSUPPORTED = (
+    context_parallel,
+    async_save,
+)
+
+
+# ------------------------------------------------------------------------------------------
+
+_TYPE_WORDS = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "tuple_type": "a list",
+}
+
+
+_BOUND_WORDS = {
+    "greater_than": ("gt", "above"),
+    "greater_than_equal": ("ge", "at least"),
+    "less_than": ("lt", "below"),
+    "less_than_equal": ("le", "at most"),
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something to fix.
+
+    Attributes:
+        key: Dotted config key.
+        text: What is wrong with the value, why, and what to do; later lines are printed indented.
+    """
+
+    key: str
+    text: str
+
+    def format(self, where: Callable[[str], str]) -> str:
+        """Return the message with the place of the key before it."""
+        place = where(self.key)
+        lines = self.text.splitlines()
+        first = f"{place}  {self.key}: {lines[0]}" if place else f"{self.key}: {lines[0]}"
+        return "\n".join([first, *(f"  {line}" for line in lines[1:])])
+
+
+def validation_problems(error: ValidationError) -> tuple[list[Problem], bool]:
+    """Return one problem per pydantic error, and whether all of them are unknown keys."""
+    details = _root_causes(error.errors(include_url=False))
+    only_unknown = all(detail["type"] == "extra_forbidden" for detail in details)
+    unknown_names = [str(d["loc"][-1]) for d in details if d["type"] == "extra_forbidden"]
+    return [_problem(detail, unknown_names) for detail in details], only_unknown
+
+
+def _root_causes(details: list[ErrorDetails]) -> list[ErrorDetails]:
+    """Drop "too short" where a list is only short because its entries are wrong."""
+    parents = {detail["loc"][:length] for detail in details for length in range(len(detail["loc"]))}
+    return [d for d in details if d["type"] != "too_short" or d["loc"] not in parents]
+
+
+def _problem(detail: ErrorDetails, unknown_names: list[str]) -> Problem:
+    """Return the sentence for one pydantic error."""
+    location = locate(detail["loc"])
+    kind, value = detail["type"], detail["input"]
+    if kind == "extra_forbidden":
+        return Problem(location.key, _unknown_key(location))
+    if kind == "missing":
+        name = location.key.rpartition(".")[2]
+        typo = difflib.get_close_matches(name, unknown_names, n=1)
+        hint = f"\n{typo[0]} looks like a misspelling of it." if typo else ""
+        return Problem(location.key, f"not set, and it has no default.\n{_about(location)}{hint}")
+    if kind == "union_tag_not_found":
+        kinds = _kinds(location)
+        return Problem(location.key, f"has no kind.\nWrite {location.key}.kind: one of {kinds}.")
+    if kind == "union_tag_invalid":
+        tag = detail["ctx"]["tag"]
+        return Problem(f"{location.key}.kind", f"{tag!r} is not one of {_kinds(location)}.")
+    refused = REFUSED_VALUES.get((location.key, str(value)))
+    if refused:
+        return Problem(location.key, f"{value} is not offered: {refused}")
+    return Problem(location.key, f"{_wrong_value(detail, location)}\n{_about(location)}".rstrip())
+
+
+def _wrong_value(detail: ErrorDetails, location: Location) -> str:
+    """Return what is wrong with a value of the wrong type or out of range."""
+    kind, value, ctx = detail["type"], detail["input"], detail.get("ctx", {})
+    shown = _shown(value)
+    if kind in ("model_type", "model_attributes_type"):
+        sections = section_types(location.info.annotation) if location.info else ()
+        keys = [name for section in sections for name in section.model_fields]
+        return f"{shown} is not a section. It has the keys {', '.join(dict.fromkeys(keys))}."
+    if kind == "literal_error":
+        choices = get_args(location.info.annotation) if location.info else ()
+        return f"{shown} is not one of {', '.join(str(choice) for choice in choices)}."
+    if kind in _TYPE_WORDS:
+        return f"{shown} is not {_TYPE_WORDS[kind]}."
+    if kind in _BOUND_WORDS:
+        name, words = _BOUND_WORDS[kind]
+        return f"{shown} is out of range: it must be {words} {ctx[name]}."
+    if kind in ("too_short", "string_too_short"):
+        return f"{shown} is empty."
+    return f"{shown}: {detail['msg']}."
+
+
+def _shown(value: Any) -> str:
+    """Return a value as the reader wrote it, shortened."""
+    text = str(value).lower() if isinstance(value, bool) else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _about(location: Location) -> str:
+    """Return the description of the key."""
+    return (location.info.description or "") if location.info else ""
+
+
+def _kinds(location: Location) -> str:
+    """Return the kinds that a section has."""
+    sections = section_types(location.info.annotation) if location.info else ()
+    tags = [str(get_args(s.model_fields["kind"].annotation)[0]) for s in sections]
+    return ", ".join(tags)
+
+
+def _unknown_key(location: Location) -> str:
+    """Return the reason for refusing a name that the schema lacks, with the nearest one it has."""
+    name = location.key.rpartition(".")[2]
+    if name in REFUSED_KEYS:
+        return f"not offered: {REFUSED_KEYS[name]}"
+    section = location.key.rpartition(".")[0]
+    for entry in schema_fields():
+        if entry.key == location.key:
+            return f"belongs to {entry.variant} only.\nRemove it (null does) or change the kind."
+    leaves = {entry.key.rpartition(".")[2]: entry for entry in schema_fields()}
+    if name in leaves:
+        entry = leaves[name]
+        only = f" (only with {entry.variant})" if entry.variant else ""
+        return f"unknown key here. It exists as {entry.key}{only}."
+    if name in OTHER_NAMES:
+        return f"unknown key. Did you mean {OTHER_NAMES[name]}?"
+    siblings = {key: f"{section}.{key}".lstrip(".") for key in location.owner.model_fields}
+    others = {key: entry.key for key, entry in leaves.items()}
+    for candidates, cutoff in ((siblings, 0.75), (others, 0.75), (siblings, 0.6)):
+        near = difflib.get_close_matches(name, candidates, n=1, cutoff=cutoff)
+        if near:
+            return f"unknown key. Did you mean {candidates[near[0]]}?"
+    return f"unknown key. This section has {', '.join(location.owner.model_fields)}."

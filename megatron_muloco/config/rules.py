@@ -1,0 +1,564 @@
+"""What must hold between keys: one named rule a function.
+
+A rule looks at a parsed config, and at the topology where one is known, and yields problems. Bounds
+of single keys are in the schema. Rules that need files (datasets, tokenizer) live with the data and
+join through the ``rules`` argument.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
+
+from megatron_muloco.config.derived import (
+    padded_vocab_size,
+    smallest_topology,
+    spacing_of_launches,
+    train_iterations,
+)
+from megatron_muloco.config.inner import MuonInner
+from megatron_muloco.config.messages import UNSUPPORTED, Problem
+from megatron_muloco.config.outer import (
+    AverageOuter,
+    CompressionConfig,
+    E3M0Compression,
+    Interval,
+    NesterovOuter,
+    NoCompression,
+    NoOuter,
+    Steps,
+    TopKCompression,
+    interval_at,
+    interval_values,
+)
+from megatron_muloco.config.schema import RunConfig
+from megatron_muloco.errors import ConfigError
+from megatron_muloco.topology import Topology
+
+__all__ = [
+    "RULES",
+    "Rule",
+    "apply_rule_is_one",
+    "batch_divides",
+    "block_size_has_blocks",
+    "check",
+    "data_parallelism_has_one_replica",
+    "exceptions_fit_the_code",
+    "ffn_divides",
+    "find_problems",
+    "fragments_have_layers",
+    "head_width_is_even",
+    "heads_divide",
+    "layers_divide",
+    "norm_band_is_a_band",
+    "overlap_is_shorter_than_the_spacing",
+    "rounds_of_schedules_ascend",
+    "run_has_a_round",
+    "sequence_divides",
+    "vocabulary_divides",
+]
+
+
+# ------------------------------------------------------------------------------------------
+# What must hold for an outer step to happen, and for its parts to fit each other.
+#
+# Each rule is a function; `checks` lists and runs them.
+
+
+def data_parallelism_has_one_replica(
+    config: RunConfig, topology: Topology | None
+) -> Iterator[Problem]:
+    """Without an outer step replicas would never meet."""
+    replicas = config.parallel.num_replicas
+    if isinstance(config.outer, NoOuter) and replicas > 1:
+        yield Problem(
+            "parallel.num_replicas",
+            f"{replicas}, but outer.kind is none, so the replicas would never exchange anything.\n"
+            "Use num_replicas 1 (all ranks become data-parallel), or outer.kind nesterov or "
+            "average.",
+        )
+
+
+def fragments_have_layers(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
+    """A fragment holds a layer and has a step of the round to itself."""
+    if isinstance(config.outer, NoOuter):
+        return
+    count, interval = config.outer.fragments.count, config.outer.sync_interval
+    if count > config.model.num_layers:
+        yield Problem(
+            "outer.fragments.count",
+            f"{count} is more than the {config.model.num_layers} layers of the model, and a "
+            "fragment holds at least one whole layer.\nUse fewer fragments.",
+        )
+    if count > min(interval_values(interval)):
+        yield Problem(
+            "outer.fragments.count",
+            f"{count} is more than {_shortest(interval)}, so several fragments would start in "
+            "one step.\nUse fewer fragments.",
+        )
+
+
+def _shortest(interval: Interval) -> str:
+    """Return the words for the interval, or for the shortest one."""
+    values = interval_values(interval)
+    return f"{'the shortest ' if len(values) > 1 else ''}sync_interval {min(values)}"
+
+
+def overlap_is_shorter_than_the_spacing(
+    config: RunConfig, topology: Topology | None
+) -> Iterator[Problem]:
+    """No more fragments are under way than allowed."""
+    if isinstance(config.outer, NoOuter):
+        return
+    outer = config.outer
+    spacing = max(1, spacing_of_launches(outer))
+    shortest = _shortest(outer.sync_interval)
+    if outer.overlap_steps >= min(interval_values(outer.sync_interval)):
+        yield Problem(
+            "outer.overlap_steps",
+            f"{outer.overlap_steps} is not shorter than {shortest}, so a "
+            "fragment would start again before its result was used.\nUse fewer overlap_steps or a "
+            "longer sync_interval.",
+        )
+    elif outer.overlap_steps >= spacing * outer.max_in_flight:
+        steps = (
+            f"the {spacing} steps between two launches"
+            if outer.max_in_flight == 1
+            else f"{outer.max_in_flight} times the {spacing} steps between two launches"
+        )
+        yield Problem(
+            "outer.overlap_steps",
+            f"{outer.overlap_steps} is not shorter than {steps}\n"
+            f"({shortest} / fragments.count {outer.fragments.count}), so "
+            f"{outer.max_in_flight + 1} fragments would be in flight at once.\nUse overlap_steps "
+            f"of at most {spacing * outer.max_in_flight - 1}, fewer fragments, a longer "
+            f"sync_interval, or max_in_flight above {outer.max_in_flight}.",
+        )
+
+
+def apply_rule_is_one(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
+    """Adding the progress since the launch needs such progress, and mixes nothing."""
+    if isinstance(config.outer, NoOuter) or config.outer.apply != "additive":
+        return
+    if config.outer.overlap_steps == 0:
+        yield Problem(
+            "outer.apply",
+            "additive, but overlap_steps is 0: no progress is made between launch and apply, so "
+            "there is nothing to add.\nUse mix, or overlap_steps above 0.",
+        )
+    if config.outer.mixing_weight is not None:
+        yield Problem(
+            "outer.mixing_weight",
+            f"{config.outer.mixing_weight:g} has no meaning with apply additive, which keeps all "
+            "progress since the launch.\nRemove it or use apply: mix.",
+        )
+
+
+def exceptions_fit_the_code(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
+    """Other bits for some parameters need a code that has bits."""
+    code = _code(config)
+    if not isinstance(code, E3M0Compression | TopKCompression):
+        return
+    for key, bits in code.exceptions:
+        if bits not in (None, "none"):
+            yield Problem(
+                f"outer.compression.exceptions.{key}",
+                f"{bits}, but kind {code.kind} has one code for all parameters.\nUse none to send "
+                "these in fp32, or kind linear or statistical.",
+            )
+
+
+def block_size_has_blocks(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
+    """Blocks have a size only where there are blocks."""
+    code = _code(config)
+    if isinstance(code, NoCompression | TopKCompression) or code.granularity == "block":
+        return
+    if code.block_size is not None:
+        yield Problem(
+            "outer.compression.block_size",
+            f"{code.block_size} has no effect with granularity {code.granularity}.\nRemove it or "
+            "set outer.compression.granularity: block.",
+        )
+
+
+def _code(config: RunConfig) -> CompressionConfig:
+    return NoCompression() if isinstance(config.outer, NoOuter) else config.outer.compression
+
+
+def norm_band_is_a_band(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
+    """The guard's ratio leaves room on both sides of the median."""
+    if isinstance(config.outer, NoOuter):
+        return
+    ratio = config.outer.guard.max_norm_ratio
+    if 0 < ratio <= 1:
+        yield Problem(
+            "outer.guard.max_norm_ratio",
+            f"{ratio:g} leaves no room around the median norm, so every replica would be left "
+            "out.\nUse 0 for no band, or a ratio well above 1, for instance 10.",
+        )
+
+
+def run_has_a_round(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
+    """The outer step happens at least once."""
+    iterations = train_iterations(config)
+    if isinstance(config.outer, NoOuter) or iterations is None:
+        return
+    first = interval_at(config.outer.sync_interval, 1)
+    if first > iterations:
+        yield Problem(
+            "outer.sync_interval",
+            f"{first} is longer than the run of {iterations} steps, so no "
+            "outer step would ever happen.\nUse a shorter interval or a longer run.",
+        )
+
+
+def rounds_of_schedules_ascend(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
+    """A list of values says from which round on each one holds, and leaves no round out."""
+    if isinstance(config.outer, NoOuter):
+        return
+    for key, schedule in _schedules(config.outer):
+        if not isinstance(schedule, Steps):
+            continue
+        rounds = [first for first, _ in schedule.values]
+        if rounds[0] != 1:
+            yield Problem(
+                f"{key}.values.0",
+                f"begins with round {rounds[0]}, and nothing says what holds before it.\n"
+                "Let the first pair be [1, value]; rounds are counted from 1.",
+            )
+        for place, (before, after) in enumerate(pairwise(rounds), 1):
+            if after <= before:
+                yield Problem(
+                    f"{key}.values.{place}",
+                    f"round {after} follows round {before}, but each pair holds until the next "
+                    "one.\nWrite the pairs in the order of their rounds, each round once.",
+                )
+
+
+def _schedules(outer: NesterovOuter | AverageOuter) -> Iterator[tuple[str, object]]:
+    yield "outer.sync_interval", outer.sync_interval
+    yield "outer.lr", outer.lr
+    yield "outer.momentum", outer.momentum
+
+
+# ------------------------------------------------------------------------------------------
+# Divisibility: what must hold for a model and a batch to be dealt out evenly.
+#
+# Each rule is a function; `checks` lists and runs them.
+
+
+def heads_divide(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
+    """Attention heads and query groups divide over tensor-parallel ranks and each other."""
+    heads, groups = config.model.num_attention_heads, config.model.query_groups
+    tp = config.parallel.tensor_model_parallel_size
+    if heads % groups:
+        yield Problem(
+            "model.num_query_groups",
+            f"{groups} does not divide the {heads} attention heads, so heads cannot share keys "
+            f"evenly.\nUse one of {_divisors(heads)}.",
+        )
+    if heads % tp:
+        yield Problem(
+            "parallel.tensor_model_parallel_size",
+            f"{tp} does not divide the {heads} attention heads; each rank holds whole heads.\n"
+            f"Use one of {_divisors(heads)}.",
+        )
+    elif groups % tp:
+        yield Problem(
+            "parallel.tensor_model_parallel_size",
+            f"{tp} does not divide the {groups} query groups; each rank holds whole groups.\n"
+            f"Use one of {_divisors(groups)}.",
+        )
+
+
+def head_width_is_even(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
+    """Rotary embeddings turn pairs of channels."""
+    if config.model.kv_channels % 2:
+        yield Problem(
+            "model.kv_channels",
+            f"{config.model.kv_channels} is odd; rotary embeddings turn pairs of channels.\nUse an "
+            "even number.",
+        )
+
+
+def ffn_divides(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
+    """MLP rows divide over tensor-parallel ranks."""
+    tp, ffn = config.parallel.tensor_model_parallel_size, config.model.ffn_hidden_size
+    if ffn % tp:
+        yield Problem(
+            "model.ffn_hidden_size",
+            f"{ffn} is not divisible by tensor_model_parallel_size {tp}; each rank holds an equal "
+            "share of the MLP.\nChange one of them.",
+        )
+
+
+def vocabulary_divides(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
+    """Embedding rows divide over tensor-parallel ranks without padding that depends on them."""
+    tp, padded = config.parallel.tensor_model_parallel_size, padded_vocab_size(config.model)
+    if padded % tp:
+        yield Problem(
+            "model.make_vocab_size_divisible_by",
+            f"{config.model.make_vocab_size_divisible_by} pads the vocabulary to {padded}, which "
+            f"tensor_model_parallel_size {tp} does not divide.\nThe padded size may not depend on "
+            "the layout, or a checkpoint would fit one layout only. Use a multiple of "
+            f"{tp}.",
+        )
+
+
+def layers_divide(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
+    """Pipeline stages have equally many layers."""
+    pp, layers = config.parallel.pipeline_model_parallel_size, config.model.num_layers
+    if layers % pp:
+        yield Problem(
+            "parallel.pipeline_model_parallel_size",
+            f"{pp} does not divide the {layers} layers; stages hold equally many.\nUse one of "
+            f"{_divisors(layers)}.",
+        )
+
+
+def sequence_divides(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
+    """Sequence parallelism divides the tokens of a sequence."""
+    tp, length = config.parallel.tensor_model_parallel_size, config.model.seq_length
+    if config.parallel.sequence_parallel and length % tp:
+        yield Problem(
+            "model.seq_length",
+            f"{length} is not divisible by tensor_model_parallel_size {tp}, over which "
+            "sequence_parallel divides it.\nChange one of them or set sequence_parallel: false.",
+        )
+
+
+def batch_divides(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
+    """Every data-parallel rank of every replica gets the same number of microbatches."""
+    layout = topology or smallest_topology(config)
+    micro, batch = config.training.micro_batch_size, config.training.global_batch_size
+    unit = layout.num_replicas * layout.data * micro
+    if batch % unit:
+        below = batch - batch % unit
+        near = f"{below} or {below + unit}" if below else f"{unit}"
+        yield Problem(
+            "training.global_batch_size",
+            f"{batch} is not divisible by {layout.num_replicas} replicas x dp {layout.data} x "
+            f"micro_batch_size {micro} = {unit}.\nIt counts sequences per inner step over all "
+            f"replicas, and all ranks take equally many. Use {near}.",
+        )
+
+
+def _divisors(number: int) -> str:
+    """Return the divisors of a number as text."""
+    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
+
+
+# ------------------------------------------------------------------------------------------
+
+Rule = Callable[[RunConfig, Topology | None], Iterable[Problem]]
+
+
+def one_length(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
+    """The length of a run is given once."""
+    names = ("train_iters", "train_tokens", "tokens_per_parameter")
+    given = [name for name in names if getattr(config.training, name) is not None]
+    if not given:
+        yield Problem(
+            "training.train_iters",
+            "no length is given.\nSet exactly one of training.train_iters, training.train_tokens "
+            "and training.tokens_per_parameter.",
+        )
+    elif len(given) > 1:
+        yield Problem(
+            f"training.{given[-1]}",
+            f"{getattr(config.training, given[-1])}, but {' and '.join(given[:-1])} "
+            f"{'is' if len(given) == 2 else 'are'} set as well.\nA run has one length. Set the "
+            "others to null.",
+        )
+
+
+def one_weight_decay(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
+    """Weight decay is given once."""
+    given = config.inner.weight_decay is not None
+    base_given = config.inner.weight_decay_base is not None
+    if given and base_given:
+        yield Problem(
+            "inner.weight_decay",
+            f"{config.inner.weight_decay}, but weight_decay_base is "
+            f"{config.inner.weight_decay_base} as well.\nOnly one can count. Set one of them to "
+            "null.",
+        )
+    if not given and not base_given:
+        yield Problem(
+            "inner.weight_decay",
+            "not set, nor is inner.weight_decay_base.\nSet one of them; 0.0 is no decay.",
+        )
+
+
+def warmup_is_shorter_than_the_run(
+    config: RunConfig, topology: Topology | None
+) -> Iterator[Problem]:
+    """The peak learning rate is reached."""
+    iterations = train_iterations(config)
+    if iterations is not None and config.inner.lr_warmup_iters >= iterations:
+        yield Problem(
+            "inner.lr_warmup_iters",
+            f"{config.inner.lr_warmup_iters} is not shorter than the run of {iterations} steps, so "
+            "the peak learning rate is never reached.\nUse fewer warm-up steps or a longer run.",
+        )
+
+
+def recompute_is_complete(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
+    """Full recompute says how many layers; the others do not."""
+    training = config.training
+    layers = config.model.num_layers // config.parallel.pipeline_model_parallel_size
+    if training.recompute_granularity != "full":
+        if training.recompute_num_layers is not None:
+            yield Problem(
+                "training.recompute_num_layers",
+                f"{training.recompute_num_layers} has no meaning with recompute_granularity "
+                f"{training.recompute_granularity}.\nUse recompute_granularity: full or remove it.",
+            )
+    elif training.recompute_num_layers is None:
+        yield Problem(
+            "training.recompute_num_layers",
+            "not set, and recompute_granularity full needs it.\nUse 1 to recompute layer by layer.",
+        )
+    elif training.recompute_num_layers > layers:
+        yield Problem(
+            "training.recompute_num_layers",
+            f"{training.recompute_num_layers} is more than the {layers} layers of a pipeline "
+            f"stage.\nUse at most {layers}.",
+        )
+
+
+def gather_overlap_needs_reduce_overlap(
+    config: RunConfig, topology: Topology | None
+) -> Iterator[Problem]:
+    """Megatron gathers parameters ahead only where it reduces gradients ahead."""
+    if config.training.overlap_param_gather and not config.training.overlap_grad_reduce:
+        yield Problem(
+            "training.overlap_param_gather",
+            "true, but overlap_grad_reduce is false; Megatron overlaps both or the reduction "
+            "alone.\nSet overlap_grad_reduce: true.",
+        )
+
+
+def evaluation_has_data(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
+    """Evaluation needs held-out data."""
+    if config.training.eval_interval > 0 and not config.data.valid:
+        yield Problem(
+            "training.eval_interval",
+            f"{config.training.eval_interval}, but data.valid names no dataset.\nAdd one, or use "
+            "eval_interval 0.",
+        )
+
+
+def tokenizer_is_named(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
+    """Every tokenizer but byte-level is a file."""
+    if config.data.tokenizer_type != "byte-level" and config.data.tokenizer_model is None:
+        yield Problem(
+            "data.tokenizer_model",
+            f"not set, and tokenizer_type {config.data.tokenizer_type} needs it.\nName the "
+            "tokenizer's file or directory.",
+        )
+
+
+def saving_has_a_place(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
+    """Checkpoints go somewhere."""
+    if config.checkpoint.save_interval > 0 and config.checkpoint.dir is None:
+        yield Problem(
+            "checkpoint.save_interval",
+            f"{config.checkpoint.save_interval}, but checkpoint.dir is not set.\nName a directory "
+            "that all ranks see, or use save_interval 0.",
+        )
+
+
+def resuming_has_a_place(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
+    """A run that goes on from a checkpoint also writes some."""
+    if config.checkpoint.resume not in ("auto", "none") and config.checkpoint.dir is None:
+        yield Problem(
+            "checkpoint.resume",
+            f"{config.checkpoint.resume}, but checkpoint.dir is not set, so what follows could not "
+            "be saved.\nName a directory for the checkpoints of this run.",
+        )
+
+
+def precision_of_gradients_fits(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
+    """fp32 runs accumulate in fp32."""
+    if config.training.precision == "fp32" and config.training.accumulate_dtype == "bf16":
+        yield Problem(
+            "training.accumulate_dtype",
+            "bf16, but precision is fp32; Megatron accumulates in the dtype of the parameters or "
+            "wider.\nUse fp32.",
+        )
+
+
+def symmetric_forms_have_precision(
+    config: RunConfig, topology: Topology | None
+) -> Iterator[Problem]:
+    """Gram matrices are not iterated in bf16, where they lose small singular values."""
+    inner = config.inner
+    if not isinstance(inner, MuonInner) or inner.muon.ns_impl not in ("triangle", "gram"):
+        return
+    if inner.muon.ns_dtype != "fp32":
+        also = " (auto is bf16 on accelerators)" if inner.muon.ns_dtype == "auto" else ""
+        yield Problem(
+            "inner.muon.ns_impl",
+            f"{inner.muon.ns_impl}, but ns_dtype is {inner.muon.ns_dtype}{also}; a Gram matrix in "
+            "bf16 loses small singular values.\nUse ns_impl: auto or plain, or ns_dtype: fp32.",
+        )
+
+
+def supported(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
+    """The program can do what the schema can say."""
+    for refuse in UNSUPPORTED:
+        for key, text in refuse(config):
+            yield Problem(key, text)
+
+
+RULES: tuple[Rule, ...] = (
+    one_length,
+    one_weight_decay,
+    warmup_is_shorter_than_the_run,
+    heads_divide,
+    head_width_is_even,
+    ffn_divides,
+    vocabulary_divides,
+    layers_divide,
+    sequence_divides,
+    batch_divides,
+    data_parallelism_has_one_replica,
+    fragments_have_layers,
+    exceptions_fit_the_code,
+    block_size_has_blocks,
+    apply_rule_is_one,
+    norm_band_is_a_band,
+    overlap_is_shorter_than_the_spacing,
+    rounds_of_schedules_ascend,
+    run_has_a_round,
+    recompute_is_complete,
+    gather_overlap_needs_reduce_overlap,
+    evaluation_has_data,
+    tokenizer_is_named,
+    saving_has_a_place,
+    resuming_has_a_place,
+    symmetric_forms_have_precision,
+    precision_of_gradients_fits,
+    supported,
+)
+
+
+def find_problems(
+    config: RunConfig, topology: Topology | None = None, *, rules: Iterable[Rule] = RULES
+) -> list[Problem]:
+    """Return everything that the rules find wrong, in their order.
+
+    Args:
+        config: A parsed config.
+        topology: The layout of the real world; without it the smallest world is taken.
+        rules: Which rules to ask; `(*RULES, *more)` adds those of other packages.
+    """
+    return [problem for rule in rules for problem in rule(config, topology)]
+
+
+def check(
+    config: RunConfig, topology: Topology | None = None, *, rules: Iterable[Rule] = RULES
+) -> None:
+    """Raise one ConfigError with everything that the rules find wrong, if anything."""
+    problems = find_problems(config, topology, rules=rules)
+    if problems:
+        raise ConfigError([problem.format(config.where) for problem in problems])

@@ -1,0 +1,367 @@
+"""Which parameters are matrices, and how Megatron's fused tensors split into separate ones.
+
+A *unit* is one matrix that Muon orthogonalises on its own or, where heads are split, all the heads
+of q, k or v, each of which is. Megatron fuses several units into one parameter; rows of a
+tensor-parallel rank's local tensor, top to bottom::
+
+    linear_qkv   | q q q q k v | q q q q k v | ...   one block a query group, d rows a letter
+    linear_fc1   | gate ... | up ... |               each ffn/tp rows
+    linear_proj, linear_fc2                          one unit, columns split over tensor ranks
+
+No torch here: this is arithmetic on names and shapes.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_muloco.errors import RuntimeMismatch, TopologyError
+from megatron_muloco.params import ParamInfo
+
+__all__ = [
+    "ChooseForm",
+    "Implementation",
+    "LayerShape",
+    "Route",
+    "Unit",
+    "always_plain",
+    "automatic_form",
+    "check_rows",
+    "is_vector",
+    "newton_schulz_flops",
+    "route",
+    "split",
+]
+
+
+# ------------------------------------------------------------------------------------------
+# The forms in which Newton-Schulz is computed, and their FLOPs. No torch here.
+#
+# Sources of the counts: `newton_schulz` (plain) and `gram` (the others), where the products are.
+
+
+Implementation = Literal["plain", "triangle", "gram"]
+"""``plain``: as published. ``triangle``: half of each symmetric product. ``gram``: pairs of steps
+too.
+"""
+
+ChooseForm = Callable[[int, int], Implementation]
+"""Says which form a matrix of so many rows and columns gets."""
+
+
+# Measured on CPU, see docs/performance/newton_schulz.md. Below the first, many small products cost
+# more than what they save; pairs save FLOPs above a ratio of 1, and time from about the second.
+_SMALLEST_TRIANGLE_ROWS = 512
+_SMALLEST_GRAM_RATIO = 1.5
+
+
+def automatic_form(rows: int, columns: int, *, precise: bool, cpu: bool) -> Implementation:
+    """Return the form that pays for a matrix of this shape.
+
+    - ``plain`` where the iteration is not in fp32 or fp64 (``precise``): in bf16 a Gram matrix
+      loses small singular values. Also on any device but the CPU, where nothing else was measured,
+      and below 512 on the smaller side.
+    - ``gram`` where the longer side is at least 1.5 times the smaller.
+    - ``triangle`` otherwise.
+
+    The batch and the number of threads have no say: a unit gets the same arithmetic in any layout.
+    """
+    smaller, longer = sorted((rows, columns))
+    if not precise or not cpu or smaller < _SMALLEST_TRIANGLE_ROWS:
+        return "plain"
+    return "gram" if longer >= _SMALLEST_GRAM_RATIO * smaller else "triangle"
+
+
+def always_plain(rows: int, columns: int) -> Implementation:
+    """Return ``plain`` for every shape."""
+    return "plain"
+
+
+def newton_schulz_flops(rows: int, columns: int, steps: int, form: Implementation = "plain") -> int:
+    """Return the FLOPs of ``steps`` quintic steps in one form.
+
+    With m the smaller side and n the longer, a wide product takes 2 m^2 n and a small one 2 m^3;
+    of a symmetric one, the triangle forms compute half. A plain step has two wide products and a
+    small one. A step alone has one wide product and halves of a wide and a small one; a pair of
+    steps has five small halves in place of one, and as many wide ones as a step alone.
+    """
+    m, n = sorted((rows, columns))
+    if form == "plain":
+        return steps * (4 * m * m * n + 2 * m * m * m)
+    alone = 3 * m * m * n + m * m * m
+    if form == "triangle" or steps < 2:
+        return steps * alone
+    pairs, odd = divmod(steps - 1, 2)  # the first step is alone in any case
+    return (1 + odd) * alone + pairs * (3 * m * m * n + 5 * m * m * m)
+
+
+# ------------------------------------------------------------------------------------------
+
+Route = Literal["matrix", "vector"]
+Rows = tuple[int, int]
+
+_LAYER_MATRIX = re.compile(
+    r"decoder\.layers\.\d+\."
+    r"(self_attention\.linear_qkv|self_attention\.linear_proj|mlp\.linear_fc1|mlp\.linear_fc2)"
+    r"\.weight"
+)
+_TABLES = {
+    "embedding.word_embeddings.weight": "token embedding",
+    "output_layer.weight": "output layer",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """The sizes of a decoder layer that splitting needs.
+
+    Attributes:
+        num_attention_heads: Query heads over all tensor-parallel ranks.
+        num_query_groups: Key/value heads; equal to ``num_attention_heads`` without grouping.
+        kv_channels: Channels of a head.
+        ffn_hidden_size: Width of gate and of up.
+    """
+
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    ffn_hidden_size: int
+
+    def __post_init__(self) -> None:
+        """Refuse heads that do not divide into query groups."""
+        if self.num_attention_heads % self.num_query_groups:
+            raise ValueError(
+                f"{self.num_attention_heads} heads do not divide into {self.num_query_groups} "
+                "query groups"
+            )
+
+    @property
+    def heads_per_group(self) -> int:
+        """Query heads that share one key/value head."""
+        return self.num_attention_heads // self.num_query_groups
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """One matrix that is orthogonalised on its own.
+
+    All tensor-parallel ranks hold pieces of one shape: rank t's ``local_rows``, stacked in order,
+    are rows ``[t*r, (t+1)*r)`` of the matrix for ``partition_dim`` 0, and its columns
+    ``[t*c, (t+1)*c)`` for 1.
+
+    Attributes:
+        name: Name of the parameter, ``::``, and what the unit is.
+        param: Model-wide name of the parameter that contains it.
+        kind: q, k, v, proj, gate, up or down.
+        local_rows: Row ranges of the local tensor that belong to it, in order.
+        local_columns: Columns of the local tensor.
+        partition_dim: Dimension split over tensor-parallel ranks.
+        tensor_size: Number of tensor-parallel ranks.
+        cost: FLOPs of its Newton-Schulz iteration.
+        form: How that is computed.
+        blocks: Groups of as many rows each that are orthogonalised on their own; 1 is the whole.
+    """
+
+    name: str
+    param: str
+    kind: str
+    local_rows: tuple[Rows, ...]
+    local_columns: int
+    partition_dim: int
+    tensor_size: int
+    cost: int
+    form: Implementation = "plain"
+    blocks: int = 1
+
+    @property
+    def local_shape(self) -> tuple[int, int]:
+        """Shape of one tensor-parallel rank's piece."""
+        return sum(end - start for start, end in self.local_rows), self.local_columns
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows (fan_out) and columns (fan_in) of the whole matrix."""
+        return _whole(self.local_shape, self.partition_dim, self.tensor_size)
+
+    @property
+    def block_shape(self) -> tuple[int, int]:
+        """Rows and columns of what is orthogonalised on its own."""
+        rows, columns = self.shape
+        return rows // self.blocks, columns
+
+    @property
+    def numel(self) -> int:
+        """Elements of the whole matrix."""
+        rows, columns = self.shape
+        return rows * columns
+
+
+def is_vector(param: ParamInfo) -> bool:
+    """Whether a parameter is a norm, a bias, the embedding or the output layer."""
+    return len(param.local_shape) < 2 or param.name in _TABLES
+
+
+def route(param: ParamInfo) -> tuple[Route, str]:
+    """Return whether a parameter is a matrix (Muon) or a vector parameter (AdamW), and why.
+
+    A test of the number of dimensions is not enough: embedding and output layer are 2-D too.
+
+    Raises:
+        RuntimeMismatch: A tensor of two or more dimensions that no rule knows.
+    """
+    if len(param.local_shape) < 2:
+        return "vector", "norm or bias: not a matrix"
+    if param.name in _TABLES:
+        return "vector", f"{_TABLES[param.name]}: rows are tokens, not a linear map"
+    if len(param.local_shape) == 2 and _LAYER_MATRIX.fullmatch(param.name):
+        return "matrix", "linear map inside a decoder layer"
+    raise RuntimeMismatch(
+        f"{param.name} of local shape {param.local_shape} is neither a known decoder matrix nor "
+        "a known embedding. AdamW would take it where Muon may be meant, so it is refused. "
+        "Add a rule for it to optim/matrices.py, or use inner.kind: adamw."
+    )
+
+
+def split(
+    param: ParamInfo,
+    layer: LayerShape,
+    *,
+    tensor_size: int,
+    steps: int = 5,
+    choose_form: ChooseForm = always_plain,
+    split_heads: bool = False,
+) -> tuple[Unit, ...]:
+    """Return the units of a matrix parameter; together they contain each local row once.
+
+    Args:
+        param: A parameter that `route` calls a matrix.
+        layer: Sizes over all tensor-parallel ranks.
+        tensor_size: Number of tensor-parallel ranks.
+        steps: Newton-Schulz steps, for the cost.
+        choose_form: In which form a matrix is orthogonalised, for the cost.
+        split_heads: Orthogonalise each head of q, k and v on its own.
+
+    Raises:
+        TopologyError: Query groups or FFN width do not divide over the tensor-parallel ranks.
+        RuntimeMismatch: The local tensor does not have the rows that ``layer`` implies.
+    """
+    module = param.name.removesuffix(".weight").rsplit(".", 1)[-1]
+    rows = _SPLITTERS[module](param, layer, tensor_size)
+    check_rows(param, rows.values())
+    dim = param.partition_dim
+    if dim is None:
+        if tensor_size > 1:
+            raise RuntimeMismatch(
+                f"{param.name} is the same on all {tensor_size} tensor-parallel ranks, but a "
+                "matrix must be held once; its module is not one of Megatron's parallel layers."
+            )
+        dim = 0
+    head = layer.kv_channels if split_heads and module == "linear_qkv" else None
+    return tuple(
+        _unit(param, kind, r, dim, tensor_size, steps, choose_form, head)
+        for kind, r in rows.items()
+    )
+
+
+def check_rows(param: ParamInfo, pieces: Iterable[tuple[Rows, ...]]) -> None:
+    """Raise unless the row ranges of all pieces partition the rows of the local tensor.
+
+    Raises:
+        RuntimeMismatch: Rows are missing or claimed twice.
+    """
+    position = 0
+    for start, end in sorted(rows for piece in pieces for rows in piece):
+        if start != position or end < start:
+            position = -1
+            break
+        position = end
+    if position != param.local_shape[0]:
+        raise RuntimeMismatch(
+            f"{param.name} has {param.local_shape[0]} local rows, but its units do not contain "
+            "each of them once; the layer's sizes differ from the module's."
+        )
+
+
+def _unit(
+    param: ParamInfo,
+    kind: str,
+    rows: tuple[Rows, ...],
+    dim: int,
+    tensor_size: int,
+    steps: int,
+    choose_form: ChooseForm,
+    block_rows: int | None,
+) -> Unit:
+    local_rows = sum(end - start for start, end in rows)
+    whole = _whole((local_rows, param.local_shape[1]), dim, tensor_size)
+    # The rows of a head are side by side and on one tensor-parallel rank.
+    blocks = whole[0] // block_rows if block_rows else 1
+    block = (whole[0] // blocks, whole[1])
+    form = choose_form(*block)
+    return Unit(
+        name=f"{param.name}::{kind}",
+        param=param.name,
+        kind=kind,
+        local_rows=rows,
+        local_columns=param.local_shape[1],
+        partition_dim=dim,
+        tensor_size=tensor_size,
+        cost=blocks * newton_schulz_flops(*block, steps, form),
+        form=form,
+        blocks=blocks,
+    )
+
+
+def _whole(local_shape: tuple[int, int], dim: int, tensor_size: int) -> tuple[int, int]:
+    rows, columns = local_shape
+    return (rows * tensor_size, columns) if dim == 0 else (rows, columns * tensor_size)
+
+
+def _split_qkv(
+    param: ParamInfo, layer: LayerShape, tensor_size: int
+) -> dict[str, tuple[Rows, ...]]:
+    """Cut each query group's block ``[q ... q k v]``, Megatron's order of rows."""
+    groups = _divide(layer.num_query_groups, tensor_size, f"query groups of {param.name}")
+    d = layer.kv_channels
+    q = layer.heads_per_group * d
+    starts = [group * (q + 2 * d) for group in range(groups)]
+    return {
+        "q": tuple((s, s + q) for s in starts),
+        "k": tuple((s + q, s + q + d) for s in starts),
+        "v": tuple((s + q + d, s + q + 2 * d) for s in starts),
+    }
+
+
+def _split_gate_up(
+    param: ParamInfo, layer: LayerShape, tensor_size: int
+) -> dict[str, tuple[Rows, ...]]:
+    """Cut the local ``[gate; up]`` in the middle; each tensor-parallel rank has both."""
+    ffn = _divide(layer.ffn_hidden_size, tensor_size, f"gate rows of {param.name}")
+    return {"gate": ((0, ffn),), "up": ((ffn, 2 * ffn),)}
+
+
+def _uncut(kind: str) -> Callable[[ParamInfo, LayerShape, int], dict[str, tuple[Rows, ...]]]:
+    def all_rows(
+        param: ParamInfo, layer: LayerShape, tensor_size: int
+    ) -> dict[str, tuple[Rows, ...]]:
+        return {kind: ((0, param.local_shape[0]),)}
+
+    return all_rows
+
+
+_SPLITTERS: Mapping[str, Callable[[ParamInfo, LayerShape, int], dict[str, tuple[Rows, ...]]]] = {
+    "linear_qkv": _split_qkv,
+    "linear_fc1": _split_gate_up,
+    "linear_proj": _uncut("proj"),
+    "linear_fc2": _uncut("down"),
+}
+
+
+def _divide(count: int, tensor_size: int, what: str) -> int:
+    if count % tensor_size:
+        raise TopologyError(
+            f"the {count} {what} do not divide over {tensor_size} tensor-parallel ranks; "
+            f"use a tensor_model_parallel_size that divides {count}"
+        )
+    return count // tensor_size

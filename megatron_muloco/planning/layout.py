@@ -1,0 +1,302 @@
+"""Which flat ranges of a stage's parameters each data-parallel rank masters.
+
+Megatron lays the parameters of a stage end to end in a buffer, the last one first, and cuts the
+buffer into buckets, and every bucket into equal slices, one for each dp x cp rank::
+
+    bucket   | head ..|norm .|fc2 ........|fc1 ........ pad |
+    ranks    |      0       |       1       |       2       |
+
+A parameter starts at a multiple of 64 elements, a bucket ends at one of lcm(ranks, 128). There is
+one bucket, unless gradients are reduced while backward runs: then the first stage closes a bucket
+as soon as it is large enough. A tied embedding that two stages hold has a bucket of its own.
+
+Source: ``_ParamAndGradBuffer`` of megatron-core 0.16.1 and ``_compute_per_buffer_param_layout`` of
+0.19.2, which have the same rules. A program with its own Megatron loop may choose another size of
+buckets; then these ranges are not its.
+"""
+
+import math
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from megatron_muloco.config.derived import padded_vocab_size
+from megatron_muloco.config.inner import MuonInner
+from megatron_muloco.config.outer import NoOuter
+from megatron_muloco.config.schema import ModelConfig, RunConfig
+from megatron_muloco.optim.matrices import (
+    Implementation,
+    LayerShape,
+    Unit,
+    automatic_form,
+    is_vector,
+    split,
+)
+from megatron_muloco.outer.fragments import FragmentPlan
+from megatron_muloco.params import ParamInfo, Shard
+from megatron_muloco.topology import Coords, Topology
+
+__all__ = [
+    "BYTES",
+    "EMBEDDING",
+    "Slice",
+    "by_fragment",
+    "cut_buffer",
+    "rank_shards",
+    "stage_parameters",
+    "stage_shards",
+    "stage_slices",
+    "stage_units",
+]
+
+
+# ------------------------------------------------------------------------------------------
+# The parameters of one rank's module, by name and shape, without building it.
+#
+# A stage has them in the order of Megatron's modules, which is the order of everything that is laid
+# end to end: the gradient buffer, the fragments, the chunks of the outer group.
+
+
+EMBEDDING = "embedding.word_embeddings.weight"
+_OUTPUT = "output_layer.weight"
+
+
+def stage_parameters(
+    model: ModelConfig, topology: Topology, *, stage: int, tp_rank: int
+) -> tuple[ParamInfo, ...]:
+    """Return what `model.names.describe_parameters` says of a built stage, in its order.
+
+    Args:
+        model: The model.
+        topology: Its tensor and pipeline sizes count.
+        stage: Pipeline stage.
+        tp_rank: Place in the tensor-parallel group; the norms of others than 0 are duplicates.
+    """
+    tensor, first, last = topology.tensor, stage == 0, stage == topology.pipeline - 1
+    per_stage = model.num_layers // topology.pipeline
+    table = (padded_vocab_size(model) // tensor, model.hidden_size)
+    parameters = []
+    if first:
+        parameters.append(ParamInfo(EMBEDDING, table, 0, duplicate=False))
+    for layer in range(stage * per_stage, (stage + 1) * per_stage):
+        parameters += [
+            ParamInfo(f"decoder.layers.{layer}.{name}.weight", shape, dim, duplicate=False)
+            if dim is not None
+            else _norm(f"decoder.layers.{layer}.{name}.weight", shape, tp_rank)
+            for name, shape, dim in _layer(model, tensor)
+        ]
+    if last:
+        parameters.append(_norm("decoder.final_layernorm.weight", (model.hidden_size,), tp_rank))
+    if last and model.untie_embeddings_and_output_weights:
+        parameters.append(ParamInfo(_OUTPUT, table, 0, duplicate=False))
+    elif last and not first:  # a tied head repeats the embedding, whose name it has
+        parameters.append(ParamInfo(EMBEDDING, table, 0, duplicate=True))
+    return tuple(parameters)
+
+
+def _layer(model: ModelConfig, tensor: int) -> Iterator[tuple[str, tuple[int, ...], int | None]]:
+    """Yield name, local shape and partition dimension of one layer's parameters."""
+    hidden, ffn, head = model.hidden_size, model.ffn_hidden_size, model.kv_channels
+    queries, keys = model.num_attention_heads * head, model.query_groups * head
+    yield "input_layernorm", (hidden,), None
+    yield "self_attention.linear_proj", (hidden, queries // tensor), 1
+    if model.post_layernorm:
+        yield "self_attention.linear_proj.post_norm", (hidden,), None
+    yield "self_attention.linear_qkv", ((queries + 2 * keys) // tensor, hidden), 0
+    if model.qk_layernorm:
+        yield "self_attention.q_layernorm", (head,), None
+        yield "self_attention.k_layernorm", (head,), None
+    yield "pre_mlp_layernorm", (hidden,), None
+    yield "mlp.linear_fc1", (2 * ffn // tensor, hidden), 0
+    yield "mlp.linear_fc2", (hidden, ffn // tensor), 1
+    if model.post_layernorm:
+        yield "mlp.linear_fc2.post_norm", (hidden,), None
+
+
+def _norm(name: str, shape: tuple[int, ...], tp_rank: int) -> ParamInfo:
+    return ParamInfo(name, shape, None, duplicate=tp_rank > 0)
+
+
+# ------------------------------------------------------------------------------------------
+
+# megatron-core, both versions; elements.
+_PARAMETER_START = 64
+_BUCKET_END = 128
+_LEAST_BUCKET = 40_000_000
+_BUCKET_PER_RANK = 1_000_000
+
+
+def stage_shards(
+    config: RunConfig, topology: Topology, *, stage: int, tp_rank: int
+) -> tuple[tuple[Shard, ...], ...]:
+    """Return the shards of every dp x cp rank of one pipeline stage and tensor-parallel rank."""
+    model = config.model
+    bucket = None
+    if config.training.overlap_grad_reduce and stage == 0:
+        bucket = max(_LEAST_BUCKET, _BUCKET_PER_RANK * topology.data)
+    tied = not model.untie_embeddings_and_output_weights and topology.pipeline > 1
+    return cut_buffer(
+        stage_parameters(model, topology, stage=stage, tp_rank=tp_rank),
+        ranks=topology.sharding,
+        bucket_elements=bucket,
+        alone=(EMBEDDING,) if tied else (),
+    )
+
+
+def rank_shards(config: RunConfig, topology: Topology, coords: Coords) -> tuple[Shard, ...]:
+    """Return one rank's non-empty shards, in the order of the stage's parameters."""
+    stage = stage_shards(config, topology, stage=coords.pp, tp_rank=coords.tp)
+    return stage[coords.dp * topology.context + coords.cp]
+
+
+def cut_buffer(
+    parameters: Sequence[ParamInfo],
+    *,
+    ranks: int,
+    bucket_elements: int | None = None,
+    alone: Collection[str] = (),
+) -> tuple[tuple[Shard, ...], ...]:
+    """Return the shards of every rank, each rank's in the order of ``parameters``.
+
+    Args:
+        parameters: Of one stage, in the order of its modules.
+        ranks: Over which masters are divided: dp x cp.
+        bucket_elements: Close a bucket that has as many; ``None`` never does.
+        alone: Names that get a bucket of their own.
+    """
+    shards: list[list[Shard]] = [[] for _ in range(ranks)]
+    members: list[tuple[ParamInfo, int]] = []
+    start = position = 0
+    for param in reversed(parameters):
+        position = _round_up(position, _PARAMETER_START)
+        if members and param.name in alone:
+            start = position = _close(shards, members, start, position)
+        members.append((param, position))
+        position += param.numel
+        full = bucket_elements is not None and position - start >= bucket_elements
+        if full or param.name in alone:
+            start = position = _close(shards, members, start, position)
+    if members:
+        _close(shards, members, start, position)
+    return tuple(tuple(reversed(of_rank)) for of_rank in shards)
+
+
+def _close(
+    shards: list[list[Shard]], members: list[tuple[ParamInfo, int]], start: int, end: int
+) -> int:
+    """Deal the bucket from ``start`` to ``end`` out to all ranks; return where the next starts."""
+    end = _round_up(end, math.lcm(len(shards), _BUCKET_END))
+    length = (end - start) // len(shards)
+    for param, place in members:
+        first, last = (place - start) // length, (place + param.numel - 1 - start) // length
+        for rank in range(first, last + 1):
+            edge = start + rank * length - place  # where the rank's slice begins in the parameter
+            shards[rank].append(Shard(param, max(0, edge), min(param.numel, edge + length)))
+    members.clear()
+    return end
+
+
+def by_fragment(config: RunConfig, shards: Sequence[Shard]) -> tuple[tuple[Shard, ...], ...]:
+    """Return the shards that a rank exchanges, fragment by fragment; none without an outer step.
+
+    Duplicates are not among them: another rank speaks for them.
+    """
+    outer = config.outer
+    if isinstance(outer, NoOuter):
+        return ()
+    owned = {shard.name: shard for shard in shards if not shard.param.duplicate}
+    plan = FragmentPlan.by_layer(
+        owned,
+        num_layers=config.model.num_layers,
+        count=outer.fragments.count,
+        pattern=outer.fragments.pattern,
+    )
+    return tuple(tuple(owned[name] for name in names) for names in plan.fragments)
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+# ------------------------------------------------------------------------------------------
+# How many elements one rank's module holds, by what is done with them.
+
+
+BYTES = {"fp32": 4, "bf16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Elements in the module of each tensor-parallel rank of one pipeline stage.
+
+    Attributes:
+        stage: Index of the pipeline stage.
+        matrices: Attention and MLP matrices.
+        vectors: Embedding, output head and RMSNorm weights; the first two are cut over
+            tensor-parallel ranks, the last are whole on each. A tied head is a second copy of the
+            embedding when there is more than one stage.
+    """
+
+    stage: int
+    matrices: int
+    vectors: int
+
+    @property
+    def total(self) -> int:
+        """All elements."""
+        return self.matrices + self.vectors
+
+
+def stage_slices(model: ModelConfig, topology: Topology) -> tuple[Slice, ...]:
+    """Return the slice of every pipeline stage, in order."""
+    slices = []
+    for stage in range(topology.pipeline):
+        parameters = stage_parameters(model, topology, stage=stage, tp_rank=0)
+        vectors = sum(param.numel for param in parameters if is_vector(param))
+        total = sum(param.numel for param in parameters)
+        slices.append(Slice(stage, total - vectors, vectors))
+    return tuple(slices)
+
+
+# ------------------------------------------------------------------------------------------
+# The matrices of one pipeline stage and their owners, as the parameter table will have them.
+
+
+def stage_units(config: RunConfig, topology: Topology, *, accelerator: bool) -> tuple[Unit, ...]:
+    """Return the units of a pipeline stage, all stages having as many; none without Muon.
+
+    Args:
+        config: The run.
+        topology: Its tensor and pipeline sizes count.
+        accelerator: Whether ranks have one, for the form and with it the cost of a unit.
+    """
+    if not isinstance(config.inner, MuonInner):
+        return ()
+    model, tensor, muon = config.model, topology.tensor, config.inner.muon
+    shape = LayerShape(
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.query_groups,
+        kv_channels=model.kv_channels,
+        ffn_hidden_size=model.ffn_hidden_size,
+    )
+    parameters = stage_parameters(model, topology, stage=0, tp_rank=0)
+    return tuple(
+        unit
+        for param in parameters  # in the order of the modules, by which ties of owners are broken
+        if not is_vector(param)
+        for unit in split(
+            param,
+            shape,
+            tensor_size=tensor,
+            steps=muon.num_ns_steps,
+            split_heads=muon.split_heads,
+            choose_form=partial(_form, config.inner, accelerator),
+        )
+    )
+
+
+def _form(inner: MuonInner, accelerator: bool, rows: int, columns: int) -> Implementation:
+    if inner.muon.ns_impl != "auto":
+        return inner.muon.ns_impl
+    precise = inner.muon.compute_dtype(accelerator=accelerator) == "fp32"
+    return automatic_form(rows, columns, precise=precise, cpu=not accelerator)

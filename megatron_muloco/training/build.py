@@ -1,0 +1,266 @@
+"""Everything one rank needs to train, built in order from a checked configuration."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+
+from megatron_muloco.checkpoint.state import Description, RunState, residual_changes
+from megatron_muloco.checkpoint.store import CheckpointStore
+from megatron_muloco.comm.groups import Groups
+from megatron_muloco.config import RunConfig
+from megatron_muloco.config.derived import Derived, derive
+from megatron_muloco.data.batches import BatchSource
+from megatron_muloco.data.datasets import build_datasets
+from megatron_muloco.data.sampler import BatchLayout
+from megatron_muloco.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_muloco.errors import CheckpointError, ConfigError
+from megatron_muloco.model.build import build_model
+from megatron_muloco.monitor.build import build_monitor
+from megatron_muloco.monitor.diagnostics import OrthogonalisationProbe
+from megatron_muloco.monitor.monitor import Monitor
+from megatron_muloco.optim.parameter_table import ParameterTable, TruthReport, truth_report
+from megatron_muloco.planning.report import render_plan
+from megatron_muloco.runtime.accelerator import training_device
+from megatron_muloco.runtime.megatron import wrap_data_parallel
+from megatron_muloco.training.build_optimizer import build_replica_optimizer
+from megatron_muloco.training.forward import ForwardBackward
+from megatron_muloco.training.replica_optimizer import ReplicaOptimizer
+from megatron_muloco.training.start import initialize_replicas
+from megatron_muloco.training.stopping import StopAgreement
+
+__all__ = ["Trainer", "build_trainer", "gather_report"]
+
+
+# ------------------------------------------------------------------------------------------
+# Brings the parameter tables of all pipeline stages to the rank that shows them.
+
+
+def gather_report(table: ParameterTable, groups: Groups) -> TruthReport:
+    """Return the report of all stages of this replica; every replica has the same.
+
+    Args:
+        table: Of this rank's stage; the same on all ranks of it.
+        groups: This rank's groups.
+
+    Collectives: one object gather over the replica, where it has more than one stage.
+    """
+    if groups.topology.pipeline == 1:
+        return truth_report([table])
+    coords = groups.coords
+    speaks = coords.tp == coords.cp == coords.dp == 0
+    gathered: list[Any] = [None] * groups.topology.replica_size
+    mine = (coords.pp, table) if speaks else None
+    torch.distributed.all_gather_object(gathered, mine, group=groups.replica)
+    stages = dict(entry for entry in gathered if entry is not None)
+    return truth_report([stages[stage] for stage in sorted(stages)])
+
+
+# ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """One rank's parts of a run. The loop acts on them; they do not know each other's order.
+
+    Attributes:
+        config: The run.
+        derived: What follows from it in this world.
+        groups: This rank's groups.
+        tokenizer: Of the data.
+        model: This rank's pipeline stage.
+        optimizer: Inner and outer steps.
+        forward: One forward and backward pass.
+        train_data: Microbatches by step.
+        valid_data: Held-out microbatches; ``None`` without evaluation.
+        monitor: Console and TensorBoard.
+        probe: Checks samples of what Newton-Schulz returns; ``None`` without Muon.
+        store: Checkpoints; ``None`` where none are kept.
+        state: What checkpoints hold.
+        agreement: How leaders of replicas agree on the step to stop at.
+        first_step: The inner step to begin with.
+    """
+
+    config: RunConfig
+    derived: Derived
+    groups: Groups
+    tokenizer: Tokenizer
+    model: DistributedDataParallel
+    optimizer: ReplicaOptimizer
+    forward: ForwardBackward
+    train_data: BatchSource
+    valid_data: BatchSource | None
+    monitor: Monitor
+    probe: OrthogonalisationProbe | None
+    store: CheckpointStore | None
+    state: RunState
+    agreement: StopAgreement
+    first_step: int
+
+
+def build_trainer(config: RunConfig) -> Trainer:
+    """Join the job, build model, optimizers and data, and load the checkpoint to resume from.
+
+    Raises:
+        ConfigError: Data, tokenizer, world or checkpoint do not fit the configuration.
+
+    Collectives: every rank of the job calls it.
+    """
+    groups = initialize_replicas(config)
+    derived = derive(config, groups.topology)
+    tokenizer = load_tokenizer(
+        config.data.tokenizer_type,
+        config.data.tokenizer_model,
+        model_vocab_size=config.model.vocab_size,
+    )
+    train_data, valid_data = _data(config, derived, groups, tokenizer)
+    model = _model(config, groups)
+    optimizer = build_replica_optimizer(model, config, groups)
+    probe = _probe(optimizer)
+    state = RunState(groups, optimizer.view, optimizer.inner, optimizer.synchronizer, config)
+    store = None
+    if config.checkpoint.dir is not None:
+        store = CheckpointStore(Path(config.checkpoint.dir), groups, keep=config.checkpoint.keep)
+    resumed, note = _resume(config, store, state, optimizer)
+    monitor = build_monitor(
+        config,
+        groups.topology,
+        optimizer.schedule,
+        device=training_device(),
+        writes=torch.distributed.get_rank() == 0,
+        resumed_step=resumed,
+        plan_text=render_plan(config, groups.topology),
+        parameters=gather_report(optimizer.inner.table, groups),
+    )
+    monitor.say(note)
+    return Trainer(
+        config=config,
+        derived=derived,
+        groups=groups,
+        tokenizer=tokenizer,
+        model=model,
+        optimizer=optimizer,
+        forward=ForwardBackward(
+            model,
+            groups,
+            micro_batch_size=config.training.micro_batch_size,
+            seq_length=config.model.seq_length,
+            end_of_document=tokenizer.eod if config.data.mask_document_boundaries else None,
+        ),
+        train_data=train_data,
+        valid_data=valid_data,
+        monitor=monitor,
+        probe=probe,
+        store=store,
+        state=state,
+        agreement=StopAgreement(
+            torch.distributed.distributed_c10d._get_default_store(),
+            replica=groups.coords.replica,
+            num_replicas=groups.topology.num_replicas,
+        ),
+        first_step=resumed + 1,
+    )
+
+
+def _model(config: RunConfig, groups: Groups) -> DistributedDataParallel:
+    training = config.training
+    return wrap_data_parallel(
+        build_model(config, groups),
+        groups,
+        reduce_in_fp32=training.accumulate_dtype == "fp32",
+        overlap_grad_reduce=training.overlap_grad_reduce,
+        overlap_param_gather=training.overlap_param_gather,
+    )
+
+
+def _data(
+    config: RunConfig, derived: Derived, groups: Groups, tokenizer: Tokenizer
+) -> tuple[BatchSource, BatchSource | None]:
+    """Return this rank's training data, and its held-out data where the run evaluates."""
+    training = config.training
+    evaluates = bool(config.data.valid) and training.eval_interval > 0
+    batch = training.global_batch_size
+    datasets = build_datasets(
+        train=config.data.train,
+        valid=config.data.valid,
+        train_samples=derived.train_iters * batch,
+        valid_samples=training.eval_iters * batch if evaluates else 0,
+        seq_length=config.model.seq_length,
+        seed=config.data.seed,
+        tokenizer=tokenizer,
+        cache_dir=config.data.cache_dir,
+    )
+    topology, coords = groups.topology, groups.coords
+    layout = BatchLayout(batch, topology.num_replicas, topology.data, training.micro_batch_size)
+    train = BatchSource(
+        datasets.train,
+        layout,
+        replica=coords.replica,
+        dp_rank=coords.dp,
+        steps=derived.train_iters,
+    )
+    if datasets.valid is None:
+        return train, None
+    held_out = layout.held_out()
+    return train, BatchSource(
+        datasets.valid, held_out, replica=0, dp_rank=coords.dp, steps=training.eval_iters
+    )
+
+
+def _probe(optimizer: ReplicaOptimizer) -> OrthogonalisationProbe | None:
+    """Put a probe around the orthogonaliser, where there is something to orthogonalise."""
+    inner = optimizer.inner
+    if not inner.has_matrices:
+        return None
+    probe = OrthogonalisationProbe(inner.orthogonalise, matrices_per_step=inner.planned_calls)
+    inner.orthogonalise = probe
+    return probe
+
+
+def _resume(
+    config: RunConfig,
+    store: CheckpointStore | None,
+    state: RunState,
+    optimizer: ReplicaOptimizer,
+) -> tuple[int, str]:
+    """Load the checkpoint that the configuration asks for; return its step and a note for the user.
+
+    Raises:
+        ConfigError: It cannot be resumed from. Nothing has been trained or written yet.
+    """
+    wanted = config.checkpoint.resume
+    if store is None or wanted == "none":
+        return 0, ""
+    try:
+        if wanted == "auto":
+            found = store.latest()
+            if found is None:
+                return 0, ""
+            path, note = found.path, found.note
+        else:
+            path, note = Path(wanted), ""
+        description = store.load(path, state)
+    except CheckpointError as error:
+        raise ConfigError(f"checkpoint.resume: {error}") from error
+    step = description.step
+    if step > (last := optimizer.derived.train_iters):
+        raise ConfigError(
+            f"checkpoint.resume: {path} was saved after inner step {step}, and this run ends after "
+            f"{last}. Set training.train_iters to at least {step}."
+        )
+    optimizer.steps = step
+    said = [note, *_residual_changes(description, state)]
+    return step, "\n".join([*said, f"resumed from {path} after inner step {step}"]).strip()
+
+
+def _residual_changes(description: Description, state: RunState) -> list[str]:
+    if state.synchronizer is None:
+        return []
+    return residual_changes(description.replicas[0]["digests"], state.synchronizer.kinds())
+
+
+def scalars_of(step: int, config: RunConfig) -> dict[str, Any]:
+    """Return the plain numbers of the trainer that go into a checkpoint."""
+    return {"step": step, "consumed_samples": step * config.training.global_batch_size}
