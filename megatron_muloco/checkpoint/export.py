@@ -60,8 +60,8 @@ def export_anchor(
     """
     path = layout.checkpoint_path(directory, step)
     space = ModelSpace(groups, view.infos, view.shards, training_device())
-    spoken_for = [name for name, info in view.infos.items() if not info.duplicate]
-    whole = space.gather(view.masters, spoken_for)
+    primary = [name for name, info in view.infos.items() if not info.duplicate]
+    whole = space.gather(view.masters, primary)
     entries = _entries(model, groups, whole, dtype) if groups.coords.replica == 0 else []
     common = {"iteration": step, "checkpoint_version": _MEGATRON_CHECKPOINT_VERSION}
     write_published(path, entries, lambda temporary: finish_directory(temporary, common))

@@ -93,8 +93,8 @@ def _tensors_of(kinds: Kinds, space: ModelSpace) -> Iterator[ShardedTensor]:
     """Yield the pieces that this rank holds of every parameter that it speaks for."""
     names = space.names(kinds)
     for kind, tensors in kinds.items():
-        spoken_for = [name for name in names[kind] if not space.cut(name).param.duplicate]
-        for name, piece in space.gather(tensors, spoken_for).items():
+        primary = [name for name in names[kind] if not space.cut(name).param.duplicate]
+        for name, piece in space.gather(tensors, primary).items():
             yield from sharded_tensors(f"{kind}.{name}", space.cut(name), piece)
 
 
@@ -298,7 +298,7 @@ def _wanted(
     """Return key prefix -> names to read, the same on all dp x cp ranks, which all call it."""
     replica = into.groups.coords.replica
     infos = into.view.infos
-    spoken_for = [name for name, info in infos.items() if not info.duplicate]
+    primary = [name for name, info in infos.items() if not info.duplicate]
     masters = f"replica_{replica}.master" if description.has_masters else ANCHOR
     wanted = {masters: list(infos)}
     for moment, names in space.names(into.inner.named_state()).items():
@@ -306,7 +306,7 @@ def _wanted(
     for kind in into.synchronizer.kinds() if into.synchronizer else ():
         prefix = outer_key(kind, replica)
         if prefix != masters:
-            wanted[prefix] = [name for name in spoken_for if f"{prefix}.{name}" in stored]
+            wanted[prefix] = [name for name in primary if f"{prefix}.{name}" in stored]
     return wanted
 
 

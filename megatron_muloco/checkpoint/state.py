@@ -75,7 +75,7 @@ class RunState:
         synchronizer: The outer step; ``None`` for plain data parallelism, where masters are the
             anchor.
         config: The run.
-        scalars: Plain numbers, texts, lists and dicts of the trainer, the same on all ranks, for
+        scalars: Plain numbers, texts, lists and dicts of the training run, equal on all ranks, for
             instance consumed samples; replaced on load.
     """
 
@@ -106,7 +106,7 @@ class Description:
         anchor_digest: See `megatron_muloco.checkpoint.digest`.
         versions: Package name to version of what wrote it; for people.
         has_masters: Whether masters are stored, because they differ from the anchor.
-        scalars: The trainer's plain values.
+        scalars: The training run's plain values.
         replicas: For each replica ``digests`` of its tensors by key prefix, ``inner_step`` (steps
             since its moments were zero) and the plain values of its ``synchronizer``.
         config: The resolved configuration.

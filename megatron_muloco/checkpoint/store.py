@@ -1,4 +1,4 @@
-"""The trainer's view of checkpoints: where they are, save, load.
+"""The training program's view of checkpoints: where they are, save, load.
 
     store = CheckpointStore(Path(config.checkpoint.dir), groups, keep=config.checkpoint.keep)
     if (found := store.latest()) is not None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_muloco.outer.reducer import Reduced, Reducer, Residuals, Sizes
 
-__all__ = ["Background"]
+__all__ = ["BackgroundReducer"]
 
 Result = TypeVar("Result")
 
@@ -33,7 +33,7 @@ class _Launched:
     future: "Future[tuple[Reduced, Any]]"
 
 
-class Background:
+class BackgroundReducer:
     """Does what another reducer does, beside training; see `Reducer` for its calls.
 
     Args:
@@ -48,7 +48,7 @@ class Background:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._tasks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._failure: BaseException | None = None  # the first one; the thread's own
-        self.residual_kinds, self.lends = reducer.residual_kinds, False
+        self.residual_names, self.returns_views = reducer.residual_names, False
         # A daemon: a peer that is gone must not keep this process alive until the time limit.
         threading.Thread(target=self._work, name="outer communication", daemon=True).start()
 
@@ -57,7 +57,7 @@ class Background:
         fragment: int,
         tensors: Mapping[str, Tensor],
         weight: float,
-        riders: Tensor,
+        metadata: Tensor,
         *,
         round_index: int,
     ) -> _Launched:
@@ -68,7 +68,7 @@ class Background:
             if self._stream is not None:
                 self._stream.wait_event(produced)
             handle = self._reducer.launch(
-                fragment, tensors, weight, riders, round_index=round_index
+                fragment, tensors, weight, metadata, round_index=round_index
             )
             return self._own(self._reducer.wait(handle)), self._mark()
 
@@ -103,7 +103,7 @@ class Background:
 
     def _own(self, reduced: Reduced) -> Reduced:
         """Return a mean that the next launch leaves alone: the thread may be at it already."""
-        if not self._reducer.lends:
+        if not self._reducer.returns_views:
             return reduced
         own = {name: tensor.clone() for name, tensor in reduced.mean.items()}
         return Reduced(own, reduced.stats)

@@ -89,16 +89,16 @@ def payload_sizes(
     ]
 
 
-def encoded_wire_bytes(sizes: Sequence[int], index: int, rider_count: int) -> int:
+def encoded_wire_bytes(sizes: Sequence[int], index: int, metadata_count: int) -> int:
     """Return the bytes that one rank sends for an encoded mean.
 
     Args:
         sizes: `payload_sizes` of the fragment.
         index: The rank's place in the outer group.
-        rider_count: fp32 numbers that travel along with its weight.
+        metadata_count: fp32 numbers that travel along with its weight.
     """
     others = len(sizes) - 1
-    return others * 4 * (1 + rider_count) + sum(sizes) - sizes[index] + others * sizes[index]
+    return others * 4 * (1 + metadata_count) + sum(sizes) - sizes[index] + others * sizes[index]
 
 
 def uncoded_wire_bytes(numel: int, num_replicas: int) -> int:

@@ -71,7 +71,7 @@ class BufferPool:
         self._free: list[Tensor] = []
         self._lent: list[tuple[Tensor, Tensor]] = []
 
-    def take(self, numel: int, dtype: torch.dtype) -> Tensor:
+    def acquire(self, numel: int, dtype: torch.dtype) -> Tensor:
         """Return a flat buffer of exactly this size, contents undefined."""
         wanted = numel * dtype.itemsize
         self._free.sort(key=Tensor.numel)
@@ -88,7 +88,7 @@ class BufferPool:
         self._lent.append((buffer, storage))
         return buffer
 
-    def give(self, *buffers: Tensor) -> None:
+    def release(self, *buffers: Tensor) -> None:
         """Take back buffers; their contents stay until they are taken again."""
         for buffer in buffers:
             index = next(i for i, (lent, _) in enumerate(self._lent) if lent is buffer)
@@ -208,7 +208,7 @@ class HostWire:
         send_splits: Sequence[int],
     ) -> Pending:
         """See `Wire.all_to_all`."""
-        leaving, arriving = self._staged(sent), self._pool.take(received.numel(), received.dtype)
+        leaving, arriving = self._staged(sent), self._pool.acquire(received.numel(), received.dtype)
         pending = self._wire.all_to_all(
             arriving, leaving, receive_splits=receive_splits, send_splits=send_splits
         )
@@ -216,12 +216,12 @@ class HostWire:
 
     def all_gather(self, received: Tensor, own: Tensor) -> Pending:
         """See `Wire.all_gather`."""
-        leaving, arriving = self._staged(own), self._pool.take(received.numel(), received.dtype)
+        leaving, arriving = self._staged(own), self._pool.acquire(received.numel(), received.dtype)
         pending = self._wire.all_gather(arriving, leaving)
         return _OnHost(pending, self._pool, arriving, received, (leaving, arriving))
 
     def _staged(self, values: Tensor) -> Tensor:
-        return self._pool.take(values.numel(), values.dtype).copy_(values)
+        return self._pool.acquire(values.numel(), values.dtype).copy_(values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +239,7 @@ class _OnHost:
         self.pending.wait()
         self.into.copy_(self.staged)
         for buffer in self.borrowed:
-            self.pool.give(buffer)
+            self.pool.release(buffer)
 
 
 # ------------------------------------------------------------------------------------------

@@ -21,13 +21,19 @@ from megatron_muloco.comm.chunking import (
 from megatron_muloco.comm.collectives import Layout, Pending
 from megatron_muloco.comm.reducers import OuterGroupReducer, Stopwatch
 from megatron_muloco.compress.codec import Codec, ErrorFeedback, encode, from_bytes
-from megatron_muloco.outer.reducer import CodeStats, Reduced, ReductionStats, Residuals, Sizes
+from megatron_muloco.outer.reducer import (
+    CompressionStats,
+    Reduced,
+    ReductionStats,
+    Residuals,
+    Sizes,
+)
 
-__all__ = ["EncodedMean", "EncodingReducer", "GatheredMean", "LaunchedCode"]
+__all__ = ["CompressedAllGather", "CompressedAllReduce", "CompressedReducer", "LaunchedCompression"]
 
 
 @dataclass(frozen=True, slots=True)
-class LaunchedCode:
+class LaunchedCompression:
     """A reduction under way: what `wait` needs, and what a message names.
 
     Attributes:
@@ -36,7 +42,7 @@ class LaunchedCode:
         layout: Of the tensors.
         chunks: Coding units by chunk.
         sizes: Payload bytes by chunk.
-        row_bytes: Of weight and riders, before every payload.
+        row_bytes: Of weight and metadata, before every payload.
         buffers: Sent and received; the network reads and writes them.
         pending: The collective.
         squares: What `encode` returned, summed; NaN where nothing was encoded.
@@ -55,7 +61,7 @@ class LaunchedCode:
     clock: Stopwatch
 
 
-class EncodingReducer(OuterGroupReducer):
+class CompressedReducer(OuterGroupReducer):
     """Encodes this replica's tensors, and keeps what that loses.
 
     Args:
@@ -70,7 +76,7 @@ class EncodingReducer(OuterGroupReducer):
         residual: e, by parameter; this replica's own. ``None`` without error feedback.
     """
 
-    lends = False
+    returns_views = False
 
     def __init__(
         self,
@@ -85,7 +91,7 @@ class EncodingReducer(OuterGroupReducer):
         super().__init__(group, device, through_host=through_host)
         self._codec_of, self._rows = codec_of, rows
         self.residual = None if error_decay is None else ErrorFeedback(error_decay)
-        self.residual_kinds = () if error_decay is None else ("residual",)
+        self.residual_names = () if error_decay is None else ("residual",)
 
     @property
     def _chunk_count(self) -> int:
@@ -101,17 +107,17 @@ class EncodingReducer(OuterGroupReducer):
         fragment: int,
         tensors: Mapping[str, Tensor],
         weight: float,
-        riders: Tensor,
+        metadata: Tensor,
         *,
         round_index: int,
-    ) -> LaunchedCode:
+    ) -> LaunchedCompression:
         """See `Reducer.launch`."""
         layout, clock = Layout.of(tensors), Stopwatch()
         chunks = chunk_pieces(layout.sizes, self._chunk_count, self._rows)
         sizes = payload_sizes(chunks, self._codec_of)
-        row = self._row(weight, riders).view(torch.uint8)
+        row = self._row(weight, metadata).view(torch.uint8)
         splits = [row.numel() + size for size in sizes]
-        sent = self._pool.take(sum(splits), torch.uint8)
+        sent = self._pool.acquire(sum(splits), torch.uint8)
         payloads = []
         for slot in sent.split(splits):
             slot[: row.numel()] = row
@@ -125,7 +131,7 @@ class EncodingReducer(OuterGroupReducer):
                 squares = self._encode_chunks(tensors, chunks, payloads)
         with self._named_errors("launch", fragment, round_index):
             received, pending = self._send(sent, splits)
-        return LaunchedCode(
+        return LaunchedCompression(
             fragment,
             round_index,
             layout,
@@ -190,7 +196,7 @@ class EncodingReducer(OuterGroupReducer):
 
     def _arrived(self, handle: Any) -> tuple[Tensor, Tensor]:
         """Return everybody's row, on the host, and everybody's payload, both ``[K, ...]``."""
-        assert isinstance(handle, LaunchedCode)
+        assert isinstance(handle, LaunchedCompression)
         with self._named_errors("apply", handle.fragment, handle.round_index):
             handle.pending.wait()
         table = handle.buffers[1].view(self._size, -1)
@@ -216,9 +222,9 @@ class EncodingReducer(OuterGroupReducer):
         into /= sum(weights)
 
     def _reduced(
-        self, handle: LaunchedCode, mean: Mapping[str, Tensor], rows: Tensor, wire_bytes: int
+        self, handle: LaunchedCompression, mean: Mapping[str, Tensor], rows: Tensor, wire_bytes: int
     ) -> Reduced:
-        self._pool.give(*handle.buffers)
+        self._pool.release(*handle.buffers)
         exact, lost = handle.squares.unbind()
         encode_ms, decode_ms = handle.clock["encode"], handle.clock["decode"]
         stats = ReductionStats(
@@ -226,7 +232,7 @@ class EncodingReducer(OuterGroupReducer):
             rows[:, 1:].clone(),
             wire_bytes=wire_bytes,
             uncoded_bytes=uncoded_wire_bytes(handle.layout.numel, self._size),
-            code=CodeStats(exact, lost, encode_ms, decode_ms, self.residual is not None),
+            code=CompressionStats(exact, lost, encode_ms, decode_ms, self.residual is not None),
         )
         return Reduced(mean, stats)
 
@@ -237,10 +243,11 @@ class EncodingReducer(OuterGroupReducer):
 # ------------------------------------------------------------------------------------------
 # The mean of encoded tensors: every value crosses the network twice, as a few bits.
 #
-# `EncodedMean` cuts the fragment into K chunks, one for each rank of the outer group to own::
+# `CompressedAllReduce` cuts the fragment into K chunks, one for each rank of the outer group to
+# own::
 #
 #     launch   v = x + decay * e;  send E(v), chunk k to its owner;  e <- v - D(E(v))
-#              all-to-all   [row | E(chunk 0)] [row | E(chunk 1)] ...     row = [w_k, riders]
+#              all-to-all   [row | E(chunk 0)] [row | E(chunk 1)] ...     row = [w_k, metadata]
 #     wait     owner: m = sum w_k D(E(v_k)) / sum w_k;  z = m + decay * f;  f <- z - D(E(z))
 #              all-to-all   E(z) of the own chunk to everyone
 #              everyone: mean = D(E(z)), from the same bytes, hence the same bits
@@ -248,13 +255,13 @@ class EncodingReducer(OuterGroupReducer):
 # The second all-to-all is an all-gather of parts of different lengths, which gloo does not have.
 
 
-class EncodedMean(EncodingReducer):
+class CompressedAllReduce(CompressedReducer):
     """Mean of encoded tensors, encoded again, with the sum in fp32 at each chunk's owner.
 
     The sum runs in replica order: the same bits for any arrival order.
 
     Args:
-        group: See `EncodingReducer`, also for the others.
+        group: See `CompressedReducer`, also for the others.
         device: Where the tensors are.
         codec_of: The codec of a parameter.
         rows: Where the rows of the parameters begin.
@@ -281,7 +288,7 @@ class EncodedMean(EncodingReducer):
     ) -> None:
         super().__init__(group, device, codec_of, rows, error_decay, through_host=through_host)
         self.owner_residual = None if error_decay is None else ErrorFeedback(error_decay)
-        self.residual_kinds = () if error_decay is None else ("residual", "owner_residual")
+        self.residual_names = () if error_decay is None else ("residual", "owner_residual")
 
     @property
     @override
@@ -292,7 +299,7 @@ class EncodedMean(EncodingReducer):
     @override
     def _send(self, sent: Tensor, splits: Sequence[int]) -> tuple[Tensor, Pending]:
         own = [splits[self._index]] * self._size
-        received = self._pool.take(sum(own), torch.uint8)
+        received = self._pool.acquire(sum(own), torch.uint8)
         return received, self._wire.all_to_all(
             received, sent, receive_splits=own, send_splits=splits
         )
@@ -407,7 +414,7 @@ class EncodedMean(EncodingReducer):
 #     wait     mean = sum w_k q_k / sum w_k, from the same bytes on all ranks, hence the same bits
 
 
-class GatheredMean(EncodingReducer):
+class CompressedAllGather(CompressedReducer):
     """Mean of encoded tensors that all ranks of the outer group decode for themselves.
 
     A rank's whole shard of a tensor is one coding unit.
@@ -424,7 +431,7 @@ class GatheredMean(EncodingReducer):
 
     @override
     def _send(self, sent: Tensor, splits: Sequence[int]) -> tuple[Tensor, Pending]:
-        received = self._pool.take(self._size * sent.numel(), torch.uint8)
+        received = self._pool.acquire(self._size * sent.numel(), torch.uint8)
         return received, self._wire.all_gather(received, sent)
 
     def wait(self, handle: Any) -> Reduced:

@@ -1,12 +1,12 @@
 """Weighted means over the outer group, in two shapes of traffic.
 
-`AllReduceMean` sums one flat fp32 buffer with the library's all-reduce::
+`AllReduce` sums one flat fp32 buffer with the library's all-reduce::
 
-    [ w * tensors | row 0 | row 1 | ... | row K-1 | padding ]    row k = [w_k, riders of replica k]
+    [ w * tensors | row 0 | row 1 | ... | row K-1 | padding ]    row k = [w_k, metadata of k]
 
 Every replica fills its own row and zeros the others, so one sum carries the weights as well.
 
-`ChunkOwnerMean` cuts the fragment into K chunks; the k-th rank of the group receives everybody's
+`ChunkedAllReduce` cuts the fragment into K chunks; the k-th rank of the group receives everybody's
 k-th chunk, sums it in fp32 in a fixed order and sends the mean to all::
 
     all-to-all   [row | chunk 0] [row | chunk 1] ... [row | chunk K-1]      as bytes, one to each
@@ -34,12 +34,12 @@ from megatron_muloco.errors import SyncError
 from megatron_muloco.outer.reducer import Reduced, Reducer, ReductionStats, Residuals, Sizes
 
 __all__ = [
-    "AllReduceMean",
-    "ChunkOwnerMean",
+    "AllReduce",
+    "ChunkedAllReduce",
     "OuterGroupReducer",
     "ReplicaSum",
     "Stopwatch",
-    "mean_reducer",
+    "build_plain_reducer_for",
 ]
 
 
@@ -57,8 +57,8 @@ class OuterGroupReducer:
             there.
     """
 
-    residual_kinds: tuple[str, ...] = ()
-    lends = True
+    residual_names: tuple[str, ...] = ()
+    returns_views = True
 
     def __init__(
         self, group: ProcessGroup | None, device: torch.device, *, through_host: bool = False
@@ -80,10 +80,10 @@ class OuterGroupReducer:
     def load_residuals(self, residuals: Residuals, fragments: Sequence[Sizes]) -> None:
         """See `Reducer.load_residuals`."""
 
-    def _row(self, weight: float, riders: Tensor) -> Tensor:
+    def _row(self, weight: float, metadata: Tensor) -> Tensor:
         assert 0.0 <= weight <= 1.0, weight
         head = torch.tensor([weight], dtype=torch.float32)
-        return torch.cat([head.to(riders.device), riders.float()]).to(self._device)
+        return torch.cat([head.to(metadata.device), metadata.float()]).to(self._device)
 
     @contextmanager
     def _named_errors(self, verb: str, fragment: int, round_index: int) -> Iterator[None]:
@@ -132,7 +132,7 @@ class Stopwatch:
 WireDtype = Literal["fp32", "bf16"]
 
 
-def mean_reducer(
+def build_plain_reducer_for(
     group: ProcessGroup | None,
     device: torch.device,
     *,
@@ -153,8 +153,8 @@ def mean_reducer(
     if wire_dtype == "bf16" or deterministic:
         # gloo's own bf16 all-reduce would round at every hop.
         dtype = torch.bfloat16 if wire_dtype == "bf16" else torch.float32
-        return ChunkOwnerMean(group, device, wire_dtype=dtype, through_host=through_host)
-    return AllReduceMean(group, device, through_host=through_host)
+        return ChunkedAllReduce(group, device, wire_dtype=dtype, through_host=through_host)
+    return AllReduce(group, device, through_host=through_host)
 
 
 class ReplicaSum:
@@ -181,12 +181,12 @@ class _Launched:
     fragment: int
     round_index: int
     layout: Layout
-    rider_count: int
+    metadata_count: int
     buffers: tuple[Tensor, ...]
     pending: Pending
 
 
-class AllReduceMean(OuterGroupReducer):
+class AllReduce(OuterGroupReducer):
     """fp32 mean by one all-reduce; the default.
 
     Collectives: `launch` starts an all-reduce (sum) over the outer group, `wait` finishes it.
@@ -198,15 +198,15 @@ class AllReduceMean(OuterGroupReducer):
         fragment: int,
         tensors: Mapping[str, Tensor],
         weight: float,
-        riders: Tensor,
+        metadata: Tensor,
         *,
         round_index: int,
     ) -> _Launched:
         """See `Reducer.launch`."""
         layout = Layout.of(tensors)
-        row = self._row(weight, riders)
+        row = self._row(weight, metadata)
         size = _round_up(layout.numel + self._size * row.numel(), self._size)
-        buffer = self._pool.take(size, torch.float32)
+        buffer = self._pool.acquire(size, torch.float32)
         buffer.zero_()  # and nothing else with weight 0: 0 * NaN is NaN
         if weight:
             layout.pack(tensors, buffer)
@@ -215,7 +215,7 @@ class AllReduceMean(OuterGroupReducer):
         buffer[start : start + row.numel()] = row
         with self._named_errors("launch", fragment, round_index):
             pending = self._wire.all_reduce(buffer)
-        return _Launched(fragment, round_index, layout, riders.numel(), (buffer,), pending)
+        return _Launched(fragment, round_index, layout, metadata.numel(), (buffer,), pending)
 
     def wait(self, handle: Any) -> Reduced:
         """See `Reducer.wait`."""
@@ -223,17 +223,17 @@ class AllReduceMean(OuterGroupReducer):
         (buffer,) = handle.buffers
         with self._named_errors("apply", handle.fragment, handle.round_index):
             handle.pending.wait()
-        numel, columns = handle.layout.numel, 1 + handle.rider_count
+        numel, columns = handle.layout.numel, 1 + handle.metadata_count
         rows = buffer[numel : numel + self._size * columns].view(self._size, columns).cpu()
         _divide(buffer[:numel], rows)
-        self._pool.give(buffer)
+        self._pool.release(buffer)
         wire_bytes = uncoded_wire_bytes(buffer.numel(), self._size)
         uncoded = uncoded_wire_bytes(numel, self._size)
         stats = ReductionStats(rows[:, 0].clone(), rows[:, 1:].clone(), wire_bytes, uncoded)
         return Reduced(handle.layout.unpack(buffer), stats)
 
 
-class ChunkOwnerMean(OuterGroupReducer):
+class ChunkedAllReduce(OuterGroupReducer):
     """Mean by all-to-all, a sum at each chunk's owner in a fixed order, and all-gather.
 
     The owner adds neighbours pairwise in replica order, so K equal values give K times the value
@@ -255,39 +255,41 @@ class ChunkOwnerMean(OuterGroupReducer):
     ) -> None:
         super().__init__(group, device, through_host=through_host)
         self._wire_dtype = wire_dtype
-        self.lends = wire_dtype == torch.float32  # other dtypes are converted, into new memory
+        self.returns_views = (
+            wire_dtype == torch.float32
+        )  # other dtypes are converted, into new memory
 
     def launch(
         self,
         fragment: int,
         tensors: Mapping[str, Tensor],
         weight: float,
-        riders: Tensor,
+        metadata: Tensor,
         *,
         round_index: int,
     ) -> _Launched:
         """See `Reducer.launch`."""
         layout = Layout.of(tensors)
-        row = self._row(weight, riders).view(torch.uint8)
+        row = self._row(weight, metadata).view(torch.uint8)
         # Even chunks: the fp32 row of the next payload stays aligned also behind bf16 values.
         chunk = _round_up(math.ceil(layout.numel / self._size), 2)
-        values = self._pool.take(self._size * chunk, self._wire_dtype)
+        values = self._pool.acquire(self._size * chunk, self._wire_dtype)
         values.zero_()  # and nothing else with weight 0: 0 * NaN is NaN
         if weight:
             layout.pack(tensors, values)
         chunk_bytes = chunk * values.element_size()
-        payloads = self._pool.take(self._size * (row.numel() + chunk_bytes), torch.uint8)
+        payloads = self._pool.acquire(self._size * (row.numel() + chunk_bytes), torch.uint8)
         table = payloads.view(self._size, -1)
         table[:, : row.numel()] = row
         table[:, row.numel() :] = values.view(torch.uint8).view(self._size, -1)
-        received = self._pool.take(payloads.numel(), torch.uint8)
+        received = self._pool.acquire(payloads.numel(), torch.uint8)
         splits = [table.shape[1]] * self._size
         with self._named_errors("launch", fragment, round_index):
             pending = self._wire.all_to_all(
                 received, payloads, receive_splits=splits, send_splits=splits
             )
         buffers = (values, payloads, received)
-        return _Launched(fragment, round_index, layout, riders.numel(), buffers, pending)
+        return _Launched(fragment, round_index, layout, metadata.numel(), buffers, pending)
 
     def wait(self, handle: Any) -> Reduced:
         """See `Reducer.wait`."""
@@ -296,14 +298,14 @@ class ChunkOwnerMean(OuterGroupReducer):
         with self._named_errors("apply", handle.fragment, handle.round_index):
             handle.pending.wait()
         table = received.view(self._size, -1)
-        row_bytes = 4 * (1 + handle.rider_count)
+        row_bytes = 4 * (1 + handle.metadata_count)
         rows = table[:, :row_bytes].contiguous().view(torch.float32).cpu()
         chunks = table[:, row_bytes:].view(self._wire_dtype)
         mean = _pairwise_sum(list((chunks.float() * rows[:, :1].to(chunks.device)).unbind()))
         _divide(mean, rows)
         with self._named_errors("apply", handle.fragment, handle.round_index):
             self._wire.all_gather(values, mean.to(self._wire_dtype)).wait()
-        self._pool.give(*handle.buffers)
+        self._pool.release(*handle.buffers)
         uncoded = uncoded_wire_bytes(handle.layout.numel, self._size)
         sent = payloads.numel() // self._size + mean.numel() * values.element_size()
         wire_bytes = (self._size - 1) * sent

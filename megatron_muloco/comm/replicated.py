@@ -16,10 +16,10 @@ from megatron_muloco.comm.groups import Groups
 from megatron_muloco.errors import RuntimeMismatch, SyncError
 from megatron_muloco.params import Shard
 
-__all__ = ["DuplicateBroadcast"]
+__all__ = ["ReplicatedBroadcast"]
 
 
-class DuplicateBroadcast:
+class ReplicatedBroadcast:
     """Copies the holders' masters to their duplicates inside the replica.
 
     Invariant: holder and duplicates have the same names and the same flat ranges (checked once).

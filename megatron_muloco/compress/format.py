@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from megatron_muloco.config.outer import (
-    CodeConfig,
     ExceptionsConfig,
+    LossyCompression,
     TopKCompression,
 )
 
 __all__ = [
-    "CodeSpec",
+    "CodecSpec",
     "CodingUnit",
     "Granularity",
     "GroupedSize",
@@ -244,7 +244,7 @@ _VALUE_BYTES = {"fp32": 4, "bf16": 2}
 
 
 @dataclass(frozen=True, slots=True)
-class CodeSpec:
+class CodecSpec:
     """The code of one parameter.
 
     Attributes:
@@ -271,19 +271,19 @@ def parameter_class(name: str) -> ParameterClass:
     return "norm" if "norm" in name else "matrix"
 
 
-def spec_of(code: CodeConfig, name: str) -> CodeSpec:
+def spec_of(code: LossyCompression, name: str) -> CodecSpec:
     """Return the code of a parameter; the same on every rank."""
     exception = _exception(code.exceptions, parameter_class(name))
     if exception == "none":
-        return CodeSpec("raw")
+        return CodecSpec("raw")
     if isinstance(code, TopKCompression):
         grouping = Grouping("block", code.block_size)
-        return CodeSpec("topk", code.value_bits, grouping, code.density, code.wire_dtype)
+        return CodecSpec("topk", code.value_bits, grouping, code.density, code.wire_dtype)
     grouping = Grouping(code.granularity, code.values_per_block)
-    return CodeSpec(code.kind, exception or code.bits, grouping)
+    return CodecSpec(code.kind, exception or code.bits, grouping)
 
 
-def payload_size(spec: CodeSpec) -> PayloadSize:
+def payload_size(spec: CodecSpec) -> PayloadSize:
     """Return what knows the bytes of a unit in this code."""
     if spec.kind == "raw":
         return RawSize()

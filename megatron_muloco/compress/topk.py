@@ -17,12 +17,12 @@ from megatron_muloco.compress.codec import (
     refuse_non_finite,
     to_bytes,
 )
-from megatron_muloco.compress.format import CodeSpec, CodingUnit, Grouping, TopKSize, spec_of
+from megatron_muloco.compress.format import CodecSpec, CodingUnit, Grouping, TopKSize, spec_of
 from megatron_muloco.compress.packing import pack, unpack
 from megatron_muloco.compress.quantizers import E3M0, Linear, Statistical
-from megatron_muloco.config.outer import CodeConfig
+from megatron_muloco.config.outer import LossyCompression
 
-__all__ = ["TopK", "build_codec", "codec_chooser"]
+__all__ = ["TopK", "build_codec", "codec_lookup"]
 
 # 12-bit places. SparseLoCo (arXiv 2508.15706) selects inside chunks of this many values too.
 _BLOCK_SIZE = 4096
@@ -131,13 +131,13 @@ class TopK(RawFallback):
 # Codecs from the config.
 
 
-def codec_chooser(code: CodeConfig) -> Callable[[str], Codec]:
+def codec_lookup(code: LossyCompression) -> Callable[[str], Codec]:
     """Return the function from a parameter's name to its codec."""
     build = cache(build_codec)
     return cache(lambda name: build(spec_of(code, name)))
 
 
-def build_codec(spec: CodeSpec) -> Codec:
+def build_codec(spec: CodecSpec) -> Codec:
     """Return the codec of a spec."""
     if spec.kind == "raw":
         return Uncoded()

@@ -10,7 +10,6 @@ from megatron_muloco.config.section import PositiveInt, Section
 
 __all__ = [
     "AverageOuter",
-    "CodeConfig",
     "CompressionConfig",
     "CosineRamp",
     "E3M0Compression",
@@ -21,6 +20,7 @@ __all__ = [
     "LearningRate",
     "LinearCompression",
     "LinearRamp",
+    "LossyCompression",
     "Momentum",
     "NesterovOuter",
     "NoCompression",
@@ -29,8 +29,8 @@ __all__ = [
     "StatisticalCompression",
     "Steps",
     "TopKCompression",
-    "code_name",
-    "code_words",
+    "compression_name",
+    "compression_words",
     "exception_words",
     "feedback_words",
     "interval_at",
@@ -81,7 +81,7 @@ class NoCompression(Section):
         return self.wire_dtype == "fp32" and not self.deterministic
 
 
-class _Code(Section):
+class _LossyCompression(Section):
     """Keys of every lossy code."""
 
     is_all_reduce: ClassVar[bool] = False
@@ -97,7 +97,7 @@ class _Code(Section):
     )
 
 
-class _Grouped(_Code):
+class _Grouped(_LossyCompression):
     """Keys of the codes that store each value in a few bits, with a scale for many."""
 
     granularity: Literal["tensor", "row", "block"] = Field(
@@ -141,7 +141,7 @@ class E3M0Compression(_Grouped):
         return 4
 
 
-class TopKCompression(_Code):
+class TopKCompression(_LossyCompression):
     """Only the largest values, with their places."""
 
     kind: Literal["topk"] = Field(description=_KINDS)
@@ -163,7 +163,7 @@ def _uncompressed(value: Any) -> Any:
     return {"kind": "none", **value} if isinstance(value, dict) else value
 
 
-CodeConfig = LinearCompression | StatisticalCompression | E3M0Compression | TopKCompression
+LossyCompression = LinearCompression | StatisticalCompression | E3M0Compression | TopKCompression
 CompressionConfig = Annotated[
     NoCompression | LinearCompression | StatisticalCompression | E3M0Compression | TopKCompression,
     Field(discriminator="kind"),
@@ -432,7 +432,7 @@ OuterConfig = Annotated[NesterovOuter | AverageOuter | NoOuter, Field(discrimina
 # The code of pseudogradients in words, for the plan.
 
 
-def code_name(code: CompressionConfig) -> str:
+def compression_name(code: CompressionConfig) -> str:
     """Return what travels, in short: ``bf16`` or ``linear, 4 bits``."""
     if isinstance(code, NoCompression):
         return code.wire_dtype
@@ -441,7 +441,7 @@ def code_name(code: CompressionConfig) -> str:
     return f"{code.kind}, {_bits(code.bits)}"
 
 
-def code_words(code: CodeConfig) -> str:
+def compression_words(code: LossyCompression) -> str:
     """Return what shares a scale, or how the largest values are sent."""
     if isinstance(code, TopKCompression):
         values = f"{_bits(code.value_bits)} each" if code.value_bits else code.wire_dtype
@@ -450,7 +450,7 @@ def code_words(code: CodeConfig) -> str:
     return f"a {what} per {_group(code)}"
 
 
-def exception_words(code: CodeConfig) -> str:
+def exception_words(code: LossyCompression) -> str:
     """Return what is coded otherwise; nothing where nothing is."""
     names = {"norm": "norms", "embedding": "embedding", "output": "output head"}
     bits = {what: getattr(code.exceptions, key) for key, what in names.items()}
@@ -461,7 +461,7 @@ def exception_words(code: CodeConfig) -> str:
     )
 
 
-def feedback_words(code: CodeConfig) -> tuple[str, str]:
+def feedback_words(code: LossyCompression) -> tuple[str, str]:
     """Return the decay of error feedback, and what it keeps."""
     if not code.error_feedback:
         return "none", "what a code loses is lost"

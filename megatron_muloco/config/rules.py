@@ -41,7 +41,7 @@ __all__ = [
     "block_size_has_blocks",
     "check",
     "data_parallelism_has_one_replica",
-    "exceptions_fit_the_code",
+    "exceptions_fit_the_compression",
     "ffn_divides",
     "find_problems",
     "fragments_have_layers",
@@ -152,7 +152,9 @@ def apply_rule_is_one(config: RunConfig, topology: Topology | None) -> Iterator[
         )
 
 
-def exceptions_fit_the_code(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
+def exceptions_fit_the_compression(
+    config: RunConfig, topology: Topology | None
+) -> Iterator[Problem]:
     """Other bits for some parameters need a code that has bits."""
     code = _code(config)
     if not isinstance(code, E3M0Compression | TopKCompression):
@@ -523,7 +525,7 @@ RULES: tuple[Rule, ...] = (
     batch_divides,
     data_parallelism_has_one_replica,
     fragments_have_layers,
-    exceptions_fit_the_code,
+    exceptions_fit_the_compression,
     block_size_has_blocks,
     apply_rule_is_one,
     norm_band_is_a_band,

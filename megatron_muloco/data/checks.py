@@ -99,7 +99,7 @@ def check_sources(prefixes: Sequence[str], seq_length: int = 0) -> list[str]:
     """Return why any of these indexed datasets cannot be used; each prefix is looked at once.
 
     Args:
-        prefixes: Paths without suffix.
+        prefixes: RoutingPlan without suffix.
         seq_length: When given, a dataset too short for one sample is a problem.
     """
     return [

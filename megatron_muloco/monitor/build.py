@@ -12,7 +12,7 @@ from megatron_muloco.monitor.console import Console, start_banner
 from megatron_muloco.monitor.monitor import Monitor, RunFacts
 from megatron_muloco.monitor.tensorboard import EventWriter
 from megatron_muloco.monitor.throughput import peak_tflops
-from megatron_muloco.optim.parameter_table import TruthReport
+from megatron_muloco.optim.parameter_table import ParameterReport
 from megatron_muloco.outer.schedule import LineCalendar, SyncSchedule
 from megatron_muloco.topology import Topology
 
@@ -35,7 +35,7 @@ def build_monitor(
     writes: bool,
     resumed_step: int = 0,
     plan_text: str = "",
-    parameters: TruthReport | None = None,
+    parameters: ParameterReport | None = None,
     console: Console | None = None,
 ) -> Monitor:
     """Return this rank's monitor; on the writing rank, print the banner and open the event file.

@@ -18,7 +18,7 @@ from megatron_muloco.config.outer import (
     NesterovOuter,
     NoCompression,
     NoOuter,
-    code_name,
+    compression_name,
     interval_words,
     rate_words,
 )
@@ -187,7 +187,7 @@ def _outer_words(outer: NesterovOuter | AverageOuter) -> str:
     if outer.overlap_steps:
         words.append(f"overlapped by {_counted(outer.overlap_steps, 'step')}")
     compression = outer.compression
-    words.append(f"{code_name(compression)} on the wire")
+    words.append(f"{compression_name(compression)} on the wire")
     if not isinstance(compression, NoCompression) and compression.error_feedback:
         words.append("error feedback")
     return ", ".join(words)

@@ -1,13 +1,13 @@
 """What the training loop talks to: it records every inner step, and lines and points come out.
 
     monitor.record(t, {"lm loss": ..., "learning-rate": ..., "grad-norm": ...})
-    report = synchronizer.after_inner_step(t, monitor.riders(t))
+    report = synchronizer.after_inner_step(t, monitor.line_values(t))
     if report is not None:
         monitor.outer_step(report)
 
 With one replica a line is written when it is due. With more, lines wait for the next outer step:
 the losses ride with it, and what comes out is the mean over all replicas. Every rank has a monitor
-and calls the same methods, because every rank's outer group carries riders; one of them writes.
+and calls the same methods, because every rank's outer group carries line values; one writes.
 """
 
 import math
@@ -21,11 +21,11 @@ from torch import Tensor
 
 from megatron_muloco.errors import RuntimeMismatch
 from megatron_muloco.monitor.console import Console, EvaluationLine, RunSummary, TrainingLine
-from megatron_muloco.monitor.registry import metric
+from megatron_muloco.monitor.metrics import metric
 from megatron_muloco.monitor.tensorboard import EventWriter
 from megatron_muloco.monitor.throughput import Speed, measure_speed
 from megatron_muloco.outer.diagnostics import OuterReport, outer_metrics
-from megatron_muloco.outer.schedule import RIDERS_PER_LINE, LineCalendar
+from megatron_muloco.outer.schedule import VALUES_PER_LINE, LineCalendar
 
 __all__ = [
     "SAMPLE_TAG",
@@ -201,7 +201,7 @@ class Monitor:
     Args:
         facts: Of the run.
         calendar: When lines are due and when they ride.
-        device: Where riders are put together.
+        device: Where line_values are put together.
         console: ``None`` on ranks that do not write.
         writer: ``None`` on ranks that do not write, or without a directory.
         now: Seconds, monotonic.
@@ -220,7 +220,7 @@ class Monitor:
         self._facts, self._calendar, self._device = facts, calendar, device
         self._console, self._writer = console, writer
         self._clock = TrainingClock(now)
-        self._rider_count = calendar.rider_count() if facts.num_replicas > 1 else 0
+        self._value_count = calendar.value_count() if facts.num_replicas > 1 else 0
         self._interval = Interval()
         self._waiting: dict[int, DueLine] = {}
         self._exposed: list[tuple[int, float]] = []
@@ -270,40 +270,42 @@ class Monitor:
 
     # ---- outer steps ------------------------------------------------------------------------
 
-    def riders(self, step: int) -> Tensor | None:
+    def line_values(self, step: int) -> Tensor | None:
         """Return what this replica sends along with the launches of ``step``.
 
         ``None`` where nothing is launched, or with one replica; otherwise always of one size: the
         waiting lines since the last launch, then zeros.
         """
-        if not self._rider_count or not self._calendar.launches(step):
+        if not self._value_count or not self._calendar.launches(step):
             return None
-        riders = torch.zeros(self._rider_count, dtype=torch.float32, device=self._device)
+        line_values = torch.zeros(self._value_count, dtype=torch.float32, device=self._device)
         for slot, due_step in enumerate(self._calendar.carried(step)):
             if due_step in self._waiting:  # else recorded before this start
                 own = self._waiting[due_step].shared()
                 for index, value in enumerate(own):
-                    riders[slot * RIDERS_PER_LINE + index] = value
-        return riders
+                    line_values[slot * VALUES_PER_LINE + index] = value
+        return line_values
 
-    def receive(self, launched_at: int, riders: Tensor) -> None:
+    def receive(self, launched_at: int, line_values: Tensor) -> None:
         """Write the lines that rode with the launches of ``launched_at``.
 
         Args:
             launched_at: Inner step of the launch.
-            riders: Of every replica, ``[K, n]``, on the host. Lines that came with another fragment
-                of the same launch, or belong to an earlier start, are left out.
+            line_values: Of every replica, ``[K, n]``, on the host. Lines that came with another
+                fragment of the same launch, or belong to an earlier start, are left out.
         """
-        if riders.size(1) == 0:
+        if line_values.size(1) == 0:
             return
-        expected = (self._facts.num_replicas, self._rider_count)
-        assert tuple(riders.shape) == expected, f"riders {tuple(riders.shape)}, not {expected}"
+        expected = (self._facts.num_replicas, self._value_count)
+        assert tuple(line_values.shape) == expected, (
+            f"line_values {tuple(line_values.shape)}, not {expected}"
+        )
         for slot, due_step in enumerate(self._calendar.carried(launched_at)):
             line = self._waiting.pop(due_step, None)
             if line is not None:
-                first = slot * RIDERS_PER_LINE
+                first = slot * VALUES_PER_LINE
                 loss, norm, skipped = (
-                    riders[:, first : first + RIDERS_PER_LINE].double().mean(0).tolist()
+                    line_values[:, first : first + VALUES_PER_LINE].double().mean(0).tolist()
                 )
                 self._write_line(line, (loss, norm, round(skipped * self._facts.num_replicas)))
 
@@ -315,7 +317,7 @@ class Monitor:
             self._wire_bytes += int(metrics["muloco/wire_bytes"])
             metrics["muloco/wire_bytes_total"] = float(self._wire_bytes)
         for part in report.applied:
-            self.receive(part.launched_at, part.riders)
+            self.receive(part.launched_at, part.line_values)
         metrics |= self._round_time(report.step)
         if metrics:
             self.scalars(report.step, metrics)
@@ -413,8 +415,8 @@ class Monitor:
         if self._console is None:
             return
         numbers = floats([*shared, *line.values.values()])
-        loss, norm, skipped = numbers[:RIDERS_PER_LINE]
-        values = dict(zip(line.values, numbers[RIDERS_PER_LINE:], strict=True))
+        loss, norm, skipped = numbers[:VALUES_PER_LINE]
+        values = dict(zip(line.values, numbers[VALUES_PER_LINE:], strict=True))
         values["lm loss"] = loss
         if "grad-norm" in values:
             values["grad-norm"] = norm

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_muloco.monitor.registry import metric
+from megatron_muloco.monitor.metrics import metric
 
 __all__ = ["LAYOUT", "EventWriter"]
 
@@ -43,7 +43,7 @@ LAYOUT: Mapping[str, Mapping[str, list[object]]] = {
         ),
         "bytes sent": _chart("muloco/wire_bytes", "muloco/wire_bytes_total"),
         "compression": _chart("muloco/compression_error", "muloco/compression_ratio"),
-        "replicas": _chart("muloco/weight_sum", "muloco/quarantined"),
+        "replicas": _chart("muloco/weight_sum", "muloco/excluded"),
     },
 }
 """The custom-scalars page: categories, charts and their tags."""

@@ -1,5 +1,5 @@
 """The inner optimizer: Muon on matrices that are scattered over ranks, AdamW on everything else.
 
-``units``, ``assignment``, ``segments`` and ``parameter_table`` are arithmetic without torch, so
+``units``, ``assignment``, ``routes`` and ``parameter_table`` are arithmetic without torch, so
 that a plan can be made without it; nothing is imported here for the same reason.
 """

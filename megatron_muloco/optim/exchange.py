@@ -21,23 +21,23 @@ import torch
 from torch import Tensor
 
 from megatron_muloco.errors import RuntimeMismatch
-from megatron_muloco.optim.matrices import Unit
+from megatron_muloco.optim.matrices import MuonMatrix
 from megatron_muloco.optim.phase_timer import PhaseTimer
 from megatron_muloco.optim.routing import (
-    Block,
+    RangeRoute,
     RankShards,
-    Segment,
-    blocks,
+    Rectangle,
     by_shape,
     check_coverage,
     divide,
     largest_batch,
-    plan_paths,
-    unit_segments,
+    matrix_routes,
+    plan_routes,
+    rectangles,
 )
 from megatron_muloco.params import coverage
 
-__all__ = ["Batch", "Lane", "Pending", "ShardExchange", "Transform", "Transport"]
+__all__ = ["Batch", "ExchangeBucket", "Pending", "ShardExchange", "Transform", "Transport"]
 
 
 # ------------------------------------------------------------------------------------------
@@ -85,14 +85,14 @@ class Batch:
         runs: Where each cell's elements arrive (in a group of one rank: not) and leave from.
     """
 
-    units: tuple[Unit, ...]
+    units: tuple[MuonMatrix, ...]
     matrices: Tensor
-    places: tuple[tuple[Segment, Block], ...]
+    places: tuple[tuple[RangeRoute, Rectangle], ...]
     cells: tuple[Tensor, ...]
     runs: tuple[Tensor, ...]
 
 
-class Lane:
+class ExchangeBucket:
     """Moves one chunk of units between the ranks that hold pieces and the ranks that own them.
 
     Attributes:
@@ -112,7 +112,7 @@ class Lane:
 
     def __init__(
         self,
-        units: Sequence[Unit],
+        units: Sequence[MuonMatrix],
         owners: Sequence[int],
         layout: Sequence[RankShards],
         *,
@@ -122,19 +122,19 @@ class Lane:
         pieces: Mapping[str, Tensor],
     ) -> None:
         self._transport, self._rank = transport, rank
-        self._paths = paths = plan_paths(units, owners, layout, rank)
+        self._paths = paths = plan_routes(units, owners, layout, rank)
         self._pending: Pending | None = None
         self._shards: Mapping[str, Tensor] = {}
-        self._pieces = _shard_runs(pieces, paths.shard_segments)
+        self._pieces = _shard_runs(pieces, paths.shard_routes)
         sizes = (sum(paths.shard_splits), sum(paths.owner_splits)) if transport else (0, 0)
         self._shard_side, self._owner_side = map(scratch.new_empty, sizes)
         self._shard_views: list[Tensor] = []
         moved = self._pieces
         if transport is not None:
-            self._shard_views = _consecutive(self._shard_side, paths.shard_segments)
-            moved = _consecutive(self._owner_side, paths.owner_segments)
+            self._shard_views = _consecutive(self._shard_side, paths.shard_routes)
+            moved = _consecutive(self._owner_side, paths.owner_routes)
         owned = [unit for unit, owner in zip(units, owners, strict=True) if owner == rank]
-        runs = dict(zip(paths.owner_segments, moved, strict=True))
+        runs = dict(zip(paths.owner_routes, moved, strict=True))
         self.batches = tuple(_batch(batch, runs, scratch) for batch in by_shape(owned))
         self.planned_bytes = paths.elements_sent(rank) * scratch.element_size()
         self.bytes_sent = 0
@@ -152,7 +152,7 @@ class Lane:
         if self._transport is None:
             self._shards = shards
             return
-        _copy_all(self._shard_views, _shard_runs(shards, self._paths.shard_segments))
+        _copy_all(self._shard_views, _shard_runs(shards, self._paths.shard_routes))
         self._start(
             self._shard_side, self._paths.shard_splits, self._owner_side, self._paths.owner_splits
         )
@@ -205,47 +205,55 @@ class Lane:
         self.bytes_sent += (sent.numel() - send_splits[self._rank]) * sent.element_size()
 
 
-def _batch(units: Sequence[Unit], runs: Mapping[Segment, Tensor], scratch: Tensor) -> Batch:
+def _batch(
+    units: Sequence[MuonMatrix], runs: Mapping[RangeRoute, Tensor], scratch: Tensor
+) -> Batch:
     """Return the views of a batch at the beginning of the scratch memory."""
     shape = (len(units), *units[0].shape)
     matrices = scratch[: math.prod(shape)].view(shape)
     index = {unit.name: i for i, unit in enumerate(units)}
     placed = [
-        (segment, block, run[block.start : block.start + math.prod(block.shape)].view(block.shape))
-        for segment, run in runs.items()
-        if segment.unit.name in index
-        for block in blocks(segment)
+        (
+            route,
+            rectangle,
+            run[rectangle.start : rectangle.start + math.prod(rectangle.shape)].view(
+                rectangle.shape
+            ),
+        )
+        for route, run in runs.items()
+        if route.unit.name in index
+        for rectangle in rectangles(route)
     ]
     return Batch(
         units=tuple(units),
         matrices=matrices,
-        places=tuple((segment, block) for segment, block, _ in placed),
+        places=tuple((route, rectangle) for route, rectangle, _ in placed),
         cells=tuple(
-            matrices[index[segment.unit.name], slice(*block.rows), slice(*block.columns)]
-            for segment, block, _ in placed
+            matrices[index[route.unit.name], slice(*rectangle.rows), slice(*rectangle.columns)]
+            for route, rectangle, _ in placed
         ),
         runs=tuple(run for _, _, run in placed),
     )
 
 
-def _consecutive(buffer: Tensor, segments: Sequence[Segment]) -> list[Tensor]:
-    """Return the consecutive runs of ``buffer`` that carry the segments."""
-    return list(buffer.split([segment.length for segment in segments])) if segments else []
+def _consecutive(buffer: Tensor, routes: Sequence[RangeRoute]) -> list[Tensor]:
+    """Return the consecutive runs of ``buffer`` that carry the routes."""
+    return list(buffer.split([route.length for route in routes])) if routes else []
 
 
-def _shard_runs(shards: Mapping[str, Tensor], segments: Sequence[Segment]) -> list[Tensor]:
-    """Return the runs of the shards that the segments describe."""
+def _shard_runs(shards: Mapping[str, Tensor], routes: Sequence[RangeRoute]) -> list[Tensor]:
+    """Return the runs of the shards that the routes describe."""
     return [
-        shards[s.unit.param].view(-1)[s.shard_offset : s.shard_offset + s.length] for s in segments
+        shards[s.unit.param].view(-1)[s.shard_offset : s.shard_offset + s.length] for s in routes
     ]
 
 
 def _place_runs(shards: Mapping[str, Tensor], batch: Batch) -> list[Tensor]:
     """Return the elements of the shards that belong into the cells of a batch."""
-    runs = _shard_runs(shards, [segment for segment, _ in batch.places])
+    runs = _shard_runs(shards, [route for route, _ in batch.places])
     return [
-        run[block.start : block.start + math.prod(block.shape)].view(block.shape)
-        for run, (_, block) in zip(runs, batch.places, strict=True)
+        run[rectangle.start : rectangle.start + math.prod(rectangle.shape)].view(rectangle.shape)
+        for run, (_, rectangle) in zip(runs, batch.places, strict=True)
     ]
 
 
@@ -256,7 +264,7 @@ def _copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 
 # ------------------------------------------------------------------------------------------
 
-Transform = Callable[[tuple[Unit, ...], Tensor], Tensor]
+Transform = Callable[[tuple[MuonMatrix, ...], Tensor], Tensor]
 """Maps units of one shape and their matrices ``[units, rows, columns]`` to matrices like them."""
 
 
@@ -275,7 +283,7 @@ class ShardExchange:
 
     def __init__(
         self,
-        units: Sequence[Unit],
+        units: Sequence[MuonMatrix],
         owners: Sequence[int],
         layout: Sequence[RankShards],
         *,
@@ -285,7 +293,7 @@ class ShardExchange:
         device: torch.device | str = "cpu",
         chunks: int = 1,
     ) -> None:
-        """Build the segment tables and allocate all memory.
+        """Build the route tables and allocate all memory.
 
         Args:
             units: All units of the stage, in the same order on every rank.
@@ -323,8 +331,8 @@ class ShardExchange:
             max(map(largest_batch, own), default=0), dtype=wire_dtype, device=device
         )
         self._scratch = scratch
-        self._lanes = [
-            Lane(
+        self._buckets = [
+            ExchangeBucket(
                 chunk,
                 [owners[i] for i in indices],
                 layout,
@@ -335,7 +343,7 @@ class ShardExchange:
             )
             for chunk, indices in zip(members, divided, strict=True)
         ]
-        self.planned_bytes = sum(lane.planned_bytes for lane in self._lanes)
+        self.planned_bytes = sum(bucket.planned_bytes for bucket in self._buckets)
 
     @property
     def shard_names(self) -> tuple[str, ...]:
@@ -345,18 +353,18 @@ class ShardExchange:
     @property
     def chunks(self) -> int:
         """In how many chunks units travel."""
-        return len(self._lanes)
+        return len(self._buckets)
 
     @property
     def bytes_sent(self) -> int:
         """Bytes sent to other ranks over all calls so far."""
-        return sum(lane.bytes_sent for lane in self._lanes)
+        return sum(bucket.bytes_sent for bucket in self._buckets)
 
     @property
     def buffer_bytes(self) -> int:
         """Bytes that this rank keeps between steps."""
         own = sum(piece.nbytes for piece in self._pieces.values()) + self._scratch.nbytes
-        return own + sum(lane.buffer_bytes for lane in self._lanes)
+        return own + sum(bucket.buffer_bytes for bucket in self._buckets)
 
     def transform(
         self, shards: Mapping[str, Tensor], function: Transform, timer: PhaseTimer | None = None
@@ -379,23 +387,23 @@ class ShardExchange:
         self._check(shards)
         timer = timer or PhaseTimer()
         with timer.phase("collect"):
-            for lane in self._lanes:
-                lane.start_collect(shards)
-        for lane in self._lanes:
+            for bucket in self._buckets:
+                bucket.start_collect(shards)
+        for bucket in self._buckets:
             with timer.phase("collect"):
-                lane.wait()
-            for batch in lane.batches:
+                bucket.wait()
+            for batch in bucket.batches:
                 with timer.phase("collect"):
-                    matrices = lane.assemble(batch)
+                    matrices = bucket.assemble(batch)
                 updates = function(batch.units, matrices)
                 with timer.phase("return"):
-                    lane.cut(batch, updates)
+                    bucket.cut(batch, updates)
             with timer.phase("return"):
-                lane.start_return()
+                bucket.start_return()
         with timer.phase("return"):
-            for lane in self._lanes:
-                lane.wait()
-                lane.unpack()
+            for bucket in self._buckets:
+                bucket.wait()
+                bucket.unpack()
         return self._pieces
 
     def _check(self, shards: Mapping[str, Tensor]) -> None:
@@ -412,12 +420,12 @@ class ShardExchange:
                 )
 
 
-def _shard_sizes(units: Sequence[Unit], shards: RankShards) -> dict[str, int]:
+def _shard_sizes(units: Sequence[MuonMatrix], shards: RankShards) -> dict[str, int]:
     """Return the sizes of a rank's shards; raise unless the units contain all of them."""
     found: dict[str, int] = {}
     for unit in units:
-        for segment in unit_segments(unit, shards):
-            found[unit.param] = found.get(unit.param, 0) + segment.length
+        for route in matrix_routes(unit, shards):
+            found[unit.param] = found.get(unit.param, 0) + route.length
     sizes = {
         unit.param: end - start
         for unit in units

@@ -20,13 +20,13 @@ from megatron_muloco.errors import RuntimeMismatch, TopologyError
 from megatron_muloco.params import ParamInfo
 
 __all__ = [
-    "ChooseForm",
-    "Implementation",
+    "ChooseImplementation",
     "LayerShape",
+    "MuonMatrix",
+    "NSImplementation",
     "Route",
-    "Unit",
     "always_plain",
-    "automatic_form",
+    "automatic_implementation",
     "check_rows",
     "is_vector",
     "newton_schulz_flops",
@@ -41,12 +41,12 @@ __all__ = [
 # Sources of the counts: `newton_schulz` (plain) and `gram` (the others), where the products are.
 
 
-Implementation = Literal["plain", "triangle", "gram"]
+NSImplementation = Literal["plain", "triangle", "gram"]
 """``plain``: as published. ``triangle``: half of each symmetric product. ``gram``: pairs of steps
 too.
 """
 
-ChooseForm = Callable[[int, int], Implementation]
+ChooseImplementation = Callable[[int, int], NSImplementation]
 """Says which form a matrix of so many rows and columns gets."""
 
 
@@ -56,7 +56,9 @@ _SMALLEST_TRIANGLE_ROWS = 512
 _SMALLEST_GRAM_RATIO = 1.5
 
 
-def automatic_form(rows: int, columns: int, *, precise: bool, cpu: bool) -> Implementation:
+def automatic_implementation(
+    rows: int, columns: int, *, precise: bool, cpu: bool
+) -> NSImplementation:
     """Return the form that pays for a matrix of this shape.
 
     - ``plain`` where the iteration is not in fp32 or fp64 (``precise``): in bf16 a Gram matrix
@@ -73,12 +75,14 @@ def automatic_form(rows: int, columns: int, *, precise: bool, cpu: bool) -> Impl
     return "gram" if longer >= _SMALLEST_GRAM_RATIO * smaller else "triangle"
 
 
-def always_plain(rows: int, columns: int) -> Implementation:
+def always_plain(rows: int, columns: int) -> NSImplementation:
     """Return ``plain`` for every shape."""
     return "plain"
 
 
-def newton_schulz_flops(rows: int, columns: int, steps: int, form: Implementation = "plain") -> int:
+def newton_schulz_flops(
+    rows: int, columns: int, steps: int, form: NSImplementation = "plain"
+) -> int:
     """Return the FLOPs of ``steps`` quintic steps in one form.
 
     With m the smaller side and n the longer, a wide product takes 2 m^2 n and a small one 2 m^3;
@@ -143,7 +147,7 @@ class LayerShape:
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
+class MuonMatrix:
     """One matrix that is orthogonalised on its own.
 
     All tensor-parallel ranks hold pieces of one shape: rank t's ``local_rows``, stacked in order,
@@ -171,7 +175,7 @@ class Unit:
     partition_dim: int
     tensor_size: int
     cost: int
-    form: Implementation = "plain"
+    form: NSImplementation = "plain"
     blocks: int = 1
 
     @property
@@ -229,9 +233,9 @@ def split(
     *,
     tensor_size: int,
     steps: int = 5,
-    choose_form: ChooseForm = always_plain,
+    choose_form: ChooseImplementation = always_plain,
     split_heads: bool = False,
-) -> tuple[Unit, ...]:
+) -> tuple[MuonMatrix, ...]:
     """Return the units of a matrix parameter; together they contain each local row once.
 
     Args:
@@ -290,16 +294,16 @@ def _unit(
     dim: int,
     tensor_size: int,
     steps: int,
-    choose_form: ChooseForm,
+    choose_form: ChooseImplementation,
     block_rows: int | None,
-) -> Unit:
+) -> MuonMatrix:
     local_rows = sum(end - start for start, end in rows)
     whole = _whole((local_rows, param.local_shape[1]), dim, tensor_size)
     # The rows of a head are side by side and on one tensor-parallel rank.
     blocks = whole[0] // block_rows if block_rows else 1
     block = (whole[0] // blocks, whole[1])
     form = choose_form(*block)
-    return Unit(
+    return MuonMatrix(
         name=f"{param.name}::{kind}",
         param=param.name,
         kind=kind,

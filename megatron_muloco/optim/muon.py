@@ -23,11 +23,11 @@ from typing_extensions import override
 
 from megatron_muloco.errors import CheckpointError, RuntimeMismatch
 from megatron_muloco.optim.exchange import ShardExchange
-from megatron_muloco.optim.matrices import Unit
+from megatron_muloco.optim.matrices import MuonMatrix
 from megatron_muloco.optim.newton_schulz import (
     NORM_EPSILON,
     CoefficientType,
-    Implementation,
+    NSImplementation,
     ScaleMode,
     choose,
     newton_schulz,
@@ -182,9 +182,9 @@ class MuonSettings:
     scale_mode: ScaleMode = "unit_rms_norm"
     ns_dtype: torch.dtype = torch.bfloat16
     eps: float = NORM_EPSILON
-    impl: Literal["auto"] | Implementation = "auto"
+    impl: Literal["auto"] | NSImplementation = "auto"
 
-    def form(self, rows: int, columns: int, device: torch.device) -> Implementation:
+    def form(self, rows: int, columns: int, device: torch.device) -> NSImplementation:
         """Return how `orthogonalise` computes matrices of a shape on a device."""
         if self.impl == "auto":
             return choose(rows, columns, self.ns_dtype, device)
@@ -349,9 +349,9 @@ class MuonAdamW(torch.optim.AdamW):
         """Momentum, collect, orthogonalise at the owners, return, decay and descend."""
         sent_before = exchange.bytes_sent
         matrices = [(group, [b for b in bound if b.exchanged]) for group, bound in self._groups()]
-        done: list[Unit] = []
+        done: list[MuonMatrix] = []
 
-        def update(units: tuple[Unit, ...], batch: Tensor) -> Tensor:
+        def update(units: tuple[MuonMatrix, ...], batch: Tensor) -> Tensor:
             done.extend(units)
             with self.timer.phase("newton_schulz"):
                 rows, columns = units[0].block_shape

@@ -18,12 +18,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_muloco.optim.matrices import Implementation, automatic_form
+from megatron_muloco.optim.matrices import NSImplementation, automatic_implementation
 
 __all__ = [
     "NORM_EPSILON",
     "CoefficientType",
-    "Implementation",
+    "NSImplementation",
     "ScaleMode",
     "Triple",
     "choose",
@@ -251,13 +251,13 @@ def coefficient_triples(coefficients: CoefficientType, steps: int) -> tuple[Trip
     return tuple(triples[min(i, len(triples) - 1)] for i in range(steps))
 
 
-def choose(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Implementation:
+def choose(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> NSImplementation:
     """Return what ``impl="auto"`` runs for a matrix of this shape, dtype and device.
 
-    The rules are those of `automatic_form`.
+    The rules are those of `automatic_implementation`.
     """
     precise = dtype in (torch.float32, torch.float64)
-    return automatic_form(rows, columns, precise=precise, cpu=device.type == "cpu")
+    return automatic_implementation(rows, columns, precise=precise, cpu=device.type == "cpu")
 
 
 def newton_schulz(
@@ -267,7 +267,7 @@ def newton_schulz(
     coefficients: CoefficientType = "quintic",
     dtype: torch.dtype,
     eps: float = NORM_EPSILON,
-    impl: Literal["auto"] | Implementation = "auto",
+    impl: Literal["auto"] | NSImplementation = "auto",
 ) -> Tensor:
     """Return ``U p(S) V^T`` for each matrix ``U S V^T / (|M|_F + eps)`` of a batch.
 
@@ -319,7 +319,7 @@ def _iterate_plain(X: Tensor, triples: Sequence[Triple]) -> Tensor:
     return X
 
 
-def _check_implementation(impl: Implementation, dtype: torch.dtype) -> None:
+def _check_implementation(impl: NSImplementation, dtype: torch.dtype) -> None:
     if impl not in ("triangle", "gram"):
         raise ValueError(f"impl {impl!r} is not 'auto', 'plain', 'triangle' or 'gram'")
     if dtype not in (torch.float32, torch.float64):

@@ -11,10 +11,10 @@ from typing import Literal
 
 from megatron_muloco.errors import RuntimeMismatch
 from megatron_muloco.optim.matrices import (
-    ChooseForm,
+    ChooseImplementation,
     LayerShape,
+    MuonMatrix,
     Route,
-    Unit,
     always_plain,
     route,
     split,
@@ -24,12 +24,12 @@ from megatron_muloco.params import ParamInfo, coverage
 __all__ = [
     "Assignment",
     "InnerKind",
+    "ParameterReport",
     "ParameterRow",
     "ParameterTable",
-    "TruthReport",
     "assign",
     "build_parameter_table",
-    "truth_report",
+    "parameter_report",
 ]
 
 
@@ -66,7 +66,7 @@ class Assignment:
         return max(self.loads) * len(self.loads) / total if total else 1.0
 
 
-def assign(units: Sequence[Unit], ranks: int) -> Assignment:
+def assign(units: Sequence[MuonMatrix], ranks: int) -> Assignment:
     """Return the owner of each unit among ``ranks`` ranks of a stage group."""
     if ranks < 1:
         raise ValueError(f"units need at least one rank to own them, not {ranks}")
@@ -145,7 +145,7 @@ class ParameterRow:
     reason: str
     local_shape: tuple[int, ...]
     shape: tuple[int, ...]
-    units: tuple[Unit, ...]
+    units: tuple[MuonMatrix, ...]
     owners: tuple[int, ...]
     lr_mult: float
     wd_mult: float
@@ -165,7 +165,7 @@ class ParameterTable:
     assignment: Assignment
 
     @property
-    def units(self) -> tuple[Unit, ...]:
+    def units(self) -> tuple[MuonMatrix, ...]:
         """All units, in the order of the rows."""
         return tuple(unit for row in self.rows for unit in row.units)
 
@@ -214,7 +214,7 @@ def build_parameter_table(
     tensor_size: int,
     group_size: int,
     num_ns_steps: int = 5,
-    choose_form: ChooseForm = always_plain,
+    choose_form: ChooseImplementation = always_plain,
     split_heads: bool = False,
     multipliers: Mapping[str, tuple[float, float]] | None = None,
 ) -> ParameterTable:
@@ -313,7 +313,7 @@ def _cells(row: ParameterRow) -> tuple[str, ...]:
     )
 
 
-def _blocks(unit: Unit) -> str:
+def _blocks(unit: MuonMatrix) -> str:
     """Return the shape of what is orthogonalised, and of how many such blocks the unit is."""
     rows, columns = unit.block_shape
     return f"{unit.blocks} * " * (unit.blocks > 1) + f"[{rows} x {columns}]"
@@ -324,7 +324,7 @@ def _blocks(unit: Unit) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class TruthReport:
+class ParameterReport:
     """What the inner optimizer does to every parameter of a replica.
 
     Attributes:
@@ -336,7 +336,7 @@ class TruthReport:
     table: str
 
 
-def truth_report(stages: Sequence[ParameterTable]) -> TruthReport:
+def parameter_report(stages: Sequence[ParameterTable]) -> ParameterReport:
     """Return the report of the stages, in their order."""
     rows = [row for table in stages for row in table.rows]
     matrices = [row for row in rows if row.route == "matrix"]
@@ -354,4 +354,4 @@ def truth_report(stages: Sequence[ParameterTable]) -> TruthReport:
         f"pipeline stage {stage} of {len(stages)}\n{table.render()}\n"
         for stage, table in enumerate(stages)
     ]
-    return TruthReport(summary, "\n".join([*parts, f"in all: {summary}\n"]))
+    return ParameterReport(summary, "\n".join([*parts, f"in all: {summary}\n"]))

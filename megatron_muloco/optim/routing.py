@@ -15,20 +15,20 @@ from dataclasses import dataclass
 from itertools import chain
 
 from megatron_muloco.errors import RuntimeMismatch
-from megatron_muloco.optim.matrices import Unit
+from megatron_muloco.optim.matrices import MuonMatrix
 
 __all__ = [
-    "Block",
-    "Paths",
+    "RangeRoute",
     "RankShards",
-    "Segment",
-    "blocks",
+    "Rectangle",
+    "RoutingPlan",
     "by_shape",
     "check_coverage",
     "divide",
     "largest_batch",
-    "plan_paths",
-    "unit_segments",
+    "matrix_routes",
+    "plan_routes",
+    "rectangles",
 ]
 
 
@@ -47,33 +47,33 @@ class RankShards:
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
+class RangeRoute:
     """``length`` elements contiguous in a shard at one offset and in a staged unit at another."""
 
-    unit: Unit
+    unit: MuonMatrix
     shard_offset: int
     unit_offset: int
     length: int
 
 
 @dataclass(frozen=True, slots=True)
-class Paths:
+class RoutingPlan:
     """Where a rank's elements go and where its units come from, in the order of the buffers.
 
-    When collecting, a rank packs ``shard_segments`` into one buffer, the all-to-all cuts it by
-    ``shard_splits``, and what arrives, ``owner_splits`` from each rank, holds ``owner_segments``.
+    When collecting, a rank packs ``shard_routes`` into one buffer, the all-to-all cuts it by
+    ``shard_splits``, and what arrives, ``owner_splits`` from each rank, holds ``owner_routes``.
     Returning is the same backwards.
 
     Attributes:
-        shard_segments: Pieces of this rank's shards, by owner, then in the order of units.
+        shard_routes: Pieces of this rank's shards, by owner, then in the order of units.
         shard_splits: Elements for each owner.
-        owner_segments: Pieces of this rank's units, by holder, then in the order of units.
+        owner_routes: Pieces of this rank's units, by holder, then in the order of units.
         owner_splits: Elements from each holder.
     """
 
-    shard_segments: tuple[Segment, ...]
+    shard_routes: tuple[RangeRoute, ...]
     shard_splits: tuple[int, ...]
-    owner_segments: tuple[Segment, ...]
+    owner_routes: tuple[RangeRoute, ...]
     owner_splits: tuple[int, ...]
 
     def elements_sent(self, rank: int) -> int:
@@ -82,7 +82,7 @@ class Paths:
         return sum(sum(splits) - splits[rank] for splits in both)
 
 
-def unit_segments(unit: Unit, shards: RankShards) -> tuple[Segment, ...]:
+def matrix_routes(unit: MuonMatrix, shards: RankShards) -> tuple[RangeRoute, ...]:
     """Return the runs of ``unit`` that a rank holds, in the order of both sides."""
     if unit.param not in shards.ranges:
         return ()
@@ -93,13 +93,13 @@ def unit_segments(unit: Unit, shards: RankShards) -> tuple[Segment, ...]:
     for first, last in unit.local_rows:
         low, high = max(start, first * columns), min(end, last * columns)
         if low < high:
-            found.append(Segment(unit, low - start, staged + low - first * columns, high - low))
+            found.append(RangeRoute(unit, low - start, staged + low - first * columns, high - low))
         staged += (last - first) * columns
     return tuple(found)
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class Rectangle:
     """A rectangle of a whole matrix that a run of elements fills row by row.
 
     Attributes:
@@ -118,20 +118,20 @@ class Block:
         return self.rows[1] - self.rows[0], self.columns[1] - self.columns[0]
 
 
-def blocks(segment: Segment) -> tuple[Block, ...]:
-    """Return the rectangles that a segment fills: a started row, whole local rows, a last row."""
-    unit = segment.unit
+def rectangles(route: RangeRoute) -> tuple[Rectangle, ...]:
+    """Return the rectangles that a route fills: a started row, whole local rows, a last row."""
+    unit = route.unit
     rows, width = unit.local_shape
-    piece, first = divmod(segment.unit_offset, rows * width)
+    piece, first = divmod(route.unit_offset, rows * width)
     top, left = (piece * rows, 0) if unit.partition_dim == 0 else (0, piece * width)
     found = []
-    position, end = first, first + segment.length
+    position, end = first, first + route.length
     while position < end:
         row, column = divmod(position, width)
         whole_rows = (end - position) // width if column == 0 else 0
         count = whole_rows * width or min(width - column, end - position)
         found.append(
-            Block(
+            Rectangle(
                 start=position - first,
                 rows=(top + row, top + row + (whole_rows or 1)),
                 columns=(left + column, left + column + (width if whole_rows else count)),
@@ -141,7 +141,7 @@ def blocks(segment: Segment) -> tuple[Block, ...]:
     return tuple(found)
 
 
-def check_coverage(units: Sequence[Unit], layout: Sequence[RankShards]) -> None:
+def check_coverage(units: Sequence[MuonMatrix], layout: Sequence[RankShards]) -> None:
     """Raise unless every element of every unit is held by exactly one rank.
 
     Args:
@@ -153,9 +153,9 @@ def check_coverage(units: Sequence[Unit], layout: Sequence[RankShards]) -> None:
     """
     for unit in units:
         runs = sorted(
-            (segment.unit_offset, segment.length, rank)
+            (route.unit_offset, route.length, rank)
             for rank, shards in enumerate(layout)
-            for segment in unit_segments(unit, shards)
+            for route in matrix_routes(unit, shards)
         )
         position = 0
         for offset, length, rank in runs:
@@ -166,28 +166,28 @@ def check_coverage(units: Sequence[Unit], layout: Sequence[RankShards]) -> None:
             _refuse(unit, position, unit.numel, None)
 
 
-def plan_paths(
-    units: Sequence[Unit], owners: Sequence[int], layout: Sequence[RankShards], rank: int
-) -> Paths:
+def plan_routes(
+    units: Sequence[MuonMatrix], owners: Sequence[int], layout: Sequence[RankShards], rank: int
+) -> RoutingPlan:
     """Return the paths of one group rank; ``owners`` in the order of ``units``."""
-    by_owner: list[list[Unit]] = [[] for _ in layout]
+    by_owner: list[list[MuonMatrix]] = [[] for _ in layout]
     for unit, owner in zip(units, owners, strict=True):
         by_owner[owner].append(unit)
-    to_owner = [_segments(owned, layout[rank]) for owned in by_owner]
-    from_holder = [_segments(by_owner[rank], shards) for shards in layout]
-    return Paths(
-        shard_segments=tuple(chain.from_iterable(to_owner)),
-        shard_splits=tuple(sum(s.length for s in segments) for segments in to_owner),
-        owner_segments=tuple(chain.from_iterable(from_holder)),
-        owner_splits=tuple(sum(s.length for s in segments) for segments in from_holder),
+    to_owner = [_routes_of(owned, layout[rank]) for owned in by_owner]
+    from_holder = [_routes_of(by_owner[rank], shards) for shards in layout]
+    return RoutingPlan(
+        shard_routes=tuple(chain.from_iterable(to_owner)),
+        shard_splits=tuple(sum(s.length for s in routes) for routes in to_owner),
+        owner_routes=tuple(chain.from_iterable(from_holder)),
+        owner_splits=tuple(sum(s.length for s in routes) for routes in from_holder),
     )
 
 
-def _segments(units: Sequence[Unit], shards: RankShards) -> list[Segment]:
-    return [segment for unit in units for segment in unit_segments(unit, shards)]
+def _routes_of(units: Sequence[MuonMatrix], shards: RankShards) -> list[RangeRoute]:
+    return [route for unit in units for route in matrix_routes(unit, shards)]
 
 
-def _refuse(unit: Unit, position: int, found: int, rank: int | None) -> None:
+def _refuse(unit: MuonMatrix, position: int, found: int, rank: int | None) -> None:
     what = "is held twice" if found < position else "is held by no rank"
     where = "" if rank is None else f" (next piece: group rank {rank})"
     raise RuntimeMismatch(
@@ -206,7 +206,7 @@ def _refuse(unit: Unit, position: int, found: int, rank: int | None) -> None:
 
 
 def divide(
-    units: Sequence[Unit], owners: Sequence[int], chunks: int
+    units: Sequence[MuonMatrix], owners: Sequence[int], chunks: int
 ) -> tuple[tuple[int, ...], ...]:
     """Return the indices of the units of each chunk, in order; chunks without units are left out.
 
@@ -229,17 +229,17 @@ def divide(
     return tuple(tuple(sorted(chunk)) for chunk in members if chunk)
 
 
-def by_shape(units: Sequence[Unit]) -> list[list[Unit]]:
+def by_shape(units: Sequence[MuonMatrix]) -> list[list[MuonMatrix]]:
     """Return the units of each shape, which an owner computes together, in order.
 
     Units of one shape that are cut into other blocks are not of one kind.
     """
-    batches: dict[tuple[tuple[int, int], int], list[Unit]] = {}
+    batches: dict[tuple[tuple[int, int], int], list[MuonMatrix]] = {}
     for unit in units:
         batches.setdefault((unit.shape, unit.blocks), []).append(unit)
     return list(batches.values())
 
 
-def largest_batch(units: Sequence[Unit]) -> int:
+def largest_batch(units: Sequence[MuonMatrix]) -> int:
     """Return the elements of the largest batch that the units form by shape."""
     return max((sum(unit.numel for unit in batch) for batch in by_shape(units)), default=0)

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from megatron_muloco.outer.guard import Verdict
 from megatron_muloco.outer.in_flight import InFlight
-from megatron_muloco.outer.reducer import CodeStats
+from megatron_muloco.outer.reducer import CompressionStats
 
 __all__ = [
-    "CodeReport",
+    "CompressionReport",
+    "FragmentDiagnostics",
     "FragmentReport",
     "OuterReport",
     "PseudogradientSketch",
-    "Tally",
     "cosines",
     "gram",
     "outer_metrics",
@@ -25,7 +25,7 @@ __all__ = [
 
 
 @dataclass(frozen=True, slots=True)
-class CodeReport:
+class CompressionReport:
     """What the code did to one fragment, over the whole replica; times are this rank's.
 
     Attributes:
@@ -56,12 +56,12 @@ class FragmentReport:
         round_index: Round that this step belongs to.
         verdict: The guard's word on this replica.
         weights: w of every replica, ``[K]``.
-        riders: The caller's riders of every replica, ``[K, n]``.
+        line_values: The caller's line_values of every replica, ``[K, n]``.
         pseudogradient_norm: Norm of this replica's own pseudogradient; NaN if it was not finite.
         update_norm: Norm of what the anchor moved by, 0-dim.
         cosine_to_mean: Cosine of own and mean pseudogradient, 0-dim; NaN where undefined.
         wire_bytes: Bytes that this rank sent.
-        uncoded_bytes: Bytes that an fp32 all-reduce would have sent, riders not counted.
+        uncoded_bytes: Bytes that an fp32 all-reduce would have sent, line_values not counted.
         exposed_ms: Host time spent launching and waiting.
         pairwise_cosines: Estimated cosines of the replicas' pseudogradients, ``[K, K]``, NaN beside
             one that is not finite or zero; ``None`` in rounds that do not compare replicas.
@@ -74,7 +74,7 @@ class FragmentReport:
     round_index: int
     verdict: Verdict
     weights: Tensor
-    riders: Tensor
+    line_values: Tensor
     pseudogradient_norm: float
     update_norm: Tensor
     cosine_to_mean: Tensor
@@ -82,7 +82,7 @@ class FragmentReport:
     exposed_ms: float
     pairwise_cosines: Tensor | None = None
     uncoded_bytes: int = 0
-    code: CodeReport | None = None
+    code: CompressionReport | None = None
 
     @property
     def weight_sum(self) -> float:
@@ -99,15 +99,15 @@ class OuterReport:
         round_index: Round that the step belongs to.
         launched: Fragments launched.
         applied: Fragments applied.
-        quarantined: This replica was not finite and now holds the anchor in every fragment. The
-            caller zeroes the state of the inner optimizer, on all ranks of the replica.
+        restarted_from_anchor: This replica was not finite and now holds the anchor in every
+            fragment. The caller zeroes the inner optimizer's state on all ranks of the replica.
     """
 
     step: int
     round_index: int
     launched: tuple[int, ...]
     applied: tuple[FragmentReport, ...]
-    quarantined: bool
+    restarted_from_anchor: bool
 
     @property
     def alarm(self) -> bool:
@@ -208,7 +208,7 @@ def _signs(count: int, generator: torch.Generator) -> Tensor:
 # The sums over a fragment's shards that its report needs, added over the replica in one go.
 
 
-class Tally:
+class FragmentDiagnostics:
     """What one rank saw of one fragment: scalars, fp64, and the sketches' dot products.
 
     Made after the fragment was waited for, and before its mean is overwritten.
@@ -224,10 +224,10 @@ class Tally:
     ) -> None:
         self._flight = flight
         self._moved = torch.zeros(3, dtype=torch.float64, device=device)
-        self._code = _code_sums(flight, sketch, device)
+        self._code = _compression_sums(flight, sketch, device)
         self._pairs = torch.zeros(0, dtype=torch.float64, device=device)
         if flight.sketch_size is not None:
-            self._pairs = gram(flight.shown().sketches).flatten().to(device)
+            self._pairs = gram(flight.metadata().sketches).flatten().to(device)
 
     def add(self, dot: Tensor, mean_square: Tensor, update_square: Tensor) -> None:
         """Add one shard: own * mean pseudogradient, mean * mean, update * update; 0-dim."""
@@ -247,7 +247,7 @@ class Tally:
             round_index=round_index,
             verdict=flight.verdict,
             weights=stats.weights,
-            riders=flight.shown().riders,
+            line_values=flight.metadata().line_values,
             pseudogradient_norm=flight.norm,
             update_norm=update_square.sqrt(),
             cosine_to_mean=dot / (mean_square.sqrt() * flight.norm),
@@ -257,11 +257,11 @@ class Tally:
             pairwise_cosines=(
                 None if flight.sketch_size is None else cosines(pairs.view(len(stats.weights), -1))
             ),
-            code=None if stats.code is None else _code_report(stats.code, code),
+            code=None if stats.code is None else _compression_report(stats.code, code),
         )
 
 
-def _code_sums(
+def _compression_sums(
     flight: InFlight, sketch: PseudogradientSketch | None, device: torch.device
 ) -> Tensor:
     """Return this rank's sums about the code, ``[5]``; zeros where there is nothing to say.
@@ -275,16 +275,16 @@ def _code_sums(
     if stats.code is not None:
         sums[0], sums[1] = stats.code.exact_square, stats.code.lost_square
         if sketch is not None and flight.sketch_size:
-            exact = torch.mv(flight.shown().sketches.T, stats.weights).to(device)
+            exact = torch.mv(flight.metadata().sketches.T, stats.weights).to(device)
             decoded = sketch(flight.reduced.mean)
             products = [decoded.dot(exact), decoded.dot(decoded), exact.dot(exact)]
             sums[2:] = torch.stack(products).double()
     return sums
 
 
-def _code_report(code: CodeStats, sums: Tensor) -> CodeReport:
+def _compression_report(code: CompressionStats, sums: Tensor) -> CompressionReport:
     exact, lost, dot, decoded_square, exact_square = sums.unbind()
-    return CodeReport(
+    return CompressionReport(
         encoded_norm=exact.sqrt(),
         lost_norm=lost.sqrt(),
         cosine=dot / (decoded_square * exact_square).sqrt(),
@@ -323,7 +323,7 @@ def outer_metrics(report: OuterReport) -> dict[str, float]:
         "muloco/update_norm": math.hypot(*updates),
         "muloco/cosine_to_mean": sum(cosines) / len(cosines),
         "muloco/weight_sum": min(weight_sums),
-        "muloco/quarantined": max(int((part.weights == 0).sum()) for part in applied),
+        "muloco/excluded": max(int((part.weights == 0).sum()) for part in applied),
         "muloco/wire_bytes": sent,
         "muloco/exposed_ms": sum(part.exposed_ms for part in applied),
         "muloco/round": float(report.round_index),
@@ -332,10 +332,10 @@ def outer_metrics(report: OuterReport) -> dict[str, float]:
         metrics["muloco/cosine_pairwise_min"] = min(known)
     if sent:
         metrics["muloco/compression_ratio"] = sum(part.uncoded_bytes for part in applied) / sent
-    return metrics | _code_metrics([part.code for part in applied if part.code is not None])
+    return metrics | _compression_metrics([part.code for part in applied if part.code is not None])
 
 
-def _code_metrics(codes: Sequence[CodeReport]) -> dict[str, float]:
+def _compression_metrics(codes: Sequence[CompressionReport]) -> dict[str, float]:
     """Return what codes did to the fragments of one step; empty without one."""
     if not codes:
         return {}

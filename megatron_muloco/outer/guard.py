@@ -48,20 +48,20 @@ def local_statistics(tensors: list[Tensor], device: torch.device) -> Tensor:
 class Guard:
     """Judges pseudogradients by their norm; the same inputs give the same verdict on every rank.
 
-    The band is ``[m / norm_factor, m * norm_factor]`` around the median ``m`` of all replicas'
+    The band is ``[m / max_norm_ratio, m * max_norm_ratio]`` around the median ``m`` of the
     norms in the fragment's previous round. It needs a majority to mean anything, hence
     ``min_replicas``. All finite norms enter the median, also those of replicas left out, so that
     the band follows when all norms move together.
 
     Attributes:
         num_replicas: K.
-        norm_factor: Half-width of the band as a ratio. 10 is chosen: during warm-up the norms of
+        max_norm_ratio: Half-width of the band as a ratio. 10 is chosen: during warm-up the norms of
             consecutive full rounds differ by a factor of at most 3.
         min_replicas: Replicas from which on the band is active.
     """
 
     num_replicas: int
-    norm_factor: float = 10.0
+    max_norm_ratio: float = 10.0
     min_replicas: int = 4
     _medians: dict[int, float] = field(default_factory=dict, init=False)
 
@@ -96,7 +96,7 @@ class Guard:
         middle = self._medians.get(fragment)
         if middle is None or self.num_replicas < self.min_replicas:
             return Verdict.GOOD
-        inside = middle / self.norm_factor <= norm <= middle * self.norm_factor
+        inside = middle / self.max_norm_ratio <= norm <= middle * self.max_norm_ratio
         return Verdict.GOOD if inside else Verdict.OUTLIER
 
     def observe(self, fragment: int, norms: list[float]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_muloco.errors import CheckpointError
 from megatron_muloco.outer.guard import Verdict
 from megatron_muloco.outer.optimizer import check_names
-from megatron_muloco.outer.reducer import Handle, Reduced, Reducer, ReductionStats, Shown
+from megatron_muloco.outer.reducer import Handle, Reduced, Reducer, ReductionStats, ReplicaMetadata
 from megatron_muloco.outer.schedule import Apply
 
 __all__ = ["InFlight", "InFlightTable"]
@@ -30,7 +30,7 @@ class InFlight:
             cannot change before the apply.
         handle: The running reduction; ``None`` once it was waited for.
         reduced: Its result, once it was waited for.
-        sketch_size: Numbers of this rank's sketch at the end of the riders; ``None`` where the
+        sketch_size: Numbers of this rank's sketch at the end of the metadata; ``None`` where the
             round does not compare replicas.
         exposed_ms: Host time spent on it so far.
     """
@@ -55,30 +55,30 @@ class InFlight:
             self.handle = None
         return self.reduced
 
-    def settle(self, reducer: Reducer) -> Reduced:
+    def wait_and_clone(self, reducer: Reducer) -> Reduced:
         """Return the result in memory of its own, so that it outlives later launches."""
         if self.handle is None:
             assert self.reduced is not None
             return self.reduced
         reduced = self.wait(reducer)
-        if not reducer.lends:
+        if not reducer.returns_views:
             return reduced
         own = {name: tensor.clone() for name, tensor in reduced.mean.items()}
         self.reduced = Reduced(own, reduced.stats)
         return self.reduced
 
-    def shown(self) -> Shown:
+    def metadata(self) -> ReplicaMetadata:
         """Return what every replica showed beside the tensors; after `wait`."""
         assert self.reduced is not None
-        return Shown.unpack(self.reduced.stats.riders, self.sketch_size or 0)
+        return ReplicaMetadata.unpack(self.reduced.stats.metadata, self.sketch_size or 0)
 
     def scalars(self) -> dict[str, Any]:
         """Return everything but the tensors, as plain numbers; settled fragments only.
 
-        Bytes, times, sketches and the caller's riders are left out: they belong to this start.
+        Bytes, times, sketches and the caller's metadata are left out: they belong to this start.
         """
         assert self.reduced is not None
-        shown = self.shown()
+        shown = self.metadata()
         return {
             "fragment": self.fragment,
             "launched_at": self.launched_at,
@@ -123,7 +123,7 @@ class InFlightTable:
         assert flight.fragment not in self._flights, flight.fragment
         self._flights[flight.fragment] = flight
 
-    def take(self, event: Apply) -> InFlight:
+    def pop(self, event: Apply) -> InFlight:
         """Remove and return the fragment that is due."""
         flight = self._flights.pop(event.fragment)
         assert flight.launched_at == event.launched_at, (flight.launched_at, event)
@@ -140,7 +140,7 @@ class InFlightTable:
         tensors: dict[str, dict[str, Tensor]] = {"mean": {}, "at_launch": {}}
         flights = [flight for _, flight in sorted(self._flights.items())]
         for flight in flights:
-            tensors["mean"].update(flight.settle(reducer).mean)
+            tensors["mean"].update(flight.wait_and_clone(reducer).mean)
             tensors["at_launch"].update(flight.at_launch or {})
         return tensors, [flight.scalars() for flight in flights]
 

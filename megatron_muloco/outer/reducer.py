@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "CodeStats",
+    "CompressionStats",
     "Handle",
     "Reduced",
     "Reducer",
     "ReductionStats",
+    "ReplicaMetadata",
     "Residuals",
-    "Shown",
     "Sizes",
-    "pack_riders",
+    "pack_metadata",
 ]
 
 Sizes = Mapping[str, int]
@@ -40,7 +40,7 @@ class Handle(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class CodeStats:
+class CompressionStats:
     """What a lossy code did to this rank's tensors.
 
     Attributes:
@@ -60,21 +60,21 @@ class CodeStats:
 
 @dataclass(frozen=True, slots=True)
 class ReductionStats:
-    """What travelled beside the tensors, and how; weights and riders are the same on all replicas.
+    """What travelled beside the tensors, and how; weights and metadata are equal on all replicas.
 
     Attributes:
         weights: w of every replica, ``[K]``, fp32 on the host.
-        riders: The small numbers that every replica sent along, ``[K, n]``, fp32 on the host.
+        metadata: The small numbers that every replica sent along, ``[K, n]``, fp32 on the host.
         wire_bytes: Bytes that this rank sent, for launch and wait together.
         uncoded_bytes: Bytes that an fp32 all-reduce of the tensors alone would have sent.
         code: What a lossy code did; ``None`` without one.
     """
 
     weights: Tensor
-    riders: Tensor
+    metadata: Tensor
     wire_bytes: int
     uncoded_bytes: int = 0
-    code: CodeStats | None = None
+    code: CompressionStats | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ class Reduced:
 
     Attributes:
         mean: ``sum w_k x_k / sum w_k`` by name, fp32; zeros when all weights are zero. The tensors
-            may be overwritten, and may be borrowed (`Reducer.lends`).
+            may be overwritten, and may be borrowed (`Reducer.returns_views`).
         stats: What travelled beside them.
     """
 
@@ -98,19 +98,20 @@ class Reducer(Protocol):
     the same order; the results are bitwise equal on all of them.
 
     Attributes:
-        residual_kinds: Kinds of tensors that `residuals` returns.
-        lends: Whether the tensors of a mean are borrowed until the next launch; else they are new.
+        residual_names: Kinds of tensors that `residuals` returns.
+        returns_views: Whether the returned tensors alias internal buffers and are valid only until
+            the next launch.
     """
 
-    residual_kinds: tuple[str, ...]
-    lends: bool
+    residual_names: tuple[str, ...]
+    returns_views: bool
 
     def launch(
         self,
         fragment: int,
         tensors: Mapping[str, Tensor],
         weight: float,
-        riders: Tensor,
+        metadata: Tensor,
         *,
         round_index: int,
     ) -> Handle:
@@ -121,7 +122,7 @@ class Reducer(Protocol):
             tensors: Flat fp32 tensors, which nobody changes before ``wait`` returns. Every replica
                 gives the same names and sizes in the same order; the mapping may be empty.
             weight: In [0, 1]. With 0 nothing of ``tensors`` reaches the others, not even a NaN.
-            riders: 1-D fp32 numbers to show to all replicas; the same count on each.
+            metadata: 1-D fp32 numbers to show to all replicas; the same count on each.
             round_index: For messages.
 
         Raises:
@@ -159,39 +160,39 @@ class Reducer(Protocol):
 #
 # ::
 #
-#     [ norm | the caller's riders | sketch ]      fp32; the same sizes on every replica
+#     [ norm | the caller's line values | sketch ]      fp32; the same sizes on every replica
 
 
-def pack_riders(norm: float, riders: Tensor | None, sketch: Tensor | None = None) -> Tensor:
+def pack_metadata(norm: float, line_values: Tensor | None, sketch: Tensor | None = None) -> Tensor:
     """Return one replica's numbers, 1-D.
 
     Args:
         norm: Of the pseudogradient; NaN where it is not finite.
-        riders: The caller's.
+        line_values: The caller's.
         sketch: Of this rank's share of the pseudogradient, in rounds that compare replicas.
     """
-    parts = [part.float() for part in (riders, sketch) if part is not None]
+    parts = [part.float() for part in (line_values, sketch) if part is not None]
     device = parts[0].device if parts else torch.device("cpu")
     own = torch.tensor([norm], dtype=torch.float32, device=device)
     return torch.cat([own, *(part.to(device) for part in parts)])
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
+class ReplicaMetadata:
     """What all replicas showed.
 
     Attributes:
         norms: ``[K]``.
-        riders: ``[K, n]``.
+        line_values: ``[K, n]``.
         sketches: ``[K, sketch size]``.
     """
 
     norms: Tensor
-    riders: Tensor
+    line_values: Tensor
     sketches: Tensor
 
     @classmethod
-    def unpack(cls, table: Tensor, sketch_size: int) -> "Shown":
+    def unpack(cls, table: Tensor, sketch_size: int) -> "ReplicaMetadata":
         """Return the parts of ``[K, numbers of a replica]``."""
         end = table.size(1) - sketch_size
         return cls(table[:, 0], table[:, 1:end], table[:, end:])

@@ -105,7 +105,7 @@ class Reference:
         self.u = _zeros(initial)
         self.residual = [_zeros(initial) for _ in inner_steps]
         self.f = _zeros(initial)
-        self.quarantined: list[tuple[int, int]] = []  # (t, replica) that was not finite
+        self.restarted_from_anchor: list[tuple[int, int]] = []  # (t, replica) that was not finite
         self._sent: dict[int, _Sent] = {}
 
     def run(self) -> None:
@@ -175,7 +175,7 @@ class Reference:
 
     def _restart(self, k: int, t: int) -> None:
         """A replica that is not finite takes the anchor everywhere and forgets its residuals."""
-        self.quarantined.append((t, k))
+        self.restarted_from_anchor.append((t, k))
         for name, local in self.local[k].items():
             local.copy_(self.anchor[name])
         self.residual[k] = _zeros(self.anchor)

@@ -21,7 +21,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 __all__ = [
-    "RIDERS_PER_LINE",
+    "VALUES_PER_LINE",
     "Apply",
     "Average",
     "Launch",
@@ -269,7 +269,7 @@ class SyncSchedule:
 # No torch here.
 
 
-RIDERS_PER_LINE = 3
+VALUES_PER_LINE = 3
 """Loss, gradient norm and skipped steps of a replica."""
 
 
@@ -306,9 +306,9 @@ class LineCalendar:
             previous -= 1
         return tuple(step for step in range(previous + 1, launch_step + 1) if self.due(step))
 
-    def rider_count(self) -> int:
+    def value_count(self) -> int:
         """Return how many numbers a replica sends along with every launch of the run."""
-        return self.slots() * RIDERS_PER_LINE
+        return self.slots() * VALUES_PER_LINE
 
     def slots(self) -> int:
         """Return how many lines may ride with one launch; the same for every launch of the run."""

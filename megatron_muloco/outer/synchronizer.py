@@ -24,10 +24,10 @@ from torch import Tensor
 
 from megatron_muloco.errors import ConfigError
 from megatron_muloco.outer.diagnostics import (
+    FragmentDiagnostics,
     FragmentReport,
     OuterReport,
     PseudogradientSketch,
-    Tally,
 )
 from megatron_muloco.outer.fragments import FragmentPlan
 from megatron_muloco.outer.guard import Guard, Progress, Verdict
@@ -40,7 +40,7 @@ from megatron_muloco.outer.optimizer import (
     copy_to,
     overwrite,
 )
-from megatron_muloco.outer.reducer import Reducer, pack_riders
+from megatron_muloco.outer.reducer import Reducer, pack_metadata
 from megatron_muloco.outer.schedule import Apply, Average, Launch, SyncSchedule
 from megatron_muloco.params import Shard
 
@@ -65,7 +65,7 @@ class ReplicaPort:
         masters: Name to flat fp32 tensor of ``shard.numel`` elements; possibly views of parameters.
         total: Sums a small fp64 tensor over the ranks of the replica and returns the sum; bitwise
             equal on all of them.
-        broadcast_duplicates: Gives the duplicates of the named parameters their owners' values,
+        broadcast_replicated: Gives the duplicates of the named parameters their owners' values,
             from masters to masters.
         publish: Copies masters to model parameters and gathers what other ranks need.
     """
@@ -74,7 +74,7 @@ class ReplicaPort:
     shards: Sequence[Shard]
     masters: Mapping[str, Tensor]
     total: Callable[[Tensor], Tensor]
-    broadcast_duplicates: Callable[[Collection[str]], None]
+    broadcast_replicated: Callable[[Collection[str]], None]
     publish: Callable[[], None]
 
     def owned_names(self) -> tuple[str, ...]:
@@ -155,13 +155,13 @@ class Synchronizer:
 
     @torch.no_grad()
     def after_inner_step(
-        self, step: int, riders: Tensor | None = None, *, trained: float = 1.0
+        self, step: int, line_values: Tensor | None = None, *, trained: float = 1.0
     ) -> OuterReport | None:
         """Do what is due after inner step ``step``; return what happened, ``None`` if nothing was.
 
         Args:
             step: The inner step that has just been made, 1-based; one more than at the last call.
-            riders: 1-D fp32 numbers to show to the other replicas with every launch of this step,
+            line_values: 1-D fp32 numbers to send to the other replicas with this step's launches,
                 for instance the loss; always the same count.
             trained: Share of the step's tokens that this replica trained on; 0 for a skipped step.
         """
@@ -176,11 +176,11 @@ class Synchronizer:
         applied: list[FragmentReport] = []
         for event in events:
             if isinstance(event, Launch):
-                launched.append(self._launch(event.fragment, riders))
+                launched.append(self._launch(event.fragment, line_values))
             else:
                 applied.append(self._apply(event))
-        quarantined = any(flight.verdict is Verdict.NON_FINITE for flight in launched)
-        changed = self._plan.names() if quarantined else self._names_of(applied)
+        restarted_from_anchor = any(flight.verdict is Verdict.NON_FINITE for flight in launched)
+        changed = self._plan.names() if restarted_from_anchor else self._names_of(applied)
         if changed:
             self._publish(changed)
         return OuterReport(
@@ -188,7 +188,7 @@ class Synchronizer:
             round_index=self._schedule.round(step),
             launched=tuple(flight.fragment for flight in launched),
             applied=tuple(applied),
-            quarantined=quarantined,
+            restarted_from_anchor=restarted_from_anchor,
         )
 
     @torch.no_grad()
@@ -206,12 +206,12 @@ class Synchronizer:
             round_index=self._schedule.round(self.step),
             launched=(),
             applied=tuple(applied),
-            quarantined=any(report.verdict is Verdict.NON_FINITE for report in applied),
+            restarted_from_anchor=any(report.verdict is Verdict.NON_FINITE for report in applied),
         )
 
     # ---- events -----------------------------------------------------------------------------
 
-    def _launch(self, fragment: int, riders: Tensor | None) -> InFlight:
+    def _launch(self, fragment: int, line_values: Tensor | None) -> InFlight:
         deltas = self._pseudogradients(fragment)
         verdict, norm = self._guard.judge_replica(
             fragment,
@@ -230,7 +230,7 @@ class Synchronizer:
             fragment,
             deltas,
             verdict.weight * (share if self._weigh_by_tokens else 1.0),
-            pack_riders(norm, riders, sketch),
+            pack_metadata(norm, line_values, sketch),
             round_index=round_index,
         )
         flight = InFlight(
@@ -249,13 +249,13 @@ class Synchronizer:
         return flight
 
     def _apply(self, event: Apply) -> FragmentReport:
-        flight = self._in_flight.take(event)
+        flight = self._in_flight.pop(event)
         reduced = flight.wait(self._reducer)
         if self._schedule.is_full_interval(flight.launched_at):
-            self._guard.observe(flight.fragment, flight.shown().norms.tolist())
+            self._guard.observe(flight.fragment, flight.metadata().norms.tolist())
         usable = bool(reduced.stats.weights.any())
         round_index = self._schedule.round(flight.launched_at)
-        tally = Tally(flight, self._sketch, self._replica.device)
+        diagnostics = FragmentDiagnostics(flight, self._sketch, self._replica.device)
         for name in self._owned[flight.fragment]:
             local = self._replica.masters[name]
             at_launch = local if flight.at_launch is None else flight.at_launch[name]
@@ -266,9 +266,9 @@ class Synchronizer:
                 anchor = self._state.step(name, mean, self._optimizer, round_index)
             else:
                 anchor = self._state.anchor_on(local.device, name)
-            tally.add(dot, mean_square, torch.dot(mean, mean))
+            diagnostics.add(dot, mean_square, torch.dot(mean, mean))
             self._merge.merge(local, anchor, at_launch)
-        return tally.report(self._replica.total, round_index)
+        return diagnostics.report(self._replica.total, round_index)
 
     def _average(self, fragment: int) -> FragmentReport:
         """Set anchor and local parameters of a fragment to the mean of the local parameters."""
@@ -287,21 +287,21 @@ class Synchronizer:
                 fragment,
                 {name: self._replica.masters[name] for name in self._owned[fragment]},
                 verdict.weight,
-                pack_riders(norm, None),
+                pack_metadata(norm, None),
                 round_index=round_index,
             ),
         )
         reduced = flight.wait(self._plain_reducer)
-        tally = Tally(flight, self._sketch, self._replica.device)
+        diagnostics = FragmentDiagnostics(flight, self._sketch, self._replica.device)
         for name in self._owned[fragment]:
             if reduced.stats.weights.any():
                 mean = reduced.mean[name]
                 update = self._state.pseudogradient(name, mean)
                 square = torch.dot(update, update)
-                tally.add(torch.dot(deltas[name], update), square, square)
+                diagnostics.add(torch.dot(deltas[name], update), square, square)
                 self._state.anchor[name].copy_(mean)
             self._replica.masters[name].copy_(self._state.anchor[name])
-        return tally.report(self._replica.total, round_index)
+        return diagnostics.report(self._replica.total, round_index)
 
     # ---- parts of events --------------------------------------------------------------------
 
@@ -324,13 +324,13 @@ class Synchronizer:
 
     def _load_residuals(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Take the residuals of a checkpoint; a kind that it does not have starts from zeros."""
-        found = {k: tensors[k] for k in self._reducer.residual_kinds if tensors.get(k)}
+        found = {k: tensors[k] for k in self._reducer.residual_names if tensors.get(k)}
         for kind, residuals in found.items():
             check_names(kind, residuals, self._state.anchor)
         self._reducer.load_residuals(found, self._sizes)
 
     def _publish(self, names: tuple[str, ...]) -> None:
-        self._replica.broadcast_duplicates(names)
+        self._replica.broadcast_replicated(names)
         self._replica.publish()
 
     def _names_of(self, applied: list[FragmentReport]) -> tuple[str, ...]:
@@ -377,7 +377,7 @@ class Synchronizer:
 
     def kinds(self) -> tuple[str, ...]:
         """Return the kinds of tensors that `state_dict` returns."""
-        return ("anchor", "momentum", "mean", "at_launch", *self._reducer.residual_kinds)
+        return ("anchor", "momentum", "mean", "at_launch", *self._reducer.residual_names)
 
     def scalars(self) -> dict[str, Any]:
         """Return the plain numbers of `state_dict`; waits for the fragments in flight."""

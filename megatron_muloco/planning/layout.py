@@ -25,10 +25,10 @@ from megatron_muloco.config.inner import MuonInner
 from megatron_muloco.config.outer import NoOuter
 from megatron_muloco.config.schema import ModelConfig, RunConfig
 from megatron_muloco.optim.matrices import (
-    Implementation,
     LayerShape,
-    Unit,
-    automatic_form,
+    MuonMatrix,
+    NSImplementation,
+    automatic_implementation,
     is_vector,
     split,
 )
@@ -262,7 +262,9 @@ def stage_slices(model: ModelConfig, topology: Topology) -> tuple[Slice, ...]:
 # The matrices of one pipeline stage and their owners, as the parameter table will have them.
 
 
-def stage_units(config: RunConfig, topology: Topology, *, accelerator: bool) -> tuple[Unit, ...]:
+def stage_units(
+    config: RunConfig, topology: Topology, *, accelerator: bool
+) -> tuple[MuonMatrix, ...]:
     """Return the units of a pipeline stage, all stages having as many; none without Muon.
 
     Args:
@@ -295,8 +297,8 @@ def stage_units(config: RunConfig, topology: Topology, *, accelerator: bool) -> 
     )
 
 
-def _form(inner: MuonInner, accelerator: bool, rows: int, columns: int) -> Implementation:
+def _form(inner: MuonInner, accelerator: bool, rows: int, columns: int) -> NSImplementation:
     if inner.muon.ns_impl != "auto":
         return inner.muon.ns_impl
     precise = inner.muon.compute_dtype(accelerator=accelerator) == "fp32"
-    return automatic_form(rows, columns, precise=precise, cpu=not accelerator)
+    return automatic_implementation(rows, columns, precise=precise, cpu=not accelerator)

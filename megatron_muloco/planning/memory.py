@@ -17,8 +17,8 @@ from megatron_muloco.config.derived import derive
 from megatron_muloco.config.inner import MuonInner
 from megatron_muloco.config.outer import (
     AverageOuter,
-    CodeConfig,
     CompressionConfig,
+    LossyCompression,
     NesterovOuter,
     NoCompression,
     NoOuter,
@@ -67,7 +67,7 @@ __all__ = [
 #     e3m0                2p                     13 u / n      4 + p (1 + 1/K), or p / K + 17 u / n
 #     topk                (1 + K) p              10 u / n      4 + 6 u / n
 #
-# Transport through the host keeps what travels there too. Rows of riders are not counted.
+# Transport through the host keeps what travels there too. Rows of metadata are not counted.
 
 
 # Most that encoding a large unit takes, in bytes for each of its values: with error feedback two
@@ -112,7 +112,7 @@ def reducer_memory(
 
 
 def _coded(
-    code: CodeConfig, shards: Sequence[Shard], elements: int, num_replicas: int
+    code: LossyCompression, shards: Sequence[Shard], elements: int, num_replicas: int
 ) -> ReducerMemory:
     sizes = chunk_payloads(code, shards, num_replicas)
     fp32, payload = BYTES["fp32"] * elements, sum(sizes)
@@ -133,7 +133,7 @@ def _coded(
     return ReducerMemory(buffers, _ENCODING * unit, waiting, staged=buffers)
 
 
-def _largest_unit(code: CodeConfig, shards: Sequence[Shard], num_replicas: int) -> int:
+def _largest_unit(code: LossyCompression, shards: Sequence[Shard], num_replicas: int) -> int:
     """Return the values of the largest unit that is encoded at once."""
     chunks = chunk_pieces(
         [(shard.name, shard.numel) for shard in shards],

@@ -11,8 +11,8 @@ from megatron_muloco.config.outer import (
     NesterovOuter,
     NoCompression,
     NoOuter,
-    code_name,
-    code_words,
+    compression_name,
+    compression_words,
     exception_words,
     feedback_words,
     interval_values,
@@ -134,7 +134,7 @@ def traffic_rows(config: RunConfig, traffic: TrafficPlan, layout: Topology) -> I
         return
     code = config.outer.compression
     others = layout.num_replicas - 1
-    note = f"to {others} other {'replicas' if others > 1 else 'replica'}, {code_name(code)}"
+    note = f"to {others} other {'replicas' if others > 1 else 'replica'}, {compression_name(code)}"
     if config.outer.fragments.count > 1:
         note += f", in {config.outer.fragments.count} launches"
     if layout.num_replicas == 1:
@@ -274,7 +274,7 @@ def _round_rows(outer: NesterovOuter | AverageOuter, derived: Derived) -> Iterat
     )
     yield "fragments", str(outer.fragments.count), _fragment_words(outer)
     yield "overlap", *_overlap_words(outer)
-    yield from _code_rows(outer.compression)
+    yield from _compression_rows(outer.compression)
     if derived.flushed_steps:
         yield (
             "warning",
@@ -305,12 +305,12 @@ def _overlap_words(outer: NesterovOuter | AverageOuter) -> tuple[str, str]:
     return f"{steps} {'step' if steps == 1 else 'steps'}", f"from launch to apply; {rule}"
 
 
-def _code_rows(code: CompressionConfig) -> Iterator[Row]:
+def _compression_rows(code: CompressionConfig) -> Iterator[Row]:
     """Yield the code that pseudogradients travel in; nothing where they are not encoded."""
     if isinstance(code, NoCompression):
         return
-    kind, _, amount = code_name(code).partition(", ")
-    yield "code", kind, f"{amount}; {code_words(code)}"
+    kind, _, amount = compression_name(code).partition(", ")
+    yield "code", kind, f"{amount}; {compression_words(code)}"
     if exceptions := exception_words(code):
         yield "", "", f"but {exceptions}"
     decay, what = feedback_words(code)

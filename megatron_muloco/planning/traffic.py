@@ -20,8 +20,8 @@ from megatron_muloco.config.derived import derive, sketch_width
 from megatron_muloco.config.inner import MuonInner
 from megatron_muloco.config.outer import (
     AverageOuter,
-    CodeConfig,
     CompressionConfig,
+    LossyCompression,
     NesterovOuter,
     NoCompression,
     NoOuter,
@@ -88,8 +88,8 @@ def round_bytes(
     numbers = 1 + _lines(config, outer)
     width = sketch_width(config, topology) if sketch else 0
     for fragment in by_fragment(config, shards):
-        riders = numbers + (width if fragment else 0)
-        launch = _launch_bytes(outer.compression, fragment, topology.num_replicas, riders)
+        metadata = numbers + (width if fragment else 0)
+        launch = _launch_bytes(outer.compression, fragment, topology.num_replicas, metadata)
         sent = [total + more for total, more in zip(sent, launch, strict=True)]
     return sent
 
@@ -103,21 +103,25 @@ def uncoded_bytes(config: RunConfig, topology: Topology, shards: Sequence[Shard]
 
 
 def _launch_bytes(
-    code: CompressionConfig, shards: Sequence[Shard], num_replicas: int, riders: int
+    code: CompressionConfig, shards: Sequence[Shard], num_replicas: int, metadata: int
 ) -> list[int]:
     """Return what one launch of a fragment's shards sends, by replica."""
     if isinstance(code, NoCompression):
         mean = mean_wire_bytes(
-            _numel(shards), num_replicas, code.wire_dtype, riders, deterministic=code.deterministic
+            _numel(shards),
+            num_replicas,
+            code.wire_dtype,
+            metadata,
+            deterministic=code.deterministic,
         )
         return [mean] * num_replicas
     sizes = chunk_payloads(code, shards, num_replicas)
     if isinstance(code, TopKCompression):
-        return [(num_replicas - 1) * (4 * (1 + riders) + sum(sizes))] * num_replicas
-    return [encoded_wire_bytes(sizes, index, riders) for index in range(num_replicas)]
+        return [(num_replicas - 1) * (4 * (1 + metadata) + sum(sizes))] * num_replicas
+    return [encoded_wire_bytes(sizes, index, metadata) for index in range(num_replicas)]
 
 
-def chunk_payloads(code: CodeConfig, shards: Sequence[Shard], num_replicas: int) -> list[int]:
+def chunk_payloads(code: LossyCompression, shards: Sequence[Shard], num_replicas: int) -> list[int]:
     """Return the bytes of a fragment's chunks in a code; top-k has one chunk."""
     chunks = chunk_pieces(
         [(shard.name, shard.numel) for shard in shards],
@@ -131,7 +135,7 @@ def mean_wire_bytes(
     elements: int,
     num_replicas: int,
     wire_dtype: str,
-    riders: int = 0,
+    metadata: int = 0,
     *,
     deterministic: bool = False,
 ) -> int:
@@ -142,12 +146,12 @@ def mean_wire_bytes(
         num_replicas: K, the size of the outer group.
         wire_dtype: ``fp32`` is an all-reduce of one buffer; ``bf16`` is an all-to-all of chunks and
             an all-gather of their means.
-        riders: fp32 numbers of each replica that travel along, such as its loss.
+        metadata: fp32 numbers of each replica that travel along, such as its loss.
         deterministic: ``fp32`` travels like ``bf16``, in chunks.
     """
     if num_replicas == 1:
         return 0
-    row = 1 + riders
+    row = 1 + metadata
     if wire_dtype == "fp32" and not deterministic:
         return uncoded_wire_bytes(elements + num_replicas * row, num_replicas)
     chunk = -(-elements // num_replicas)
@@ -167,7 +171,7 @@ def _lines(config: RunConfig, outer: NesterovOuter | AverageOuter) -> int:
         fragment_count=outer.fragments.count,
         overlap_steps=outer.overlap_steps,
     )
-    return LineCalendar(config.monitor.log_interval, schedule).rider_count()
+    return LineCalendar(config.monitor.log_interval, schedule).value_count()
 
 
 # ------------------------------------------------------------------------------------------

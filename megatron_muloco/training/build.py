@@ -21,7 +21,7 @@ from megatron_muloco.model.build import build_model
 from megatron_muloco.monitor.build import build_monitor
 from megatron_muloco.monitor.diagnostics import OrthogonalisationProbe
 from megatron_muloco.monitor.monitor import Monitor
-from megatron_muloco.optim.parameter_table import ParameterTable, TruthReport, truth_report
+from megatron_muloco.optim.parameter_table import ParameterReport, ParameterTable, parameter_report
 from megatron_muloco.planning.report import render_plan
 from megatron_muloco.runtime.accelerator import training_device
 from megatron_muloco.runtime.megatron import wrap_data_parallel
@@ -31,14 +31,14 @@ from megatron_muloco.training.replica_optimizer import ReplicaOptimizer
 from megatron_muloco.training.start import initialize_replicas
 from megatron_muloco.training.stopping import StopAgreement
 
-__all__ = ["Trainer", "build_trainer", "gather_report"]
+__all__ = ["RunContext", "build_run", "gather_report"]
 
 
 # ------------------------------------------------------------------------------------------
 # Brings the parameter tables of all pipeline stages to the rank that shows them.
 
 
-def gather_report(table: ParameterTable, groups: Groups) -> TruthReport:
+def gather_report(table: ParameterTable, groups: Groups) -> ParameterReport:
     """Return the report of all stages of this replica; every replica has the same.
 
     Args:
@@ -48,21 +48,21 @@ def gather_report(table: ParameterTable, groups: Groups) -> TruthReport:
     Collectives: one object gather over the replica, where it has more than one stage.
     """
     if groups.topology.pipeline == 1:
-        return truth_report([table])
+        return parameter_report([table])
     coords = groups.coords
     speaks = coords.tp == coords.cp == coords.dp == 0
     gathered: list[Any] = [None] * groups.topology.replica_size
     mine = (coords.pp, table) if speaks else None
     torch.distributed.all_gather_object(gathered, mine, group=groups.replica)
     stages = dict(entry for entry in gathered if entry is not None)
-    return truth_report([stages[stage] for stage in sorted(stages)])
+    return parameter_report([stages[stage] for stage in sorted(stages)])
 
 
 # ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Trainer:
+class RunContext:
     """One rank's parts of a run. The loop acts on them; they do not know each other's order.
 
     Attributes:
@@ -100,7 +100,7 @@ class Trainer:
     first_step: int
 
 
-def build_trainer(config: RunConfig) -> Trainer:
+def build_run(config: RunConfig) -> RunContext:
     """Join the job, build model, optimizers and data, and load the checkpoint to resume from.
 
     Raises:
@@ -135,7 +135,7 @@ def build_trainer(config: RunConfig) -> Trainer:
         parameters=gather_report(optimizer.inner.table, groups),
     )
     monitor.say(note)
-    return Trainer(
+    return RunContext(
         config=config,
         derived=derived,
         groups=groups,
@@ -262,5 +262,5 @@ def _residual_changes(description: Description, state: RunState) -> list[str]:
 
 
 def scalars_of(step: int, config: RunConfig) -> dict[str, Any]:
-    """Return the plain numbers of the trainer that go into a checkpoint."""
+    """Return the plain numbers of the run that go into a checkpoint."""
     return {"step": step, "consumed_samples": step * config.training.global_batch_size}

@@ -13,15 +13,15 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 
-from megatron_muloco.comm.background import Background
+from megatron_muloco.comm.background import BackgroundReducer
 from megatron_muloco.comm.chunking import row_places
 from megatron_muloco.comm.collectives import AllToAll
-from megatron_muloco.comm.compressed import EncodedMean, GatheredMean
+from megatron_muloco.comm.compressed import CompressedAllGather, CompressedAllReduce
 from megatron_muloco.comm.consistency import check_equal, check_same_shards
 from megatron_muloco.comm.groups import Groups
-from megatron_muloco.comm.reducers import ReplicaSum, mean_reducer
-from megatron_muloco.comm.replicated import DuplicateBroadcast
-from megatron_muloco.compress.topk import codec_chooser
+from megatron_muloco.comm.reducers import ReplicaSum, build_plain_reducer_for
+from megatron_muloco.comm.replicated import ReplicatedBroadcast
+from megatron_muloco.compress.topk import codec_lookup
 from megatron_muloco.config import RunConfig
 from megatron_muloco.config.derived import Derived, derive, sketch_width
 from megatron_muloco.config.inner import MuonInner
@@ -83,7 +83,7 @@ def build_reducer(
     to work on.
     """
     reducer = _foreground(outer, groups, device, shards)
-    return Background(reducer, device) if outer.reduces_in_thread else reducer
+    return BackgroundReducer(reducer, device) if outer.reduces_in_thread else reducer
 
 
 def build_plain_reducer(
@@ -91,7 +91,7 @@ def build_plain_reducer(
 ) -> Reducer:
     """Return the fp32 mean without a code, for the flush; deterministic where the run is."""
     code = outer.compression
-    return mean_reducer(
+    return build_plain_reducer_for(
         groups.exchange,
         device,
         deterministic=not isinstance(code, NoCompression) or code.deterministic,
@@ -107,18 +107,18 @@ def _foreground(
 ) -> Reducer:
     code = outer.compression
     if isinstance(code, NoCompression):
-        return mean_reducer(
+        return build_plain_reducer_for(
             groups.exchange,
             device,
             wire_dtype=code.wire_dtype,
             deterministic=code.deterministic,
             through_host=outer.sends_from_host,
         )
-    encoding = GatheredMean if isinstance(code, TopKCompression) else EncodedMean
+    encoding = CompressedAllGather if isinstance(code, TopKCompression) else CompressedAllReduce
     return encoding(
         groups.exchange,
         device,
-        codec_chooser(code),
+        codec_lookup(code),
         row_places(shards),
         code.error_decay if code.error_feedback else None,
         through_host=outer.sends_from_host,
@@ -148,13 +148,13 @@ def build_outer_step(
     check_same_shards(groups.outer, view.shards)
     check_equal(view.masters, groups.outer, device, what="the initial value", round_index=0)
     tied = None if config.model.untie_embeddings_and_output_weights else EMBEDDING
-    duplicates = DuplicateBroadcast(groups, view.shards, view.masters, tied_name=tied)
+    duplicates = ReplicatedBroadcast(groups, view.shards, view.masters, tied_name=tied)
     port = ReplicaPort(
         device=device,
         shards=view.shards,
         masters=view.masters,
         total=ReplicaSum(groups.replica),
-        broadcast_duplicates=duplicates,
+        broadcast_replicated=duplicates,
         publish=view.publish,
     )
     synchronizer = Synchronizer(
@@ -177,7 +177,7 @@ def build_outer_step(
         build_plain_reducer(outer, groups, device),
         Guard(
             num_replicas=groups.topology.num_replicas,
-            norm_factor=outer.guard.max_norm_ratio or float("inf"),
+            max_norm_ratio=outer.guard.max_norm_ratio or float("inf"),
         ),
         state_device=torch.device("cpu") if outer.state_device == "cpu" else None,
         sketch=_sketch(config, groups),

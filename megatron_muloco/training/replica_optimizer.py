@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_muloco.comm.consistency import check_equal
-from megatron_muloco.comm.replicated import DuplicateBroadcast
+from megatron_muloco.comm.replicated import ReplicatedBroadcast
 from megatron_muloco.config import RunConfig
 from megatron_muloco.config.derived import Derived
 from megatron_muloco.config.inner import learning_rate
@@ -51,7 +51,7 @@ class OuterChecks:
     def __init__(
         self,
         anchors: Mapping[str, Tensor],
-        duplicates: DuplicateBroadcast,
+        duplicates: ReplicatedBroadcast,
         group: ProcessGroup,
         device: torch.device,
         *,
@@ -213,13 +213,13 @@ class ReplicaOptimizer:
         return self.last_inner
 
     @torch.no_grad()
-    def outer_step(self, riders: Tensor | None = None) -> OuterReport | None:
+    def outer_step(self, line_values: Tensor | None = None) -> OuterReport | None:
         """Make the outer steps due after the last inner step; ``None`` when nothing was due.
 
         A replica found non-finite has taken the anchor; its moments are forgotten with it.
 
         Args:
-            riders: Small fp32 numbers to show to the other replicas; the same count at every call.
+            line_values: fp32 numbers to send to the other replicas; the same count at every call.
 
         Collectives: over outer groups and replicas when something is due, none otherwise.
         """
@@ -227,10 +227,10 @@ class ReplicaOptimizer:
             return None
         skipped = self.last_inner is not None and self.last_inner.skipped
         self.last_outer = self.synchronizer.after_inner_step(
-            self.steps, riders, trained=0.0 if skipped else 1.0
+            self.steps, line_values, trained=0.0 if skipped else 1.0
         )
         if self.last_outer is not None:
-            if self.last_outer.quarantined:
+            if self.last_outer.restarted_from_anchor:
                 self.inner.zero_moments()
             if self._checks is not None:
                 self._checks.after(self.last_outer)

@@ -10,18 +10,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_muloco.comm.background import Background
+from megatron_muloco.comm.background import BackgroundReducer
 from megatron_muloco.comm.chunking import (
     chunk_pieces,
     encoded_wire_bytes,
     payload_sizes,
 )
-from megatron_muloco.comm.compressed import EncodedMean, GatheredMean
-from megatron_muloco.comm.reducers import mean_reducer
+from megatron_muloco.comm.compressed import CompressedAllGather, CompressedAllReduce
+from megatron_muloco.comm.reducers import build_plain_reducer_for
 from megatron_muloco.compress.format import CodingUnit, Grouping
 from megatron_muloco.compress.quantizers import Linear, Statistical
-from megatron_muloco.compress.topk import codec_chooser
-from megatron_muloco.config.outer import CodeConfig, LinearCompression, NesterovOuter
+from megatron_muloco.compress.topk import codec_lookup
+from megatron_muloco.config.outer import LinearCompression, LossyCompression, NesterovOuter
 from megatron_muloco.outer.guard import Guard
 from megatron_muloco.outer.reducer import Reducer
 from megatron_muloco.outer.reference import Parameters, Reference, Settings
@@ -59,7 +59,7 @@ ROWS = {"embedding.a": (ROW_WIDTH, 7), "norm.c": (0, 3), "d": (7, 0)}  # shards 
 class Case:
     """One run: a code, when it is used, and what carries it."""
 
-    code: CodeConfig
+    code: LossyCompression
     fragments: list[list[str]]
     overlap: int
     merge: dict[str, Any]
@@ -76,16 +76,16 @@ class Case:
         return replace(self.settings, **reference_keys(self.code, ROWS, sizes, num_replicas))
 
     def reducer(self) -> Reducer:
-        encoding = GatheredMean if self.code.kind == "topk" else EncodedMean
+        encoding = CompressedAllGather if self.code.kind == "topk" else CompressedAllReduce
         reducer = encoding(
             dist.group.WORLD,
             CPU,
-            codec_chooser(self.code),
+            codec_lookup(self.code),
             ROWS,
             self.code.error_decay if self.code.error_feedback else None,
             through_host=self.through_host,
         )
-        return Background(reducer, CPU) if self.beside_training else reducer
+        return BackgroundReducer(reducer, CPU) if self.beside_training else reducer
 
 
 def cases() -> list[Case]:
@@ -150,9 +150,9 @@ def train(numbers: range) -> list[tuple[Parameters, ...]]:
         case = CASES[number]
         s = case.settings
         replica = Replica(start())
-        plain = mean_reducer(group, CPU, deterministic=True)
+        plain = build_plain_reducer_for(group, CPU, deterministic=True)
         # No norm band: the norm of a single value may be anything.
-        guard = Guard(size, norm_factor=math.inf)
+        guard = Guard(size, max_norm_ratio=math.inf)
         port, reducer = replica.port(), case.reducer()
         synchronizer = synchronizer_of(port, s, reducer, size, plain, guard=guard)
         anchors = {}
@@ -196,7 +196,7 @@ def assert_same(actual: Parameters, expected: Parameters, message: str) -> None:
 def reduce_with_rows() -> Parameters:
     codec = Linear(4, Grouping("row"))
     rows = dict.fromkeys(SIZES, (ROW_WIDTH, 7))  # shards begin inside a row
-    reducer = EncodedMean(dist.group.WORLD, CPU, lambda name: codec, rows, None)
+    reducer = CompressedAllReduce(dist.group.WORLD, CPU, lambda name: codec, rows, None)
     tensors = {name: normal(size, dist.get_rank()) for name, size in SIZES.items()}
     reduced = reducer.wait(reducer.launch(0, tensors, 1.0, torch.zeros(0), round_index=1))
     return dict(reduced.mean)
@@ -224,16 +224,22 @@ def test_rows_of_the_tensor_share_a_scale_also_in_pieces() -> None:
 def reduce_unevenly(weights: list[float], sizes: dict[str, int]) -> Any:
     rank = dist.get_rank()
     codec = Statistical(2, Grouping())
-    reducer = EncodedMean(dist.group.WORLD, CPU, lambda name: codec, {}, 0.9)
+    reducer = CompressedAllReduce(dist.group.WORLD, CPU, lambda name: codec, {}, 0.9)
     tensors = {name: normal(size, rank) for name, size in sizes.items()}
     if not weights[rank]:
         tensors = {name: torch.full_like(tensor, math.nan) for name, tensor in tensors.items()}
-    riders = torch.tensor([float(rank), 0.5])
-    reduced = reducer.wait(reducer.launch(0, tensors, weights[rank], riders, round_index=1))
+    metadata = torch.tensor([float(rank), 0.5])
+    reduced = reducer.wait(reducer.launch(0, tensors, weights[rank], metadata, round_index=1))
     assert reducer.owner_residual is not None
     own = sum(residual.numel() for residual in reducer.owner_residual.residuals.values())
     stats = reduced.stats
-    return dict(reduced.mean), stats.weights.tolist(), stats.riders.tolist(), stats.wire_bytes, own
+    return (
+        dict(reduced.mean),
+        stats.weights.tolist(),
+        stats.metadata.tolist(),
+        stats.wire_bytes,
+        own,
+    )
 
 
 @pytest.mark.parametrize("sizes", [{}, {"a": 0}, {"a": 1}, {"a": 5, "b": 0, "c": 200}], ids=str)
@@ -242,9 +248,9 @@ def test_shapes_weights_and_bytes(weights: list[float], sizes: dict[str, int]) -
     by_rank = run_ranks(reduce_unevenly, len(weights), weights, sizes)
     chunks = chunk_pieces(list(sizes.items()), len(weights), {})
     payloads = payload_sizes(chunks, lambda name: Statistical(2, Grouping()))
-    for rank, (mean, seen, riders, wire_bytes, own) in enumerate(by_rank):
+    for rank, (mean, seen, metadata, wire_bytes, own) in enumerate(by_rank):
         assert seen == weights
-        assert riders == [[float(k), 0.5] for k in range(len(weights))]
+        assert metadata == [[float(k), 0.5] for k in range(len(weights))]
         assert wire_bytes == encoded_wire_bytes(payloads, rank, 2)
         assert own == (sum(p.unit.numel for p in chunks[rank]) if any(weights) else 0)
         for name, size in sizes.items():
@@ -274,13 +280,13 @@ def test_pieces_partition_the_fragment(chunk_count: int) -> None:
 
 def test_one_replica_encodes_twice_and_sends_nothing() -> None:
     codec, values = Statistical(2, Grouping()), normal(100, 1)
-    reducer = EncodedMean(None, CPU, lambda name: codec, {}, None)
+    reducer = CompressedAllReduce(None, CPU, lambda name: codec, {}, None)
     reduced = reducer.wait(reducer.launch(0, {"a": values}, 1.0, torch.ones(3), round_index=1))
     unit, once, twice = CodingUnit(100), torch.empty(100), torch.empty(100)
     codec.decode(codec.encode(values, unit), unit, once)
     codec.decode(codec.encode(once, unit), unit, twice)
     assert_equal(reduced.mean["a"], twice)
-    assert reduced.stats.riders.tolist() == [[1.0, 1.0, 1.0]]
+    assert reduced.stats.metadata.tolist() == [[1.0, 1.0, 1.0]]
     assert reduced.stats.wire_bytes == 0
 
 
@@ -300,7 +306,7 @@ def weight_of(replica: int, round_index: int) -> float:
 
 def leave_one_out() -> list[tuple[Parameters, Parameters]]:
     codec = Linear(4, Grouping())
-    reducer = EncodedMean(dist.group.WORLD, CPU, lambda name: codec, {}, 0.9)
+    reducer = CompressedAllReduce(dist.group.WORLD, CPU, lambda name: codec, {}, 0.9)
     rank, seen = dist.get_rank(), []
     for round_index in (1, 2, 3):
         tensors = {"a": pseudogradient(rank, round_index)}
@@ -351,7 +357,7 @@ def test_a_replica_left_out_sends_nothing_and_keeps_its_residual() -> None:
 
 def test_forgetting_keeps_the_owners_residual() -> None:
     codec = Linear(1, Grouping())
-    reducer = EncodedMean(None, CPU, lambda name: codec, {}, 0.9)
+    reducer = CompressedAllReduce(None, CPU, lambda name: codec, {}, 0.9)
     tensors = {"a": normal(100, 1)}
     reducer.wait(reducer.launch(0, tensors, 1.0, torch.zeros(0), round_index=1))
     assert reducer.residual is not None

@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from megatron_muloco.comm.collectives import AllToAll
 from megatron_muloco.optim.exchange import ShardExchange
-from megatron_muloco.optim.matrices import LayerShape, Unit, split
+from megatron_muloco.optim.matrices import LayerShape, MuonMatrix, split
 from megatron_muloco.optim.routing import RankShards
 from tests.support.scattered import cut, matrix_params, shards_of, whole
 from tests.support.spawn import run_ranks
@@ -23,7 +23,7 @@ def negate(exchange: ShardExchange, shards: Seen) -> tuple[Seen, Seen]:
     """Return the matrices that this rank owns, and the pieces of the negated ones."""
     seen: Seen = {}
 
-    def function(units: tuple[Unit, ...], matrices: torch.Tensor) -> torch.Tensor:
+    def function(units: tuple[MuonMatrix, ...], matrices: torch.Tensor) -> torch.Tensor:
         seen.update({u.name: m.float() for u, m in zip(units, matrices.clone(), strict=True)})
         return -matrices
 

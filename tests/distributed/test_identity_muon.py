@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_muloco.errors import RuntimeMismatch
 from megatron_muloco.optim.exchange import ShardExchange
-from megatron_muloco.optim.matrices import Unit
+from megatron_muloco.optim.matrices import MuonMatrix
 from megatron_muloco.optim.newton_schulz import scale_factor
 from megatron_muloco.optim.routing import RankShards
 from tests.support import inner_updates as updates
@@ -40,7 +40,7 @@ INNER = {
 }
 
 
-def gradient(unit: Unit, step: int, dp: int) -> Tensor:
+def gradient(unit: MuonMatrix, step: int, dp: int) -> Tensor:
     """Return what backward of data-parallel rank ``dp`` gives: integers, whose mean is exact."""
     return updates.named_integers(unit, DATA * step + dp)
 
@@ -102,7 +102,7 @@ def refusals() -> dict[str, str]:
     ranges = {shard.name: (shard.start, shard.end) for shard in view.shards}
     layout = [RankShards(0, ranges)]
 
-    def bind_without(left_out: Unit) -> None:
+    def bind_without(left_out: MuonMatrix) -> None:
         units = [unit for unit in inner.table.units if unit != left_out]
         exchange = ShardExchange(units, [0] * len(units), layout, rank=0, transport=None)
         inner.bind(pairs, inner.table, exchange)

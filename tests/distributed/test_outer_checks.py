@@ -157,7 +157,7 @@ def _with_a_leap(config: RunConfig) -> dict[str, Any]:
     assert report is not None
     assert run.optimizer.synchronizer is not None
     outcome = {
-        "quarantined": report.quarantined,
+        "restarted_from_anchor": report.restarted_from_anchor,
         "weights": report.applied[0].weights.tolist(),
         "metrics": outer_metrics(report),
         "anchors": {n: a.clone() for n, a in run.optimizer.synchronizer.anchors().items()},
@@ -176,8 +176,8 @@ def test_a_replica_outside_the_norm_band_is_left_out_of_one_mean() -> None:
     for rank in band:
         assert rank["weights"] == [1.0, 1.0, 1.0, 0.0]
         assert rank["later"] == [1.0] * 4
-        assert not rank["quarantined"]
-        assert rank["metrics"]["muloco/quarantined"] == 1
+        assert not rank["restarted_from_anchor"]
+        assert rank["metrics"]["muloco/excluded"] == 1
         for name, anchor in band[0]["anchors"].items():
             assert_equal(rank["anchors"][name], anchor)
             assert_equal(rank["masters"][name], anchor)

@@ -2,15 +2,15 @@
 
 import pytest
 
-from megatron_muloco.optim.matrices import Unit
-from megatron_muloco.optim.parameter_table import TruthReport
+from megatron_muloco.optim.matrices import MuonMatrix
+from megatron_muloco.optim.parameter_table import ParameterReport
 from megatron_muloco.planning.layout import stage_units
 from megatron_muloco.training.build import gather_report
 from tests.support.spawn import run_ranks
 from tests.support.tiny_models import MUON, finish_tiny, start_tiny, tiny_config
 
 
-def report_of(pipeline: int) -> TruthReport:
+def report_of(pipeline: int) -> ParameterReport:
     parallel = {"pipeline_model_parallel_size": pipeline}
     run = start_tiny(tiny_config(inner=MUON, parallel=parallel))
     report = gather_report(run.optimizer.inner.table, run.groups)
@@ -18,7 +18,7 @@ def report_of(pipeline: int) -> TruthReport:
     return report
 
 
-def parameters(report: TruthReport) -> list[str]:
+def parameters(report: ParameterReport) -> list[str]:
     lines = [line.split("  ")[0] for line in report.table.splitlines()]
     return sorted(line for line in lines if line.endswith(".weight"))
 
@@ -38,7 +38,7 @@ CHOSEN = {**MUON, "muon": {"ns_impl": "triangle", "ns_dtype": "fp32", "split_hea
 
 def units_and_report(
     inner: dict[str, object],
-) -> tuple[tuple[Unit, ...], tuple[Unit, ...], TruthReport, tuple[int, int]]:
+) -> tuple[tuple[MuonMatrix, ...], tuple[MuonMatrix, ...], ParameterReport, tuple[int, int]]:
     """Return the units of stage 0 as planned and as trained, and the matrices of a step."""
     config = tiny_config(inner=inner, parallel={"tensor_model_parallel_size": 2})
     run = start_tiny(config)

@@ -15,7 +15,7 @@ from megatron_muloco.data.datasets import build_datasets
 from megatron_muloco.data.prepare import PrepareOptions, prepare
 from megatron_muloco.data.sampler import BatchLayout
 from megatron_muloco.data.tokenizer import load_tokenizer
-from megatron_muloco.training.build import build_trainer
+from megatron_muloco.training.build import build_run
 from megatron_muloco.training.loop import train
 from megatron_muloco.training.stopping import StopRequest
 from tests.support import bare_loop
@@ -61,12 +61,12 @@ Trajectory = tuple[list[float], list[float], dict[str, torch.Tensor]]
 
 
 def _with_pretrain(config: RunConfig) -> Trajectory:
-    trainer = build_trainer(config)
-    with count_calls(trainer.monitor, "record") as records:
-        train(trainer, StopRequest())
+    context = build_run(config)
+    with count_calls(context.monitor, "record") as records:
+        train(context, StopRequest())
     losses = [float(metrics["lm loss"]) for _, metrics in records]
     norms = [float(metrics["grad-norm"]) for _, metrics in records]
-    tensors = _tensors(trainer.optimizer)
+    tensors = _tensors(context.optimizer)
     finish_tiny()
     return losses, norms, tensors
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_muloco.comm.consistency import check_equal, digests
-from megatron_muloco.comm.reducers import ReplicaSum, mean_reducer
+from megatron_muloco.comm.reducers import ReplicaSum, build_plain_reducer_for
 from megatron_muloco.errors import SyncError
 from megatron_muloco.outer.reducer import Reducer
 from tests.support.spawn import run_ranks
@@ -37,25 +37,25 @@ def everyone() -> Any:
 
 
 def reduce_once(
-    reducer: Reducer, tensors: dict[str, Tensor], weight: float, riders: Tensor
+    reducer: Reducer, tensors: dict[str, Tensor], weight: float, metadata: Tensor
 ) -> tuple[dict[str, Tensor], list[float], list[list[float]], int]:
-    reduced = reducer.wait(reducer.launch(0, tensors, weight, riders, round_index=1))
+    reduced = reducer.wait(reducer.launch(0, tensors, weight, metadata, round_index=1))
     own = {name: tensor.clone() for name, tensor in reduced.mean.items()}
     stats = reduced.stats
-    return own, stats.weights.tolist(), stats.riders.tolist(), stats.wire_bytes
+    return own, stats.weights.tolist(), stats.metadata.tolist(), stats.wire_bytes
 
 
 def reduce_integers(kind: str, weights: list[float]) -> list[Any]:
     """Every size, with integers that sum exactly; a replica of weight 0 sends NaN."""
     rank = dist.get_rank()
-    reducer = mean_reducer(everyone(), CPU, **KINDS[kind])
+    reducer = build_plain_reducer_for(everyone(), CPU, **KINDS[kind])
     results = []
     for sizes in SIZES.values():
         tensors = {name: integer_tensor(n, seed=rank * 7 + n) for name, n in sizes.items()}
         if not weights[rank]:
             tensors = {name: torch.full_like(tensor, math.nan) for name, tensor in tensors.items()}
-        riders = torch.tensor([float(rank), math.nan if rank == 1 else 0.5])
-        results.append(reduce_once(reducer, tensors, weights[rank], riders))
+        metadata = torch.tensor([float(rank), math.nan if rank == 1 else 0.5])
+        results.append(reduce_once(reducer, tensors, weights[rank], metadata))
     return results
 
 
@@ -68,22 +68,22 @@ def test_the_mean_is_exact_on_integers(kind: str, weights: list[float]) -> None:
     members = [rank for rank, weight in enumerate(weights) if weight]
     for case, sizes in enumerate(SIZES.values()):
         for rank, results in enumerate(by_rank):
-            mean, seen_weights, riders, _ = results[case]
+            mean, seen_weights, metadata, _ = results[case]
             assert list(mean) == list(sizes)
             for name, n in sizes.items():
                 terms = [integer_tensor(n, seed=member * 7 + n) for member in members]
                 total = torch.stack(terms).sum(0) if terms else torch.zeros(n)
                 assert_equal(mean[name], total / max(1, len(terms)), f"{name} on rank {rank}")
             assert seen_weights == weights
-            assert [row[0] for row in riders] == list(range(len(weights)))
-            assert math.isnan(riders[1][1])
-            assert riders[0][1] == 0.5
+            assert [row[0] for row in metadata] == list(range(len(weights)))
+            assert math.isnan(metadata[1][1])
+            assert metadata[0][1] == 0.5
 
 
 def reduce_normals(kind: str) -> Tensor:
     generator = torch.Generator().manual_seed(dist.get_rank())
     tensors = {"a": torch.randn(1001, generator=generator)}
-    reducer = mean_reducer(everyone(), CPU, **KINDS[kind])
+    reducer = build_plain_reducer_for(everyone(), CPU, **KINDS[kind])
     return reduce_once(reducer, tensors, 1.0, torch.zeros(1))[0]["a"]
 
 
@@ -106,7 +106,7 @@ def test_all_replicas_hold_the_same_bits(kind: str, world_size: int) -> None:
 
 def reduce_equal_values() -> bool:
     values = torch.randn(500, generator=torch.Generator().manual_seed(5))
-    reducer = mean_reducer(everyone(), CPU, deterministic=True)
+    reducer = build_plain_reducer_for(everyone(), CPU, deterministic=True)
     mean = reduce_once(reducer, {"a": values}, 1.0, torch.zeros(1))[0]["a"]
     return torch.equal(mean, values)
 
@@ -119,7 +119,7 @@ def test_equal_replicas_have_themselves_as_mean(world_size: int) -> None:
 def overlap_fragments(kind: str) -> list[Tensor]:
     """Three fragments in flight at once, over several rounds, through one set of buffers."""
     rank = dist.get_rank()
-    reducer = mean_reducer(everyone(), CPU, **KINDS[kind])
+    reducer = build_plain_reducer_for(everyone(), CPU, **KINDS[kind])
     results = []
     for round_index in (1, 2, 3):
         handles = [
@@ -152,7 +152,7 @@ def test_fragments_in_flight_do_not_share_memory(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_bytes_are_what_the_convention_says(kind: str) -> None:
     (*_, wire_bytes) = run_ranks(reduce_integers, 4, kind, [1.0] * 4)[0][-1]
-    # 38 elements and rows of 3 numbers (weight, two riders).
+    # 38 elements and rows of 3 numbers (weight, two metadata).
     assert (
         wire_bytes
         == {
@@ -166,7 +166,7 @@ def test_bytes_are_what_the_convention_says(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("weight", [1.0, 0.0])
 def test_a_single_replica_needs_no_group(kind: str, weight: float) -> None:
-    reducer = mean_reducer(None, CPU, **KINDS[kind])
+    reducer = build_plain_reducer_for(None, CPU, **KINDS[kind])
     for sizes in SIZES.values():
         tensors = {name: integer_tensor(n, seed=n) for name, n in sizes.items()}
         mean, weights, _, wire_bytes = reduce_once(reducer, tensors, weight, torch.zeros(1))
@@ -178,7 +178,7 @@ def test_a_single_replica_needs_no_group(kind: str, weight: float) -> None:
 def miss_a_peer(kind: str) -> str:
     """Rank 1 does not come to the second reduction."""
     pair = dist.new_group([0, 1], timeout=timedelta(seconds=1))
-    reducer = mean_reducer(pair, CPU, **KINDS[kind])
+    reducer = build_plain_reducer_for(pair, CPU, **KINDS[kind])
     reduce_once(reducer, {"a": torch.ones(8)}, 1.0, torch.zeros(1))
     message = ""
     if dist.get_rank() == 0:

@@ -231,7 +231,7 @@ def _poisoned(config: RunConfig) -> tuple[bool, float, dict[str, torch.Tensor], 
     losses = run.losses
     finish_tiny()
     weights = report.applied[0].weights
-    return report.quarantined, largest, anchors, {"losses": losses, "weights": weights}
+    return report.restarted_from_anchor, largest, anchors, {"losses": losses, "weights": weights}
 
 
 def test_a_replica_that_is_not_finite_is_left_out_and_starts_again_from_the_anchor() -> None:

@@ -51,7 +51,7 @@ CASES: dict[str, tuple[int, int, dict[str, Any], tuple[int, ...], int | None]] =
         (1, 2, 4, 5, 7),
         None,
     ),
-    "k2-quarantined-by-tokens": (
+    "k2-restarted_from_anchor-by-tokens": (
         2,
         2,
         {"inner": MUON, "outer": outer(STATISTICAL, weighting="tokens", **IN_FLIGHT)},
@@ -116,7 +116,7 @@ def residuals_of(run: TinyRun, kind: str) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in tensors.get(kind, {}).items()}
 
 
-def residual_kinds(run: TinyRun) -> list[str]:
+def residual_names(run: TinyRun) -> list[str]:
     kinds = run.optimizer.synchronizer.kinds()
     return [kind for kind in ("residual", "owner_residual") if kind in kinds]
 
@@ -143,7 +143,7 @@ def stop_and_resume(
         elif step >= 4:  # whatever fragments a rank's shards are in, one was launched
             assert lost_anything
     assert_same(end_of(saving, poisoned), undisturbed)
-    for kind in residual_kinds(saving):
+    for kind in residual_names(saving):
         prefix = f"outer {kind} "
         assert any_value({k: t for k, t in undisturbed.items() if k.startswith(prefix)}), kind
     for step in stops:
@@ -169,7 +169,7 @@ def test_stopped_with_residuals_and_resumed_is_never_stopped(case: str, tmp_path
 
 
 def in_the_foreground(*args: Any) -> None:
-    with mock.patch.object(build_optimizer, "Background", lambda reducer, device: reducer):
+    with mock.patch.object(build_optimizer, "BackgroundReducer", lambda reducer, device: reducer):
         stop_and_resume(*args)
 
 
@@ -261,7 +261,7 @@ def change_code(directory: Path) -> list[list[str]]:
         run.optimizer.steps = 5
         synchronizer = run.optimizer.synchronizer
         assert_same(residuals_of(run, "anchor"), kept[before]["anchor"])
-        for kind in residual_kinds(run):
+        for kind in residual_names(run):
             found = residuals_of(run, kind)
             zeros = {name: torch.zeros_like(tensor) for name, tensor in found.items()}
             assert_same(found, kept[before][kind] if kind in taken else zeros)

@@ -118,28 +118,28 @@ def test_a_run_says_that_residuals_begin_with_zeros(prefix: str, tmp_path: Path)
 Fault = Callable[[Any], AbstractContextManager[Any]]
 
 
-def on_rank(rank: int, fault: Fault, trainer: Any) -> AbstractContextManager[Any]:
+def on_rank(rank: int, fault: Fault, context: Any) -> AbstractContextManager[Any]:
     """Enter the fault on one rank only."""
-    return fault(trainer) if dist.get_rank() == rank else nullcontext()
+    return fault(context) if dist.get_rank() == rank else nullcontext()
 
 
-def in_first_step(trainer: Any) -> AbstractContextManager[Any]:
-    return signal_at_call(trainer.model, "zero_grad_buffer", number=1, signum=signal.SIGUSR1)
+def in_first_step(context: Any) -> AbstractContextManager[Any]:
+    return signal_at_call(context.model, "zero_grad_buffer", number=1, signum=signal.SIGUSR1)
 
 
-def in_evaluation(trainer: Any) -> AbstractContextManager[Any]:
+def in_evaluation(context: Any) -> AbstractContextManager[Any]:
     return signal_at_call(loop, "evaluate", number=2, signum=signal.SIGUSR1)
 
 
-def in_a_save(trainer: Any) -> AbstractContextManager[Any]:
+def in_a_save(context: Any) -> AbstractContextManager[Any]:
     return signal_at_call(store_module, "write_tensors", number=1, signum=signal.SIGUSR1)
 
 
-def twice(trainer: Any) -> AbstractContextManager[Any]:
+def twice(context: Any) -> AbstractContextManager[Any]:
     stack = ExitStack()
     for number in (2, 3):
         stack.enter_context(
-            signal_at_call(trainer.optimizer, "inner_step", number=number, signum=signal.SIGTERM)
+            signal_at_call(context.optimizer, "inner_step", number=number, signum=signal.SIGTERM)
         )
     return stack
 
@@ -195,21 +195,21 @@ def test_a_stop_without_a_checkpoint_directory_is_told_apart(prefix: str) -> Non
     assert max(ranks[0].losses) == 2
 
 
-def disk_full(number: int, trainer: Any) -> AbstractContextManager[Any]:
+def disk_full(number: int, context: Any) -> AbstractContextManager[Any]:
     error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     return fail_call(FileSystemWriter, "write_data", number=number, error=error)
 
 
-def first_save_fails(trainer: Any) -> AbstractContextManager[Any]:
-    return on_rank(1, partial(disk_full, 1), trainer)
+def first_save_fails(context: Any) -> AbstractContextManager[Any]:
+    return on_rank(1, partial(disk_full, 1), context)
 
 
-def save_on_request_fails(trainer: Any) -> AbstractContextManager[Any]:
+def save_on_request_fails(context: Any) -> AbstractContextManager[Any]:
     stack = ExitStack()
     stack.enter_context(
-        signal_at_call(trainer.optimizer, "inner_step", number=3, signum=signal.SIGUSR1)
+        signal_at_call(context.optimizer, "inner_step", number=3, signum=signal.SIGUSR1)
     )
-    stack.enter_context(on_rank(0, partial(disk_full, 2), trainer))
+    stack.enter_context(on_rank(0, partial(disk_full, 2), context))
     return stack
 
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_muloco.comm.consistency import check_equal
-from megatron_muloco.comm.reducers import ReplicaSum, mean_reducer
+from megatron_muloco.comm.reducers import ReplicaSum, build_plain_reducer_for
 from megatron_muloco.config.outer import Steps
 from megatron_muloco.outer.reference import Parameters, Reference, Settings
 from megatron_muloco.outer.synchronizer import ReplicaPort
@@ -78,8 +78,8 @@ def train(
     rank, size = dist.get_rank(), dist.get_world_size()
     replica = Replica(start())
     group = dist.group.WORLD
-    reducer = mean_reducer(group, CPU, **KINDS[kind])
-    plain = mean_reducer(group, CPU)
+    reducer = build_plain_reducer_for(group, CPU, **KINDS[kind])
+    plain = build_plain_reducer_for(group, CPU)
     synchronizer = synchronizer_of(replica.port(), s, reducer, size, plain)
     step = inner(0 if same_data else rank)
     for t in range(1, s.train_iters + 1):
@@ -160,7 +160,7 @@ def cut_port(rank: int, parameters: Parameters, group: Any) -> ReplicaPort:
         ],
         masters=masters,
         total=ReplicaSum(group),
-        broadcast_duplicates=broadcast,
+        broadcast_replicated=broadcast,
         publish=lambda: None,
     )
 
@@ -174,7 +174,7 @@ def train_cut(bad_step: int | None) -> tuple[int, Parameters, list[Any]]:
     parameters = {"a": torch.zeros(3), "b": torch.zeros(2), "norm": torch.zeros(1)}
     port = cut_port(position, parameters, in_replica)
     s = Settings(sync_interval=2, train_iters=4, fragments=[["a", "b", "norm"]])
-    synchronizer = synchronizer_of(port, s, mean_reducer(outer, CPU), 2)
+    synchronizer = synchronizer_of(port, s, build_plain_reducer_for(outer, CPU), 2)
     seen = []
     for t in range(1, 5):
         for tensor in port.masters.values():
@@ -185,7 +185,11 @@ def train_cut(bad_step: int | None) -> tuple[int, Parameters, list[Any]]:
         if report is not None:
             (fragment,) = report.applied
             seen.append(
-                (report.quarantined, fragment.weights.tolist(), fragment.pseudogradient_norm)
+                (
+                    report.restarted_from_anchor,
+                    fragment.weights.tolist(),
+                    fragment.pseudogradient_norm,
+                )
             )
     return replica, dict(port.masters), seen
 
@@ -194,8 +198,8 @@ def test_norms_count_every_rank_of_a_replica_and_duplicates_once() -> None:
     for replica, masters, seen in run_ranks(train_cut, 4, None):
         # Each of 3 + 2 + 1 elements moved by 2 or 6 in a round; the copy of 'norm' is not counted.
         norm = (2.0 + 4.0 * replica) * math.sqrt(6)
-        for quarantined, weights, measured in seen:
-            assert (quarantined, weights) == (False, [1.0, 1.0])
+        for restarted_from_anchor, weights, measured in seen:
+            assert (restarted_from_anchor, weights) == (False, [1.0, 1.0])
             assert measured == pytest.approx(norm)
         for name, tensor in masters.items():
             assert tensor.tolist() == [-8.0] * tensor.numel(), name
@@ -203,7 +207,10 @@ def test_norms_count_every_rank_of_a_replica_and_duplicates_once() -> None:
 
 def test_one_bad_shard_takes_its_whole_replica_out() -> None:
     for replica, masters, seen in run_ranks(train_cut, 4, 2):
-        assert [quarantined for quarantined, _, _ in seen] == [replica == 1, False]
+        assert [restarted_from_anchor for restarted_from_anchor, _, _ in seen] == [
+            replica == 1,
+            False,
+        ]
         assert [weights for _, weights, _ in seen] == [[1.0, 0.0], [1.0, 1.0]]
         for name, tensor in masters.items():
             # Round 1: replica 0 alone, -2. Round 2: the mean of 2 and 6.

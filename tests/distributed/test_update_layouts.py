@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_muloco.optim.matrices import Unit
+from megatron_muloco.optim.matrices import MuonMatrix
 from megatron_muloco.optim.newton_schulz import newton_schulz, scale_factor
 from tests.support import inner_updates as updates
 from tests.support.inner_updates import Held
@@ -93,7 +93,7 @@ def batched_alone(layers: int, pp: int) -> dict[str, Tensor]:
     return updates_of(layers, (1, pp, 1))[0]["same batches"]
 
 
-def by_definition(unit: Unit) -> Tensor:
+def by_definition(unit: MuonMatrix) -> Tensor:
     """Return what one step does to a matrix that was zero."""
     momentum = updates.named_matrix(unit, 0) * MOMENTUM + updates.named_matrix(unit, 1)
     direction = newton_schulz(momentum, dtype=torch.float32)

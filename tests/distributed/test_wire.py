@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_muloco.comm.collectives import DeviceWire, HostWire, Wire
-from megatron_muloco.comm.reducers import mean_reducer
+from megatron_muloco.comm.reducers import build_plain_reducer_for
 from tests.support.spawn import run_ranks
 from tests.support.tensors import assert_equal
 
@@ -70,7 +70,7 @@ def test_alone_nothing_is_sent() -> None:
 
 def weighted(deterministic: bool, through_host: bool) -> tuple[Tensor, list[float]]:
     rank = dist.get_rank()
-    reducer = mean_reducer(
+    reducer = build_plain_reducer_for(
         dist.group.WORLD, CPU, deterministic=deterministic, through_host=through_host
     )
     tensors = {"a": torch.tensor([8.0, -16.0]) * (rank + 1)}

@@ -1,6 +1,6 @@
 """Relation 9: the bytes that reducers count are those that the plan predicts, exactly.
 
-Every code over the real stack: model, Megatron's shards, fragments, chunks, riders.
+Every code over the real stack: model, Megatron's shards, fragments, chunks, metadata.
 """
 
 import itertools
@@ -50,17 +50,17 @@ def config_of(sizes: Sizes, outer: Sections | None = None, **sections: Any) -> R
 
 
 def counted(config: RunConfig) -> list[tuple[int, int]]:
-    """Return what this rank counted in each of two rounds, with the monitor's riders.
+    """Return what this rank counted in each of two rounds, with the monitor's metadata.
 
     That is bytes on the wire, and those that an fp32 all-reduce of the values would have sent.
     """
     assert not isinstance(config.outer, NoOuter)
     run = start_tiny(config)
     calendar = LineCalendar(config.monitor.log_interval, run.optimizer.schedule)
-    riders = torch.zeros(calendar.rider_count())
+    metadata = torch.zeros(calendar.metadata_count())
     rounds = [[0, 0], [0, 0]]
     outer_step = run.optimizer.outer_step
-    run.optimizer.outer_step = lambda: outer_step(riders)  # type: ignore[method-assign]
+    run.optimizer.outer_step = lambda: outer_step(metadata)  # type: ignore[method-assign]
     reports = []
     for _ in range(4):
         run.optimizer.last_outer = None

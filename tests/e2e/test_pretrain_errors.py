@@ -31,7 +31,7 @@ REPORT = re.compile(r"^\d+ problems? in the input:$", re.MULTILINE)
 
 
 @dataclass
-class Shown:
+class ReplicaMetadata:
     """A block of the guide: files it shows, the command, and what the program says."""
 
     command: str = ""
@@ -44,10 +44,10 @@ class Shown:
         return "--config run.yaml" in self.command
 
 
-def blocks_of(text: str) -> Iterator[Shown]:
+def blocks_of(text: str) -> Iterator[ReplicaMetadata]:
     """Read the fenced blocks that begin with a command."""
     for block in re.findall(r"^```\n(\$ .*?)^```$", text, re.MULTILINE | re.DOTALL):
-        shown = Shown()
+        shown = ReplicaMetadata()
         for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
             command, _, rest = part.partition("\n")
             if command.startswith("cat "):
@@ -109,7 +109,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "shown", [s for s in SHOWN if not s.resumes], ids=lambda s: s.command.split()[-1]
 )
 def test_bad_input_is_explained_as_the_guide_shows(
-    shown: Shown, directory: Path, monkeypatch: pytest.MonkeyPatch
+    shown: ReplicaMetadata, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, text in shown.files.items():
         (directory / name).write_text(text)

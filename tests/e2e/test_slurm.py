@@ -25,8 +25,9 @@ ROOT = Path(__file__).parents[2]
 TEMPLATE = "launch/slurm/pretrain.sbatch"
 OVER = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
 
-# Plays the trainer's part of the contract (exit codes, signals) without training. Rank 1 leaves
-# later than rank 0 and would die of the signal that SLURM sends to what is left after a fault.
+# Plays the training program's part of the contract (exit codes, signals) without training. Rank 1
+# leaves later than rank 0 and would die of the signal that SLURM sends to what is left after a
+# fault.
 STAND_IN = """
 import os, pathlib, signal, sys, time
 

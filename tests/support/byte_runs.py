@@ -1,4 +1,4 @@
-"""Whole runs of the real trainer on bytes: a dataset in a moment, no tokenizer to train."""
+"""Whole runs of the real program on bytes: a dataset in a moment, no tokenizer to train."""
 
 import json
 from collections.abc import Mapping
@@ -78,31 +78,31 @@ def run_here(config: RunConfig, *, around: Any = None) -> Ended:
 
     Args:
         config: The run.
-        around: Called with the trainer; returns a context manager (a fault) to train in.
+        around: Called with the context; returns a context manager (a fault) to train in.
     """
     from contextlib import nullcontext
 
     from megatron_muloco.runtime.parallel_state import unmirror_groups
-    from megatron_muloco.training.build import build_trainer
+    from megatron_muloco.training.build import build_run
     from megatron_muloco.training.loop import train
     from megatron_muloco.training.stopping import StopRequest
 
     with StopRequest() as stop:
-        trainer = build_trainer(config)
+        context = build_run(config)
         try:
-            fault = around(trainer) if around else nullcontext()
-            with fault, count_calls(trainer.monitor, "record") as calls:
-                outcome = train(trainer, stop)
-            trainer.monitor.close(outcome.value)
+            fault = around(context) if around else nullcontext()
+            with fault, count_calls(context.monitor, "record") as calls:
+                outcome = train(context, stop)
+            context.monitor.close(outcome.value)
         finally:
             unmirror_groups()
     losses = {step: float(metrics["lm loss"]) for step, metrics in calls}
-    return Ended(outcome.name, trainer.first_step, losses, _tensors(trainer))
+    return Ended(outcome.name, context.first_step, losses, _tensors(context))
 
 
-def _tensors(trainer: Any) -> dict[str, torch.Tensor]:
+def _tensors(context: Any) -> dict[str, torch.Tensor]:
     """Return copies of masters, inner moments, and the outer state, by kind and name."""
-    optimizer = trainer.optimizer
+    optimizer = context.optimizer
     kinds: dict[str, Mapping[str, torch.Tensor]] = {"master": optimizer.view.masters}
     kinds |= {f"inner.{kind}": held for kind, held in optimizer.inner.named_state().items()}
     if optimizer.synchronizer is not None:

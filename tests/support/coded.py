@@ -8,14 +8,14 @@ from torch import Tensor
 
 from megatron_muloco.comm.chunking import RowPlaces, chunk_pieces
 from megatron_muloco.compress.format import CodingUnit
-from megatron_muloco.compress.topk import codec_chooser
-from megatron_muloco.config.outer import CodeConfig, NoCompression, TopKCompression
+from megatron_muloco.compress.topk import codec_lookup
+from megatron_muloco.config.outer import LossyCompression, NoCompression, TopKCompression
 
 __all__ = ["reference_keys"]
 
 
 def reference_keys(
-    code: CodeConfig | NoCompression,
+    code: LossyCompression | NoCompression,
     rows: RowPlaces,
     fragments: Sequence[Mapping[str, int]],
     num_replicas: int,
@@ -30,7 +30,7 @@ def reference_keys(
     """
     if isinstance(code, NoCompression):
         return {}
-    codec_of = codec_chooser(code)
+    codec_of = codec_lookup(code)
 
     def round_trip(name: str, start: int, values: Tensor) -> Tensor:
         width, first = rows.get(name, (0, 0))

@@ -15,13 +15,13 @@ from torch import Tensor
 from megatron_muloco.comm.collectives import AllToAll
 from megatron_muloco.model.names import named_parameters
 from megatron_muloco.optim.exchange import ShardExchange
-from megatron_muloco.optim.matrices import Unit
+from megatron_muloco.optim.matrices import MuonMatrix
 from megatron_muloco.optim.parameter_table import Assignment
 from megatron_muloco.optim.routing import RankShards
 from tests.support.scattered import Pieces, scatter, whole
 from tests.support.tiny_models import TinyRun
 
-MakeMatrix = Callable[[Unit], Tensor]
+MakeMatrix = Callable[[MuonMatrix], Tensor]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Held:
     """What one rank has: its units' descriptions and its flat shards."""
 
     tensor_rank: int
-    units: tuple[Unit, ...]
+    units: tuple[MuonMatrix, ...]
     local_shapes: dict[str, tuple[int, ...]]
     shards: dict[str, tuple[int, Tensor]]
     planned_calls: int
@@ -44,13 +44,13 @@ class Held:
         )
 
 
-def named_matrix(unit: Unit, seed: int) -> Tensor:
+def named_matrix(unit: MuonMatrix, seed: int) -> Tensor:
     """Return a random matrix that depends on the unit's name and the seed alone."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{unit.name} {seed}".encode()))
     return torch.randn(unit.shape, generator=generator)
 
 
-def named_integers(unit: Unit, seed: int) -> Tensor:
+def named_integers(unit: MuonMatrix, seed: int) -> Tensor:
     """Return whole numbers up to 8 that depend on the unit's name and the seed alone."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{unit.name} {seed}".encode()))
     return torch.randint(-8, 9, unit.shape, generator=generator).float()
@@ -132,7 +132,7 @@ def held(run: TinyRun) -> Held:
 def whole_units(ranks: Iterable[Held]) -> dict[str, Tensor]:
     """Return every unit of the model, put together from the shards of all ranks."""
     pieces: Pieces = {}
-    units: dict[str, Unit] = {}
+    units: dict[str, MuonMatrix] = {}
     for rank in ranks:
         units |= {unit.name: unit for unit in rank.units}
         for name, (start, flat) in rank.shards.items():

@@ -76,8 +76,8 @@ class Exchange:
 class ExchangeReducer:
     """The reducer of one replica; it keeps no residuals."""
 
-    residual_kinds = ()
-    lends = False
+    residual_names = ()
+    returns_views = False
 
     def __init__(self, exchange: Exchange, replica: int) -> None:
         self.exchange, self.replica = exchange, replica
@@ -88,14 +88,14 @@ class ExchangeReducer:
         fragment: int,
         tensors: Mapping[str, Tensor],
         weight: float,
-        riders: Tensor,
+        metadata: Tensor,
         *,
         round_index: int,
     ) -> Ticket:
         """See `Reducer.launch`."""
         copies = {name: tensor.clone() for name, tensor in tensors.items()}
         ticket = Ticket(fragment, self.launches, copies)
-        self.exchange.send(ticket.number, self.replica, (copies, weight, riders.clone()))
+        self.exchange.send(ticket.number, self.replica, (copies, weight, metadata.clone()))
         self.launches += 1
         return ticket
 
@@ -111,8 +111,8 @@ class ExchangeReducer:
             weight_sum = sum(weight for _, weight in usable)
             mean[name] = total / weight_sum if usable else total
         weights = torch.tensor([weight for _, weight, _ in received])
-        riders = torch.stack([riders for _, _, riders in received])
-        return Reduced(mean, ReductionStats(weights, riders, wire_bytes=0))
+        metadata = torch.stack([metadata for _, _, metadata in received])
+        return Reduced(mean, ReductionStats(weights, metadata, wire_bytes=0))
 
     def forget_residual(self) -> None:
         """See `Reducer.forget_residual`."""
@@ -143,7 +143,7 @@ class Replica:
             shards=[whole_shard(name, tensor) for name, tensor in self.parameters.items()],
             masters=self.parameters,
             total=torch.clone,
-            broadcast_duplicates=lambda names: None,
+            broadcast_replicated=lambda names: None,
             publish=publish,
         )
 

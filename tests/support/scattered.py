@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_muloco.optim.exchange import ShardExchange, Transport
-from megatron_muloco.optim.matrices import LayerShape, Unit
+from megatron_muloco.optim.matrices import LayerShape, MuonMatrix
 from megatron_muloco.optim.muon import MuonAdamW, StepReport
 from megatron_muloco.optim.parameter_table import (
     Assignment,
@@ -135,7 +135,7 @@ def shards_of(pieces: Pieces, shards: RankShards) -> dict[str, Tensor]:
     }
 
 
-def whole(unit: Unit, pieces: Pieces) -> Tensor:
+def whole(unit: MuonMatrix, pieces: Pieces) -> Tensor:
     """Assemble a unit the obvious way: rows of each tensor rank's piece, then concatenated."""
     return torch.cat(
         [
@@ -146,7 +146,7 @@ def whole(unit: Unit, pieces: Pieces) -> Tensor:
     )
 
 
-def scatter(matrices: dict[str, Tensor], units: Sequence[Unit]) -> Pieces:
+def scatter(matrices: dict[str, Tensor], units: Sequence[MuonMatrix]) -> Pieces:
     """Return the tensor ranks' pieces of whole units; undoes `whole`."""
     pieces: Pieces = {}
     for param in {unit.param: None for unit in units}:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_muloco.comm.background import Background
+from megatron_muloco.comm.background import BackgroundReducer
 from megatron_muloco.errors import SyncError
 from megatron_muloco.outer.reducer import Reduced, ReductionStats, Residuals, Sizes
 
@@ -18,8 +18,8 @@ CPU = torch.device("cpu")
 class Recorder:
     """A reducer that notes who calls what, and can be held up."""
 
-    residual_kinds = ("residual",)
-    lends = True
+    residual_names = ("residual",)
+    returns_views = True
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, int]] = []
@@ -33,7 +33,7 @@ class Recorder:
         fragment: int,
         tensors: Mapping[str, Tensor],
         weight: float,
-        riders: Tensor,
+        metadata: Tensor,
         *,
         round_index: int,
     ) -> Any:
@@ -65,7 +65,7 @@ class Recorder:
         self.calls.append((what, threading.get_ident()))
 
 
-def launch(reducer: Background, fragment: int, value: float = 1.0) -> Any:
+def launch(reducer: BackgroundReducer, fragment: int, value: float = 1.0) -> Any:
     tensors = {"a": torch.tensor([value])}
     return reducer.launch(fragment, tensors, 1.0, torch.zeros(0), round_index=1)
 
@@ -73,7 +73,7 @@ def launch(reducer: Background, fragment: int, value: float = 1.0) -> Any:
 def test_training_goes_on_while_the_reduction_waits() -> None:
     inner = Recorder()
     inner.go_on.clear()
-    reducer = Background(inner, CPU)
+    reducer = BackgroundReducer(inner, CPU)
     handle = launch(reducer, 3, 4.0)  # returns, though the reducer is held up
     assert not inner.calls
     inner.go_on.set()
@@ -85,7 +85,7 @@ def test_training_goes_on_while_the_reduction_waits() -> None:
 def test_everything_happens_in_one_thread_in_the_order_of_the_calls() -> None:
     inner = Recorder()
     inner.go_on.clear()
-    reducer = Background(inner, CPU)
+    reducer = BackgroundReducer(inner, CPU)
     handles = [launch(reducer, 0), launch(reducer, 1)]
     reducer.forget_residual()  # after the codes of the launches before it
     handles.append(launch(reducer, 2))
@@ -101,11 +101,11 @@ def test_everything_happens_in_one_thread_in_the_order_of_the_calls() -> None:
     )
     assert len(set(threads)) == 1
     assert threads[0] != threading.get_ident()
-    assert reducer.residual_kinds == inner.residual_kinds
+    assert reducer.residual_names == inner.residual_names
 
 
 def test_a_mean_outlives_the_next_launch() -> None:
-    reducer = Background(Recorder(), CPU)
+    reducer = BackgroundReducer(Recorder(), CPU)
     first, second = launch(reducer, 0, 1.0), launch(reducer, 1, 3.0)
     assert reducer.wait(second).mean["a"].tolist() == [6.0]
     assert reducer.wait(first).mean["a"].tolist() == [2.0]
@@ -114,7 +114,7 @@ def test_a_mean_outlives_the_next_launch() -> None:
 def test_a_failure_is_raised_where_the_result_is_asked_for() -> None:
     inner = Recorder()
     inner.fail = True
-    reducer = Background(inner, CPU)
+    reducer = BackgroundReducer(inner, CPU)
     handle = launch(reducer, 0)
     with pytest.raises(SyncError, match="a peer failed"):
         reducer.wait(handle)
@@ -124,7 +124,7 @@ def test_nothing_is_launched_after_a_failure() -> None:
     """Peers are in the collectives of the launch that failed, and would take others for them."""
     inner = Recorder()
     inner.fail = True
-    reducer = Background(inner, CPU)
+    reducer = BackgroundReducer(inner, CPU)
     first, second = launch(reducer, 0), launch(reducer, 1)
     with pytest.raises(SyncError, match="a peer failed"):
         reducer.wait(first)

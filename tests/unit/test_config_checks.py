@@ -67,7 +67,7 @@ RULE_CASES: dict[str, tuple[list[str], list[str]]] = {
         ["outer.fragments.count=5"],
         ["outer.fragments.count: 5 is more than the 4 layers of the model"],
     ),
-    "exceptions_fit_the_code": (
+    "exceptions_fit_the_compression": (
         ["outer.compression={kind: e3m0, exceptions: {norm: 8}}"],
         ["outer.compression.exceptions.norm: 8, but kind e3m0 has one code for all parameters"],
     ),

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from megatron_muloco.errors import RuntimeMismatch
 from megatron_muloco.optim.exchange import ShardExchange, Transform
-from megatron_muloco.optim.matrices import LayerShape, Unit, split
+from megatron_muloco.optim.matrices import LayerShape, MuonMatrix, split
 from megatron_muloco.optim.parameter_table import assign
-from megatron_muloco.optim.routing import RankShards, check_coverage, divide, plan_paths
+from megatron_muloco.optim.routing import RankShards, check_coverage, divide, plan_routes
 from megatron_muloco.params import ParamInfo
 from tests.support.scattered import (
     VECTOR,
@@ -31,7 +31,7 @@ from tests.support.tensors import assert_equal, integer_tensor
 @st.composite
 def scattered_layers(
     draw: st.DrawFn,
-) -> tuple[list[ParamInfo], list[Unit], list[RankShards], list[int]]:
+) -> tuple[list[ParamInfo], list[MuonMatrix], list[RankShards], list[int]]:
     tensor_size = draw(st.sampled_from([1, 2, 3]))
     groups = tensor_size * draw(st.integers(1, 2))
     layer = LayerShape(
@@ -56,7 +56,7 @@ Seen = dict[str, Tensor]
 def doubling(seen: Seen) -> Transform:
     """Return a transform that notes the matrices it is given and doubles them."""
 
-    def double(units: tuple[Unit, ...], matrices: Tensor) -> Tensor:
+    def double(units: tuple[MuonMatrix, ...], matrices: Tensor) -> Tensor:
         seen.update({u.name: m.clone() for u, m in zip(units, matrices, strict=True)})
         return 2 * matrices.float()
 
@@ -65,7 +65,7 @@ def doubling(seen: Seen) -> Transform:
 
 @given(scattered_layers(), st.integers(1, 4))
 def test_owners_see_whole_matrices_and_shards_come_back(
-    case: tuple[list[ParamInfo], list[Unit], list[RankShards], list[int]], chunks: int
+    case: tuple[list[ParamInfo], list[MuonMatrix], list[RankShards], list[int]], chunks: int
 ) -> None:
     params, units, layout, owners = case
     pieces = {
@@ -100,17 +100,17 @@ def test_owners_see_whole_matrices_and_shards_come_back(
 
 @given(scattered_layers())
 def test_what_is_sent_is_what_is_received(
-    case: tuple[list[ParamInfo], list[Unit], list[RankShards], list[int]],
+    case: tuple[list[ParamInfo], list[MuonMatrix], list[RankShards], list[int]],
 ) -> None:
     _, units, layout, owners = case
-    paths = [plan_paths(units, owners, layout, rank) for rank in range(len(layout))]
+    paths = [plan_routes(units, owners, layout, rank) for rank in range(len(layout))]
     for sender, sent in enumerate(paths):
         for receiver, received in enumerate(paths):
             assert sent.shard_splits[receiver] == received.owner_splits[sender]
     assert sum(sum(p.shard_splits) for p in paths) == sum(unit.numel for unit in units)
 
 
-def tiny_case(ranks: int = 2) -> tuple[list[Unit], list[RankShards]]:
+def tiny_case(ranks: int = 2) -> tuple[list[MuonMatrix], list[RankShards]]:
     layer = LayerShape(2, 2, 1, 2)
     params = matrix_params(layer, 2, 1)
     units = [u for p in params for u in split(p, layer, tensor_size=1)]
@@ -147,7 +147,7 @@ def test_a_group_of_one_rank_needs_no_transport_but_rounds_like_the_others() -> 
 
 @given(scattered_layers(), st.integers(1, 5))
 def test_chunks_contain_each_unit_once_and_share_every_owners_work(
-    case: tuple[list[ParamInfo], list[Unit], list[RankShards], list[int]], chunks: int
+    case: tuple[list[ParamInfo], list[MuonMatrix], list[RankShards], list[int]], chunks: int
 ) -> None:
     _, units, layout, owners = case
     divided = divide(units, owners, chunks)
@@ -184,7 +184,9 @@ def test_memory_is_allocated_once(ranks: int) -> None:
             shards.pop(VECTOR, None)
             places: set[int] = set()
 
-            def note(_: tuple[Unit, ...], matrices: Tensor, places: set[int] = places) -> Tensor:
+            def note(
+                _: tuple[MuonMatrix, ...], matrices: Tensor, places: set[int] = places
+            ) -> Tensor:
                 places.add(matrices.data_ptr())
                 return matrices
 

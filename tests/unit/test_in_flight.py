@@ -11,10 +11,10 @@ from megatron_muloco.outer.reducer import Reduced, ReductionStats
 
 
 class OneMean:
-    """A reducer with one result, which it lends or gives away."""
+    """A reducer with one result, which it returns_views or gives away."""
 
-    def __init__(self, lends: bool) -> None:
-        self.lends = lends
+    def __init__(self, returns_views: bool) -> None:
+        self.returns_views = returns_views
         self.memory = torch.ones(3)
         self.waits = 0
 
@@ -25,13 +25,13 @@ class OneMean:
         )
 
 
-@pytest.mark.parametrize("lends", [True, False])
-def test_only_a_lent_mean_is_copied(lends: bool) -> None:
-    reducer: Any = OneMean(lends)
+@pytest.mark.parametrize("returns_views", [True, False])
+def test_only_a_lent_mean_is_copied(returns_views: bool) -> None:
+    reducer: Any = OneMean(returns_views)
     flight = InFlight(0, 1, Verdict.GOOD, 1.0, at_launch=None, handle=object())  # type: ignore[arg-type]
-    mean = flight.settle(reducer).mean["a"]
-    assert (mean is reducer.memory) is not lends
+    mean = flight.wait_and_clone(reducer).mean["a"]
+    assert (mean is reducer.memory) is not returns_views
     assert mean.tolist() == [1.0] * 3
-    assert flight.settle(reducer).mean["a"] is mean
+    assert flight.wait_and_clone(reducer).mean["a"] is mean
     assert flight.wait(reducer).mean["a"] is mean
     assert reducer.waits == 1

@@ -14,11 +14,11 @@ from megatron_muloco.config.derived import topology_of
 from megatron_muloco.errors import RuntimeMismatch
 from megatron_muloco.monitor.build import PARAMETERS_FILE, build_monitor
 from megatron_muloco.monitor.console import Console
+from megatron_muloco.monitor.metrics import applicable_tags
 from megatron_muloco.monitor.monitor import Monitor, RunFacts, floats
-from megatron_muloco.monitor.registry import applicable_tags
 from megatron_muloco.monitor.tensorboard import EventWriter
-from megatron_muloco.optim.parameter_table import TruthReport
-from megatron_muloco.outer.diagnostics import CodeReport, FragmentReport, OuterReport
+from megatron_muloco.optim.parameter_table import ParameterReport
+from megatron_muloco.outer.diagnostics import CompressionReport, FragmentReport, OuterReport
 from megatron_muloco.outer.guard import Verdict
 from megatron_muloco.outer.schedule import Apply, Launch, LineCalendar, SyncSchedule
 
@@ -33,7 +33,7 @@ class Replicas:
 
     def __init__(self, directory, count=2, schedule=None, log_interval=2, resumed_step=0):
         self.seconds, self.stream, self.schedule = 0.0, io.StringIO(), schedule
-        self.directory, self.riders, self.step = directory, {}, resumed_step
+        self.directory, self.line_values, self.step = directory, {}, resumed_step
         facts = RunFacts(
             num_replicas=count,
             world_size=count,
@@ -76,14 +76,17 @@ class Replicas:
     def _outer_steps(self):
         events = self.schedule.events(self.step)
         launched = [event.fragment for event in events if isinstance(event, Launch)]
-        mine = [monitor.riders(self.step) for monitor in self.monitors]
-        assert all((riders is not None) == bool(launched) for riders in mine) or len(mine) == 1
+        mine = [monitor.line_values(self.step) for monitor in self.monitors]
+        assert (
+            all((line_values is not None) == bool(launched) for line_values in mine)
+            or len(mine) == 1
+        )
         if launched:
-            self.riders[self.step] = (
+            self.line_values[self.step] = (
                 torch.stack(mine) if mine[0] is not None else torch.zeros(len(mine), 0)
             )
         applied = tuple(
-            fragment_report(event.fragment, event.launched_at, self.riders[event.launched_at])
+            fragment_report(event.fragment, event.launched_at, self.line_values[event.launched_at])
             for event in events
             if isinstance(event, Apply)
         )
@@ -92,7 +95,7 @@ class Replicas:
             round_index=self.schedule.round(self.step),
             launched=tuple(launched),
             applied=applied,
-            quarantined=False,
+            restarted_from_anchor=False,
         )
         if events:
             for monitor in self.monitors:
@@ -121,15 +124,15 @@ class Replicas:
             monitor.close(outcome)
 
 
-def fragment_report(fragment, launched_at, riders, weights=None):
-    weights = torch.ones(riders.size(0)) if weights is None else weights
+def fragment_report(fragment, launched_at, line_values, weights=None):
+    weights = torch.ones(line_values.size(0)) if weights is None else weights
     return FragmentReport(
         round_index=1,
         fragment=fragment,
         launched_at=launched_at,
         verdict=Verdict.GOOD,
         weights=weights,
-        riders=riders,
+        line_values=line_values,
         pseudogradient_norm=3.0,
         update_norm=torch.tensor(4.0),
         cosine_to_mean=torch.tensor(0.5),
@@ -140,7 +143,7 @@ def fragment_report(fragment, launched_at, riders, weights=None):
 
 def code_report(encoded, lost, cosine=math.nan, error_feedback=True):
     norms = [torch.tensor(value, dtype=torch.float64) for value in (encoded, lost, cosine)]
-    return CodeReport(*norms, encode_ms=2.0, decode_ms=1.0, error_feedback=error_feedback)
+    return CompressionReport(*norms, encode_ms=2.0, decode_ms=1.0, error_feedback=error_feedback)
 
 
 def test_codes_of_several_fragments_are_taken_together(tmp_path):
@@ -235,14 +238,14 @@ def test_what_a_stop_leaves_is_written_with_the_own_value_and_marked(tmp_path):
 def test_riders_have_one_size_and_nothing_between_launches(tmp_path):
     run = Replicas(tmp_path, schedule=SyncSchedule(10, 40, 3, 2), log_interval=3)
     run.train(40, by_step)
-    assert len({riders.shape for riders in run.riders.values()}) == 1
-    assert run.monitors[0].riders(41) is None
+    assert len({line_values.shape for line_values in run.line_values.values()}) == 1
+    assert run.monitors[0].line_values(41) is None
 
 
 def test_one_replica_sends_nothing(tmp_path):
     run = Replicas(tmp_path, count=1, schedule=SyncSchedule(6, 12))
     run.train(6, by_step)
-    assert run.monitors[0].riders(6) is None
+    assert run.monitors[0].line_values(6) is None
     assert run.losses() == [(2, 15.0), (4, 35.0), (6, 55.0)]
 
 
@@ -332,7 +335,7 @@ def test_outer_steps_write_their_metrics_and_rounds_their_time(tmp_path):
     run.close()
     for tag, value in {
         "muloco/pseudogradient_norm": 3.0, "muloco/update_norm": 4.0, "muloco/cosine_to_mean": 0.5,
-        "muloco/weight_sum": 2.0, "muloco/quarantined": 0.0, "muloco/wire_bytes": 1000.0,
+        "muloco/weight_sum": 2.0, "muloco/excluded": 0.0, "muloco/wire_bytes": 1000.0,
         "muloco/exposed_ms": 5.0,
     }.items():  # fmt: skip
         assert run.points(tag) == [(6, value), (12, value)], tag
@@ -360,7 +363,7 @@ def test_several_fragments_in_one_step_are_taken_together(tmp_path):
     assert run.points("muloco/pseudogradient_norm")[0][1] == pytest.approx(math.sqrt(18))
     assert run.points("muloco/wire_bytes") == [(6, 2000.0)]
     assert run.points("muloco/weight_sum") == [(6, 1.0)]
-    assert run.points("muloco/quarantined") == [(6, 1.0)]
+    assert run.points("muloco/excluded") == [(6, 1.0)]
 
 
 def test_the_line_shows_its_round_and_the_time_spent_waiting(tmp_path):
@@ -411,7 +414,7 @@ def test_a_monitor_from_a_config_writes_banner_texts_and_what_applies(tmp_path):
             device=CPU,
             writes=replica == 0,
             plan_text="the plan",
-            parameters=TruthReport("7 by Muon", "every parameter"),
+            parameters=ParameterReport("7 by Muon", "every parameter"),
             console=Console(stream),
         )
         for replica in range(2)
@@ -429,8 +432,8 @@ def test_a_monitor_from_a_config_writes_banner_texts_and_what_applies(tmp_path):
     for step in range(1, 11):
         for monitor in monitors:
             monitor.record(step, inner)
-    riders = torch.stack([monitor.riders(10) for monitor in monitors])
-    monitors[0].outer_step(OuterReport(10, 1, (0,), (fragment_report(0, 10, riders),), False))
+    line_values = torch.stack([monitor.line_values(10) for monitor in monitors])
+    monitors[0].outer_step(OuterReport(10, 1, (0,), (fragment_report(0, 10, line_values),), False))
     monitors[0].scalars(10, {"muloco/cosine_pairwise_min": 0.1})
     monitors[0].close()
     events = EventAccumulator(str(tmp_path)).Reload()

@@ -21,7 +21,7 @@ from megatron_muloco.monitor.console import (
     start_banner,
 )
 from megatron_muloco.monitor.diagnostics import OrthogonalisationProbe, orthogonality_error
-from megatron_muloco.monitor.registry import METRICS, applicable_tags, metric
+from megatron_muloco.monitor.metrics import METRICS, applicable_tags, metric
 from megatron_muloco.monitor.throughput import PEAKS, measure_speed, peak_tflops
 
 LINE = TrainingLine(

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_muloco.outer.schedule import RIDERS_PER_LINE, Launch, LineCalendar, SyncSchedule
+from megatron_muloco.outer.schedule import VALUES_PER_LINE, Launch, LineCalendar, SyncSchedule
 
 
 @st.composite
@@ -54,9 +54,9 @@ def test_launches_are_those_of_the_schedule(calendar):
 def test_slots_by_hand(interval, fragments, log_interval, slots):
     calendar = LineCalendar(log_interval, SyncSchedule(interval, 10 * interval, fragments))
     assert calendar.slots() == slots
-    assert calendar.rider_count() == slots * RIDERS_PER_LINE
+    assert calendar.value_count() == slots * VALUES_PER_LINE
 
 
 def test_without_an_outer_step_nothing_rides():
     calendar = LineCalendar(2)
-    assert (calendar.slots(), calendar.rider_count(), calendar.launches(4)) == (0, 0, False)
+    assert (calendar.slots(), calendar.value_count(), calendar.launches(4)) == (0, 0, False)

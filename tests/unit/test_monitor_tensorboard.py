@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing import event_accumulator, plugin_event
 from tensorboard.plugins.custom_scalar import layout_pb2
 
 from megatron_muloco.errors import RuntimeMismatch
-from megatron_muloco.monitor.registry import METRICS
+from megatron_muloco.monitor.metrics import METRICS
 from megatron_muloco.monitor.tensorboard import LAYOUT, EventWriter
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_muloco.errors import CheckpointError, RuntimeMismatch
 from megatron_muloco.optim.exchange import ShardExchange
-from megatron_muloco.optim.matrices import Implementation, LayerShape
+from megatron_muloco.optim.matrices import LayerShape, NSImplementation
 from megatron_muloco.optim.muon import MuonAdamW, MuonSettings
 from megatron_muloco.optim.newton_schulz import newton_schulz, scale_factor
 from megatron_muloco.optim.parameter_table import Assignment, ParameterTable
@@ -209,7 +209,7 @@ def test_every_head_is_counted() -> None:
 def test_what_is_said_of_a_form_is_what_runs() -> None:
     # In bf16 the symmetric forms refuse, so a step says which form it was given.
     batch, cpu = torch.ones(1, 2, 3), torch.device("cpu")
-    forms: tuple[Implementation, ...] = ("triangle", "gram")
+    forms: tuple[NSImplementation, ...] = ("triangle", "gram")
     for impl in forms:
         forced = MuonSettings(impl=impl, ns_dtype=torch.bfloat16)
         assert forced.form(2, 3, cpu) == impl

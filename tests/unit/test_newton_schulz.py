@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron_muloco.optim.newton_schulz import (
     NORM_EPSILON,
     CoefficientType,
-    Implementation,
+    NSImplementation,
     coefficient_triples,
     newton_schulz,
     scale_factor,
@@ -172,7 +172,7 @@ def test_unknown_names_are_refused_with_the_known_ones() -> None:
 @pytest.mark.parametrize("shape", [(24, 24), (16, 44), (44, 16)], ids=str)
 @pytest.mark.parametrize("impl", ["plain", "triangle", "gram"])
 def test_agrees_with_emerging_optimizers(
-    coefficients: CoefficientType, shape: tuple[int, int], impl: Implementation
+    coefficients: CoefficientType, shape: tuple[int, int], impl: NSImplementation
 ) -> None:
     from emerging_optimizers.orthogonalized_optimizers.muon_utils import newton_schulz as theirs
 

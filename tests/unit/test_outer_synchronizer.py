@@ -262,12 +262,12 @@ def test_a_non_finite_replica_is_left_out_and_starts_from_the_anchor(
     inner = poisoned({1}, at=4)
     reference = Reference(start(), [inner(k) for k in range(3)], s)
     reference.run()
-    assert [k for _, k in reference.quarantined] == [1]
+    assert [k for _, k in reference.restarted_from_anchor] == [1]
     results = train(s, 3, inner)
     for k, (anchor, local, reports) in enumerate(results):
         assert_same(anchor, reference.anchor, f"anchor of replica {k}")
         assert_same(local, reference.local[k], f"local parameters of replica {k}")
-        assert any(report.quarantined for report in reports) == (k == 1)
+        assert any(report.restarted_from_anchor for report in reports) == (k == 1)
         weights = [f.weights.tolist() for report in reports for f in report.applied]
         assert weights.count([1.0, 0.0, 1.0]) == 1
         assert not any(report.alarm for report in reports)
@@ -277,14 +277,14 @@ def test_a_restart_publishes_all_parameters_at_once() -> None:
     replica = Replica(start())
     broadcast: list[list[str]] = []
     port = replace(
-        replica.port(), broadcast_duplicates=lambda names: broadcast.append(sorted(names))
+        replica.port(), broadcast_replicated=lambda names: broadcast.append(sorted(names))
     )
     s = settings(fragments=FRAGMENTS[3], overlap_steps=2)
     synchronizer = synchronizer_of(port, s, lone_reducer(), 1)
     replica.parameters["a"][0] = math.nan
     report = synchronizer.after_inner_step(1)  # fragment 0, which is 'a', is launched
     assert report is not None
-    assert (report.quarantined, report.launched, report.applied) == (True, (0,), ())
+    assert (report.restarted_from_anchor, report.launched, report.applied) == (True, (0,), ())
     assert (broadcast, replica.published) == ([["a", "b", "c"]], 1)
     assert_same(replica.parameters, start(), "restarted")
 
@@ -295,7 +295,7 @@ def test_without_a_usable_replica_the_anchor_stays_and_an_alarm_is_raised() -> N
         assert_same(anchor, start(), "anchor")
         assert_same(local, start(), "local")
         assert reports[0].alarm
-        assert reports[0].quarantined
+        assert reports[0].restarted_from_anchor
         assert reports[0].applied[0].weight_sum == 0.0
         assert reports[0].applied[0].update_norm.item() == 0.0
 
@@ -317,7 +317,7 @@ def test_an_outlier_among_four_is_left_out_of_one_mean() -> None:
         ]
         verdict = reports[1].applied[0].verdict
         assert verdict is (Verdict.OUTLIER if k == 2 else Verdict.GOOD)
-        assert not reports[1].quarantined
+        assert not reports[1].restarted_from_anchor
         assert_same(anchor, {name: tensor - 8.0 for name, tensor in start().items()}, "anchor")
         assert_same(local, anchor, "local")
 
@@ -382,10 +382,10 @@ def test_riders_reach_every_replica() -> None:
         synchronizer = synchronizer_of(replica.port(), s, reducer, 2)
         report = synchronizer.after_inner_step(1, torch.tensor([float(k), 10.0]))
         assert report is not None
-        return report.applied[0].riders
+        return report.applied[0].line_values
 
-    for riders in in_lockstep(body, 2):
-        assert riders.tolist() == [[0.0, 10.0], [1.0, 10.0]]
+    for metadata in in_lockstep(body, 2):
+        assert metadata.tolist() == [[0.0, 10.0], [1.0, 10.0]]
 
 
 @pytest.mark.parametrize("stop_at", range(1, 12))
@@ -449,13 +449,13 @@ def test_sketches_compare_replicas_and_are_no_part_of_the_state() -> None:
             descend(k)(replica.parameters, t)
             report = synchronizer.after_inner_step(t, torch.tensor([float(k)]))
             for part in report.applied if report else ():
-                assert part.riders.tolist() == [[0.0], [1.0]]
+                assert part.line_values.tolist() == [[0.0], [1.0]]
                 if part.pairwise_cosines is not None:
                     compared.append((t, part.fragment))
                     assert part.pairwise_cosines.diagonal().tolist() == pytest.approx([1.0, 1.0])
             for entry in synchronizer.state_dict()["scalars"]["in_flight"]:
-                assert len(entry["norms"]) == 2  # of each replica; riders belong to this start
-                assert "riders" not in entry
+                assert len(entry["norms"]) == 2  # of each replica; metadata belong to this start
+                assert "metadata" not in entry
         synchronizer.flush()
         return compared, dict(synchronizer.anchors())
 
@@ -527,7 +527,7 @@ def test_duplicates_follow_their_owner_before_parameters_are_published() -> None
             whole_shard("norm", duplicate, duplicate=True),
         ],
         masters=masters,
-        broadcast_duplicates=lambda names: calls.append(f"duplicates of {len(names)}"),
+        broadcast_replicated=lambda names: calls.append(f"duplicates of {len(names)}"),
         publish=lambda: calls.append("publish"),
     )
     s = settings(sync_interval=1, fragments=[["a", "b", "c", "norm"]])

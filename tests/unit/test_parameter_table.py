@@ -10,7 +10,7 @@ from megatron_muloco.optim.matrices import LayerShape
 from megatron_muloco.optim.parameter_table import (
     ParameterTable,
     build_parameter_table,
-    truth_report,
+    parameter_report,
 )
 from megatron_muloco.params import ParamInfo
 from tests.support.scattered import matrix_params
@@ -145,13 +145,13 @@ def test_planning_needs_no_torch() -> None:
 
 def test_the_report_shows_every_stage_and_says_how_much_is_muon() -> None:
     stages = [table_of(1, 3), table_of(1, 3)]
-    report = truth_report(stages)
+    report = parameter_report(stages)
     assert all(table.render() in report.table for table in stages)
     assert "pipeline stage 1 of 2" in report.table
     assert report.summary.startswith("16 by Muon in 28 units, 6 by AdamW; Newton-Schulz")
     assert "over 6 ranks" in report.summary
     assert "\n" not in report.summary
-    plain = truth_report([table_of(1, 3, kind="adamw")])
+    plain = parameter_report([table_of(1, 3, kind="adamw")])
     assert plain.summary == "11 by AdamW"
 
 

@@ -340,15 +340,17 @@ def test_the_plan_says_which_device_it_assumes(precision: str) -> None:
 
 
 @given(st.integers(1, 10_000), st.integers(2, 16), st.integers(0, 5))
-def test_a_mean_sends_two_copies_less_two_shares(elements: int, replicas: int, riders: int) -> None:
+def test_a_mean_sends_two_copies_less_two_shares(
+    elements: int, replicas: int, metadata: int
+) -> None:
     ideal = 2 * (replicas - 1) / replicas * elements
-    row = 1 + riders
-    full = mean_wire_bytes(elements, replicas, "fp32", riders)
-    half = mean_wire_bytes(elements, replicas, "bf16", riders)
+    row = 1 + metadata
+    full = mean_wire_bytes(elements, replicas, "fp32", metadata)
+    half = mean_wire_bytes(elements, replicas, "bf16", metadata)
     # at most one element of padding per chunk, three in bf16, and a row per replica, both ways
     assert 4 * ideal <= full <= 4 * ideal + 2 * (replicas - 1) * 4 * (row + 1)
     assert 2 * ideal <= half <= 2 * ideal + (replicas - 1) * (4 * row + 3 * 4)
-    assert mean_wire_bytes(elements, 1, "fp32", riders) == 0
+    assert mean_wire_bytes(elements, 1, "fp32", metadata) == 0
 
 
 def test_replicas_send_the_model_whatever_the_layout() -> None:

@@ -68,26 +68,28 @@ def test_planned_buffers_and_residuals_are_those_of_the_reducers(name: str) -> N
     import torch
 
     from megatron_muloco.comm.chunking import row_places
-    from megatron_muloco.comm.compressed import EncodedMean, GatheredMean
-    from megatron_muloco.comm.reducers import mean_reducer
-    from megatron_muloco.compress.topk import codec_chooser
+    from megatron_muloco.comm.compressed import CompressedAllGather, CompressedAllReduce
+    from megatron_muloco.comm.reducers import build_plain_reducer_for
+    from megatron_muloco.compress.topk import codec_lookup
 
     code, shards, device = CODES[name], whole_shards(), torch.device("cpu")
     reducer: Any
     if isinstance(code, NoCompression):
         wire, deterministic = code.wire_dtype, code.deterministic
-        reducer = mean_reducer(None, device, wire_dtype=wire, deterministic=deterministic)
+        reducer = build_plain_reducer_for(
+            None, device, wire_dtype=wire, deterministic=deterministic
+        )
     else:
-        encoding = GatheredMean if isinstance(code, TopKCompression) else EncodedMean
+        encoding = CompressedAllGather if isinstance(code, TopKCompression) else CompressedAllReduce
         decay = code.error_decay if code.error_feedback else None
-        reducer = encoding(None, device, codec_chooser(code), row_places(shards), decay)
-    riders = torch.zeros(3)
+        reducer = encoding(None, device, codec_lookup(code), row_places(shards), decay)
+    metadata = torch.zeros(3)
     tensors = {shard.name: torch.randn(shard.numel) for shard in shards}
-    flight = reducer.launch(0, tensors, 1.0, riders, round_index=1)
+    flight = reducer.launch(0, tensors, 1.0, metadata, round_index=1)
     held = {buffer.data_ptr(): buffer.nbytes for buffer in flight.buffers}
     planned = reducer_memory(code, shards, 1).buffers
-    # in each of two buffers a row of weight and riders; a chunk is even
-    row = 4 * (1 + len(riders))
+    # in each of two buffers a row of weight and metadata; a chunk is even
+    row = 4 * (1 + len(metadata))
     assert planned <= sum(held.values()) <= planned + 2 * row + 3 * 4
     reducer.wait(flight)
     kept = reducer.residuals([{shard.name: shard.numel for shard in shards}])
@@ -103,13 +105,13 @@ def test_planned_temporaries_cover_those_of_the_codecs(name: str) -> None:
     import torch
 
     from megatron_muloco.compress.codec import encode
-    from megatron_muloco.compress.topk import codec_chooser
+    from megatron_muloco.compress.topk import codec_lookup
     from tests.support.allocated import AllocatedBytes
 
     code = CODES[name]
     assert not isinstance(code, NoCompression)
     unit = CodingUnit(1 << 20, 256)
-    codec = codec_chooser(code)("decoder.layers.0.a.weight")
+    codec = codec_lookup(code)("decoder.layers.0.a.weight")
     values, residual = torch.randn(2, unit.numel)
     payload = torch.empty(codec.payload_bytes(unit), dtype=torch.uint8)
     with AllocatedBytes() as allocated:
@@ -149,8 +151,10 @@ def test_four_bits_send_an_eighth_and_two_a_sixteenth(
     shards = [Shard(param, 0, param.numel) for param in params]
     sizes = chunk_payloads(code, shards, replicas)
     assert len(set(sizes)) == 1
-    sent = encoded_wire_bytes(sizes, 0, rider_count=0) - (replicas - 1) * 4  # without the weight
-    assert sent * BARS[bits] <= mean_wire_bytes(sum(units) * replicas, replicas, "fp32", riders=-1)
+    sent = encoded_wire_bytes(sizes, 0, metadata_count=0) - (replicas - 1) * 4  # without the weight
+    assert sent * BARS[bits] <= mean_wire_bytes(
+        sum(units) * replicas, replicas, "fp32", metadata=-1
+    )
 
 
 @pytest.mark.parametrize("kind", ["linear", "statistical"])
@@ -159,7 +163,7 @@ def test_the_15b_run_meets_the_same_bars(kind: str, bits: Literal[4, 2]) -> None
     overrides = [f"outer.compression.kind={kind}", f"outer.compression.bits={bits}"]
     config = load_config(CONFIGS / "15b_k16.yaml", overrides)
     traffic = traffic_plan(config, topology_of(config, 1024))
-    # riders and the ends of chunks included
+    # metadata and the ends of chunks included
     assert traffic.outer_per_replica * BARS[bits] <= traffic.outer_uncoded
     assert traffic.outer_per_replica * 32 / bits >= traffic.outer_uncoded
 

@@ -178,7 +178,7 @@ def test_weights_leave_replicas_out() -> None:
     )
     reference.run()
     assert reference.anchor["x"].item() == -2.0
-    assert reference.quarantined == []
+    assert reference.restarted_from_anchor == []
 
 
 def test_a_non_finite_replica_restarts_from_the_anchor_with_no_residual() -> None:
@@ -188,7 +188,7 @@ def test_a_non_finite_replica_restarts_from_the_anchor_with_no_residual() -> Non
     s = settings(sync_interval=1, train_iters=1, error_feedback=True, mixing_weight=0.5)
     reference = Reference(at_zero("x"), [*down(4.0), broken], s)
     reference.run()
-    assert reference.quarantined == [(1, 1)]
+    assert reference.restarted_from_anchor == [(1, 1)]
     assert reference.anchor["x"].item() == -4.0
     assert reference.local[1]["x"].item() == -2.0  # half anchor, half the anchor it restarted from
     assert reference.residual[1]["x"].item() == 0.0

@@ -113,7 +113,7 @@ class Job:
         """Return how every replica ended."""
         return self.turns.run(
             [
-                lambda r=r: loop.train(self.trainer(r), self.stops[r])  # type: ignore[misc]
+                lambda r=r: loop.train(self.context(r), self.stops[r])  # type: ignore[misc]
                 for r in range(self.replicas)
             ]
         )
@@ -124,8 +124,8 @@ class Job:
         here.add(replica)
         self.turns.wait(replica, lambda: len(here) == self.replicas)
 
-    def trainer(self, replica: int) -> Any:
-        """Return what `train` uses of a trainer."""
+    def context(self, replica: int) -> Any:
+        """Return what `train` uses of a context."""
         optimizer = FakeOptimizer(self, replica)
         groups = SimpleNamespace(
             is_leader=True,
@@ -199,7 +199,7 @@ class FakeOptimizer:
         launched = step - self._job.delay
         return launched > 0 and launched % self._job.sync_interval == 0
 
-    def outer_step(self, riders: object) -> None:
+    def outer_step(self, metadata: object) -> None:
         step = self._job.steps[self._replica]
         if self.waits_after(step):
             launched = step - self._job.delay
@@ -237,7 +237,7 @@ class FakeMonitor:
 def _quick_loop() -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stopping.time, "sleep", lambda seconds: None)
-        patch.setattr(loop, "_save_final_anchor", lambda trainer, last_step: True)
+        patch.setattr(loop, "_save_final_anchor", lambda context, last_step: True)
         patch.setattr(loop, "digests_of", lambda *args: {loop.ANCHOR: ""})
         yield
 

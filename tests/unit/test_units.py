@@ -9,7 +9,7 @@ from torch import Tensor
 from megatron_muloco.errors import RuntimeMismatch, TopologyError
 from megatron_muloco.optim.matrices import (
     LayerShape,
-    Unit,
+    MuonMatrix,
     check_rows,
     newton_schulz_flops,
     route,
@@ -209,8 +209,10 @@ def test_heads_are_not_batched_with_whole_matrices() -> None:
     ]
 
 
-def units_of_cost(*costs: int) -> list[Unit]:
-    return [Unit(f"p{i}::x", f"p{i}", "x", ((0, 1),), 1, 0, 1, c) for i, c in enumerate(costs)]
+def units_of_cost(*costs: int) -> list[MuonMatrix]:
+    return [
+        MuonMatrix(f"p{i}::x", f"p{i}", "x", ((0, 1),), 1, 0, 1, c) for i, c in enumerate(costs)
+    ]
 
 
 def test_assignment_shares_the_busiest_ranks_units_anew() -> None:

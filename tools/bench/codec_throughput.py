@@ -132,20 +132,20 @@ def coding_of_an_outer_step(sizes: list[tuple[str, int]], codec: Codec) -> Actio
 def demo_step(config_path: str, steps: int) -> tuple[Action, list[tuple[str, int]]]:
     """Return the inner step of one replica of the demo, and its tensors' names and sizes."""
     from megatron_muloco.config import load_config
-    from megatron_muloco.training.build import build_trainer
+    from megatron_muloco.training.build import build_run
     from megatron_muloco.training.loop import inner_step, outer_step
     from megatron_muloco.training.stopping import StopRequest
 
     length = (f"training.train_iters={steps}", "inner.lr_warmup_iters=2")
-    trainer: Any = build_trainer(load_config(config_path, (*OVERRIDES, *length)))
+    context: Any = build_run(load_config(config_path, (*OVERRIDES, *length)))
     stop, numbers = StopRequest(), iter(range(1, steps + 1))
 
     def action() -> None:
         number = next(numbers)
-        inner_step(trainer, number, stop, None)
-        outer_step(trainer, number)
+        inner_step(context, number, stop, None)
+        outer_step(context, number)
 
-    model = trainer.model.module
+    model = context.model.module
     return action, [(name, each.numel()) for name, each in model.named_parameters()]
 
 

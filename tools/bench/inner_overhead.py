@@ -134,14 +134,14 @@ def build(config_path: str, steps: int) -> tuple[dict[str, Step], CountedWork, s
     """Return both trainers' steps, what Muon must do beside AdamW's, and what they train."""
     from megatron_muloco.config import load_config
     from megatron_muloco.runtime.parallel_state import unmirror_groups
-    from megatron_muloco.training.build import build_trainer
+    from megatron_muloco.training.build import build_run
 
     length = f"training.train_iters={steps}"
     trainers = {}
     for kind, keys in INNER.items():
         if trainers:
             unmirror_groups()  # one rank: the groups of both trainers are alike
-        trainers[kind] = build_trainer(load_config(config_path, (*OVERRIDES, length, *keys)))
+        trainers[kind] = build_run(load_config(config_path, (*OVERRIDES, length, *keys)))
     muon = trainers["muon"]
     work = CountedWork(muon.optimizer.inner.table.units, muon.config.inner.muon.num_ns_steps)
     model, batch = muon.config.model, muon.config.training.global_batch_size
@@ -149,19 +149,19 @@ def build(config_path: str, steps: int) -> tuple[dict[str, Step], CountedWork, s
         f"{muon.derived.parameters.total / 1e6:.2f}M parameters, {work.numel / 1e6:.2f}M of them "
         f"in matrices, {batch} x {model.seq_length} tokens a step, fp32, one rank, no outer step"
     )
-    return {kind: step_of(trainer) for kind, trainer in trainers.items()}, work, description
+    return {kind: step_of(context) for kind, context in trainers.items()}, work, description
 
 
-def step_of(trainer: Any) -> Step:
-    """Return a whole training step of a trainer."""
+def step_of(context: Any) -> Step:
+    """Return a whole training step of a context."""
     from megatron_muloco.training.loop import inner_step, outer_step
     from megatron_muloco.training.stopping import StopRequest
 
     stop = StopRequest()
 
     def step(number: int) -> None:
-        inner_step(trainer, number, stop, None)
-        outer_step(trainer, number)
+        inner_step(context, number, stop, None)
+        outer_step(context, number)
 
     return step
 

@@ -29,11 +29,11 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from megatron_muloco.optim.exchange import ShardExchange
-from megatron_muloco.optim.matrices import LayerShape, Unit
+from megatron_muloco.optim.matrices import LayerShape, MuonMatrix
 from megatron_muloco.optim.muon import MuonAdamW, MuonSettings
 from megatron_muloco.optim.newton_schulz import scale_factor
 from megatron_muloco.optim.parameter_table import ParameterTable, build_parameter_table
-from megatron_muloco.optim.routing import RankShards, blocks, unit_segments
+from megatron_muloco.optim.routing import RankShards, blocks, matrix_routes
 from megatron_muloco.params import ParamInfo, Shard
 
 TENSOR, DATA = 2, 2
@@ -213,7 +213,7 @@ def duplicated_form(
     for name, master in masters.items():
         if name not in M:
             master.grad = gradients[name]
-    by_shape: dict[tuple[int, int], list[Unit]] = {}
+    by_shape: dict[tuple[int, int], list[MuonMatrix]] = {}
     for unit in stage.table.units:
         by_shape.setdefault(unit.shape, []).append(unit)
     sizes = [
@@ -250,7 +250,7 @@ def duplicated_form(
 
 
 def move(
-    stage: Stage, unit: Unit, matrix: Tensor, gathered: list[Tensor], sizes: list[int]
+    stage: Stage, unit: MuonMatrix, matrix: Tensor, gathered: list[Tensor], sizes: list[int]
 ) -> None:
     """Fill a whole matrix from every rank's gathered shards."""
     for shards, flat in zip(stage.layout, gathered, strict=True):
@@ -259,7 +259,7 @@ def move(
             if stage.table.routes[name] == "vector":
                 continue
             if name == unit.param:
-                for segment in unit_segments(unit, shards):
+                for segment in matrix_routes(unit, shards):
                     for block in blocks(segment):
                         at = start + segment.shard_offset + block.start
                         run = flat[at : at + math.prod(block.shape)].view(block.shape)
@@ -268,10 +268,10 @@ def move(
 
 
 def take(
-    stage: Stage, rank: int, unit: Unit, direction: Tensor, updates: dict[str, Tensor]
+    stage: Stage, rank: int, unit: MuonMatrix, direction: Tensor, updates: dict[str, Tensor]
 ) -> None:
     """Keep this rank's pieces of a whole update."""
-    for segment in unit_segments(unit, stage.layout[rank]):
+    for segment in matrix_routes(unit, stage.layout[rank]):
         for block in blocks(segment):
             at = segment.shard_offset + block.start
             part = direction[slice(*block.rows), slice(*block.columns)].reshape(-1)

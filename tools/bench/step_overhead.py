@@ -55,28 +55,28 @@ Step = Callable[[int], None]
 def build(config_path: str, steps: int) -> tuple[Step, Step, str]:
     """Return both loops' steps over one process group, and what they train."""
     from megatron_muloco.config import load_config
-    from megatron_muloco.training.build import build_trainer
+    from megatron_muloco.training.build import build_run
     from megatron_muloco.training.loop import inner_step, outer_step
     from megatron_muloco.training.stopping import StopRequest
 
     length = (f"training.train_iters={steps}", "inner.lr_warmup_iters=2")
     config = load_config(config_path, (*OVERRIDES, *length))
-    trainer = build_trainer(config)
+    context = build_run(config)
     stop = StopRequest()
 
     def ours(step: int) -> None:
-        inner_step(trainer, step, stop, None)
-        outer_step(trainer, step)
+        inner_step(context, step, stop, None)
+        outer_step(context, step)
 
     model, batch = config.model, config.training.global_batch_size
     description = (
-        f"{trainer.derived.parameters.total / 1e6:.2f}M parameters, {batch} x {model.seq_length} "
+        f"{context.derived.parameters.total / 1e6:.2f}M parameters, {batch} x {model.seq_length} "
         "tokens a step, fp32, AdamW, one rank"
     )
-    return ours, bare_loop(config, trainer), description
+    return ours, bare_loop(config, context), description
 
 
-def bare_loop(config: Any, trainer: Any) -> Step:
+def bare_loop(config: Any, context: Any) -> Step:
     """Return a step of a hand-written Megatron loop on a second copy of the model."""
     import torch
     from megatron.core.distributed import (
@@ -92,7 +92,7 @@ def bare_loop(config: Any, trainer: Any) -> Step:
     from megatron_muloco.model.attention import document_mask
     from megatron_muloco.model.build import build_model
 
-    groups = trainer.groups
+    groups = context.groups
     stage = build_model(config, groups)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=True, check_for_nan_in_grad=False
@@ -104,7 +104,7 @@ def bare_loop(config: Any, trainer: Any) -> Step:
         OptimizerConfig(
             optimizer="adam",
             lr=config.inner.lr,
-            weight_decay=trainer.derived.weight_decay,
+            weight_decay=context.derived.weight_decay,
             adam_beta1=adam.beta1,
             adam_beta2=adam.beta2,
             adam_eps=adam.eps,
@@ -118,7 +118,7 @@ def bare_loop(config: Any, trainer: Any) -> Step:
         use_gloo_process_groups=False,
     )
     forward_backward = get_forward_backward_func(vp_size=None, pp_size=1)
-    end = trainer.tokenizer.eod
+    end = context.tokenizer.eod
 
     def forward_step(batches: Any, model: Any) -> Any:
         batch = next(batches)
@@ -133,12 +133,12 @@ def bare_loop(config: Any, trainer: Any) -> Step:
 
     def step(number: int) -> None:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config.inner, trainer.derived.train_iters, number)
+            group["lr"] = learning_rate(config.inner, context.derived.train_iters, number)
         model.zero_grad_buffer()
         optimizer.zero_grad()
         forward_backward(
             forward_step_func=forward_step,
-            data_iterator=iter([trainer.train_data.microbatch(number, 0)]),
+            data_iterator=iter([context.train_data.microbatch(number, 0)]),
             model=[model],
             num_microbatches=1,
             seq_length=config.model.seq_length,

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from tools.bench.thinlink import compose, counters, probe, readings, table
-from tools.bench.thinlink.commands import (
+from tools.bench.lowbandwidth import compose, counters, probe, readings, table
+from tools.bench.lowbandwidth.commands import (
     BURST_BYTES,
     Link,
     Names,
@@ -16,10 +16,17 @@ from tools.bench.thinlink.commands import (
     relay_command,
     shape_commands,
 )
-from tools.bench.thinlink.methods import METHODS, OVERLAP, SYNC_INTERVAL, TABLE, Sizes, overrides
-from tools.bench.thinlink.model import costs
-from tools.bench.thinlink.phases import Campaign
-from tools.bench.thinlink.results import results
+from tools.bench.lowbandwidth.methods import (
+    METHODS,
+    OVERLAP,
+    SYNC_INTERVAL,
+    TABLE,
+    Sizes,
+    overrides,
+)
+from tools.bench.lowbandwidth.model import costs
+from tools.bench.lowbandwidth.phases import Campaign
+from tools.bench.lowbandwidth.results import results
 
 NAMES = Names(pid=123, started=456)
 
@@ -263,7 +270,7 @@ def test_a_reading_survives_storage(tmp_path: Path) -> None:
 
 
 def test_a_page_shows_what_is_there(tmp_path: Path) -> None:
-    from tools.bench.thinlink.page import render
+    from tools.bench.lowbandwidth.page import render
 
     plan = campaign(tmp_path)
     assert not results(plan, None).rows[10.0]

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tools.bench.thinlink import lab, probe
-from tools.bench.thinlink.commands import Link, Names, owner_of
-from tools.bench.thinlink.runs import run_ranks
+from tools.bench.lowbandwidth import lab, probe
+from tools.bench.lowbandwidth.commands import Link, Names, owner_of
+from tools.bench.lowbandwidth.runs import run_ranks
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -67,8 +67,8 @@ def test_a_relay_delays_every_datagram_and_loses_some(monkeypatch: pytest.Monkey
 @needs_lab
 def test_what_a_killed_laboratory_leaves_is_swept() -> None:
     script = (
-        "import sys, time; from tools.bench.thinlink.lab import Lab; "
-        "from tools.bench.thinlink.commands import Link\n"
+        "import sys, time; from tools.bench.lowbandwidth.lab import Lab; "
+        "from tools.bench.lowbandwidth.commands import Link\n"
         "with Lab(1, Link(None)) as lab: print(lab.names.pid, lab.names.started, flush=True); "
         "time.sleep(60)"
     )

@@ -86,7 +86,7 @@ def _introduction(campaign: Campaign, found: Results) -> str:
     text = _prose(
         f"`{_command(campaign)}`: the demo's model and text, {size}{RANKS} ranks in one network "
         f"namespace each, {campaign.batch} sequences a step in all; replicas meet every "
-        f"{SYNC_INTERVAL} steps. How to run and read it: [the guide](../guides/thin_link.md)."
+        f"{SYNC_INTERVAL} steps. How to run and read it: [the guide](../guides/low_bandwidth.md)."
     )
     if found.target is None:
         return text
@@ -107,7 +107,7 @@ def _command(campaign: Campaign) -> str:
     ]
     if campaign.link.is_impaired:
         options += [f"--delay-ms {campaign.link.delay_ms:g}", f"--loss {campaign.link.loss:g}"]
-    return f"python tools/bench/thin_link.py {' '.join(options)}"
+    return f"python tools/bench/low_bandwidth.py {' '.join(options)}"
 
 
 def bars_at(rows: list[Row]) -> str:

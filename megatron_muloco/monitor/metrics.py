@@ -198,7 +198,7 @@ METRICS: tuple[Metric, ...] = (
         "Norm of what error feedback keeps for the next round, of the fragments sent now.",
     ),
     Metric(
-        "muloco/quarantined", "replicas", "event", "the same everywhere", "outer",
+        "muloco/excluded", "replicas", "event", "the same everywhere", "outer",
         "Replicas with weight 0: left out by the guard, or with tokens as weights not trained; the "
         "most of any fragment.",
     ),
@@ -220,7 +220,7 @@ def metric(tag: str) -> Metric:
     if tag not in _BY_TAG:
         raise RuntimeMismatch(
             f"metric {tag!r} is not in the registry, so nobody could look up what it means. "
-            "Add a row to megatron_muloco/monitor/registry.py or correct the tag."
+            "Add a row to megatron_muloco/monitor/metrics.py or correct the tag."
         )
     return _BY_TAG[tag]
 

@@ -10,8 +10,8 @@ each keeps what it has found under ``--out`` and does not repeat it:
     whole    one MuLoCo training wholly on shaped links, to check the composition
     report   the table and the plot
 
-    python tools/bench/thin_link.py --phase measure report --rates 100 10 --methods muloco
-    python tools/bench/thin_link.py --write docs/performance/thin_link.md
+    python tools/bench/low_bandwidth.py --phase measure report --rates 100 10 --methods muloco
+    python tools/bench/low_bandwidth.py --write docs/performance/low_bandwidth.md
 """
 
 import argparse
@@ -20,12 +20,12 @@ import sys
 from pathlib import Path
 from types import FrameType
 
+from lowbandwidth import phases
+from lowbandwidth.commands import Link
+from lowbandwidth.lab import LabError, sweep, why_not_here
+from lowbandwidth.methods import METHODS
+from lowbandwidth.page import write_page
 from provenance import commit
-from thinlink import phases
-from thinlink.commands import Link
-from thinlink.lab import LabError, sweep, why_not_here
-from thinlink.methods import METHODS
-from thinlink.page import write_page
 
 _PHASES = {
     "train": phases.train,
@@ -43,7 +43,7 @@ def main() -> int:
     if options.sweep or any(phase in _PHASES for phase in wanted):
         reason = why_not_here()
         if reason:
-            print(f"thin_link: {reason}", file=sys.stderr)
+            print(f"low_bandwidth: {reason}", file=sys.stderr)
             return 2
     if options.sweep:
         print("\n".join(sweep()) or "nothing was left behind")
@@ -57,7 +57,7 @@ def main() -> int:
         if "report" in wanted:
             print(write_page(campaign, options.write, options.target))
     except LabError as error:
-        print(f"thin_link: {error}", file=sys.stderr)
+        print(f"low_bandwidth: {error}", file=sys.stderr)
         return 1
     return 0
 
@@ -68,7 +68,7 @@ def _parse() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--phase", nargs="+", choices=[*_PHASES, "report"], help="default: all")
-    add("--out", type=Path, default=Path("runs/thin_link"), help="readings, logs, event files")
+    add("--out", type=Path, default=Path("runs/low_bandwidth"), help="readings, logs, event files")
     add("--methods", nargs="+", choices=METHODS, default=[], help="default: all")
     add("--rates", nargs="+", type=float, default=[100, 10], help="of the table, Mbit/s")
     add("--overlap-rate", type=float, default=20, help="of phase overlap, Mbit/s")

@@ -1,0 +1,1 @@
+"""The network laboratory behind `low_bandwidth.py`: namespaces, links, runs, readings, page."""

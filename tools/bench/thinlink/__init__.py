@@ -1,1 +1,0 @@
-"""The network laboratory behind `thin_link.py`: namespaces, shaped links, runs, readings, page."""
