@@ -479,6 +479,25 @@ def resuming_has_a_place(config: RunConfig, topology: Topology | None) -> Iterat
         )
 
 
+def profile_has_a_window(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
+    """A profile covers steps in order and goes to a directory."""
+    steps = config.monitor.profile.steps
+    if steps is None:
+        return
+    if steps[0] > steps[1]:
+        yield Problem(
+            "monitor.profile.steps",
+            f"[{steps[0]}, {steps[1]}] ends before it begins.\nGive the first and the last inner "
+            "step, such as [11, 40].",
+        )
+    if config.monitor.dir is None:
+        yield Problem(
+            "monitor.profile.steps",
+            f"[{steps[0]}, {steps[1]}], but monitor.dir is not set.\nTraces are written to its "
+            "directory profile. Name a directory, or remove monitor.profile.",
+        )
+
+
 def precision_of_gradients_fits(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
     """fp32 runs accumulate in fp32."""
     if config.training.precision == "fp32" and config.training.accumulate_dtype == "bf16":
@@ -540,6 +559,7 @@ RULES: tuple[Rule, ...] = (
     resuming_has_a_place,
     symmetric_forms_have_precision,
     precision_of_gradients_fits,
+    profile_has_a_window,
     supported,
 )
 

@@ -6,7 +6,7 @@ from the descriptions here.
 
 import hashlib
 import json
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, PrivateAttr
 
@@ -22,6 +22,7 @@ __all__ = [
     "ModelConfig",
     "MonitorConfig",
     "ParallelConfig",
+    "ProfileConfig",
     "RunConfig",
     "TrainingConfig",
 ]
@@ -198,6 +199,26 @@ class CheckpointConfig(Section):
     )
 
 
+class ProfileConfig(Section):
+    """Which inner steps are profiled, and what the trace holds."""
+
+    steps: tuple[PositiveInt, PositiveInt] | None = Field(
+        None,
+        strict=False,
+        description="First and last inner step to profile, such as [11, 40]; none profiles "
+        "nothing. Needs monitor.dir; traces go to its directory profile.",
+    )
+    ranks: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        (0,), strict=False, description="Ranks that write a Chrome trace each."
+    )
+    with_memory: bool = Field(False, description="Record allocations and frees.")
+    with_stack: bool = Field(False, description="Record Python stacks.")
+    record_shapes: bool = Field(False, description="Record the shapes of operator inputs.")
+    nvtx: bool = Field(
+        False, description="Emit the spans as NVTX ranges as well, for Nsight; CUDA only."
+    )
+
+
 class MonitorConfig(Section):
     """What a run reports about itself."""
 
@@ -217,6 +238,9 @@ class MonitorConfig(Section):
     )
     debug_digests: bool = Field(
         False, description="Check anchors and duplicated parameters after every outer step."
+    )
+    profile: ProfileConfig = Field(
+        default_factory=ProfileConfig, description="Which inner steps are profiled."
     )
 
 

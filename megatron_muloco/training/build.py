@@ -21,6 +21,7 @@ from megatron_muloco.model.build import build_model
 from megatron_muloco.monitor.build import build_monitor
 from megatron_muloco.monitor.diagnostics import OrthogonalisationProbe
 from megatron_muloco.monitor.monitor import Monitor
+from megatron_muloco.monitor.profiler import StepProfiler, build_profiler
 from megatron_muloco.optim.parameter_table import ParameterReport, ParameterTable, parameter_report
 from megatron_muloco.planning.report import render_plan
 from megatron_muloco.runtime.accelerator import training_device
@@ -76,6 +77,7 @@ class RunContext:
         train_data: Microbatches by step.
         valid_data: Held-out microbatches; ``None`` without evaluation.
         monitor: Console and TensorBoard.
+        profiler: Profiler of a window of inner steps; ``None`` where this rank has none.
         probe: Checks samples of what Newton-Schulz returns; ``None`` without Muon.
         store: Checkpoints; ``None`` where none are kept.
         state: What checkpoints hold.
@@ -93,6 +95,7 @@ class RunContext:
     train_data: BatchSource
     valid_data: BatchSource | None
     monitor: Monitor
+    profiler: StepProfiler | None
     probe: OrthogonalisationProbe | None
     store: CheckpointStore | None
     state: RunState
@@ -152,6 +155,12 @@ def build_run(config: RunConfig) -> RunContext:
         train_data=train_data,
         valid_data=valid_data,
         monitor=monitor,
+        profiler=build_profiler(
+            config.monitor,
+            rank=torch.distributed.get_rank(),
+            device=training_device(),
+            say=monitor.say,
+        ),
         probe=probe,
         store=store,
         state=state,

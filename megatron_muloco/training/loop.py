@@ -17,6 +17,7 @@ from megatron_muloco.checkpoint.state import ANCHOR
 from megatron_muloco.config import RunConfig
 from megatron_muloco.errors import CheckpointError
 from megatron_muloco.monitor.monitor import Value
+from megatron_muloco.monitor.profiler import profiled
 from megatron_muloco.optim.muon import MuonAdamW
 from megatron_muloco.outer.diagnostics import OuterReport
 from megatron_muloco.runtime.distributed import shutdown
@@ -44,6 +45,8 @@ def run(config: RunConfig, stop: StopRequest) -> Outcome:
     """Build a context, train to the end or to a stop request, and leave the job."""
     context = build_run(config)
     outcome = train(context, stop)
+    if context.profiler is not None:
+        context.profiler.close()
     context.monitor.close(outcome.value)
     shutdown()
     return outcome
@@ -55,8 +58,9 @@ def train(context: RunContext, stop: StopRequest) -> Outcome:
     if context.first_step == 1 and context.config.training.eval_interval:
         _evaluate(context, 0)
     for step in range(context.first_step, last_step + 1):
-        stop_after = inner_step(context, step, stop, stop_after)
-        outer_step(context, step)
+        with profiled(context.profiler, step):
+            stop_after = inner_step(context, step, stop, stop_after)
+            outer_step(context, step)
         if _is_due(step, context.config.training.eval_interval) and step < last_step:
             _evaluate(context, step)
         if step == stop_after and step < last_step:

@@ -131,6 +131,13 @@ RULE_CASES: dict[str, tuple[list[str], list[str]]] = {
         ["checkpoint.dir=null", "checkpoint.save_interval=0", "checkpoint.resume=runs/old"],
         ["checkpoint.resume: runs/old, but checkpoint.dir is not set, so what follows could not"],
     ),
+    "profile_has_a_window": (
+        ["monitor.profile.steps=[20, 10]", "monitor.dir=null"],
+        [
+            "monitor.profile.steps: [20, 10] ends before it begins.",
+            "monitor.profile.steps: [20, 10], but monitor.dir is not set.",
+        ],
+    ),
     "symmetric_forms_have_precision": (
         ["inner.muon.ns_impl=gram", "inner.muon.ns_dtype=bf16"],
         ["inner.muon.ns_impl: gram, but ns_dtype is bf16;", "auto or plain, or ns_dtype: fp32"],

@@ -136,6 +136,7 @@ class Job:
         config = SimpleNamespace(
             training=SimpleNamespace(eval_interval=0, global_batch_size=1),
             checkpoint=SimpleNamespace(save_interval=self.saves),
+            profiler=None,
             monitor=SimpleNamespace(sample_tokens=0),
         )
         return SimpleNamespace(
@@ -147,6 +148,7 @@ class Job:
             forward=lambda batches, count: torch.zeros(()),
             train_data=SimpleNamespace(microbatch=lambda step, index: None),
             valid_data=None,
+            profiler=None,
             monitor=FakeMonitor(),
             probe=None,
             store=FakeStore(self, replica),

@@ -1,0 +1,131 @@
+"""`StepProfiler` records a window of inner steps with torch's profiler and writes a Chrome trace.
+
+The program marks its phases with `torch.profiler.record_function`, under these names::
+
+    muloco/forward_backward   muloco/inner_step   muloco/adamw     muloco/collect
+    muloco/newton_schulz      muloco/return       muloco/launch    muloco/encode
+    muloco/wait               muloco/decode       muloco/apply     muloco/publish
+    muloco/evaluate           muloco/save
+
+Any other profiler sees the same spans. Open the trace in Perfetto or ``chrome://tracing``.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+from torch._C._profiler import _ExperimentalConfig
+from torch.profiler import ProfilerActivity, profile
+
+from megatron_muloco.config.schema import MonitorConfig, ProfileConfig
+
+__all__ = ["StepProfiler", "build_profiler", "profiled", "trace_path"]
+
+
+def trace_path(directory: Path, rank: int, first: int, last: int) -> Path:
+    """Return the file that the trace of a rank and a window of inner steps goes to."""
+    return directory / f"rank{rank:05d}_steps{first}-{last}.json.gz"
+
+
+class StepProfiler:
+    """Profiles inner steps ``first`` to ``last``, both included, on one rank.
+
+    Args:
+        config: What is recorded.
+        directory: Directory for the trace; made when the trace is written.
+        rank: This rank, part of the file's name.
+        device: The device that the rank trains on; on CUDA its kernels are recorded too, and NVTX
+            ranges are emitted where ``config.nvtx`` asks for them.
+        say: Prints where the trace is.
+    """
+
+    def __init__(
+        self,
+        config: ProfileConfig,
+        directory: Path,
+        *,
+        rank: int,
+        device: torch.device,
+        say: Callable[[str], None],
+    ) -> None:
+        assert config.steps is not None, "a profiler needs a window"
+        self._first, self._last = config.steps
+        self._config, self._directory, self._rank = config, directory, rank
+        self._cuda = device.type == "cuda"
+        self._say = say
+        self._running: profile | None = None
+        self._ranges = ExitStack()
+        self._begun = self._ended = self._first
+
+    def before(self, step: int) -> None:
+        """Start recording where ``step`` is in the window.
+
+        A run that resumes inside the window records the rest of it.
+        """
+        if self._running is not None:
+            self._ended = step
+        if self._running is not None or not self._first <= step <= self._last:
+            return
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self._cuda
+        if self._config.nvtx and self._cuda:
+            # Nsight reads these ranges; torch's own profiler reads record_function itself.
+            self._ranges.enter_context(torch.autograd.profiler.emit_nvtx())
+        self._running = profile(
+            activities=activities,
+            profile_memory=self._config.with_memory,
+            with_stack=self._config.with_stack,
+            record_shapes=self._config.record_shapes,
+            # Without it the spans of the communication thread would be missing.
+            experimental_config=_ExperimentalConfig(profile_all_threads=True),
+        )
+        self._running.start()
+        self._begun = self._ended = step
+
+    def after(self, step: int) -> None:
+        """Write the trace after the last step of the window."""
+        if self._running is not None and step >= self._last:
+            self._write()
+
+    def close(self) -> None:
+        """Write what a run that ends inside the window has recorded."""
+        if self._running is not None:
+            self._write()
+
+    def _write(self) -> None:
+        assert self._running is not None
+        running, self._running = self._running, None
+        started = time.perf_counter()
+        running.stop()
+        self._ranges.close()
+        path = trace_path(self._directory, self._rank, self._begun, self._ended)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            running.export_chrome_trace(str(path))
+        except (OSError, RuntimeError) as error:  # training is worth more than its trace
+            self._say(f"monitor.profile: cannot write {path}: {error}. Training goes on.")
+            return
+        seconds = time.perf_counter() - started
+        self._say(f"profile of iterations {self._begun} to {self._ended}: {path} ({seconds:.1f} s)")
+
+
+@contextmanager
+def profiled(profiler: StepProfiler | None, step: int) -> Iterator[None]:
+    """Profile what happens inside as inner step ``step``, where it is in the profiler's window."""
+    if profiler is None:
+        yield
+        return
+    profiler.before(step)
+    yield
+    profiler.after(step)
+
+
+def build_profiler(
+    config: MonitorConfig, *, rank: int, device: torch.device, say: Callable[[str], None]
+) -> StepProfiler | None:
+    """Return this rank's profiler, or ``None`` where the run does not profile it."""
+    if config.profile.steps is None or config.dir is None or rank not in config.profile.ranks:
+        return None
+    directory = Path(config.dir) / "profile"
+    return StepProfiler(config.profile, directory, rank=rank, device=device, say=say)
