@@ -52,24 +52,22 @@ def draw(found: Results, path: Path) -> None:
 def _loss_panel(
     axis: Any, rows: Sequence[Row], found: Results, colours: dict[str, str], rate: float
 ) -> None:
-    from matplotlib.ticker import LogLocator, NullFormatter
-
     for r in rows:
         curve = [(step, value) for step, value in found.curves.get(r.name, []) if step > 0]
         if curve:
             minutes = [step * r.timing.wall / 60 for step, _ in curve]
             losses = [value for _, value in curve]
-            axis.plot(minutes, losses, color=colours[r.name], marker=".")
+            axis.plot(minutes, losses, color=colours[r.name], marker=".", label=r.title)
     if found.target is not None:
         axis.axhline(found.target, color="grey", linewidth=0.8, linestyle="--")
     axis.set_xscale("log")
-    axis.set_yscale("log")  # an overshoot of the first rounds leaves room for the rest
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter(NullFormatter())
+    lowest = min((value for curve in found.curves.values() for _, value in curve), default=0.0)
+    # The overshoot of the first rounds would leave no room for the rest.
+    axis.set_ylim(lowest - 0.2, lowest + 3.0)
+    axis.legend(fontsize=7)
     axis.set_xlabel("wall-clock, minutes")
     axis.set_ylabel("held-out loss, nats per token")
-    axis.set_title(f"{rate:g} Mbit/s; colours as in the bars")
+    axis.set_title(f"{rate:g} Mbit/s")
 
 
 def _bar_panel(
