@@ -1,12 +1,15 @@
-"""What a rank holds of each parameter: the words of optimizer, outer step and checkpoint.
+"""`ParamInfo` and `Shard`: how optimizer, outer step and checkpoint describe what a rank holds.
 
 Megatron cuts a parameter twice: over tensor-parallel ranks along one dimension, and, for the
 optimizer, over data-parallel ranks into flat ranges that may start and end anywhere::
 
-    linear_fc1.weight [2*ffn, h]  --tp dim 0-->  local tensor [2*ffn/tp, h]  --dp-->  flat [start,
-    end)
+    linear_fc1.weight             [2*ffn, h]         the whole parameter
+      |  tensor parallel: cut along partition_dim 0
+    local tensor (ParamInfo)      [2*ffn/tp, h]      one tensor-parallel rank
+      |  data parallel: a flat range of it
+    master (Shard)                [start, end)       one rank
 
-A `Shard` names one such flat range of one local tensor. No torch here: this is arithmetic.
+This module does not import torch.
 """
 
 import math
@@ -26,9 +29,9 @@ class ParamInfo:
         local_shape: Shape of this rank's tensor-parallel piece.
         partition_dim: Dimension split over tensor-parallel ranks; ``None`` when every one of them
             holds the same tensor (norms).
-        duplicate: True where another rank of the replica holds the same values and speaks for them
-            in the outer step: replicated tensors on tensor-parallel ranks above 0, and the tied
-            output embedding of the last pipeline stage.
+        duplicate: True where another rank of the replica holds the same values and is the one that
+            synchronises them in the outer step: replicated tensors on tensor-parallel ranks above
+            0, and the tied output embedding of the last pipeline stage.
     """
 
     name: str
@@ -70,7 +73,11 @@ class Shard:
 
 
 def coverage(given: Iterable[str], wanted: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Return the names of ``wanted`` that ``given`` misses, and those it repeats or adds."""
+    """Compare names with those wanted, for every place that claims to be a partition.
+
+    Returns:
+        The names of ``wanted`` that ``given`` lacks, and those that it repeats or adds; sorted.
+    """
     counts = Counter(iter(given))  # names, also those of a mapping, whose values are not counts
     expected = set(wanted)
     missing = sorted(expected - counts.keys())

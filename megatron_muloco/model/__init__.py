@@ -1,1 +1,1 @@
-"""The model: its layer specification, its construction and its arithmetic."""
+"""The GPT model: layer specification, construction, initialisation, names and FLOPs."""

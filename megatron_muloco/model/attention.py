@@ -1,4 +1,4 @@
-"""Core attention over torch's fused scaled-dot-product kernels, on CPU and GPU alike."""
+"""`SDPACoreAttention`: causal attention with torch's fused kernels, on CPU and GPU."""
 
 import math
 from typing import Any
@@ -15,7 +15,7 @@ __all__ = ["SDPACoreAttention", "document_mask"]
 
 
 def document_mask(document_ids: Tensor) -> Tensor:
-    """Return which key positions each query position must not see.
+    """Return the attention mask that keeps each position inside its own document.
 
     Args:
         document_ids: [b, s] integers that change where a new document begins.
@@ -33,8 +33,8 @@ def document_mask(document_ids: Tensor) -> Tensor:
 class SDPACoreAttention(MegatronModule):
     """Causal attention of this rank's heads.
 
-    Takes the place of Megatron's ``DotProductAttention``, which materialises the score matrix and
-    needs Transformer Engine for anything faster.
+    Replaces Megatron's ``DotProductAttention``, which materialises the score matrix; Megatron's
+    fused alternatives need Transformer Engine.
 
     Shapes: s sequence, b micro-batch, n query heads and g key/value heads of this rank, d head
     dimension. Query [s, b, n, d], key and value [s, b, g, d], result [s, b, n*d].
@@ -67,7 +67,18 @@ class SDPACoreAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> Tensor:
-        """Attend; causal when ``attention_mask`` is ``None``, else by the mask (True is hidden)."""
+        """Return the attention output.
+
+        Args:
+            query: ``[s, b, n, d]``.
+            key: ``[s, b, g, d]``.
+            value: ``[s, b, g, d]``.
+            attention_mask: ``[b, 1, s, s]`` with True for hidden positions; ``None`` for plain
+                causal attention, for which the kernels need no mask in memory.
+            attn_mask_type: Ignored, as are the following; Megatron passes them.
+            attention_bias: Ignored.
+            packed_seq_params: Ignored.
+        """
         sequence, batch, heads, _ = query.shape
         out = torch.nn.functional.scaled_dot_product_attention(
             query.permute(1, 2, 0, 3),

@@ -1,4 +1,10 @@
-"""Builds one pipeline stage of the model from configuration."""
+"""Builds one pipeline stage of the model from the configuration.
+
+apex is optional here. Megatron finds apex's fused norms and optimizers by itself; only the fused
+accumulation of weight gradients into the main gradient has to be requested, which
+`fused_weight_gradients` decides. apex is built from source on GPU machines: the package of that
+name on PyPI is something else. (The apex branch has not been run yet.)
+"""
 
 import importlib.util
 from typing import Any
@@ -16,29 +22,19 @@ from megatron_muloco.model.layer_spec import decoder_block_spec
 __all__ = ["build_model", "fused_weight_gradients", "transformer_config"]
 
 
-# ------------------------------------------------------------------------------------------
-# NVIDIA apex, where it is installed: detected, never required.
-#
-# apex is built from source on GPU machines; the package of that name on PyPI is something else.
-# Megatron finds its fused norms and optimizers by itself. What has to be asked for is the fused
-# accumulation of weight gradients into the main gradient. (Written for CUDA; not run yet.)
-
-
 _EXTENSION = "fused_weight_gradient_mlp_cuda"  # module that apex builds with --wgrad_accumulation
 
 
 def fused_weight_gradients() -> bool:
-    """Whether apex's fused weight-gradient accumulation can be used by this process."""
+    """Return whether this process can use apex's fused weight-gradient accumulation."""
     return torch.cuda.is_available() and importlib.util.find_spec(_EXTENSION) is not None
 
 
-# ------------------------------------------------------------------------------------------
-
-
 def transformer_config(config: RunConfig) -> TransformerConfig:
-    """Translate the configuration for Megatron. Pure: the same input gives the same object.
+    """Translate the configuration for Megatron; the same input gives the same object.
 
-    Fusions that need Transformer Engine or a compiler stay off; apex's is on where apex is.
+    Fusions that need Transformer Engine or a compiler stay off; apex's fusion is on where apex is
+    installed.
     """
     model, parallel, training = config.model, config.parallel, config.training
     bf16 = training.precision == "bf16"
@@ -59,7 +55,7 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         attention_dropout=0.0,
         init_method_std=model.init_method_std,
         perform_initialization=model.init == "megatron",
-        # Megatron's initial values then do not depend on the tensor-parallel size.
+        # Drawn whole on the CPU and then cut, initial values do not depend on tensor parallelism.
         use_cpu_initialization=True,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
@@ -77,7 +73,8 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         persist_layer_norm=False,
         cross_entropy_loss_fusion=False,
         deallocate_pipeline_outputs=True,
-        # Else every exchange between stages waits for the whole device, outer steps included.
+        # With True, every exchange between stages would synchronise the whole device and so wait
+        # for outer-step communication that is meant to overlap with training.
         batch_p2p_sync=False,
         timers=None,
     )
@@ -100,8 +97,8 @@ def _recompute(config: RunConfig) -> dict[str, Any]:
 def build_model(config: RunConfig, groups: Groups) -> GPTModel:
     """Return this rank's pipeline stage, initialised, on the training device.
 
-    Collectives: with tied embeddings and more than one stage, Megatron reduces the embedding over
-    the first and the last stage; every rank must call it.
+    Collectives: with tied embeddings and more than one pipeline stage, Megatron all-reduces the
+    embedding over the first and the last stage; every rank must call.
     """
     model, topology = config.model, groups.topology
     megatron_config = transformer_config(config)

@@ -1,7 +1,7 @@
-"""How many FLOPs one token costs: closed forms, no torch.
+"""FLOPs of one token in closed form, without torch.
 
 A multiply and an add are two FLOPs. Norms, rotary embeddings, SiLU, softmax and the loss are not
-counted, as is usual for model FLOPs utilisation. Letters are those of `config.counts`.
+counted, as is usual for model FLOPs utilisation. Letters are those of `config.derived`.
 """
 
 from dataclasses import dataclass
@@ -42,20 +42,20 @@ class ModelFlops:
 
     @property
     def forward(self) -> float:
-        """Forward pass."""
+        """FLOPs of the forward pass."""
         return self.projections + self.scores + self.mlp + self.logits
 
     @property
     def total(self) -> float:
-        """Forward and backward: each product has two in backward. Recompute is not counted."""
+        """FLOPs of forward and backward, where each product has two; recompute is not counted."""
         return 3 * self.forward
 
 
 def flops_per_token(model: ModelConfig) -> ModelFlops:
     """Return the model FLOPs of one token.
 
-    Causal attention looks at (s + 1) / 2 positions on average; document boundaries, which would
-    make it fewer, are left out, so the number does not depend on the data.
+    Causal attention sees (s + 1) / 2 positions on average. Document boundaries would lower that;
+    they are ignored, so that the number does not depend on the data.
     """
     positions = (model.seq_length + 1) / 2
     query_width = model.num_attention_heads * model.kv_channels

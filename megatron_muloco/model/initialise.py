@@ -1,4 +1,4 @@
-"""Weight initialisation of the paper, the same for every layout.
+"""The MuLoCo code's weight initialisation, with the same values for every layout.
 
 Each tensor is drawn whole from a generator seeded by the run's seed and the tensor's name, and
 every rank keeps its slice: the initial model depends neither on tensor nor pipeline nor data
@@ -24,12 +24,14 @@ from megatron_muloco.model.names import EMBEDDING, OUTPUT, named_parameters, par
 
 __all__ = ["initialise_weights"]
 
-# facts of the public research configuration (facebookresearch/MuLoCo, commit 475bbf4): truncated
-# normal 0.02 for q, k, v, o-less projections and the gate; 0.02/sqrt(2(layer+1)) for output
-# projection, down and up; embedding N(0, 1); head truncated normal d^-0.5 cut at three standard
-# deviations.
+# Values of facebookresearch/MuLoCo at commit 475bbf4, layer counted from 0:
+#
+#     embedding        N(0, 1)
+#     q, k, v, gate    truncated normal, std 0.02
+#     proj, up, down   truncated normal, std 0.02 / sqrt(2 (layer + 1))
+#     output head      truncated normal, std hidden_size^-0.5, cut at three standard deviations
 _HEAD_CUT = 3.0
-# Its truncation of layer weights lies at an absolute 2.0, a hundred standard deviations away.
+# Layer weights are cut at an absolute 2.0, as in that code; at std 0.02 it has no effect.
 _LAYER_CUT = 2.0
 
 
@@ -50,7 +52,7 @@ def initialise_weights(
         std: Standard deviation of layer weights (0.02 in the paper's configuration).
         hidden_size: Width, for the head's scale.
 
-    Source: facebookresearch/MuLoCo at 475bbf4 (see `facts` above for each value).
+    Source: facebookresearch/MuLoCo at commit 475bbf4; the table above `_HEAD_CUT` has each value.
     """
     _mark_split_weights(model)
     rank, size = pg.tp.rank(), pg.tp.size()
@@ -68,7 +70,11 @@ def initialise_weights(
 
 
 def _mark_split_weights(model: nn.Module) -> None:
-    """Say along which dimension each weight is split, as Megatron's own initialisation does."""
+    """Mark along which dimension each weight is split, as Megatron's initialisation would have.
+
+    Megatron sets the mark only where it initialises a weight itself, which ``init: muloco`` turns
+    off; without it, every rank would take the weight for a replicated tensor.
+    """
     for module in model.modules():
         if isinstance(module, RowParallelLinear):
             dim = 1
@@ -89,7 +95,7 @@ def _seed_of(name: str, seed: int) -> int:
 def _draw(
     name: str, shape: list[int], *, std: float, hidden_size: int, generator: torch.Generator
 ) -> Tensor:
-    """Return the whole tensor in the order a single tensor-parallel rank holds it."""
+    """Return the whole tensor, rows in the order in which one tensor-parallel rank holds them."""
     whole = torch.empty(shape, dtype=torch.float32)
 
     def truncated(tensor: Tensor, scale: float, cut: float) -> Tensor:
@@ -114,7 +120,7 @@ def _draw(
 def _local(name: str, whole: Tensor, dim: int | None, rank: int, size: int) -> Tensor:
     """Return the piece of tensor-parallel rank ``rank``.
 
-    The fused gate/up matrix is not cut straight: every rank holds [its gate rows; its up rows].
+    The fused gate/up matrix is cut in two places: every rank holds [its gate rows; its up rows].
     """
     if dim is None:
         return whole

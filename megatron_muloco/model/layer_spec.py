@@ -1,13 +1,11 @@
-"""The decoder layer, as a Megatron layer specification.
+"""The decoder layer as a Megatron layer specification, with the norms that Megatron lacks.
 
-::
+A layer adds the output of two branches to the residual stream x::
 
-    x -- input_layernorm -- linear_qkv -- (q, k norm) -- rope -- attention -- linear_proj --
-    post_norm -- + --
-    |____________________________________________________________________________________________________|
+    x += post_norm(linear_proj(attention(rope(qk_norm(linear_qkv(input_layernorm(x)))))))
+    x += post_norm(linear_fc2(swiglu(linear_fc1(pre_mlp_layernorm(x)))))
 
-and the same around the SwiGLU MLP, whose post-norm sits behind ``linear_fc2``. Without
-``post_layernorm`` this is a standard Llama layer.
+Without ``post_layernorm`` and ``qk_layernorm`` this is a standard Llama layer.
 """
 
 from typing import Any
@@ -33,15 +31,11 @@ from megatron_muloco.model.attention import SDPACoreAttention
 __all__ = ["PostNormRowParallelLinear", "QKRMSNorm", "RMSNorm", "decoder_block_spec"]
 
 
-# ------------------------------------------------------------------------------------------
-# RMSNorm for every normalisation of the model, aware of sequence parallelism.
-#
-# Megatron's torch fallback refuses sequence parallelism; this module only needs to mark its weight,
-# and Megatron then sums the weight's gradient over tensor-parallel ranks.
-
-
 class RMSNorm(nn.Module):
-    """``x / rms(x) * weight`` over the last dimension.
+    """``x / rms(x) * weight`` over the last dimension, for every norm of the model.
+
+    Megatron's torch fallback refuses sequence parallelism. This module marks its weight instead,
+    and Megatron sums the weight's gradient over tensor-parallel ranks.
 
     Dtypes: the mean square and the division are computed in fp32 whatever the input is; the result
     has the input's dtype.
@@ -53,8 +47,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         # Without sequence parallelism every tensor-parallel rank normalises the same values and
-        # gets the same gradient; with it each sees its slice of the sequence and Megatron adds them
-        # up.
+        # gets the same gradient. With it, each rank sees its slice of the sequence only, and
+        # Megatron sums the gradients of weights that carry this mark.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     @override
@@ -64,27 +58,24 @@ class RMSNorm(nn.Module):
 
 
 class QKRMSNorm(RMSNorm):
-    """The same over one attention head, for queries and keys.
+    """RMSNorm over one attention head, for queries and keys.
 
     Each tensor-parallel rank normalises its own heads over the full sequence, so its weight
     gradient is a partial sum. Megatron 0.16 finds these weights by their names, ``q_layernorm`` and
-    ``k_layernorm``, and sums them over tensor-parallel ranks; the mark would be read as something
-    else.
+    ``k_layernorm``, and sums their gradients over tensor-parallel ranks.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
         super().__init__(config, hidden_size, eps)
+        # The mark means "saw a slice of the sequence", which this weight did not; see above.
         self.weight.sequence_parallel = False  # type: ignore[attr-defined]
-
-
-# ------------------------------------------------------------------------------------------
 
 
 class PostNormRowParallelLinear(RowParallelLinear):
     """A row-parallel linear layer whose output is normalised before the residual is added.
 
-    The norm follows the reduction over tensor-parallel ranks, so it sees complete sums. Living
-    inside the layer, it needs neither a new transformer layer nor a new residual path.
+    The norm follows the reduction over tensor-parallel ranks, so it sees complete sums. Inside the
+    linear layer it needs neither another transformer layer class nor another residual path.
     """
 
     def __init__(self, input_size: int, output_size: int, *, config: Any, **kwargs: Any) -> None:

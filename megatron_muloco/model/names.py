@@ -1,4 +1,4 @@
-"""Model-wide parameter names and what Megatron knows about each parameter.
+"""Model-wide parameter names, and `ParamInfo` from what Megatron knows about each parameter.
 
 Inside a pipeline stage Megatron numbers layers from zero. Everything in this package (fragments,
 parameter tables, checkpoints, initialisation) uses names whose layers count over the whole model,
@@ -24,7 +24,7 @@ _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield (model-wide name, parameter) of one pipeline stage's GPTModel, in its own order.
 
-    The tied output embedding of the last stage is named like the embedding it repeats.
+    The tied output embedding of the last stage gets the name of the embedding that it repeats.
     """
     tied = getattr(model, "share_embeddings_and_output_weights", False)
     stage: Any = model

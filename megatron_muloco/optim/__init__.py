@@ -1,5 +1,5 @@
-"""The inner optimizer: Muon on matrices that are scattered over ranks, AdamW on everything else.
+"""The inner optimizer: Muon on matrices that are sharded over ranks, AdamW on everything else.
 
-``units``, ``assignment``, ``routes`` and ``parameter_table`` are arithmetic without torch, so
-that a plan can be made without it; nothing is imported here for the same reason.
+`matrices`, `routing` and `parameter_table` do not import torch, so that a run can be planned
+without it; nothing is imported here for the same reason.
 """

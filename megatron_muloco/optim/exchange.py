@@ -1,15 +1,20 @@
-"""Whole matrices at their owners, for as long as it takes to change them: `ShardExchange`.
+"""`ShardExchange` gathers sharded matrices on their owners, applies a function, and scatters back.
 
-Units travel in chunks. All chunks set off at once; while one is orthogonalised, later ones are
-still arriving and earlier ones are on their way back::
+Matrices travel in buckets. The collects of all buckets start at once; while the owner computes one
+bucket, later buckets still arrive and earlier results are already on their way back::
 
-    shards   C0 C1 C2 ->                                    -> pieces
-    wire        [C0][C1][C2]   [R0]   [R1]   [R2]
-    owner            [ chunk 0 ][ chunk 1 ][ chunk 2 ]
+    shards    pack all ->                                             -> unpack all
+    network      [collect 0][collect 1][collect 2] [return 0] [return 1] [return 2]
+    owner                   [compute 0]           [compute 1][compute 2]
 
-All memory is allocated once. Every rank enters both all-to-alls of every chunk in every step, also
-one that holds no element or owns no unit: a rank cannot know from its own shards whether others are
-waiting.
+One bucket moves elements as follows; in a group of one rank there are no buffers, and batches are
+copied directly from the shards and into the pieces::
+
+    collect   shards --pack--> shard side --all-to-all--> owner side --assemble--> batches
+    return    pieces <-unpack- shard side <--all-to-all-- owner side <---cut------ batches
+
+All memory is allocated once. Which elements go where is in `routing`; the function that is applied,
+Newton-Schulz, is in `muon`.
 """
 
 import math
@@ -40,23 +45,15 @@ from megatron_muloco.params import coverage
 __all__ = ["Batch", "ExchangeBucket", "Pending", "ShardExchange", "Transform", "Transport"]
 
 
-# ------------------------------------------------------------------------------------------
-# One chunk of the exchange: its buffers, its two all-to-alls, and its matrices by shape.
-#
-# ::
-#
-#     collect   shards --pack--> shard side --all-to-all--> owner side --assemble--> batches
-#     return    pieces <--unpack-- shard side <--all-to-all-- owner side <--cut------ batches
-#
-# A group of one rank has neither side: batches are assembled from the shards and cut into the
-# pieces.
+Transform = Callable[[tuple[MuonMatrix, ...], Tensor], Tensor]
+"""Maps matrices of one shape and their values ``[matrices, rows, columns]`` to new values."""
 
 
 class Pending(Protocol):
-    """A collective under way."""
+    """A collective that has been started."""
 
     def wait(self) -> object:
-        """Return when the buffers may be used."""
+        """Return when both buffers may be used again."""
 
 
 class Transport(Protocol):
@@ -73,16 +70,204 @@ class Transport(Protocol):
         """Start sending split i of ``sent`` to rank i and filling ``received`` by rank."""
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Owned units of one shape, orthogonalised together.
+class ShardExchange:
+    """Moves the matrices of a stage group between the ranks that hold pieces and their owners.
+
+    Invariant: exactly one rank of the group holds each element of each matrix, and it comes back to
+    the place from which it was taken.
 
     Attributes:
-        units: In the order of the batch.
-        matrices: ``[units, rows, columns]``, in memory that all batches of an exchange share.
-        places: The elements that each cell has, in the shards that they are from.
-        cells: Rectangles of ``matrices``; together all of them.
-        runs: Where each cell's elements arrive (in a group of one rank: not) and leave from.
+        units: All matrices, in an order that is the same on every rank.
+        rank: This rank's place in the group.
+        owned: The matrices that this rank owns.
+        planned_bytes: Bytes that one `transform` sends to *other* ranks.
+    """
+
+    def __init__(
+        self,
+        units: Sequence[MuonMatrix],
+        owners: Sequence[int],
+        layout: Sequence[RankShards],
+        *,
+        rank: int,
+        transport: Transport | None,
+        wire_dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        chunks: int = 1,
+    ) -> None:
+        """Build the route tables and allocate all memory.
+
+        Args:
+            units: All matrices of the stage, in the same order on every rank.
+            owners: Group rank of each matrix's owner.
+            layout: What each rank of the stage group holds, in group order.
+            rank: This rank's place in the group.
+            transport: The all-to-all; not needed by a group of one rank.
+            wire_dtype: fp32 or bf16. A group of one rank rounds to it too, so that the result does
+                not depend on the layout.
+            device: Device of shards and matrices.
+            chunks: Largest number of buckets. A group of one rank has one bucket: nothing is sent,
+                and smaller batches would only be slower.
+
+        Raises:
+            RuntimeMismatch: No rank or more than one holds some element, or several ranks have no
+                transport.
+        """
+        if len(layout) > 1 and transport is None:
+            raise RuntimeMismatch(f"a stage group of {len(layout)} ranks needs an all-to-all")
+        if wire_dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"matrices are sent as float32 or bfloat16, not {wire_dtype}")
+        check_coverage(units, layout)
+        self.units = tuple(units)
+        self.owned = tuple(unit for unit, owner in zip(units, owners, strict=True) if owner == rank)
+        self.rank = rank
+        self._numel = _shard_sizes(self.units, layout[rank])
+        self._pieces = {
+            name: torch.empty(numel, dtype=torch.float32, device=device)
+            for name, numel in self._numel.items()
+        }
+        divided = divide(units, owners, chunks if len(layout) > 1 else 1)
+        members = [[units[i] for i in chunk] for chunk in divided]
+        # One scratch for all buckets: an owner computes one batch at a time, and `cut` has copied
+        # its result out before the next batch is assembled.
+        own = [[units[i] for i in chunk if owners[i] == rank] for chunk in divided]
+        scratch = torch.empty(
+            max(map(largest_batch, own), default=0), dtype=wire_dtype, device=device
+        )
+        self._scratch = scratch
+        self._buckets = [
+            ExchangeBucket(
+                chunk,
+                [owners[i] for i in indices],
+                layout,
+                rank=rank,
+                transport=transport if len(layout) > 1 else None,
+                scratch=scratch,
+                pieces=self._pieces,
+            )
+            for chunk, indices in zip(members, divided, strict=True)
+        ]
+        self.planned_bytes = sum(bucket.planned_bytes for bucket in self._buckets)
+
+    @property
+    def shard_names(self) -> tuple[str, ...]:
+        """Parameters of which this rank holds elements, in the order of the matrices."""
+        return tuple(self._numel)
+
+    @property
+    def chunks(self) -> int:
+        """Number of buckets."""
+        return len(self._buckets)
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes sent to other ranks over all calls so far."""
+        return sum(bucket.bytes_sent for bucket in self._buckets)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes that this rank keeps allocated between steps."""
+        own = sum(piece.nbytes for piece in self._pieces.values()) + self._scratch.nbytes
+        return own + sum(bucket.buffer_bytes for bucket in self._buckets)
+
+    def transform(
+        self, shards: Mapping[str, Tensor], function: Transform, timer: PhaseTimer | None = None
+    ) -> dict[str, Tensor]:
+        """Apply ``function`` to every whole matrix on its owner; return this rank's pieces.
+
+        Args:
+            shards: For each parameter of `shard_names`, this rank's flat piece of any quantity;
+                not modified.
+            function: Called on the owner, once for each batch of a bucket. The values it gets have
+                the wire dtype and are valid during the call only.
+            timer: Gets the phases ``collect`` and ``return``: packing, unpacking and waiting.
+
+        Returns:
+            Parameter name -> flat fp32 tensor, for each parameter of `shard_names`; the next call
+            overwrites these tensors.
+
+        Collectives: two all-to-alls per bucket over the stage group, in all `planned_bytes` to
+        other ranks. Every rank of the group must call.
+        """
+        self._check(shards)
+        timer = timer or PhaseTimer()
+        # Every rank enters both all-to-alls of every bucket, also one that holds no element or owns
+        # no matrix: from its own shards it cannot know whether other ranks wait for it. All ranks
+        # start them in one order (all collects, then the returns by bucket), which a communicator
+        # requires.
+        with timer.phase("collect"):
+            for bucket in self._buckets:
+                bucket.start_collect(shards)
+        for bucket in self._buckets:
+            with timer.phase("collect"):
+                bucket.wait()
+            for batch in bucket.batches:
+                with timer.phase("collect"):
+                    matrices = bucket.assemble(batch)
+                updates = function(batch.units, matrices)
+                with timer.phase("return"):
+                    bucket.cut(batch, updates)
+            with timer.phase("return"):
+                bucket.start_return()
+        # Only now wait for returns, so that none of them delays the computation of a later bucket.
+        with timer.phase("return"):
+            for bucket in self._buckets:
+                bucket.wait()
+                bucket.unpack()
+        return self._pieces
+
+    def _check(self, shards: Mapping[str, Tensor]) -> None:
+        """Raise unless these are the shards that were planned for."""
+        missing, surplus = coverage(list(shards), self._numel)
+        if missing or surplus:
+            raise RuntimeMismatch(
+                f"the exchange was planned for other tensors: missing {missing}, unknown {surplus}"
+            )
+        for name, numel in self._numel.items():
+            if shards[name].numel() != numel:
+                raise RuntimeMismatch(
+                    f"the shard of {name} has {shards[name].numel()} elements, planned were {numel}"
+                )
+
+
+def _shard_sizes(units: Sequence[MuonMatrix], shards: RankShards) -> dict[str, int]:
+    """Return the sizes of a rank's shards; raise unless the matrices contain all of them."""
+    found: dict[str, int] = {}
+    for unit in units:
+        for route in matrix_routes(unit, shards):
+            found[unit.param] = found.get(unit.param, 0) + route.length
+    sizes = {
+        unit.param: end - start
+        for unit in units
+        if unit.param in shards.ranges
+        for start, end in [shards.ranges[unit.param]]
+        if start < end
+    }
+    short = sorted(name for name, size in sizes.items() if found.get(name, 0) != size)
+    if short:
+        raise RuntimeMismatch(
+            f"the matrices contain only part of the shards of {short}; the rest would "
+            "never be updated. Give all matrices of a parameter to one exchange."
+        )
+    return sizes
+
+
+# ---- buckets ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Owned matrices of one shape, which are orthogonalised together.
+
+    Attributes:
+        units: The matrices.
+        matrices: Their values, ``[matrices, rows, columns]``, in scratch memory that all batches of
+            an exchange share.
+        places: Source of each cell: the route and the rectangle of it.
+        cells: Rectangular views of ``matrices`` that together contain every element once.
+        runs: View of the buffer from which each cell is filled and into which its update is put. A
+            group of one rank has no buffers: there these are views of the pieces, and cells are
+            filled from the shards.
     """
 
     units: tuple[MuonMatrix, ...]
@@ -93,21 +278,27 @@ class Batch:
 
 
 class ExchangeBucket:
-    """Moves one chunk of units between the ranks that hold pieces and the ranks that own them.
+    """Some matrices of the exchange with their communication buffers and their two all-to-alls.
+
+    The calls of one step, in this order: `start_collect`, `wait`, for each batch `assemble` and
+    `cut`, `start_return`, `wait`, `unpack`. The two all-to-alls use the same buffers in opposite
+    directions, so neither buffer may be touched between a start and its `wait`.
 
     Attributes:
-        batches: The units that this rank owns, by shape.
+        batches: The matrices that this rank owns, by shape.
         planned_bytes: Bytes that one collect and one return send to *other* ranks.
-        bytes_sent: The same, counted over all calls so far.
+        bytes_sent: Bytes sent to other ranks over all calls so far.
 
     Args:
-        units: Of the chunk, in the same order on every rank.
-        owners: Group rank of each unit's owner.
+        units: Matrices of the bucket, in the same order on every rank.
+        owners: Group rank of each matrix's owner.
         layout: What each rank of the group holds.
         rank: This rank's place in the group.
         transport: The all-to-all; ``None`` in a group of one rank.
-        scratch: Flat memory in the dtype of the wire, for the `largest_batch` of the owned units.
-        pieces: For each parameter of which this rank holds elements, where updates come back to.
+        scratch: Flat memory in the wire dtype with room for the `largest_batch` of the owned
+            matrices.
+        pieces: For each parameter of which this rank holds elements, the tensor that receives the
+            updates.
     """
 
     def __init__(
@@ -141,13 +332,13 @@ class ExchangeBucket:
 
     @property
     def buffer_bytes(self) -> int:
-        """Bytes of the buffers that the all-to-alls read and write."""
+        """Bytes of the two communication buffers."""
         return self._shard_side.nbytes + self._owner_side.nbytes
 
     def start_collect(self, shards: Mapping[str, Tensor]) -> None:
         """Pack this rank's elements and start sending them to their owners.
 
-        In a group of one rank nothing is packed or sent: `assemble` reads ``shards`` themselves.
+        In a group of one rank nothing is packed or sent: `assemble` reads ``shards`` directly.
         """
         if self._transport is None:
             self._shards = shards
@@ -158,8 +349,8 @@ class ExchangeBucket:
         )
 
     def start_return(self) -> None:
-        """Start sending updates, `cut` from all batches before, to the ranks that hold pieces."""
-        self._shards = {}
+        """Start sending updates to the ranks that hold pieces; `cut` has filled the buffer."""
+        self._shards = {}  # the caller's tensors are not kept alive between steps
         if self._transport is not None:
             self._start(
                 self._owner_side,
@@ -169,24 +360,25 @@ class ExchangeBucket:
             )
 
     def wait(self) -> None:
-        """Wait for what was started last."""
+        """Wait for the all-to-all that was started last, if any."""
         if self._pending is not None:
             self._pending.wait()
             self._pending = None
 
     def assemble(self, batch: Batch) -> Tensor:
-        """Return the matrices of a batch, in memory that the next batch overwrites."""
+        """Return the values of a batch, in scratch memory that the next batch overwrites."""
         _copy_all(batch.cells, batch.runs if self._transport else _place_runs(self._shards, batch))
         return batch.matrices
 
     @staticmethod
     def cut(batch: Batch, updates: Tensor) -> None:
-        """Round the updates of a batch to the dtype of the wire and put them where they leave."""
+        """Round the updates of a batch to the wire dtype and copy them to the sending buffer."""
+        # Through the scratch also in fp32: the cells are views of it, and ``updates`` may alias it.
         batch.matrices.copy_(updates)
         _copy_all(batch.runs, batch.cells)
 
     def unpack(self) -> None:
-        """Put what came back into the pieces, where `cut` has not done so already."""
+        """Copy the updates received into the pieces; in a group of one rank `cut` did so."""
         if self._transport is not None:
             _copy_all(self._pieces, self._shard_views)
 
@@ -197,7 +389,7 @@ class ExchangeBucket:
         received: Tensor,
         receive_splits: Sequence[int],
     ) -> None:
-        """Enter one all-to-all, whatever this rank has; count what leaves it."""
+        """Enter one all-to-all, also with nothing to send or receive, and count the bytes sent."""
         assert self._transport is not None, "a group of one rank starts nothing"
         self._pending = self._transport.start(
             received, sent, receive_splits=receive_splits, send_splits=send_splits
@@ -208,7 +400,7 @@ class ExchangeBucket:
 def _batch(
     units: Sequence[MuonMatrix], runs: Mapping[RangeRoute, Tensor], scratch: Tensor
 ) -> Batch:
-    """Return the views of a batch at the beginning of the scratch memory."""
+    """Return a batch whose values are at the beginning of the scratch memory."""
     shape = (len(units), *units[0].shape)
     matrices = scratch[: math.prod(shape)].view(shape)
     index = {unit.name: i for i, unit in enumerate(units)}
@@ -237,19 +429,19 @@ def _batch(
 
 
 def _consecutive(buffer: Tensor, routes: Sequence[RangeRoute]) -> list[Tensor]:
-    """Return the consecutive runs of ``buffer`` that carry the routes."""
+    """Return consecutive views of ``buffer``, one for each route."""
     return list(buffer.split([route.length for route in routes])) if routes else []
 
 
 def _shard_runs(shards: Mapping[str, Tensor], routes: Sequence[RangeRoute]) -> list[Tensor]:
-    """Return the runs of the shards that the routes describe."""
+    """Return the views of the shards that the routes describe."""
     return [
         shards[s.unit.param].view(-1)[s.shard_offset : s.shard_offset + s.length] for s in routes
     ]
 
 
 def _place_runs(shards: Mapping[str, Tensor], batch: Batch) -> list[Tensor]:
-    """Return the elements of the shards that belong into the cells of a batch."""
+    """Return the views of the shards that belong into the cells of a batch."""
     runs = _shard_runs(shards, [route for route, _ in batch.places])
     return [
         run[rectangle.start : rectangle.start + math.prod(rectangle.shape)].view(rectangle.shape)
@@ -260,183 +452,3 @@ def _place_runs(shards: Mapping[str, Tensor], batch: Batch) -> list[Tensor]:
 def _copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     if targets:  # the foreach functions refuse empty lists
         torch._foreach_copy_(list(targets), list(sources))
-
-
-# ------------------------------------------------------------------------------------------
-
-Transform = Callable[[tuple[MuonMatrix, ...], Tensor], Tensor]
-"""Maps units of one shape and their matrices ``[units, rows, columns]`` to matrices like them."""
-
-
-class ShardExchange:
-    """Moves a stage group's units between the ranks that hold pieces and the ranks that own them.
-
-    Invariant: every element of every unit is held by exactly one rank of the group, and comes back
-    to the place it was taken from.
-
-    Attributes:
-        units: All units, in an order that is the same on every rank.
-        rank: This rank's place in the group.
-        owned: The units that this rank owns.
-        planned_bytes: Bytes that one `transform` sends to *other* ranks.
-    """
-
-    def __init__(
-        self,
-        units: Sequence[MuonMatrix],
-        owners: Sequence[int],
-        layout: Sequence[RankShards],
-        *,
-        rank: int,
-        transport: Transport | None,
-        wire_dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        chunks: int = 1,
-    ) -> None:
-        """Build the route tables and allocate all memory.
-
-        Args:
-            units: All units of the stage, in the same order on every rank.
-            owners: Group rank of each unit's owner.
-            layout: What each rank of the stage group holds, in group order.
-            rank: This rank's place in the group.
-            transport: The all-to-all; not needed by a group of one rank.
-            wire_dtype: fp32 or bf16. A group of one rank rounds to it too, so that the result does
-                not depend on the layout.
-            device: Where shards and matrices are.
-            chunks: In how many chunks at most units travel; one in a group of one rank, where
-                nothing travels and smaller batches would only be slower.
-
-        Raises:
-            RuntimeMismatch: Some element is held by no rank or by two, or there is no transport.
-        """
-        if len(layout) > 1 and transport is None:
-            raise RuntimeMismatch(f"a stage group of {len(layout)} ranks needs an all-to-all")
-        if wire_dtype not in (torch.float32, torch.bfloat16):
-            raise ValueError(f"units travel as float32 or bfloat16, not {wire_dtype}")
-        check_coverage(units, layout)
-        self.units = tuple(units)
-        self.owned = tuple(unit for unit, owner in zip(units, owners, strict=True) if owner == rank)
-        self.rank = rank
-        self._numel = _shard_sizes(self.units, layout[rank])
-        self._pieces = {
-            name: torch.empty(numel, dtype=torch.float32, device=device)
-            for name, numel in self._numel.items()
-        }
-        divided = divide(units, owners, chunks if len(layout) > 1 else 1)
-        members = [[units[i] for i in chunk] for chunk in divided]
-        # One chunk is computed at a time, and of it one batch.
-        own = [[units[i] for i in chunk if owners[i] == rank] for chunk in divided]
-        scratch = torch.empty(
-            max(map(largest_batch, own), default=0), dtype=wire_dtype, device=device
-        )
-        self._scratch = scratch
-        self._buckets = [
-            ExchangeBucket(
-                chunk,
-                [owners[i] for i in indices],
-                layout,
-                rank=rank,
-                transport=transport if len(layout) > 1 else None,
-                scratch=scratch,
-                pieces=self._pieces,
-            )
-            for chunk, indices in zip(members, divided, strict=True)
-        ]
-        self.planned_bytes = sum(bucket.planned_bytes for bucket in self._buckets)
-
-    @property
-    def shard_names(self) -> tuple[str, ...]:
-        """The parameters of which this rank holds elements, in the order of the units."""
-        return tuple(self._numel)
-
-    @property
-    def chunks(self) -> int:
-        """In how many chunks units travel."""
-        return len(self._buckets)
-
-    @property
-    def bytes_sent(self) -> int:
-        """Bytes sent to other ranks over all calls so far."""
-        return sum(bucket.bytes_sent for bucket in self._buckets)
-
-    @property
-    def buffer_bytes(self) -> int:
-        """Bytes that this rank keeps between steps."""
-        own = sum(piece.nbytes for piece in self._pieces.values()) + self._scratch.nbytes
-        return own + sum(bucket.buffer_bytes for bucket in self._buckets)
-
-    def transform(
-        self, shards: Mapping[str, Tensor], function: Transform, timer: PhaseTimer | None = None
-    ) -> dict[str, Tensor]:
-        """Apply ``function`` to every whole unit at its owner; return this rank's pieces of it.
-
-        Args:
-            shards: For each parameter of `shard_names`, this rank's flat piece of any quantity;
-                not modified.
-            function: Called at the owner, once for each shape of a chunk. Its matrices have the
-                dtype of the wire, and the next call overwrites them.
-            timer: Gets the phases ``collect`` and ``return``: packing, unpacking and waiting.
-
-        Returns:
-            Parameter name -> flat fp32 tensor, for each parameter of `shard_names`; overwritten by
-            the next call.
-
-        Collectives: two all-to-alls a chunk over the stage group; every rank of it must call.
-        """
-        self._check(shards)
-        timer = timer or PhaseTimer()
-        with timer.phase("collect"):
-            for bucket in self._buckets:
-                bucket.start_collect(shards)
-        for bucket in self._buckets:
-            with timer.phase("collect"):
-                bucket.wait()
-            for batch in bucket.batches:
-                with timer.phase("collect"):
-                    matrices = bucket.assemble(batch)
-                updates = function(batch.units, matrices)
-                with timer.phase("return"):
-                    bucket.cut(batch, updates)
-            with timer.phase("return"):
-                bucket.start_return()
-        with timer.phase("return"):
-            for bucket in self._buckets:
-                bucket.wait()
-                bucket.unpack()
-        return self._pieces
-
-    def _check(self, shards: Mapping[str, Tensor]) -> None:
-        """Raise unless these are the shards that were planned for."""
-        missing, surplus = coverage(list(shards), self._numel)
-        if missing or surplus:
-            raise RuntimeMismatch(
-                f"the exchange was planned for other tensors: missing {missing}, unknown {surplus}"
-            )
-        for name, numel in self._numel.items():
-            if shards[name].numel() != numel:
-                raise RuntimeMismatch(
-                    f"the shard of {name} has {shards[name].numel()} elements, planned were {numel}"
-                )
-
-
-def _shard_sizes(units: Sequence[MuonMatrix], shards: RankShards) -> dict[str, int]:
-    """Return the sizes of a rank's shards; raise unless the units contain all of them."""
-    found: dict[str, int] = {}
-    for unit in units:
-        for route in matrix_routes(unit, shards):
-            found[unit.param] = found.get(unit.param, 0) + route.length
-    sizes = {
-        unit.param: end - start
-        for unit in units
-        if unit.param in shards.ranges
-        for start, end in [shards.ranges[unit.param]]
-        if start < end
-    }
-    short = sorted(name for name, size in sizes.items() if found.get(name, 0) != size)
-    if short:
-        raise RuntimeMismatch(
-            f"the units contain only part of the shards of {short}; the rest would "
-            "never be updated. Give all units of a parameter to one exchange."
-        )
-    return sizes

@@ -1,14 +1,15 @@
-"""Which parameters are matrices, and how Megatron's fused tensors split into separate ones.
+"""`MuonMatrix`: which parameters Muon updates, and the matrices that Megatron fuses in them.
 
-A *unit* is one matrix that Muon orthogonalises on its own or, where heads are split, all the heads
-of q, k or v, each of which is. Megatron fuses several units into one parameter; rows of a
-tensor-parallel rank's local tensor, top to bottom::
+Muon orthogonalises q, k, v, gate and up separately, though Megatron stores them fused. `route`
+decides between Muon and AdamW, and `split` returns the matrices of a parameter. Rows of a
+tensor-parallel rank's local tensor, top to bottom, with d channels a head::
 
-    linear_qkv   | q q q q k v | q q q q k v | ...   one block a query group, d rows a letter
-    linear_fc1   | gate ... | up ... |               each ffn/tp rows
-    linear_proj, linear_fc2                          one unit, columns split over tensor ranks
+    linear_qkv    | q q q q k v | q q q q k v | ...   a block for each query group, d rows a letter
+    linear_fc1    | gate ...... | up ....... |        ffn/tp rows each
+    linear_proj, linear_fc2                           one matrix, columns split over tensor ranks
 
-No torch here: this is arithmetic on names and shapes.
+The module also chooses how Newton-Schulz is computed for a shape and counts its FLOPs, because the
+cost of a matrix decides which rank owns it. It does not import torch.
 """
 
 import re
@@ -35,23 +36,22 @@ __all__ = [
 ]
 
 
-# ------------------------------------------------------------------------------------------
-# The forms in which Newton-Schulz is computed, and their FLOPs. No torch here.
-#
-# Sources of the counts: `newton_schulz` (plain) and `gram` (the others), where the products are.
-
+# ---- implementations of Newton-Schulz and their FLOPs ----------------------------------------
 
 NSImplementation = Literal["plain", "triangle", "gram"]
-"""``plain``: as published. ``triangle``: half of each symmetric product. ``gram``: pairs of steps
-too.
+"""How the steps are computed.
+
+- ``plain``: as published.
+- ``triangle``: each symmetric product by one of its triangles.
+- ``gram``: like ``triangle``, and steps in pairs on the Gram matrix.
 """
 
 ChooseImplementation = Callable[[int, int], NSImplementation]
-"""Says which form a matrix of so many rows and columns gets."""
+"""Maps rows and columns of a matrix to its implementation."""
 
 
-# Measured on CPU, see docs/performance/newton_schulz.md. Below the first, many small products cost
-# more than what they save; pairs save FLOPs above a ratio of 1, and time from about the second.
+# Measured on a CPU: docs/performance/newton_schulz.md. On fewer rows the many small products of
+# `triangle` cost more time than they save. Pairs save FLOPs from a ratio of 1, time from about 1.5.
 _SMALLEST_TRIANGLE_ROWS = 512
 _SMALLEST_GRAM_RATIO = 1.5
 
@@ -59,15 +59,21 @@ _SMALLEST_GRAM_RATIO = 1.5
 def automatic_implementation(
     rows: int, columns: int, *, precise: bool, cpu: bool
 ) -> NSImplementation:
-    """Return the form that pays for a matrix of this shape.
+    """Return the fastest accurate implementation for a matrix of this shape.
 
-    - ``plain`` where the iteration is not in fp32 or fp64 (``precise``): in bf16 a Gram matrix
-      loses small singular values. Also on any device but the CPU, where nothing else was measured,
-      and below 512 on the smaller side.
+    - ``plain`` in bf16, where a Gram matrix loses small singular values; on any device but the CPU,
+      where the others have not been measured; and below 512 rows on the smaller side.
     - ``gram`` where the longer side is at least 1.5 times the smaller.
     - ``triangle`` otherwise.
 
-    The batch and the number of threads have no say: a unit gets the same arithmetic in any layout.
+    The choice depends on nothing else, in particular not on the batch or the number of threads, so
+    that a matrix gets the same arithmetic in every layout.
+
+    Args:
+        rows: Rows of the matrix.
+        columns: Columns of the matrix.
+        precise: Whether the iteration runs in fp32 or fp64.
+        cpu: Whether it runs on a CPU.
     """
     smaller, longer = sorted((rows, columns))
     if not precise or not cpu or smaller < _SMALLEST_TRIANGLE_ROWS:
@@ -83,12 +89,17 @@ def always_plain(rows: int, columns: int) -> NSImplementation:
 def newton_schulz_flops(
     rows: int, columns: int, steps: int, form: NSImplementation = "plain"
 ) -> int:
-    """Return the FLOPs of ``steps`` quintic steps in one form.
+    """Return the FLOPs of ``steps`` quintic steps on one matrix.
 
-    With m the smaller side and n the longer, a wide product takes 2 m^2 n and a small one 2 m^3;
-    of a symmetric one, the triangle forms compute half. A plain step has two wide products and a
-    small one. A step alone has one wide product and halves of a wide and a small one; a pair of
-    steps has five small halves in place of one, and as many wide ones as a step alone.
+    m is the smaller side and n the longer one. An m x n product takes 2 m^2 n FLOPs and an m x m
+    product 2 m^3; ``triangle`` and ``gram`` compute half of the symmetric ones.
+
+    - ``plain``: two m x n products and one m x m product a step.
+    - ``triangle``: one m x n product, half of another, and half of an m x m product a step.
+    - ``gram``: the first step like ``triangle``; then pairs, each with the m x n products of one
+      step and five halves of m x m products; a last step without a partner like ``triangle``.
+
+    Sources: the products in `newton_schulz`, `_step_alone` and `_step_pair` of that module.
     """
     m, n = sorted((rows, columns))
     if form == "plain":
@@ -100,9 +111,11 @@ def newton_schulz_flops(
     return (1 + odd) * alone + pairs * (3 * m * m * n + 5 * m * m * m)
 
 
-# ------------------------------------------------------------------------------------------
+# ---- parameters and their matrices -----------------------------------------------------------
 
 Route = Literal["matrix", "vector"]
+"""``matrix`` parameters get Muon, ``vector`` parameters AdamW."""
+
 Rows = tuple[int, int]
 
 _LAYER_MATRIX = re.compile(
@@ -148,23 +161,24 @@ class LayerShape:
 
 @dataclass(frozen=True, slots=True)
 class MuonMatrix:
-    """One matrix that is orthogonalised on its own.
+    """One matrix that Muon updates as a whole, or head by head where heads are split.
 
-    All tensor-parallel ranks hold pieces of one shape: rank t's ``local_rows``, stacked in order,
-    are rows ``[t*r, (t+1)*r)`` of the matrix for ``partition_dim`` 0, and its columns
-    ``[t*c, (t+1)*c)`` for 1.
+    All tensor-parallel ranks hold pieces of the same shape r x c. The ``local_rows`` of rank t,
+    stacked in order, are rows ``[t*r, (t+1)*r)`` of the matrix for ``partition_dim`` 0, and columns
+    ``[t*c, (t+1)*c)`` for ``partition_dim`` 1.
 
     Attributes:
-        name: Name of the parameter, ``::``, and what the unit is.
+        name: Name of the parameter, ``::``, and the kind.
         param: Model-wide name of the parameter that contains it.
         kind: q, k, v, proj, gate, up or down.
-        local_rows: Row ranges of the local tensor that belong to it, in order.
+        local_rows: Its row ranges in the local tensor, in order.
         local_columns: Columns of the local tensor.
         partition_dim: Dimension split over tensor-parallel ranks.
         tensor_size: Number of tensor-parallel ranks.
         cost: FLOPs of its Newton-Schulz iteration.
-        form: How that is computed.
-        blocks: Groups of as many rows each that are orthogonalised on their own; 1 is the whole.
+        form: Implementation of its Newton-Schulz iteration.
+        blocks: Number of equal groups of rows that are orthogonalised separately: the heads of q, k
+            or v where they are split, else 1.
     """
 
     name: str
@@ -190,7 +204,7 @@ class MuonMatrix:
 
     @property
     def block_shape(self) -> tuple[int, int]:
-        """Rows and columns of what is orthogonalised on its own."""
+        """Rows and columns of one separately orthogonalised block."""
         rows, columns = self.shape
         return rows // self.blocks, columns
 
@@ -202,17 +216,17 @@ class MuonMatrix:
 
 
 def is_vector(param: ParamInfo) -> bool:
-    """Whether a parameter is a norm, a bias, the embedding or the output layer."""
+    """Return whether a parameter is a norm, a bias, the embedding or the output layer."""
     return len(param.local_shape) < 2 or param.name in _TABLES
 
 
 def route(param: ParamInfo) -> tuple[Route, str]:
-    """Return whether a parameter is a matrix (Muon) or a vector parameter (AdamW), and why.
+    """Return whether Muon or AdamW updates a parameter, and the reason.
 
-    A test of the number of dimensions is not enough: embedding and output layer are 2-D too.
+    The number of dimensions does not decide it alone: embedding and output layer are 2-D too.
 
     Raises:
-        RuntimeMismatch: A tensor of two or more dimensions that no rule knows.
+        RuntimeMismatch: A tensor of two or more dimensions for which there is no rule.
     """
     if len(param.local_shape) < 2:
         return "vector", "norm or bias: not a matrix"
@@ -222,7 +236,7 @@ def route(param: ParamInfo) -> tuple[Route, str]:
         return "matrix", "linear map inside a decoder layer"
     raise RuntimeMismatch(
         f"{param.name} of local shape {param.local_shape} is neither a known decoder matrix nor "
-        "a known embedding. AdamW would take it where Muon may be meant, so it is refused. "
+        "a known embedding. Giving it to AdamW might not be what is meant, so it is refused. "
         "Add a rule for it to optim/matrices.py, or use inner.kind: adamw."
     )
 
@@ -236,15 +250,15 @@ def split(
     choose_form: ChooseImplementation = always_plain,
     split_heads: bool = False,
 ) -> tuple[MuonMatrix, ...]:
-    """Return the units of a matrix parameter; together they contain each local row once.
+    """Return the matrices of a matrix parameter; together they contain each local row once.
 
     Args:
         param: A parameter that `route` calls a matrix.
         layer: Sizes over all tensor-parallel ranks.
         tensor_size: Number of tensor-parallel ranks.
         steps: Newton-Schulz steps, for the cost.
-        choose_form: In which form a matrix is orthogonalised, for the cost.
-        split_heads: Orthogonalise each head of q, k and v on its own.
+        choose_form: Chooses the implementation of a matrix, for the cost.
+        split_heads: Orthogonalise each head of q, k and v separately.
 
     Raises:
         TopologyError: Query groups or FFN width do not divide over the tensor-parallel ranks.
@@ -282,7 +296,7 @@ def check_rows(param: ParamInfo, pieces: Iterable[tuple[Rows, ...]]) -> None:
         position = end
     if position != param.local_shape[0]:
         raise RuntimeMismatch(
-            f"{param.name} has {param.local_shape[0]} local rows, but its units do not contain "
+            f"{param.name} has {param.local_shape[0]} local rows, but its matrices do not contain "
             "each of them once; the layer's sizes differ from the module's."
         )
 
@@ -299,7 +313,8 @@ def _unit(
 ) -> MuonMatrix:
     local_rows = sum(end - start for start, end in rows)
     whole = _whole((local_rows, param.local_shape[1]), dim, tensor_size)
-    # The rows of a head are side by side and on one tensor-parallel rank.
+    # A tensor-parallel rank holds whole heads and the rows of a head are adjacent, so equal groups
+    # of rows of the whole matrix are the heads.
     blocks = whole[0] // block_rows if block_rows else 1
     block = (whole[0] // blocks, whole[1])
     form = choose_form(*block)
@@ -325,7 +340,7 @@ def _whole(local_shape: tuple[int, int], dim: int, tensor_size: int) -> tuple[in
 def _split_qkv(
     param: ParamInfo, layer: LayerShape, tensor_size: int
 ) -> dict[str, tuple[Rows, ...]]:
-    """Cut each query group's block ``[q ... q k v]``, Megatron's order of rows."""
+    """Return the rows of q, k and v: Megatron has one block ``[q ... q k v]`` per query group."""
     groups = _divide(layer.num_query_groups, tensor_size, f"query groups of {param.name}")
     d = layer.kv_channels
     q = layer.heads_per_group * d
@@ -340,7 +355,7 @@ def _split_qkv(
 def _split_gate_up(
     param: ParamInfo, layer: LayerShape, tensor_size: int
 ) -> dict[str, tuple[Rows, ...]]:
-    """Cut the local ``[gate; up]`` in the middle; each tensor-parallel rank has both."""
+    """Return the rows of gate and up: each tensor-parallel rank has ``[its gate; its up]``."""
     ffn = _divide(layer.ffn_hidden_size, tensor_size, f"gate rows of {param.name}")
     return {"gate": ((0, ffn),), "up": ((ffn, 2 * ffn),)}
 

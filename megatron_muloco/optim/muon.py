@@ -1,14 +1,20 @@
 """`MuonAdamW`: Muon for matrices and AdamW for vector parameters, on flat fp32 shards.
 
-It takes the place of the Adam inside Megatron's DistributedOptimizer when that has made its flat
-fp32 masters, and works on the same tensors (`training/build_optimizer.py`)::
+It replaces the Adam inside Megatron's DistributedOptimizer and works on the same flat fp32 masters.
+`training/build_optimizer.py` builds it in these steps::
 
-    DistributedOptimizer(model, any Adam)     makes this rank's flat fp32 shards
-    MuonAdamW(param_groups)                   these shards, grouped by their factors
-    optimizer.bind(shards, table, exchange)   says what each shard is; step() works from here on
+    DistributedOptimizer(model, any Adam)     creates this rank's flat fp32 shards
+    MuonAdamW(param_groups)                   these shards, grouped by their multipliers
+    optimizer.bind(shards, table, exchange)   what each shard is; step() works from here on
     distributed.optimizer = optimizer
 
-It is a `torch.optim.AdamW`, the kind that Megatron expects there.
+It subclasses `torch.optim.AdamW` because Megatron's DistributedOptimizer accepts Adam types only.
+
+Muon for one matrix, with gradient G, momentum buffer M and learning rate lr::
+
+    M <- momentum M + G                           on the shards           `_accumulate`
+    O  = newton_schulz(M)                         on the matrix's owner   `orthogonalise`
+    W <- (1 - lr weight_decay) W - lr scale O     on the shards           `_step_matrices`
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -47,107 +53,6 @@ __all__ = [
     "check_exchange",
 ]
 
-
-# ------------------------------------------------------------------------------------------
-# What each flat tensor of the inner optimizer is, checked from both sides before the first step.
-#
-# The param groups hold the masters of Megatron's DistributedOptimizer; the plan (table and
-# exchange) is built from names and ranges. A shard that one of them knows and the other does not
-# would silently stay behind.
-
-
-@dataclass(frozen=True, slots=True)
-class BoundShard:
-    """One flat tensor that the optimizer updates, and what it is a piece of."""
-
-    name: str
-    tensor: Tensor
-    matrix: bool
-
-    @property
-    def exchanged(self) -> bool:
-        """Whether elements of it take part in the exchange."""
-        return self.matrix and self.tensor.numel() > 0
-
-
-def bind_shards(
-    groups: Sequence[Sequence[Tensor]],
-    shards: Iterable[tuple[Tensor, Shard]],
-    table: ParameterTable,
-) -> list[list[BoundShard]]:
-    """Return what each tensor of each param group is.
-
-    Args:
-        groups: The tensors of the param groups.
-        shards: The same tensor objects with their shards, in any order.
-        table: The stage's parameters.
-
-    Raises:
-        RuntimeMismatch: A tensor without shard, a shard without tensor, or one of a wrong shape.
-    """
-    by_id = {id(tensor): shard for tensor, shard in shards}
-    bound = [[_bind(tensor, by_id, table) for tensor in group] for group in groups]
-    flat = list(chain.from_iterable(bound))
-    held = {id(b.tensor) for b in flat}
-    missing = sorted(shard.name for key, shard in by_id.items() if key not in held)
-    names = [b.name for b in flat]
-    _, repeated = coverage(names, names)
-    if missing or repeated:
-        raise RuntimeMismatch(
-            "the inner optimizer's param groups do not hold each shard of this rank once: missing "
-            f"{missing}, more than once {repeated}"
-        )
-    return bound
-
-
-def _bind(tensor: Tensor, by_id: Mapping[int, Shard], table: ParameterTable) -> BoundShard:
-    """Return what a tensor of a param group is, or say why it cannot be that."""
-    if id(tensor) not in by_id:
-        raise RuntimeMismatch(
-            f"a tensor of shape {tuple(tensor.shape)} in the inner optimizer's param groups has no "
-            "shard; every tensor must be bound."
-        )
-    shard = by_id[id(tensor)]
-    if shard.name not in table.routes:
-        raise RuntimeMismatch(f"{shard.name} is not in the parameter table of this stage")
-    if tensor.shape != (shard.numel,) or tensor.dtype != torch.float32:
-        raise RuntimeMismatch(
-            f"{shard.name}: the master must be a flat float32 tensor of {shard.numel} elements, "
-            f"not {tensor.dtype} of shape {tuple(tensor.shape)}"
-        )
-    return BoundShard(shard.name, tensor, table.routes[shard.name] == "matrix")
-
-
-def check_exchange(
-    table: ParameterTable, exchange: ShardExchange | None, bound: Iterable[Sequence[BoundShard]]
-) -> None:
-    """Refuse an exchange that moves other units than the table plans or other shards than bound.
-
-    Raises:
-        RuntimeMismatch: Units or shards missing or unknown, or owned by another rank than planned.
-    """
-    moved = [unit.name for unit in exchange.units] if exchange else []
-    missing, surplus = coverage(moved, [unit.name for unit in table.units])
-    owned = [unit.name for unit in exchange.owned] if exchange else []
-    planned = table.owned_by(exchange.rank) if exchange else ()
-    absent, foreign = coverage(owned, planned)
-    if missing or surplus or absent or foreign:
-        raise RuntimeMismatch(
-            "exchange and parameter table disagree, so a matrix would be left without Muon: units "
-            f"missing {missing}, not planned {surplus}; of this rank, missing {absent}, of others "
-            f"{foreign}"
-        )
-    held = exchange.shard_names if exchange else ()
-    lost, unknown = coverage((b.name for b in chain.from_iterable(bound) if b.exchanged), held)
-    if lost or unknown:
-        raise RuntimeMismatch(
-            "param groups and exchange disagree about the matrix shards of this rank: without "
-            f"tensor {lost}, unknown to the exchange {unknown}"
-        )
-
-
-# ------------------------------------------------------------------------------------------
-
 Orthogonalise = Callable[[Tensor], Tensor]
 """Maps a batch of matrices ``[b, rows, columns]`` to the fp32 directions of their updates."""
 
@@ -157,7 +62,7 @@ _VECTOR_STATE = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True, slots=True)
 class MuonSettings:
-    """How matrices are updated; the defaults are the MuLoCo paper's.
+    """Constants of the matrix update; the defaults are the MuLoCo paper's.
 
     Attributes:
         momentum: Decay mu of the momentum buffer.
@@ -171,7 +76,7 @@ class MuonSettings:
         scale_mode: Factor on the update by the shape of its matrix.
         ns_dtype: Dtype of the iteration.
         eps: Added to the Frobenius norm.
-        impl: How the iteration is computed; ``auto`` asks `choose`.
+        impl: Implementation of the iteration; ``auto`` lets `choose` decide.
     """
 
     momentum: float = 0.9
@@ -185,7 +90,7 @@ class MuonSettings:
     impl: Literal["auto"] | NSImplementation = "auto"
 
     def form(self, rows: int, columns: int, device: torch.device) -> NSImplementation:
-        """Return how `orthogonalise` computes matrices of a shape on a device."""
+        """Return the implementation that `orthogonalise` runs for a shape on a device."""
         if self.impl == "auto":
             return choose(rows, columns, self.ns_dtype, device)
         return self.impl
@@ -203,12 +108,32 @@ class MuonSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class StepReport:
-    """What the last step did on this rank.
+class BoundShard:
+    """One flat tensor that the optimizer updates.
 
     Attributes:
-        newton_schulz_calls: Matrices orthogonalised.
-        bytes_sent: Bytes sent to other ranks by all all-to-alls.
+        name: Parameter of which it is a piece.
+        tensor: The fp32 master.
+        matrix: Whether Muon updates it; else AdamW.
+    """
+
+    name: str
+    tensor: Tensor
+    matrix: bool
+
+    @property
+    def exchanged(self) -> bool:
+        """Whether it takes part in the exchange: a piece of a matrix that is not empty."""
+        return self.matrix and self.tensor.numel() > 0
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """Work of the last step on this rank.
+
+    Attributes:
+        newton_schulz_calls: Number of matrices orthogonalised.
+        bytes_sent: Bytes that the all-to-alls sent to other ranks.
     """
 
     newton_schulz_calls: int
@@ -216,19 +141,22 @@ class StepReport:
 
 
 class MuonAdamW(torch.optim.AdamW):
-    """Updates this rank's shards; matrices through a whole-matrix exchange.
+    """Updates this rank's shards: vectors locally by AdamW, matrices through a `ShardExchange`.
 
     Invariants: after `bind`, every tensor of every param group is one shard of the table, and every
-    step orthogonalises exactly the units that the table gives to this rank. Learning rate and
+    step orthogonalises exactly the matrices that the table assigns to this rank. Learning rate and
     weight decay are read from the param group in every step.
 
+    Dtypes: masters, gradients and moments are fp32. Momentum is accumulated in fp32 and rounded to
+    the exchange's wire dtype only on its way to the owner.
+
     Attributes:
-        muon: How matrices are updated.
-        orthogonalise: Newton-Schulz, or what replaces it.
+        muon: Constants of the matrix update.
+        orthogonalise: Newton-Schulz or its replacement.
         table: The stage's parameters; empty before `bind`.
         timer: Milliseconds of the phases ``collect`` (momentum, packing, waiting for matrices),
             ``newton_schulz``, ``return`` (waiting for updates, unpacking, applying) and ``adamw``.
-        last_step: What the last step did.
+        last_step: Work of the last step.
     """
 
     def __init__(
@@ -246,12 +174,13 @@ class MuonAdamW(torch.optim.AdamW):
 
         Args:
             params: Parameters or param groups, as for any torch optimizer.
-            lr: Learning rate of matrices and vector parameters alike.
-            betas: Of AdamW.
-            eps: Of AdamW.
-            weight_decay: Decoupled; multiplied by the learning rate without Muon's scale.
-            muon: How matrices are updated.
-            orthogonalise: Replaces Newton-Schulz, for tests and other orthogonalisers.
+            lr: Learning rate of matrices and of vector parameters.
+            betas: AdamW's decay rates of first and second moment.
+            eps: AdamW's term in the denominator.
+            weight_decay: Decoupled weight decay; multiplied by the learning rate, not by Muon's
+                scale factor.
+            muon: Constants of the matrix update.
+            orthogonalise: Replaces Newton-Schulz.
         """
         self.muon = muon or MuonSettings()
         self.orthogonalise = orthogonalise or self.muon.orthogonalise
@@ -273,15 +202,15 @@ class MuonAdamW(torch.optim.AdamW):
         table: ParameterTable,
         exchange: ShardExchange | None,
     ) -> None:
-        """Say what each tensor of the param groups is; allocate the state.
+        """Bind each tensor of the param groups to its shard, and allocate the state.
 
         Args:
             shards: Each tensor of the param groups (the object itself) with its shard.
             table: The stage's parameters.
-            exchange: Moves the table's units; ``None`` only for a table without matrices.
+            exchange: Moves the table's matrices; ``None`` only for a table without matrices.
 
         Raises:
-            RuntimeMismatch: Tensors and shards, or table and exchange, do not fit together.
+            RuntimeMismatch: Tensors and shards, or table and exchange, do not match.
         """
         bound = bind_shards([group["params"] for group in self.param_groups], shards, table)
         check_exchange(table, exchange, bound)
@@ -289,7 +218,8 @@ class MuonAdamW(torch.optim.AdamW):
         self.table = table
         self.timer = PhaseTimer(next((b.tensor.device for b in chain(*bound)), "cpu"))
         self._planned = table.owned_by(exchange.rank) if exchange else ()
-        # Eagerly, so that every rank has the same state names before the first step as after it.
+        # Allocated here and not in the first step, so that a checkpoint before the first step has
+        # the same state names as a later one.
         for b in chain.from_iterable(bound):
             keys = _MATRIX_STATE if b.matrix else _VECTOR_STATE
             self.state[b.tensor] = {key: torch.zeros_like(b.tensor) for key in keys}
@@ -299,11 +229,11 @@ class MuonAdamW(torch.optim.AdamW):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update every shard once.
 
-        Collectives: two all-to-alls a chunk over the stage group where the stage has matrices;
-        every rank of it must call, also one without shards.
+        Collectives: two all-to-alls per bucket over the stage group, if the stage has matrices.
+        Every rank of the group must call, also one without shards.
 
         Raises:
-            RuntimeMismatch: Not bound yet, a closure, a shard without gradient, or other units
+            RuntimeMismatch: Not bound yet, a closure, a shard without gradient, or other matrices
                 orthogonalised than planned.
         """
         if closure is not None:
@@ -323,10 +253,12 @@ class MuonAdamW(torch.optim.AdamW):
             self._step_matrices(self._exchange)
 
     def _step_vectors(self, group: dict[str, Any], tensors: list[Tensor]) -> None:
-        """Let torch's own AdamW update the vector shards of one group."""
+        """Update the vector shards of one group by torch's functional AdamW."""
         if not tensors:
             return
         beta1, beta2 = group["betas"]
+        # The function increments the step count of every tensor itself. One count per group is
+        # enough, since all tensors are updated in every step.
         before = torch.full((len(tensors),), float(group["step"] - 1))
         adamw(
             tensors,
@@ -346,7 +278,7 @@ class MuonAdamW(torch.optim.AdamW):
         )
 
     def _step_matrices(self, exchange: ShardExchange) -> None:
-        """Momentum, collect, orthogonalise at the owners, return, decay and descend."""
+        """Accumulate momentum, orthogonalise on the owners, decay weights and apply the updates."""
         sent_before = exchange.bytes_sent
         matrices = [(group, [b for b in bound if b.exchanged]) for group, bound in self._groups()]
         done: list[MuonMatrix] = []
@@ -367,6 +299,7 @@ class MuonAdamW(torch.optim.AdamW):
             for group, chosen in matrices:
                 if chosen:
                     tensors = [b.tensor for b in chosen]
+                    # Decay before the update, as AdamW does: the update itself is not decayed.
                     torch._foreach_mul_(tensors, 1 - group["lr"] * group["weight_decay"])
                     steps = [updates[b.name] for b in chosen]
                     torch._foreach_add_(tensors, steps, alpha=-group["lr"])
@@ -375,7 +308,10 @@ class MuonAdamW(torch.optim.AdamW):
         )
 
     def _accumulate(self, bound: list[BoundShard]) -> dict[str, Tensor]:
-        """Update the momentum buffers and return what is to be orthogonalised."""
+        """Update the momentum buffers and return the tensors to orthogonalise, by parameter name.
+
+        Without Nesterov these are the momentum buffers themselves; the exchange only reads them.
+        """
         if not bound:
             return {}
         mu, gradients = self.muon.momentum, [_gradient(b.tensor) for b in bound]
@@ -389,16 +325,16 @@ class MuonAdamW(torch.optim.AdamW):
         return {b.name: direction for b, direction in zip(bound, M, strict=True)}
 
     def _check_done(self, done: list[str]) -> None:
-        """Raise unless exactly the planned units were orthogonalised."""
+        """Raise unless exactly the planned matrices were orthogonalised."""
         missing, surplus = coverage(done, self._planned)
         if missing or surplus:
             raise RuntimeMismatch(
-                f"this rank orthogonalised {len(done)} units, planned were "
+                f"this rank orthogonalised {len(done)} matrices, planned were "
                 f"{len(self._planned)}: missing {missing}, not planned {surplus}"
             )
 
     def zero_moments(self) -> None:
-        """Forget all moments, and AdamW's step count with them; parameters stay."""
+        """Zero all moments and AdamW's step count; parameters are unchanged."""
         for group, bound in self._groups():
             group["step"] = 0
             for b in bound:
@@ -407,26 +343,26 @@ class MuonAdamW(torch.optim.AdamW):
 
     @property
     def has_matrices(self) -> bool:
-        """Whether this stage has matrices to orthogonalise, here or on another rank of it."""
+        """Whether some rank of this stage has matrices to orthogonalise."""
         return self._exchange is not None
 
     @property
     def planned_calls(self) -> int:
-        """Matrices that this rank must orthogonalise in every step."""
+        """Number of matrices that this rank orthogonalises in every step."""
         return sum(unit.blocks for unit in self._exchange.owned) if self._exchange else 0
 
     @property
     def balance(self) -> float:
-        """Largest over mean Newton-Schulz cost of the ranks of the stage; 1 is perfect."""
+        """Largest divided by mean Newton-Schulz cost of the ranks of the stage; 1 is best."""
         return self.table.assignment.balance
 
     @property
     def step_count(self) -> int:
-        """Steps since the moments were last zero, for AdamW's bias correction."""
+        """Steps since the moments were last zeroed, for AdamW's bias correction."""
         return int(self.param_groups[0]["step"]) if self.param_groups else 0
 
     def named_state(self) -> dict[str, dict[str, Tensor]]:
-        """Return state name -> parameter name -> this rank's flat tensor (live, not a copy)."""
+        """Return state name -> parameter name -> this rank's flat tensor (not copied)."""
         named: dict[str, dict[str, Tensor]] = {key: {} for key in (*_MATRIX_STATE, *_VECTOR_STATE)}
         for _, bound in self._groups():
             for b in bound:
@@ -436,10 +372,10 @@ class MuonAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def load_named_state(self, state: Mapping[str, Mapping[str, Tensor]], *, step: int) -> None:
-        """Overwrite the moments by those of a checkpoint.
+        """Overwrite the moments with those of a checkpoint.
 
         Args:
-            state: As `named_state` returns it, with the same names.
+            state: What `named_state` returned when it was saved.
             step: `step_count` when it was saved.
 
         Raises:
@@ -463,13 +399,21 @@ class MuonAdamW(torch.optim.AdamW):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Return torch's state; refused after `bind`, where it would lose momentum of matrices."""
+        """Return torch's state.
+
+        Raises:
+            RuntimeMismatch: Called after `bind`. Megatron would save Adam's moments only.
+        """
         self._refuse_after_bind("state_dict", "named_state")
         return super().state_dict()
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load torch's state; refused after `bind`, as `state_dict` is."""
+        """Load torch's state.
+
+        Raises:
+            RuntimeMismatch: Called after `bind`, as for `state_dict`.
+        """
         self._refuse_after_bind("load_state_dict", "load_named_state")
         super().load_state_dict(state_dict)
 
@@ -493,3 +437,93 @@ class MuonAdamW(torch.optim.AdamW):
 def _gradient(tensor: Tensor) -> Tensor:
     assert tensor.grad is not None, "step() has checked every gradient"
     return tensor.grad
+
+
+# ---- binding -------------------------------------------------------------------------------------
+
+
+def bind_shards(
+    groups: Sequence[Sequence[Tensor]],
+    shards: Iterable[tuple[Tensor, Shard]],
+    table: ParameterTable,
+) -> list[list[BoundShard]]:
+    """Match the tensors of the param groups with their shards, from both sides.
+
+    The param groups hold the masters of Megatron's DistributedOptimizer, while the table is built
+    from names and shapes. A shard that only one of the two contains would silently not be updated.
+
+    Args:
+        groups: The tensors of the param groups.
+        shards: The same tensor objects with their shards, in any order.
+        table: The stage's parameters.
+
+    Returns:
+        The bound shards of each group, in the order of its tensors.
+
+    Raises:
+        RuntimeMismatch: A tensor without shard, a shard without tensor, or one of a wrong shape.
+    """
+    by_id = {id(tensor): shard for tensor, shard in shards}
+    bound = [[_bind(tensor, by_id, table) for tensor in group] for group in groups]
+    flat = list(chain.from_iterable(bound))
+    held = {id(b.tensor) for b in flat}
+    missing = sorted(shard.name for key, shard in by_id.items() if key not in held)
+    names = [b.name for b in flat]
+    _, repeated = coverage(names, names)
+    if missing or repeated:
+        raise RuntimeMismatch(
+            "the inner optimizer's param groups do not hold each shard of this rank once: missing "
+            f"{missing}, more than once {repeated}"
+        )
+    return bound
+
+
+def _bind(tensor: Tensor, by_id: Mapping[int, Shard], table: ParameterTable) -> BoundShard:
+    """Return the bound shard of one tensor.
+
+    Raises:
+        RuntimeMismatch: The tensor has no shard, or does not match it.
+    """
+    if id(tensor) not in by_id:
+        raise RuntimeMismatch(
+            f"a tensor of shape {tuple(tensor.shape)} in the inner optimizer's param groups has no "
+            "shard; every tensor must be bound."
+        )
+    shard = by_id[id(tensor)]
+    if shard.name not in table.routes:
+        raise RuntimeMismatch(f"{shard.name} is not in the parameter table of this stage")
+    if tensor.shape != (shard.numel,) or tensor.dtype != torch.float32:
+        raise RuntimeMismatch(
+            f"{shard.name}: the master must be a flat float32 tensor of {shard.numel} elements, "
+            f"not {tensor.dtype} of shape {tuple(tensor.shape)}"
+        )
+    return BoundShard(shard.name, tensor, table.routes[shard.name] == "matrix")
+
+
+def check_exchange(
+    table: ParameterTable, exchange: ShardExchange | None, bound: Iterable[Sequence[BoundShard]]
+) -> None:
+    """Raise unless the exchange moves the matrices of the table and the shards that are bound.
+
+    Raises:
+        RuntimeMismatch: Matrices or shards are missing or unknown, or matrices are owned by another
+            rank than planned.
+    """
+    moved = [unit.name for unit in exchange.units] if exchange else []
+    missing, surplus = coverage(moved, [unit.name for unit in table.units])
+    owned = [unit.name for unit in exchange.owned] if exchange else []
+    planned = table.owned_by(exchange.rank) if exchange else ()
+    absent, foreign = coverage(owned, planned)
+    if missing or surplus or absent or foreign:
+        raise RuntimeMismatch(
+            "exchange and parameter table disagree, so a matrix would be left without Muon: "
+            f"missing {missing}, not planned {surplus}; owned by this rank in the table alone "
+            f"{absent}, in the exchange alone {foreign}"
+        )
+    held = exchange.shard_names if exchange else ()
+    lost, unknown = coverage((b.name for b in chain.from_iterable(bound) if b.exchanged), held)
+    if lost or unknown:
+        raise RuntimeMismatch(
+            "param groups and exchange disagree about the matrix shards of this rank: in the "
+            f"exchange alone {lost}, in the param groups alone {unknown}"
+        )

@@ -1,7 +1,9 @@
-"""The truth about the inner optimizer: each parameter's route, reason, units, owners and cost.
+"""Parameter table: which optimizer updates each parameter and why, its matrices, owners and cost.
 
-Built once per pipeline stage from facts that every rank of the stage shares, so all ranks have the
-same table without talking to each other. The optimizer acts on it and checks itself against it.
+`build_parameter_table` computes the table of a pipeline stage from inputs that are equal on all its
+ranks, so all ranks get the same table without communication. `MuonAdamW` acts on the table and
+checks every step against it. `assign` chooses the owners of the matrices, and `parameter_report`
+prints the tables of all stages. The module does not import torch.
 """
 
 import heapq
@@ -32,28 +34,16 @@ __all__ = [
     "parameter_report",
 ]
 
-
-# ------------------------------------------------------------------------------------------
-# Who orthogonalises which unit: longest processing time first, then refined; alike on all ranks.
-#
-# The heaviest unit that is left goes to the rank with the least work so far. The greedy schedule is
-# at most 4/3 - 1/(3 ranks) times the optimum (R. L. Graham, "Bounds on multiprocessing timing
-# anomalies", 1969). Then the busiest rank shares its units anew with another rank, as evenly as
-# those two can, for as long as that helps. Ties go to the earlier unit and the lower rank, so
-# ranks agree without talking.
-
-
-# Two ranks that have more units than this share them evenly enough, and trying all sums is dear.
-_MOST_SHARED_UNITS = 20
+InnerKind = Literal["muon", "adamw"]
 
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """The owner of each unit.
+    """The owner of each matrix.
 
     Attributes:
-        owners: Group rank of each unit's owner, in the order of the units.
-        loads: FLOPs of each rank of the stage group.
+        owners: Group rank of each matrix's owner, in the order of the matrices.
+        loads: Newton-Schulz FLOPs a step of each rank of the stage group.
     """
 
     owners: tuple[int, ...]
@@ -61,66 +51,9 @@ class Assignment:
 
     @property
     def balance(self) -> float:
-        """Largest load over mean load: 1.0 is perfect; 1.0 without any work."""
+        """Largest load divided by the mean load: 1.0 is best; also 1.0 without any matrix."""
         total = sum(self.loads)
         return max(self.loads) * len(self.loads) / total if total else 1.0
-
-
-def assign(units: Sequence[MuonMatrix], ranks: int) -> Assignment:
-    """Return the owner of each unit among ``ranks`` ranks of a stage group."""
-    if ranks < 1:
-        raise ValueError(f"units need at least one rank to own them, not {ranks}")
-    queue = [(0, rank) for rank in range(ranks)]
-    costs = [unit.cost for unit in units]
-    owned: list[list[int]] = [[] for _ in range(ranks)]
-    for index in sorted(range(len(units)), key=lambda i: (-costs[i], i)):
-        load, rank = heapq.heappop(queue)
-        owned[rank].append(index)
-        heapq.heappush(queue, (load + costs[index], rank))
-    loads = _refine(owned, costs)
-    owners = {index: rank for rank, indices in enumerate(owned) for index in indices}
-    return Assignment(tuple(owners[index] for index in range(len(units))), tuple(loads))
-
-
-def _refine(owned: list[list[int]], costs: Sequence[int]) -> list[int]:
-    """Lower the largest load by sharing two ranks' units anew; change ``owned``, return the loads.
-
-    It ends because every change leaves fewer ranks with the largest load, or lowers it.
-    """
-    loads = [sum(costs[index] for index in indices) for indices in owned]
-    improved = True
-    while improved:
-        improved = False
-        busiest = max(range(len(owned)), key=lambda rank: (loads[rank], -rank))
-        for other in sorted(range(len(owned)), key=lambda rank: (loads[rank], rank)):
-            if other == busiest:
-                continue
-            both = sorted(owned[busiest] + owned[other])
-            kept = _half(both, costs) if len(both) <= _MOST_SHARED_UNITS else ()
-            rest = [index for index in both if index not in kept]
-            halves = [sum(costs[index] for index in half) for half in (kept, rest)]
-            if max(halves) < loads[busiest]:
-                owned[busiest], owned[other] = list(kept), rest
-                loads[busiest], loads[other] = halves
-                improved = True
-                break
-    return loads
-
-
-def _half(indices: Sequence[int], costs: Sequence[int]) -> tuple[int, ...]:
-    """Return some of the units whose sum is as near to half of all as it can be."""
-    subsets: dict[int, tuple[int, ...]] = {0: ()}
-    for index in indices:
-        for load, subset in list(subsets.items()):
-            subsets.setdefault(load + costs[index], (*subset, index))
-    total = sum(costs[index] for index in indices)
-    best = min(subsets, key=lambda load: (max(load, total - load), load))
-    return subsets[best]
-
-
-# ------------------------------------------------------------------------------------------
-
-InnerKind = Literal["muon", "adamw"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,15 +62,15 @@ class ParameterRow:
 
     Attributes:
         name: Model-wide name.
-        route: Matrix (Muon) or vector (AdamW).
-        reason: Why it takes that route.
+        route: ``matrix`` (Muon) or ``vector`` (AdamW).
+        reason: Why it has that route.
         local_shape: Shape of a tensor-parallel rank's piece.
         shape: Shape over all tensor-parallel ranks.
         units: Its separately orthogonalised matrices; none for a vector parameter.
-        owners: Group rank of each unit's owner.
+        owners: Group rank of each matrix's owner.
         lr_mult: Factor on the learning rate.
         wd_mult: Factor on the weight decay.
-        cost_share: Its part of the stage's Newton-Schulz FLOPs.
+        cost_share: Its fraction of the stage's Newton-Schulz FLOPs.
     """
 
     name: str
@@ -157,7 +90,7 @@ class ParameterTable:
     """All parameters of one pipeline stage.
 
     Attributes:
-        rows: One a parameter, in the order of the model.
+        rows: One for each parameter, in the order of the model.
         assignment: Owners in the order of `units`, and the load of each rank of the stage group.
     """
 
@@ -166,12 +99,12 @@ class ParameterTable:
 
     @property
     def units(self) -> tuple[MuonMatrix, ...]:
-        """All units, in the order of the rows."""
+        """All matrices, in the order of the rows."""
         return tuple(unit for row in self.rows for unit in row.units)
 
     @property
     def owners(self) -> tuple[int, ...]:
-        """Group rank of each unit's owner, in the order of `units`."""
+        """Group rank of each matrix's owner, in the order of `units`."""
         return self.assignment.owners
 
     @property
@@ -180,13 +113,13 @@ class ParameterTable:
         return {row.name: row.route for row in self.rows}
 
     def owned_by(self, rank: int) -> tuple[str, ...]:
-        """Return the names of the units that a group rank must orthogonalise in every step."""
+        """Return the names of the matrices that a group rank orthogonalises in every step."""
         return tuple(
             unit.name for unit, owner in zip(self.units, self.owners, strict=True) if owner == rank
         )
 
     def render(self) -> str:
-        """Return the table as text, one line a parameter, with totals."""
+        """Return the table as text, one line for each parameter, and a line of totals."""
         cells = [_HEADER, *(_cells(row) for row in self.rows)]
         widths = [max(len(line[i]) for line in cells) for i in range(len(_HEADER))]
         lines = [
@@ -199,7 +132,7 @@ class ParameterTable:
         matrices = [row for row in self.rows if row.route == "matrix"]
         loads = self.assignment.loads
         return (
-            f"{len(matrices)} matrix parameters in {len(self.units)} units, "
+            f"{len(matrices)} matrix parameters with {len(self.units)} matrices, "
             f"{len(self.rows) - len(matrices)} vector parameters; "
             f"Newton-Schulz {sum(loads):.3e} FLOPs a step over {len(loads)} ranks, "
             f"balance (max/mean) {self.assignment.balance:.3f}"
@@ -221,19 +154,19 @@ def build_parameter_table(
     """Return the table of one pipeline stage.
 
     Args:
-        params: All trainable parameters of the stage, also those of which a rank holds no shard; in
-            the same order on every rank.
+        params: All trainable parameters of the stage in the same order on every rank, including
+            those of which a rank holds no shard.
         layer: Sizes of a decoder layer.
         kind: ``muon``, or ``adamw`` to route every parameter to AdamW.
         tensor_size: Number of tensor-parallel ranks.
         group_size: Number of ranks of the stage group (tp x cp x dp).
         num_ns_steps: Newton-Schulz steps, for the cost.
-        choose_form: In which form a matrix is orthogonalised, for the cost.
-        split_heads: Orthogonalise each head of q, k and v on its own.
+        choose_form: Chooses the implementation of a matrix, for the cost.
+        split_heads: Orthogonalise each head of q, k and v separately.
         multipliers: Factors on (learning rate, weight decay) of the parameters that have them.
 
     Raises:
-        RuntimeMismatch: A parameter that no rule knows, a name given twice, or multipliers of a
+        RuntimeMismatch: A parameter without a rule, a name given twice, or multipliers of a
             parameter that does not exist.
     """
     names = [param.name for param in params]
@@ -292,7 +225,7 @@ def _full_shape(param: ParamInfo, tensor_size: int) -> tuple[int, ...]:
     )
 
 
-_HEADER = ("parameter", "route", "units, form @owner", "shape", "lr", "wd", "cost", "why")
+_HEADER = ("parameter", "route", "matrices, ns_impl @owner", "shape", "lr", "wd", "cost", "why")
 
 
 def _cells(row: ParameterRow) -> tuple[str, ...]:
@@ -314,13 +247,9 @@ def _cells(row: ParameterRow) -> tuple[str, ...]:
 
 
 def _blocks(unit: MuonMatrix) -> str:
-    """Return the shape of what is orthogonalised, and of how many such blocks the unit is."""
+    """Return the shape of a block, and the number of blocks where there are several."""
     rows, columns = unit.block_shape
     return f"{unit.blocks} * " * (unit.blocks > 1) + f"[{rows} x {columns}]"
-
-
-# ------------------------------------------------------------------------------------------
-# The parameter tables of all pipeline stages as text: one line for the console, all for a file.
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,8 +257,8 @@ class ParameterReport:
     """What the inner optimizer does to every parameter of a replica.
 
     Attributes:
-        summary: In one line.
-        table: Every parameter of every stage.
+        summary: One line for the console.
+        table: The tables of all stages as text, for a file.
     """
 
     summary: str
@@ -337,7 +266,7 @@ class ParameterReport:
 
 
 def parameter_report(stages: Sequence[ParameterTable]) -> ParameterReport:
-    """Return the report of the stages, in their order."""
+    """Return the report of all pipeline stages, given in their order."""
     rows = [row for table in stages for row in table.rows]
     matrices = [row for row in rows if row.route == "matrix"]
     summary = f"{len(rows)} by AdamW"
@@ -346,7 +275,7 @@ def parameter_report(stages: Sequence[ParameterTable]) -> ParameterReport:
         balances = [table.assignment.balance for table in stages]
         ranks = sum(len(table.assignment.loads) for table in stages)
         summary = (
-            f"{len(matrices)} by Muon in {sum(len(row.units) for row in matrices)} units, "
+            f"{len(matrices)} by Muon with {sum(len(row.units) for row in matrices)} matrices, "
             f"{len(rows) - len(matrices)} by AdamW; Newton-Schulz {flops:.3e} FLOPs a step over "
             f"{ranks} rank{'s' * (ranks > 1)}, balance (max/mean) {max(balances):.3f}"
         )
@@ -355,3 +284,74 @@ def parameter_report(stages: Sequence[ParameterTable]) -> ParameterReport:
         for stage, table in enumerate(stages)
     ]
     return ParameterReport(summary, "\n".join([*parts, f"in all: {summary}\n"]))
+
+
+# ---- owners --------------------------------------------------------------------------------------
+
+# Trying all subsets of more matrices than this takes too long, and the greedy schedule of so many
+# is even enough.
+_MOST_SHARED_UNITS = 20
+
+
+def assign(units: Sequence[MuonMatrix], ranks: int) -> Assignment:
+    """Choose the owner of each matrix among ``ranks`` ranks of a stage group.
+
+    Longest processing time first: the costliest remaining matrix goes to the rank with the least
+    work so far, which is at most 4/3 - 1/(3 ranks) times the optimum. Then the busiest rank divides
+    its matrices and another rank's between the two as evenly as possible, as long as that lowers
+    its load. Ties go to the earlier matrix and the lower rank, so all ranks get the same result
+    without communication.
+
+    Source: R. L. Graham, "Bounds on multiprocessing timing anomalies" (1969), for the bound.
+    """
+    if ranks < 1:
+        raise ValueError(f"matrices need at least one rank to own them, not {ranks}")
+    queue = [(0, rank) for rank in range(ranks)]
+    costs = [unit.cost for unit in units]
+    owned: list[list[int]] = [[] for _ in range(ranks)]
+    for index in sorted(range(len(units)), key=lambda i: (-costs[i], i)):
+        load, rank = heapq.heappop(queue)
+        owned[rank].append(index)
+        heapq.heappush(queue, (load + costs[index], rank))
+    loads = _refine(owned, costs)
+    owners = {index: rank for rank, indices in enumerate(owned) for index in indices}
+    return Assignment(tuple(owners[index] for index in range(len(units))), tuple(loads))
+
+
+def _refine(owned: list[list[int]], costs: Sequence[int]) -> list[int]:
+    """Lower the largest load by dividing two ranks' matrices again; change ``owned`` in place.
+
+    It terminates because every change lowers the largest load or the number of ranks that have it.
+
+    Returns:
+        The load of each rank.
+    """
+    loads = [sum(costs[index] for index in indices) for indices in owned]
+    improved = True
+    while improved:
+        improved = False
+        busiest = max(range(len(owned)), key=lambda rank: (loads[rank], -rank))
+        for other in sorted(range(len(owned)), key=lambda rank: (loads[rank], rank)):
+            if other == busiest:
+                continue
+            both = sorted(owned[busiest] + owned[other])
+            kept = _half(both, costs) if len(both) <= _MOST_SHARED_UNITS else ()
+            rest = [index for index in both if index not in kept]
+            halves = [sum(costs[index] for index in half) for half in (kept, rest)]
+            if max(halves) < loads[busiest]:
+                owned[busiest], owned[other] = list(kept), rest
+                loads[busiest], loads[other] = halves
+                improved = True
+                break
+    return loads
+
+
+def _half(indices: Sequence[int], costs: Sequence[int]) -> tuple[int, ...]:
+    """Return the subset whose cost is as close to half of the total as possible."""
+    subsets: dict[int, tuple[int, ...]] = {0: ()}
+    for index in indices:
+        for load, subset in list(subsets.items()):
+            subsets.setdefault(load + costs[index], (*subset, index))
+    total = sum(costs[index] for index in indices)
+    best = min(subsets, key=lambda load: (max(load, total - load), load))
+    return subsets[best]

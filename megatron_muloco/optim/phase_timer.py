@@ -1,7 +1,8 @@
-"""How long the phases of the optimizer take, without making anything wait.
+"""`PhaseTimer`: milliseconds of the optimizer's phases, measured without synchronising the device.
 
-On an accelerator the time between two events of the stream is taken; events are read once they have
-passed, so their number stays small however rarely anyone asks. (That branch has not been run yet.)
+On an accelerator it takes the time between two events of the stream. Events are read as soon as
+they have passed, so that few are alive however rarely `PhaseTimer.take` is called. (That branch has
+not been run yet.)
 """
 
 import time
@@ -28,7 +29,7 @@ class PhaseTimer:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add what happens inside to phase ``name``."""
+        """Add the time spent inside to phase ``name``."""
         if not self._on_stream:
             started = time.perf_counter()
             yield

@@ -1,13 +1,16 @@
-"""Where the elements of a unit are: contiguous runs between rank shards and whole matrices.
+"""Route tables of the exchange: which elements of a shard are which elements of a whole matrix.
 
-A rank holds a flat range of its tensor-parallel piece of a parameter, cut anywhere. A unit at its
-owner is staged as ``[tensor rank][local row][local column]``, so that a run of whole local rows is
-contiguous on both sides for either partition dimension::
+A rank holds a flat range of its tensor-parallel piece of a parameter, cut anywhere. Its owner sees
+the matrix in *staged order*, ``[tensor rank][local row][local column]``, so that a range of a shard
+is contiguous in both for either partition dimension::
 
-    shard of rank r      ....[a......b).......      flat, offsets from the shard's start
-    unit, staged         [tp 0 ..........][tp 1 ....[a'.....b')...]
+    shard of a rank      ....[a......b).......             flat, offsets from the shard's start
+    matrix, staged       [tp 0 ..........][tp 1 ....[a'.....b')...]
 
-No torch here: the planner counts bytes with the same tables that move them.
+A `RangeRoute` is one such range. `plan_routes` lists the routes of one rank in the order of its
+communication buffers, `rectangles` maps a route into the matrix itself, and `divide` distributes
+matrices over the buckets of the exchange. The module does not import torch: the planner counts
+bytes with the tables that the exchange moves them by.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,9 +40,10 @@ class RankShards:
     """What one rank of a stage group holds.
 
     Attributes:
-        tensor_rank: Its tensor-parallel rank.
-        ranges: Name of each parameter it holds a piece of, and the flat range ``[start, end)`` of
-            the local tensor. Vector parameters may be present; they are ignored.
+        tensor_rank: Its place in the tensor-parallel group.
+        ranges: Name of each parameter of which it holds a piece, and the flat range
+            ``[start, end)`` of the local tensor. Vector parameters may be present; they are
+            ignored.
     """
 
     tensor_rank: int
@@ -48,7 +52,14 @@ class RankShards:
 
 @dataclass(frozen=True, slots=True)
 class RangeRoute:
-    """``length`` elements contiguous in a shard at one offset and in a staged unit at another."""
+    """A range of elements that is contiguous in a shard and in a staged matrix.
+
+    Attributes:
+        unit: The matrix.
+        shard_offset: First element, counted from the start of the shard.
+        unit_offset: First element in the staged order of the matrix.
+        length: Number of elements.
+    """
 
     unit: MuonMatrix
     shard_offset: int
@@ -58,17 +69,19 @@ class RangeRoute:
 
 @dataclass(frozen=True, slots=True)
 class RoutingPlan:
-    """Where a rank's elements go and where its units come from, in the order of the buffers.
+    """All routes of one rank, in the order of its communication buffers.
 
-    When collecting, a rank packs ``shard_routes`` into one buffer, the all-to-all cuts it by
-    ``shard_splits``, and what arrives, ``owner_splits`` from each rank, holds ``owner_routes``.
-    Returning is the same backwards.
+    Collecting, a rank packs ``shard_routes`` into one buffer, of which ``shard_splits`` elements go
+    to each rank, and receives a buffer with ``owner_splits`` elements from each rank, which holds
+    ``owner_routes``. Returning is the same backwards. Sender and receiver list the routes between
+    them in the same order, so that no indices are sent.
 
     Attributes:
-        shard_routes: Pieces of this rank's shards, by owner, then in the order of units.
+        shard_routes: Pieces of this rank's shards, by owner, then in the order of the matrices.
         shard_splits: Elements for each owner.
-        owner_routes: Pieces of this rank's units, by holder, then in the order of units.
-        owner_splits: Elements from each holder.
+        owner_routes: Pieces of this rank's matrices, by sending rank, then in the order of the
+            matrices.
+        owner_splits: Elements from each sending rank.
     """
 
     shard_routes: tuple[RangeRoute, ...]
@@ -77,13 +90,13 @@ class RoutingPlan:
     owner_splits: tuple[int, ...]
 
     def elements_sent(self, rank: int) -> int:
-        """Return how many elements one collect and one return send to ranks other than this."""
+        """Return how many elements one collect and one return send to ranks other than ``rank``."""
         both = (self.shard_splits, self.owner_splits)
         return sum(sum(splits) - splits[rank] for splits in both)
 
 
 def matrix_routes(unit: MuonMatrix, shards: RankShards) -> tuple[RangeRoute, ...]:
-    """Return the runs of ``unit`` that a rank holds, in the order of both sides."""
+    """Return the routes of one matrix from one rank, ascending in the shard and in the matrix."""
     if unit.param not in shards.ranges:
         return ()
     start, end = shards.ranges[unit.param]
@@ -100,10 +113,10 @@ def matrix_routes(unit: MuonMatrix, shards: RankShards) -> tuple[RangeRoute, ...
 
 @dataclass(frozen=True, slots=True)
 class Rectangle:
-    """A rectangle of a whole matrix that a run of elements fills row by row.
+    """A rectangle of a whole matrix that consecutive elements of a route fill row by row.
 
     Attributes:
-        start: First element of it within the run.
+        start: Its first element within the route.
         rows: Rows ``[first, last)`` of the matrix.
         columns: Columns ``[first, last)`` of the matrix.
     """
@@ -114,12 +127,16 @@ class Rectangle:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows and columns."""
+        """Number of rows and columns."""
         return self.rows[1] - self.rows[0], self.columns[1] - self.columns[0]
 
 
 def rectangles(route: RangeRoute) -> tuple[Rectangle, ...]:
-    """Return the rectangles that a route fills: a started row, whole local rows, a last row."""
+    """Return the at most three rectangles that a route fills.
+
+    A route may begin and end inside a local row: it fills the rest of its first row, then whole
+    local rows, then the beginning of its last row.
+    """
     unit = route.unit
     rows, width = unit.local_shape
     piece, first = divmod(route.unit_offset, rows * width)
@@ -142,14 +159,14 @@ def rectangles(route: RangeRoute) -> tuple[Rectangle, ...]:
 
 
 def check_coverage(units: Sequence[MuonMatrix], layout: Sequence[RankShards]) -> None:
-    """Raise unless every element of every unit is held by exactly one rank.
+    """Raise unless every element of every matrix is held by exactly one rank.
 
     Args:
-        units: All units of the stage.
+        units: All matrices of the stage.
         layout: What each rank of the stage group holds, in group order.
 
     Raises:
-        RuntimeMismatch: Some element has no holder or two of them.
+        RuntimeMismatch: No rank holds some element, or two ranks do.
     """
     for unit in units:
         runs = sorted(
@@ -169,7 +186,14 @@ def check_coverage(units: Sequence[MuonMatrix], layout: Sequence[RankShards]) ->
 def plan_routes(
     units: Sequence[MuonMatrix], owners: Sequence[int], layout: Sequence[RankShards], rank: int
 ) -> RoutingPlan:
-    """Return the paths of one group rank; ``owners`` in the order of ``units``."""
+    """Return the routes of one group rank, from each rank's shards to each matrix's owner.
+
+    Args:
+        units: Matrices, in the same order on every rank.
+        owners: Group rank of each matrix's owner.
+        layout: What each rank of the stage group holds, in group order.
+        rank: The group rank.
+    """
     by_owner: list[list[MuonMatrix]] = [[] for _ in layout]
     for unit, owner in zip(units, owners, strict=True):
         by_owner[owner].append(unit)
@@ -197,32 +221,37 @@ def _refuse(unit: MuonMatrix, position: int, found: int, rank: int | None) -> No
     )
 
 
-# ------------------------------------------------------------------------------------------
-# Which units travel together: chunks that can move while others are computed.
-#
-# Every owner's units are laid on a line, those of one shape side by side, and the line is cut into
-# equal parts by elements. So each chunk gives each owner about the same share of its own work, and
-# batches of one shape stay together where they can. No torch here; all ranks cut alike.
+# ---- buckets: matrices that are sent together ------------------------------------------------
 
 
 def divide(
     units: Sequence[MuonMatrix], owners: Sequence[int], chunks: int
 ) -> tuple[tuple[int, ...], ...]:
-    """Return the indices of the units of each chunk, in order; chunks without units are left out.
+    """Distribute the matrices of a stage over the buckets of the exchange.
+
+    Each owner's matrices are put in a row, equal shapes next to each other, and the row is cut into
+    ``chunks`` parts with about the same number of elements. So each bucket gives each owner about
+    the same share of its own work, and batches of one shape mostly stay together. All ranks
+    compute the same buckets.
 
     Args:
-        units: All units of a stage.
-        owners: Group rank of each unit's owner.
-        chunks: How many chunks at most.
+        units: All matrices of a stage.
+        owners: Group rank of each matrix's owner.
+        chunks: Largest number of buckets.
+
+    Returns:
+        For each bucket the indices of its matrices, ascending; buckets without matrices are left
+        out.
     """
     if chunks < 1:
-        raise ValueError(f"an exchange needs at least one chunk, not {chunks}")
+        raise ValueError(f"an exchange needs at least one bucket, not {chunks}")
     members: list[list[int]] = [[] for _ in range(chunks)]
     for owner in sorted(set(owners)):
         owned = [index for index, other in enumerate(owners) if other == owner]
         total, before = sum(units[index].numel for index in owned), 0
         for index in sorted(owned, key=lambda i: (units[i].shape, units[i].blocks, i)):
-            # By the middle of the unit, in integers: floor((before + numel / 2) / total * chunks).
+            # floor((before + numel / 2) / total * chunks), in integers: exact, so always less than
+            # `chunks` and the same on every rank.
             middle = 2 * before + units[index].numel
             members[middle * chunks // (2 * total)].append(index)
             before += units[index].numel
@@ -230,10 +259,7 @@ def divide(
 
 
 def by_shape(units: Sequence[MuonMatrix]) -> list[list[MuonMatrix]]:
-    """Return the units of each shape, which an owner computes together, in order.
-
-    Units of one shape that are cut into other blocks are not of one kind.
-    """
+    """Return the batches that an owner computes: matrices of one shape and number of blocks."""
     batches: dict[tuple[tuple[int, int], int], list[MuonMatrix]] = {}
     for unit in units:
         batches.setdefault((unit.shape, unit.blocks), []).append(unit)
@@ -241,5 +267,5 @@ def by_shape(units: Sequence[MuonMatrix]) -> list[list[MuonMatrix]]:
 
 
 def largest_batch(units: Sequence[MuonMatrix]) -> int:
-    """Return the elements of the largest batch that the units form by shape."""
+    """Return the number of elements of the largest batch that `by_shape` forms."""
     return max((sum(unit.numel for unit in batch) for batch in by_shape(units)), default=0)

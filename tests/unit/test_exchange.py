@@ -163,7 +163,7 @@ def test_chunks_contain_each_unit_once_and_share_every_owners_work(
 
 
 def test_one_chunk_less_than_one_is_refused() -> None:
-    with pytest.raises(ValueError, match="at least one chunk"):
+    with pytest.raises(ValueError, match="at least one bucket"):
         divide([], [], 0)
 
 

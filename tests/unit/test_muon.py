@@ -385,7 +385,7 @@ def test_a_unit_that_is_not_orthogonalised_makes_the_step_refuse() -> None:
     optimizer, masters, stage = lone_optimizer()
     step(optimizer, masters, stage, 1)
     optimizer._planned = (*optimizer._planned, "w::lost")
-    with pytest.raises(RuntimeMismatch, match=r"7 units, planned were 8: missing \['w::lost'\]"):
+    with pytest.raises(RuntimeMismatch, match=r"7 matrices, planned were 8: missing \['w::lost'\]"):
         step(optimizer, masters, stage, 2)
 
 

@@ -75,7 +75,7 @@ def test_kind_adamw_routes_everything_to_adamw() -> None:
     assert set(table.routes.values()) == {"vector"}
     assert table.units == ()
     assert table.owned_by(0) == ()
-    assert "0 matrix parameters in 0 units, 11 vector parameters" in table.render()
+    assert "0 matrix parameters with 0 matrices, 11 vector parameters" in table.render()
 
 
 def test_rendering_shows_every_parameter_unit_owner_and_the_totals() -> None:
@@ -94,7 +94,7 @@ def test_rendering_shows_every_parameter_unit_owner_and_the_totals() -> None:
     output = next(line for line in lines if line.startswith("output_layer"))
     assert "vector" in output
     assert "0.5  0 " in output
-    assert "8 matrix parameters in 14 units, 3 vector parameters" in lines[-1]
+    assert "8 matrix parameters with 14 matrices, 3 vector parameters" in lines[-1]
     assert "balance (max/mean) " in lines[-1]
 
 
@@ -148,7 +148,7 @@ def test_the_report_shows_every_stage_and_says_how_much_is_muon() -> None:
     report = parameter_report(stages)
     assert all(table.render() in report.table for table in stages)
     assert "pipeline stage 1 of 2" in report.table
-    assert report.summary.startswith("16 by Muon in 28 units, 6 by AdamW; Newton-Schulz")
+    assert report.summary.startswith("16 by Muon with 28 matrices, 6 by AdamW; Newton-Schulz")
     assert "over 6 ranks" in report.summary
     assert "\n" not in report.summary
     plain = parameter_report([table_of(1, 3, kind="adamw")])
