@@ -1,4 +1,4 @@
-"""The only package that calls collectives: groups, reducers, digests.
+"""Communication: process groups, collectives, reducers over replicas, and consistency checks.
 
-Everything across replicas goes through ``deepspeed.comm``.
+Everything between replicas goes through ``deepspeed.comm``.
 """

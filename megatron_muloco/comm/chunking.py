@@ -1,10 +1,14 @@
-"""Which values the ranks of an outer group own: the fragment, laid end to end, cut into K chunks.
+"""Division of a fragment into chunks, one for each rank of an outer group, and their bytes.
 
-No torch. Chunk boundaries fall inside tensors. What a chunk has of a tensor is encoded by itself::
+The tensors of a fragment are laid end to end and cut into K chunks of equal length. Boundaries fall
+inside tensors. The part of one tensor in one chunk is a piece, and every piece is encoded by
+itself::
 
     tensors    |  a          |  b  |  c                  |
     chunks     |  0            |  1             |  2     |       K = 3
     pieces     |  a          |b|b  |  c         |  c     |
+
+Pure arithmetic without torch, because the planner counts bytes with the same functions.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,13 +28,21 @@ __all__ = [
     "uncoded_wire_bytes",
 ]
 
-# Name -> width of its rows (0: all one row), and place of the shard's first value in the tensor.
+# Parameter name -> (row width of its local tensor, 0 for a vector; index of the shard's first value
+# in that tensor).
 RowPlaces = Mapping[str, tuple[int, int]]
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """The range ``[start, end)`` of a rank's flat tensor that lies in one chunk."""
+    """The range ``[start, end)`` of a rank's flat tensor that lies in one chunk.
+
+    Attributes:
+        name: Name of the tensor.
+        start: First value of the range.
+        end: First value behind the range.
+        unit: The range as a codec sees it.
+    """
 
     name: str
     start: int
@@ -39,7 +51,7 @@ class Piece:
 
 
 def row_places(shards: Sequence[Shard]) -> dict[str, tuple[int, int]]:
-    """Return where the rows of each shard's tensor begin; a vector is one row."""
+    """Return the row width and first index of each shard; a vector has row width 0."""
     return {
         shard.name: (
             shard.param.local_shape[-1] if len(shard.param.local_shape) > 1 else 0,
@@ -50,29 +62,33 @@ def row_places(shards: Sequence[Shard]) -> dict[str, tuple[int, int]]:
 
 
 def chunk_length(sizes: Sequence[tuple[str, int]], chunk_count: int) -> int:
-    """Return the values of every chunk but the last ones, which may have fewer."""
+    """Return the number of values in a full chunk; the last chunks may have fewer."""
     return max(1, -(-sum(size for _, size in sizes) // chunk_count))
 
 
 def chunk_pieces(
     sizes: Sequence[tuple[str, int]], chunk_count: int, rows: RowPlaces
 ) -> tuple[tuple[Piece, ...], ...]:
-    """Return the pieces of each chunk; all but the last chunks have the same number of values.
+    """Return the pieces of each chunk.
+
+    Together the pieces cover every value of every tensor exactly once. All chunks have the same
+    number of values, except that the last ones may have fewer or none.
 
     Args:
         sizes: Names and lengths of the rank's flat tensors in a fragment, in order.
-        chunk_count: K, ranks of the outer group.
-        rows: Rows of the tensors; a name that is missing has one row.
+        chunk_count: Number of chunks, K for a reduction that gives every rank one of them.
+        rows: Rows of the tensors; a missing name means a tensor of one row.
     """
     length = chunk_length(sizes, chunk_count)
     chunks: list[list[Piece]] = [[] for _ in range(chunk_count)]
-    position = 0  # of the tensor in the fragment
+    position = 0  # where the tensor begins in the fragment
     for name, size in sizes:
         width, first = rows.get(name, (0, 0))
         start = 0
         while start < size:
             index = (position + start) // length
             end = min(size, (index + 1) * length - position)
+            # A shard may begin inside a row of its tensor, and a piece inside a row of its shard.
             offset = (first + start) % width if width else 0
             chunks[index].append(Piece(name, start, end, CodingUnit(end - start, width, offset)))
             start = end
@@ -83,24 +99,32 @@ def chunk_pieces(
 def payload_sizes(
     chunks: Sequence[Sequence[Piece]], size_of: Callable[[str], PayloadSize]
 ) -> list[int]:
-    """Return the bytes of each chunk, encoded; ``size_of`` may be the codecs by name."""
+    """Return the encoded bytes of each chunk.
+
+    Args:
+        chunks: The pieces of each chunk.
+        size_of: Returns the payload size rule of a parameter; a codec is one too.
+    """
     return [
         sum(size_of(each.name).payload_bytes(each.unit) for each in pieces) for pieces in chunks
     ]
 
 
 def encoded_wire_bytes(sizes: Sequence[int], index: int, metadata_count: int) -> int:
-    """Return the bytes that one rank sends for an encoded mean.
+    """Return the bytes that one rank sends for a compressed all-reduce.
+
+    First the weight row and the encoded chunk of each other rank, then this rank's own encoded
+    mean to each of them.
 
     Args:
-        sizes: `payload_sizes` of the fragment.
+        sizes: `payload_sizes` of the fragment, one for each rank.
         index: The rank's place in the outer group.
-        metadata_count: fp32 numbers that travel along with its weight.
+        metadata_count: Number of fp32 metadata values sent with the weight.
     """
     others = len(sizes) - 1
     return others * 4 * (1 + metadata_count) + sum(sizes) - sizes[index] + others * sizes[index]
 
 
 def uncoded_wire_bytes(numel: int, num_replicas: int) -> int:
-    """Return the bytes that one rank sends for an fp32 all-reduce of ``numel`` values."""
+    """Return the bytes that one rank sends for a ring all-reduce of ``numel`` fp32 values."""
     return 2 * (num_replicas - 1) * -(-numel // num_replicas) * 4

@@ -1,4 +1,23 @@
-"""What the reducers that send codes have in common: the first encoding, and its residual e."""
+"""Compressed weighted means over the outer group, with error feedback.
+
+`CompressedAllReduce` sends every value twice, each time in a few bits. It cuts the fragment into K
+chunks; rank k of the outer group owns chunk k::
+
+    launch   v = x + decay * e;  send E(v), chunk k to its owner;  e <- v - D(E(v))
+             all-to-all   [row | E(chunk 0)] [row | E(chunk 1)] ...     row = [w_k, metadata]
+    wait     owner: m = sum w_k D(E(v_k)) / sum w_k;  z = m + decay * f;  f <- z - D(E(z))
+             all-to-all   E(z) of the own chunk to every rank
+             every rank: mean = D(E(z)), from the same bytes, hence the same bits
+
+`CompressedAllGather` is for codecs that send only the largest values. The union of K selections is
+up to K times as long as one of them, so the mean is not encoded again. Every rank decodes the
+payloads of all others and adds them in replica order::
+
+    launch   v = x + decay * e;  q = D(E(v));  e <- v - q;  all-gather [row | E(v)]
+    wait     mean = sum w_k q_k / sum w_k, from the same bytes on all ranks, hence the same bits
+
+E and D are encoding and decoding, e and f the residuals of error feedback.
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,18 +53,18 @@ __all__ = ["CompressedAllGather", "CompressedAllReduce", "CompressedReducer", "L
 
 @dataclass(frozen=True, slots=True)
 class LaunchedCompression:
-    """A reduction under way: what `wait` needs, and what a message names.
+    """A reduction in progress: what `wait` needs, and what an error message names.
 
     Attributes:
-        fragment: See `Reducer.launch`.
-        round_index: See `Reducer.launch`.
-        layout: Of the tensors.
-        chunks: Coding units by chunk.
-        sizes: Payload bytes by chunk.
-        row_bytes: Of weight and metadata, before every payload.
-        buffers: Sent and received; the network reads and writes them.
+        fragment: Index of the fragment.
+        round_index: Round of the launch.
+        layout: Names and sizes of the tensors.
+        chunks: Pieces of each chunk.
+        sizes: Payload bytes of each chunk.
+        row_bytes: Bytes of weight and metadata in front of every payload.
+        buffers: Buffers that the network reads (sent) and writes (received).
         pending: The collective.
-        squares: What `encode` returned, summed; NaN where nothing was encoded.
+        squares: Sum of what `encode` returned; NaN where nothing was encoded.
         clock: Times of encoding and decoding.
     """
 
@@ -62,18 +81,18 @@ class LaunchedCompression:
 
 
 class CompressedReducer(OuterGroupReducer):
-    """Encodes this replica's tensors, and keeps what that loses.
+    """Base of the compressed reducers: encodes this replica's tensors and maintains residual e.
 
     Args:
         group: The outer group, in replica order; ``None`` for a single replica.
-        device: Where the tensors are.
-        codec_of: The codec of a parameter; the same on all replicas.
-        rows: Where the rows of the parameters begin in the shards of this rank.
-        error_decay: Factor on residuals; ``None`` keeps none.
-        through_host: See `OuterGroupReducer`.
+        device: Device of the tensors.
+        codec_of: Returns the codec of a parameter; the same on all replicas.
+        rows: Row width and first index of this rank's shards.
+        error_decay: Factor on residuals; ``None`` means no error feedback.
+        through_host: Whether tensors are sent through host memory.
 
     Attributes:
-        residual: e, by parameter; this replica's own. ``None`` without error feedback.
+        residual: e of this replica, by parameter; ``None`` without error feedback.
     """
 
     returns_views = False
@@ -95,11 +114,11 @@ class CompressedReducer(OuterGroupReducer):
 
     @property
     def _chunk_count(self) -> int:
-        """Chunks that a fragment is cut into, each encoded by itself."""
+        """Number of chunks of a fragment; each is encoded by itself."""
         raise NotImplementedError
 
     def _send(self, sent: Tensor, splits: Sequence[int]) -> tuple[Tensor, Pending]:
-        """Start sending ``[row | payload]`` of every chunk; return where everybody's arrive."""
+        """Start to send ``[row | payload]`` of every chunk; return the receive buffer."""
         raise NotImplementedError
 
     def launch(
@@ -121,6 +140,9 @@ class CompressedReducer(OuterGroupReducer):
         payloads = []
         for slot in sent.split(splits):
             slot[: row.numel()] = row
+            # Zeroed, because a replica of weight 0 sends the payload as it is, and pooled memory
+            # still holds an earlier launch. Nobody decodes it, but what a rank sends must not
+            # depend on history.
             payloads.append(slot[row.numel() :].zero_())
         squares = torch.full((2,), torch.nan, dtype=torch.float64, device=self._device)
         if weight:
@@ -178,8 +200,9 @@ class CompressedReducer(OuterGroupReducer):
     ) -> Tensor:
         """Fill the payloads; return the squared norms of `encode`.
 
-        Not called for a replica without a weight: it sends nothing, so it lost nothing, and e stays
-        as it is. What its pseudogradient was must not come back in the next round through e.
+        Not called for a replica of weight 0. It contributes nothing to the mean, so encoding loses
+        nothing, and e stays as it is. Otherwise the excluded pseudogradient, which may be huge,
+        would enter the next round's mean through e.
         """
         squares = torch.zeros(2, dtype=torch.float64, device=self._device)
         for pieces, payload in zip(chunks, payloads, strict=True):
@@ -195,7 +218,7 @@ class CompressedReducer(OuterGroupReducer):
         return squares
 
     def _arrived(self, handle: Any) -> tuple[Tensor, Tensor]:
-        """Return everybody's row, on the host, and everybody's payload, both ``[K, ...]``."""
+        """Return the rows (on the host) and the payloads of all replicas, both ``[K, ...]``."""
         assert isinstance(handle, LaunchedCompression)
         with self._named_errors("apply", handle.fragment, handle.round_index):
             handle.pending.wait()
@@ -204,7 +227,7 @@ class CompressedReducer(OuterGroupReducer):
         return rows.view(self._size, -1).cpu(), table[:, handle.row_bytes :]
 
     def _places(self, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, slice]]:
-        """Yield every piece of a chunk with its place in the chunk's payload."""
+        """Yield every piece of a chunk with its byte range in the chunk's payload."""
         start = 0
         for piece in pieces:
             end = start + self._codec_of(piece.name).payload_bytes(piece.unit)
@@ -214,7 +237,10 @@ class CompressedReducer(OuterGroupReducer):
     def _mean_of_units(
         self, piece: Piece, payloads: Sequence[Tensor], weights: Sequence[float], into: Tensor
     ) -> None:
-        """Add decoded units to ``into``, which is zero, in replica order, and divide."""
+        """Add decoded payloads to ``into``, which is zero, and divide by the sum of weights.
+
+        In replica order, so that the bits do not depend on the order of arrival.
+        """
         term = torch.empty_like(into)
         for payload, weight in zip(payloads, weights, strict=True):
             self._codec_of(piece.name).decode(payload, piece.unit, term)
@@ -241,39 +267,25 @@ class CompressedReducer(OuterGroupReducer):
 
 
 # ------------------------------------------------------------------------------------------
-# The mean of encoded tensors: every value crosses the network twice, as a few bits.
-#
-# `CompressedAllReduce` cuts the fragment into K chunks, one for each rank of the outer group to
-# own::
-#
-#     launch   v = x + decay * e;  send E(v), chunk k to its owner;  e <- v - D(E(v))
-#              all-to-all   [row | E(chunk 0)] [row | E(chunk 1)] ...     row = [w_k, metadata]
-#     wait     owner: m = sum w_k D(E(v_k)) / sum w_k;  z = m + decay * f;  f <- z - D(E(z))
-#              all-to-all   E(z) of the own chunk to everyone
-#              everyone: mean = D(E(z)), from the same bytes, hence the same bits
-#
-# The second all-to-all is an all-gather of parts of different lengths, which gloo does not have.
 
 
 class CompressedAllReduce(CompressedReducer):
-    """Mean of encoded tensors, encoded again, with the sum in fp32 at each chunk's owner.
-
-    The sum runs in replica order: the same bits for any arrival order.
+    """Mean of encoded tensors, summed in fp32 at the owner of each chunk and encoded again.
 
     Args:
-        group: See `CompressedReducer`, also for the others.
-        device: Where the tensors are.
-        codec_of: The codec of a parameter.
-        rows: Where the rows of the parameters begin.
-        error_decay: Factor on residuals; ``None`` keeps none.
-        through_host: Whether tensors travel through host memory.
+        group: The outer group, in replica order; ``None`` for a single replica.
+        device: Device of the tensors.
+        codec_of: Returns the codec of a parameter; the same on all replicas.
+        rows: Row width and first index of this rank's shards.
+        error_decay: Factor on residuals; ``None`` means no error feedback.
+        through_host: Whether tensors are sent through host memory.
 
     Attributes:
-        owner_residual: f, by parameter: the pieces that this rank owns.
+        owner_residual: f, by parameter, for the pieces that this rank owns.
 
     Collectives: `launch` starts an all-to-all over the outer group; `wait` finishes it and does a
-    second one.
-    Wire bytes a rank: `encoded_wire_bytes`.
+    second, blocking one.
+    Wire bytes per rank: `encoded_wire_bytes`.
     """
 
     def __init__(
@@ -293,7 +305,7 @@ class CompressedAllReduce(CompressedReducer):
     @property
     @override
     def _chunk_count(self) -> int:
-        """One for each rank to own."""
+        """One chunk for each rank."""
         return self._size
 
     @override
@@ -328,7 +340,10 @@ class CompressedAllReduce(CompressedReducer):
         weights: Sequence[float],
         clock: Stopwatch,
     ) -> Tensor:
-        """Return the payload of the mean of this rank's chunk; zeros where nobody has a weight."""
+        """Return the encoded mean of this rank's chunk; zero bytes where all weights are 0.
+
+        Without a weight there is no mean, and f stays as it is.
+        """
         payload = torch.zeros(received.shape[1], dtype=torch.uint8, device=self._device)
         usable = [index for index, weight in enumerate(weights) if weight]
         if not usable:
@@ -351,7 +366,7 @@ class CompressedAllReduce(CompressedReducer):
             self._codec_of(piece.name).decode(payload[place], piece.unit, out)
 
     def _gather(self, own: Tensor, sizes: Sequence[int]) -> Tensor:
-        """Return everybody's payload; all-to-all, because gloo gathers equal sizes only."""
+        """Return the payloads of all chunks; sizes differ, and gloo gathers equal sizes only."""
         gathered = torch.empty(sum(sizes), dtype=torch.uint8, device=self._device)
         self._wire.all_to_all(
             gathered,
@@ -361,7 +376,7 @@ class CompressedAllReduce(CompressedReducer):
         ).wait()
         return gathered
 
-    # ---- f, which its owners share when it is saved -----------------------------------------
+    # ---- f: each owner holds a part, and a checkpoint holds the whole ------------------------
 
     @override
     def residuals(self, fragments: Sequence[Sizes]) -> Residuals:
@@ -405,28 +420,21 @@ class CompressedAllReduce(CompressedReducer):
 
 
 # ------------------------------------------------------------------------------------------
-# The mean of tensors of which every replica sends only the largest values, once, to all others.
-#
-# The union of K selections is K times as long as one of them, so the mean is not encoded again:
-# every rank decodes what all the others sent, and adds it up in replica order::
-#
-#     launch   v = x + decay * e;  q = D(E(v));  e <- v - q;  all-gather [row | E(v)]
-#     wait     mean = sum w_k q_k / sum w_k, from the same bytes on all ranks, hence the same bits
 
 
 class CompressedAllGather(CompressedReducer):
-    """Mean of encoded tensors that all ranks of the outer group decode for themselves.
+    """Mean of encoded tensors, with the payloads of all replicas decoded on every rank.
 
     A rank's whole shard of a tensor is one coding unit.
 
     Collectives: `launch` starts an all-gather over the outer group, `wait` finishes it.
-    Wire bytes a rank: ``K - 1`` times row and payload.
+    Wire bytes per rank: ``K - 1`` times row and payload.
     """
 
     @property
     @override
     def _chunk_count(self) -> int:
-        """The whole fragment."""
+        """The whole fragment is one chunk."""
         return 1
 
     @override

@@ -1,7 +1,8 @@
-"""Are these tensors the same bits on all ranks of a group? Cheap enough to ask every few rounds.
+"""Consistency checks between ranks: equal values (`check_equal`) and equal shards at startup.
 
-Eight bytes a tensor travel. Replicas must agree on the anchor bit for bit: a difference of one
-rounding would grow silently for the rest of the run.
+`check_equal` compares digests, 8 bytes per tensor, and is cheap enough for every few rounds.
+Replicas must agree on the anchor bit for bit: a difference of one rounding would grow silently for
+the rest of the run. `check_same_shards` runs once, before the first value is exchanged.
 """
 
 import hashlib
@@ -30,9 +31,9 @@ _AFTER_A_ROUND = (
 
 
 def digests(tensors: Mapping[str, Tensor]) -> Tensor:
-    """Return one int64 a tensor, a hash of its bytes, in the order of the sorted names.
+    """Return a 64-bit hash of the bytes of each tensor, int64, in the order of the sorted names.
 
-    Tensors are visited one at a time and copied to the host for it.
+    The tensors are copied to the host one at a time.
     """
     values = [_digest(tensors[name]) for name in sorted(tensors)]
     return torch.tensor(values, dtype=torch.int64)
@@ -49,16 +50,17 @@ def check_equal(
     """Raise on every rank of ``group`` unless all its ranks hold the same bits.
 
     Args:
-        tensors: The same names on each rank, for instance the anchor of equal positions.
-        group: The outer group, or the holders of a duplicate inside a replica.
-        device: What the group's backend sends from.
-        what: For the message, for instance ``"the anchor"``.
-        round_index: For the message; 0 before the first round.
+        tensors: Tensors with the same names on each rank, for instance the anchor.
+        group: The outer group.
+        device: Device from which the group's backend sends.
+        what: Name of the tensors in the message, for instance ``"the anchor"``.
+        round_index: Round in the message; 0 before the first round.
 
-    Collectives: a blocking all-gather over ``group`` of 8 bytes a tensor; all its ranks call it.
+    Collectives: a blocking all-gather of 8 bytes per tensor over ``group``; all its ranks call it.
 
     Raises:
-        SyncError: Names the first differing parameter, the round and the ranks.
+        SyncError: Some ranks differ. The message names the first differing parameter, the round
+            and the ranks.
     """
     size = dist.get_world_size(group)
     if size == 1 or not tensors:
@@ -79,7 +81,7 @@ def check_equal(
 
 
 def _camps(values: Sequence[int], ranks: Sequence[int]) -> str:
-    """Return ``ranks [0, 1] against [2]``."""
+    """Return the ranks grouped by value, as ``ranks [0, 1] against [2]``."""
     camps: dict[int, list[int]] = {}
     for value, rank in zip(values, ranks, strict=True):
         camps.setdefault(value, []).append(rank)
@@ -92,20 +94,20 @@ def _digest(tensor: Tensor) -> int:
     return int.from_bytes(value, "little", signed=True)
 
 
-# ------------------------------------------------------------------------------------------
-# Do ranks at the same position of their replicas hold the same pieces? Asked once.
-
-
 def check_same_shards(group: ProcessGroup, shards: Sequence[Shard]) -> None:
     """Raise on every rank of the outer group unless all hold the same shards in the same order.
 
-    Sums over replicas pair elements by their place in a flat buffer: of different pieces they would
-    be finite, plausible and wrong.
+    Reducers add elements of different replicas by their place in a flat buffer. If ranks at the
+    same position held different shards, the sums would be finite, plausible and wrong.
 
-    Collectives: a blocking object gather over ``group``; all its ranks call it.
+    Args:
+        group: The outer group.
+        shards: This rank's shards, in the order in which they are sent.
+
+    Collectives: a blocking gather of objects over ``group``; all its ranks call it.
 
     Raises:
-        RuntimeMismatch: Names the first difference and the ranks.
+        RuntimeMismatch: Shards differ. The message names the first difference and the ranks.
     """
     mine = [_description(shard) for shard in shards]
     by_rank: list[Any] = [None] * group.size()
@@ -125,6 +127,6 @@ def check_same_shards(group: ProcessGroup, shards: Sequence[Shard]) -> None:
 
 
 def _description(shard: Shard) -> str:
-    copy = ", a duplicate" if shard.param.duplicate else ""
+    copy = ", a replicated parameter" if shard.param.duplicate else ""
     shape = "x".join(map(str, shard.param.local_shape))
     return f"{shard.name} [{shape}] from {shard.start} to {shard.end}{copy}"

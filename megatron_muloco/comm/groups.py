@@ -1,9 +1,9 @@
-"""Process groups of a K-replica job.
+"""Process groups of a K-replica job: `build_groups` creates them, `Groups` holds this rank's.
 
-Every group is a set of ranks that differ only in some axes of the topology. Groups inside a replica
-go to Megatron as one `ProcessGroupCollection`; two more exist for this package: the *outer group*
-(the K ranks with the same position in their replicas) and the *stage group* (the ranks of one
-pipeline stage of one replica, which share its matrices).
+Every group is a set of ranks that differ only in some axes of the topology. Megatron gets the
+groups inside a replica as one `ProcessGroupCollection`. This package adds the *outer group* (the K
+ranks with the same position in their replicas) and the *stage group* (the ranks of one pipeline
+stage of one replica, which share its matrices).
 """
 
 from dataclasses import dataclass
@@ -17,8 +17,8 @@ from megatron_muloco.topology import Axis, Coords, Topology
 
 __all__ = ["Groups", "build_groups"]
 
-# Field of ProcessGroupCollection -> axes that vary inside the group. There are no experts, so
-# expert parallelism is one rank wide and the expert fields repeat the dense ones.
+# Field of ProcessGroupCollection -> axes that vary inside the group. There are no experts, so the
+# expert-parallel group has one rank and the expert fields repeat the dense ones.
 _FIELDS: dict[str, tuple[Axis, ...]] = {
     "tp": ("tp",),
     "cp": ("cp",),
@@ -39,7 +39,7 @@ _FIELDS: dict[str, tuple[Axis, ...]] = {
     # the gradient norms of all replicas.
     "intra_dist_opt": ("tp", "cp", "dp", "pp"),
 }
-# Fields that both Megatron versions must find set, though nothing here uses them.
+# Fields that both Megatron versions read, so they must be set, though nothing here uses them.
 _UNUSED_FIELDS = ("hcp", "inter_dist_opt")
 # Fields that only newer versions declare (0.17 on). Rematerialised weight sharding ("gtp_remat") is
 # an axis of size one here, so groups with it are those without it. The separate all-gather groups
@@ -59,12 +59,14 @@ class Groups:
     """This rank's groups.
 
     Attributes:
-        topology: The whole job.
-        coords: This rank's place in it.
+        topology: Topology of the whole job.
+        coords: This rank's place in the topology.
         pg: Groups inside this replica, for Megatron.
         outer: The K ranks with this position, in replica order.
-        exchange: The same ranks again, for pseudogradients alone: a communicator of its own, which
-            a communication thread may use while others use ``outer``.
+        exchange: The same ranks with a separate communicator, used for pseudogradients only. A
+            communication thread may use it while the main thread uses ``outer``: collectives of
+            one communicator are matched by order, and the order of two threads differs from rank
+            to rank.
         stage: The tp x cp x dp ranks of this pipeline stage of this replica.
         replica: All ranks of this replica.
     """
@@ -94,7 +96,7 @@ class Groups:
 
 
 class _GroupBuilder:
-    """Creates each distinct group once; axes of size one do not make a new group."""
+    """Creates each distinct group once; axes of size one do not lead to a new group."""
 
     def __init__(self, topology: Topology, timeout: timedelta, backend: str | None) -> None:
         self._topology = topology
@@ -102,21 +104,23 @@ class _GroupBuilder:
         self._built: dict[tuple[tuple[int, ...], ...], Any] = {}
 
     def over(self, *axes: Axis) -> Any:
-        """Return this rank's group of the ranks that differ only in ``axes``."""
+        """Return the group of the ranks that differ from this one only in ``axes``."""
         return self.from_lists(tuple(self._topology.groups(*axes)))
 
     def from_lists(self, lists: tuple[tuple[int, ...], ...]) -> Any:
-        """Return the group of ``lists`` that holds this rank, or ``None``."""
+        """Return the group among ``lists`` that contains this rank, or ``None``."""
         if lists not in self._built:
             self._built[lists] = self._new(lists, self._options)
         return self._built[lists]
 
     def another(self, *axes: Axis, backend: str | None) -> Any:
-        """Return a group like `over`, with a communicator of its own."""
+        """Return a group of the same ranks as `over`, with a separate communicator."""
         chosen = {"backend": backend} if backend else {}
         return self._new(tuple(self._topology.groups(*axes)), self._options | chosen)
 
     def _new(self, lists: tuple[tuple[int, ...], ...], options: dict[str, Any]) -> Any:
+        # new_group is a collective over the whole job: every rank takes part in the creation of
+        # every group, also of those it does not belong to, in the same order.
         mine = None
         for ranks in lists:
             group = torch.distributed.new_group(list(ranks), **options)
@@ -134,16 +138,16 @@ def build_groups(
 ) -> Groups:
     """Create every process group of the job.
 
-    Collectives: every rank of the job must call it at the same point; groups are created in the
-    same order everywhere.
+    Collectives: every rank of the job must call it at the same point, because the groups must be
+    created in the same order everywhere.
 
     Args:
-        topology: Must match the world size.
-        timeout: How long a collective inside these groups may wait (torch's default of 30 minutes
-            for new groups would hide a dead peer).
-        backend: Backend of the groups; the default group's when ``None``.
-        exchange_backend: Backend of `Groups.exchange`; ``gloo`` where pseudogradients travel from
-            host memory, else as the others.
+        topology: Topology of the job; its size must be the world size.
+        timeout: Time limit of a collective in these groups. Torch's default of 30 minutes would
+            hide a dead peer for too long.
+        backend: Backend of the groups; ``None`` takes that of the default group.
+        exchange_backend: Backend of `Groups.exchange`: ``gloo`` where pseudogradients are sent from
+            host memory, else ``None`` for the same as the others.
     """
     build = _GroupBuilder(topology, timeout, backend)
     pg = ProcessGroupCollection()

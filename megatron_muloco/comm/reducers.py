@@ -1,19 +1,20 @@
-"""Weighted means over the outer group, in two shapes of traffic.
+"""Uncompressed weighted means over the outer group, with two patterns of traffic.
 
 `AllReduce` sums one flat fp32 buffer with the library's all-reduce::
 
     [ w * tensors | row 0 | row 1 | ... | row K-1 | padding ]    row k = [w_k, metadata of k]
 
-Every replica fills its own row and zeros the others, so one sum carries the weights as well.
+Every replica fills its own row and leaves zeros in the others, so the same sum delivers all
+weights and metadata.
 
-`ChunkedAllReduce` cuts the fragment into K chunks; the k-th rank of the group receives everybody's
-k-th chunk, sums it in fp32 in a fixed order and sends the mean to all::
+`ChunkedAllReduce` cuts the fragment into K chunks. Rank k of the group receives chunk k of every
+replica, sums in fp32 in a fixed order and sends the mean to all::
 
-    all-to-all   [row | chunk 0] [row | chunk 1] ... [row | chunk K-1]      as bytes, one to each
+    all-to-all   [row | chunk 0] [row | chunk 1] ... [row | chunk K-1]      bytes, one for each rank
     all-gather   mean of chunk k
 
-Both give bitwise equal results on all ranks of the group. The second gives the same bits in every
-run and over any network, and may travel in bf16.
+Both give bitwise equal results on all ranks of the group. The second one gives the same bits in
+every run and on any network, and can send bf16.
 """
 
 import math
@@ -44,17 +45,17 @@ __all__ = [
 
 
 # ------------------------------------------------------------------------------------------
-# What every reducer needs of the outer group: its ranks, wire, buffers, and named errors.
+# Parts that all reducers share.
 
 
 class OuterGroupReducer:
-    """What all reducers share; by itself it keeps nothing between rounds.
+    """Base of all reducers: the outer group, its wire, its buffers. It keeps no residuals.
 
     Args:
         group: The outer group, in replica order; ``None`` for a single replica.
-        device: Where the tensors are.
-        through_host: Whether they travel through host memory; the group's backend then sends from
-            there.
+        device: Device of the tensors.
+        through_host: Whether tensors are sent through host memory; the group's backend must then
+            be one that sends from there.
     """
 
     residual_names: tuple[str, ...] = ()
@@ -108,14 +109,14 @@ class OuterGroupReducer:
 
 
 class Stopwatch:
-    """Host time by activity; on an accelerator, where work is only queued, a lower bound."""
+    """Host time by activity. On an accelerator it is a lower bound: work is only queued there."""
 
     def __init__(self) -> None:
         self._ms: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, activity: str) -> Iterator[None]:
-        """Add the time inside to the activity."""
+        """Add the time spent in the ``with`` block to the activity."""
         started = time.perf_counter()
         try:
             yield
@@ -128,6 +129,7 @@ class Stopwatch:
 
 
 # ------------------------------------------------------------------------------------------
+# Uncompressed means.
 
 WireDtype = Literal["fp32", "bf16"]
 
@@ -144,21 +146,25 @@ def build_plain_reducer_for(
 
     Args:
         group: The outer group, in replica order; ``None`` for a single replica.
-        device: Where the tensors are.
-        wire_dtype: Of the values that travel; sums are fp32 either way.
-        deterministic: The same bits for any network, library and arrival order. An all-reduce is
-            bitwise equal over ranks, but its order of summation belongs to the library.
-        through_host: See `OuterGroupReducer`.
+        device: Device of the tensors.
+        wire_dtype: Dtype of the values that are sent; sums are fp32 in any case.
+        deterministic: Whether the result has the same bits for any network, library and order of
+            arrival. An all-reduce is bitwise equal over ranks, but the library chooses its order
+            of summation.
+        through_host: Whether tensors are sent through host memory.
     """
     if wire_dtype == "bf16" or deterministic:
-        # gloo's own bf16 all-reduce would round at every hop.
+        # Not an all-reduce in bf16: gloo would round the partial sum at every hop.
         dtype = torch.bfloat16 if wire_dtype == "bf16" else torch.float32
         return ChunkedAllReduce(group, device, wire_dtype=dtype, through_host=through_host)
     return AllReduce(group, device, through_host=through_host)
 
 
 class ReplicaSum:
-    """Sums a small tensor over all ranks of a replica: what the guard and the norms need.
+    """Sums a small tensor over all ranks of a replica, for norms and the guard.
+
+    Args:
+        group: All ranks of one replica.
 
     Collectives: a blocking all-reduce over ``group``; all its ranks call it in the same order.
     """
@@ -167,7 +173,7 @@ class ReplicaSum:
         self._group = group
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        """Return the sum over the group, bitwise equal on all its ranks; the input is kept."""
+        """Return the sum over the group, bitwise equal on all its ranks, in a new tensor."""
         total = tensor.clone()
         if dist.get_world_size(self._group) > 1:
             dist.all_reduce(total, group=self._group)
@@ -176,7 +182,7 @@ class ReplicaSum:
 
 @dataclass(frozen=True, slots=True)
 class _Launched:
-    """A reduction under way: what `wait` needs, and what a message names."""
+    """A reduction in progress: what `wait` needs, and what an error message names."""
 
     fragment: int
     round_index: int
@@ -190,7 +196,7 @@ class AllReduce(OuterGroupReducer):
     """fp32 mean by one all-reduce; the default.
 
     Collectives: `launch` starts an all-reduce (sum) over the outer group, `wait` finishes it.
-    Wire bytes a rank: ``2 * (K - 1) / K`` of the padded buffer, what a ring sends.
+    Wire bytes per rank: ``2 * (K - 1) / K`` of the padded buffer, as a ring sends them.
     """
 
     def launch(
@@ -207,7 +213,9 @@ class AllReduce(OuterGroupReducer):
         row = self._row(weight, metadata)
         size = _round_up(layout.numel + self._size * row.numel(), self._size)
         buffer = self._pool.acquire(size, torch.float32)
-        buffer.zero_()  # and nothing else with weight 0: 0 * NaN is NaN
+        # A replica of weight 0 sends zeros, not ``0 * tensors``: its tensors may hold NaN, and
+        # 0 * NaN is NaN.
+        buffer.zero_()
         if weight:
             layout.pack(tensors, buffer)
             buffer[: layout.numel] *= weight
@@ -234,15 +242,21 @@ class AllReduce(OuterGroupReducer):
 
 
 class ChunkedAllReduce(OuterGroupReducer):
-    """Mean by all-to-all, a sum at each chunk's owner in a fixed order, and all-gather.
+    """Mean by an all-to-all, a sum at the owner of each chunk, and an all-gather.
 
-    The owner adds neighbours pairwise in replica order, so K equal values give K times the value
-    exactly for every power of two. With a bf16 wire the pseudogradients are rounded once, and the
-    mean once more; the owner uses the rounded mean like everyone else.
+    The owner adds neighbours pairwise in replica order. So the sum of K equal values is exactly K
+    times the value for every power of two. With ``wire_dtype`` bf16 the pseudogradients are rounded
+    once and the mean once more; the owner uses the rounded mean like all other ranks.
+
+    Args:
+        group: The outer group, in replica order; ``None`` for a single replica.
+        device: Device of the tensors.
+        wire_dtype: Dtype of the values that are sent, fp32 or bf16.
+        through_host: Whether tensors are sent through host memory.
 
     Collectives: `launch` starts an all-to-all over the outer group; `wait` finishes it and does a
     blocking all-gather.
-    Wire bytes a rank: ``K - 1`` payloads (row and chunk) and ``K - 1`` chunks.
+    Wire bytes per rank: ``K - 1`` messages of row and chunk, and ``K - 1`` chunks.
     """
 
     def __init__(
@@ -257,7 +271,7 @@ class ChunkedAllReduce(OuterGroupReducer):
         self._wire_dtype = wire_dtype
         self.returns_views = (
             wire_dtype == torch.float32
-        )  # other dtypes are converted, into new memory
+        )  # other dtypes are converted to fp32, into new memory
 
     def launch(
         self,
@@ -271,10 +285,11 @@ class ChunkedAllReduce(OuterGroupReducer):
         """See `Reducer.launch`."""
         layout = Layout.of(tensors)
         row = self._row(weight, metadata).view(torch.uint8)
-        # Even chunks: the fp32 row of the next payload stays aligned also behind bf16 values.
+        # Chunks have an even number of values, so that the fp32 row of the next message stays
+        # aligned to 4 bytes behind bf16 values.
         chunk = _round_up(math.ceil(layout.numel / self._size), 2)
         values = self._pool.acquire(self._size * chunk, self._wire_dtype)
-        values.zero_()  # and nothing else with weight 0: 0 * NaN is NaN
+        values.zero_()  # not 0 * tensors for weight 0: see `AllReduce.launch`
         if weight:
             layout.pack(tensors, values)
         chunk_bytes = chunk * values.element_size()
@@ -314,14 +329,14 @@ class ChunkedAllReduce(OuterGroupReducer):
 
 
 def _divide(total: Tensor, rows: Tensor) -> None:
-    """Turn a weighted sum into a mean, in place; a sum of nothing stays zero."""
+    """Divide a weighted sum by the sum of weights, in place; without any weight it stays zero."""
     weight_sum = float(rows[:, 0].sum())
     if weight_sum:
         total.div_(weight_sum)
 
 
 def _pairwise_sum(terms: list[Tensor]) -> Tensor:
-    """Return the sum of ``terms``, adding neighbours until one is left."""
+    """Return the sum of ``terms``, adding neighbours until one term is left."""
     while len(terms) > 1:
         odd = terms[-1:] if len(terms) % 2 else []
         terms = [a + b for a, b in zip(terms[::2], terms[1::2], strict=False)] + odd

@@ -1,9 +1,10 @@
-"""Parameters that several ranks of one replica hold: one of them speaks, the others listen.
+"""`ReplicatedBroadcast`: keeps replicated parameters identical inside a replica.
 
-Two kinds exist: norms are the same on all tensor-parallel ranks, and a tied output embedding on the
-last pipeline stage repeats the embedding of the first. Their copies sit in different outer groups,
-which may add in different orders, so only the holder (tensor-parallel rank 0; the first stage)
-takes part in the outer step and then hands its new values to the copies.
+Two kinds of parameters exist on several ranks of one replica. Norms are the same on all
+tensor-parallel ranks, and a tied output embedding on the last pipeline stage repeats the embedding
+of the first. Their copies are in different outer groups, whose sums may differ in the order of
+addition. Therefore only the primary rank (tensor-parallel rank 0; the first stage) takes part in
+the outer step, and broadcasts its new values to the copies.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -20,15 +21,21 @@ __all__ = ["ReplicatedBroadcast"]
 
 
 class ReplicatedBroadcast:
-    """Copies the holders' masters to their duplicates inside the replica.
+    """Copies the masters of replicated parameters from their primary rank to the other ranks.
 
-    Invariant: holder and duplicates have the same names and the same flat ranges (checked once).
+    Invariant: all copies have the same names and the same flat ranges (checked once).
 
     Args:
         groups: This rank's groups.
         shards: This rank's shards.
-        masters: Their fp32 masters, by name.
+        masters: fp32 masters of the shards, by name.
         tied_name: Name of the tied embedding, or ``None`` when embeddings are untied.
+
+    Raises:
+        RuntimeMismatch: Copies are cut differently over data-parallel ranks.
+
+    Collectives: the constructor gathers objects over the tensor-parallel group and, with tied
+    embeddings, over the embedding group; every rank of the replica constructs it.
     """
 
     def __init__(
@@ -54,17 +61,19 @@ class ReplicatedBroadcast:
 
     @torch.no_grad()
     def __call__(self, names: Collection[str]) -> None:
-        """Overwrite the duplicates of the named parameters.
+        """Overwrite the copies of the named parameters with the primary rank's masters.
 
         Collectives: a broadcast over the tensor-parallel group, and one over the embedding group on
-        the first and last stage when embeddings are tied; 4 bytes an element. Every rank
-        of the replica must call it with the same names.
+        the first and last stage when embeddings are tied; 4 bytes per element. Every rank of the
+        replica must call it with the same names.
         """
         wanted = frozenset(names)
         for group, members in self._routes:
             shards = [shard for shard in members if shard.name in wanted]
             if not shards:
-                continue  # on all ranks of the group; gloo takes a later message for an empty one
+                # On all ranks of the group alike. An empty broadcast is skipped, because gloo
+                # would match a later message with it.
+                continue
             flat = self._packed(shards)
             torch.distributed.broadcast(flat, group=group, group_src=0)
             for shard, piece in zip(shards, self._pieces(flat, shards), strict=True):
@@ -74,9 +83,9 @@ class ReplicatedBroadcast:
     def check(self, round_index: int) -> None:
         """Raise `SyncError` naming the first parameter whose copies differ in any bit.
 
-        Only ranks that differ from their holder raise; the job ends with them.
+        Only ranks that differ from their primary rank raise; their end ends the job.
 
-        Collectives: as the call, sending the same bytes.
+        Collectives: as for the call, with the same bytes.
         """
         for group, shards in self._routes:
             mine = self._packed(shards)
@@ -90,9 +99,9 @@ class ReplicatedBroadcast:
                     holder = torch.distributed.get_global_rank(group, 0)
                     raise SyncError(
                         f"round {round_index}: {shard.name}: rank {rank} holds other values than "
-                        f"rank {holder}, though both hold the same parameter; the replica's copies "
-                        "have drifted apart. Resume from a checkpoint before this round; if it "
-                        "happens again, suspect the hardware of one of them."
+                        f"rank {holder}, though both hold the same parameter. The copies inside "
+                        "the replica have drifted apart. Resume from a checkpoint before this "
+                        "round; if it happens again, suspect the hardware of one of them."
                     )
 
     def _packed(self, shards: Sequence[Shard]) -> Tensor:
@@ -105,12 +114,13 @@ class ReplicatedBroadcast:
 
 
 def _check_equal_ranges(group: Any, shards: Sequence[Shard]) -> None:
-    """All ranks of ``group`` must hold the same ranges of the duplicated parameters."""
+    """Raise unless all ranks of ``group`` hold the same ranges of the replicated parameters."""
     mine = [(shard.name, shard.start, shard.end) for shard in shards]
     theirs: list[Any] = [None] * group.size()
     torch.distributed.all_gather_object(theirs, mine, group=group)
     if any(other != mine for other in theirs):
         raise RuntimeMismatch(
-            "ranks that hold the same parameters shard them differently over data parallelism: "
-            f"{theirs}. Copies could not be kept equal."
+            "ranks that hold the same parameters shard them differently over data-parallel ranks: "
+            f"{theirs}. The copies could not be kept equal. Give all of them the same settings of "
+            "Megatron's distributed optimizer."
         )

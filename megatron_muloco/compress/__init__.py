@@ -1,1 +1,1 @@
-"""Codecs for pseudogradients: encoders, decoders and their packed payloads."""
+"""Lossy codecs for pseudogradients: payload formats, encoders and decoders."""

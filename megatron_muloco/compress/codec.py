@@ -1,14 +1,23 @@
-"""The seam between what a reducer sends and how it is written.
+"""`Codec`: the interface of all codecs, the raw fallback, and encoding with error feedback.
 
-A codec is a pure function of the values and their unit: no state, no process group. Its payload has
-no header, because sender and receiver know the unit; its size is known before the values are.
+A codec is a pure function of the values and their coding unit. It has no state and knows no process
+group. A payload has no header, because sender and receiver know the unit, and its size is known
+before the values are.
 
-Rules, the same for every codec:
+Rules for every codec:
 
-- A unit whose payload would not be smaller than its fp32 values is sent as those. That takes in
-  empty units (no byte), single values, and tables too large for their groups.
-- Values that are not finite are refused. A replica that has any sends nothing (weight 0).
+- A unit whose payload would not be smaller than its fp32 values is sent raw. This includes empty
+  units (no bytes), single values, and units whose tables would be larger than what they save.
+- Values that are not finite are an error. A replica that has any sends nothing (weight 0).
 - Finite values of any size are allowed, up to the largest of fp32 and down to subnormal.
+
+Error feedback keeps what an encoding lost, and adds it to the next round's values::
+
+    v = x + decay * residual;  q = D(E(v));  residual <- v - q
+
+Each encoder has its own residual: a replica keeps e for its pseudogradients, the owner of a chunk
+keeps f for the mean. The decay is below 1 because old losses belong to an anchor that has moved
+since (MuLoCo's research code, facebookresearch/MuLoCo).
 """
 
 from collections.abc import Mapping
@@ -34,26 +43,39 @@ __all__ = [
 
 
 class Codec(PayloadSize, Protocol):
-    """Writes a coding unit into bytes and reads it back."""
+    """Writes a coding unit into bytes and reads it back; a pure function."""
 
     def encode(self, values: Tensor, unit: CodingUnit) -> Tensor:
-        """Return the payload of flat fp32 ``values`` as uint8.
+        """Return the payload of ``values``.
+
+        Args:
+            values: fp32, ``[unit.numel]``; not modified.
+            unit: The coding unit.
+
+        Returns:
+            uint8, ``[payload_bytes(unit)]``.
 
         Raises:
             SyncError: A value is not finite.
         """
 
     def decode(self, payload: Tensor, unit: CodingUnit, out: Tensor) -> None:
-        """Write the values of a payload to ``out``, flat fp32; ``payload`` may start anywhere."""
+        """Write the decoded values to ``out``.
+
+        Args:
+            payload: uint8, ``[payload_bytes(unit)]``; may begin at any address.
+            unit: The coding unit.
+            out: fp32, ``[unit.numel]``; overwritten.
+        """
 
 
 class RawFallback:
-    """Sends a unit raw where coding it would not make it smaller.
+    """Base of codecs that send a unit raw where encoding would not make it smaller.
 
-    Subclasses give `_encode` and `_decode`, which see no other units.
+    Subclasses implement `_encode` and `_decode`, which are called for all other units only.
 
     Args:
-        size: Knows the bytes of a unit.
+        size: Payload size rule of the codec.
     """
 
     def __init__(self, size: PayloadSize) -> None:
@@ -89,7 +111,7 @@ class RawFallback:
 
 
 class Uncoded(RawFallback):
-    """fp32 as it is; for parameters that are excluded from compression."""
+    """Sends fp32 values unchanged; for parameters that are excluded from compression."""
 
     def __init__(self) -> None:
         super().__init__(RawSize())
@@ -101,45 +123,42 @@ def to_bytes(values: Tensor) -> Tensor:
 
 
 def from_bytes(payload: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return bytes as values, copied, because a view needs an aligned start."""
+    """Return bytes as values of ``dtype``, copied because a view needs an aligned address."""
     return payload.clone().view(dtype)
 
 
 def group_matrices(flat: Tensor, grouping: Grouping, unit: CodingUnit) -> list[Tensor]:
-    """Return a unit's values as views [groups, width], one for each run of groups of one width."""
+    """Return views ``[groups, width]`` of a unit, one for each run of groups of equal width."""
     shapes = grouping.groups(unit).matrices()
     pieces = flat.split([count * width for count, width in shapes])
     return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
 
 def refuse_non_finite(values: Tensor) -> None:
-    """Raise if a value, or a scale or sum that one would spoil, is not finite."""
+    """Raise unless all ``values`` are finite.
+
+    A codec may pass scales or sums instead, where any non-finite value makes those non-finite too.
+    """
     if not bool(torch.isfinite(values).all()):
         raise SyncError(
-            "some values are not finite. The guard takes out of the mean a replica that has any; "
-            "here come those that overflow together with their residual. Lower inner.lr or "
+            "some values are not finite. The guard already excludes replicas whose pseudogradient "
+            "is not finite, so this one overflowed when its residual was added. Lower inner.lr or "
             "outer.compression.error_decay."
         )
 
 
 # ------------------------------------------------------------------------------------------
-# Error feedback: what a code loses is kept, and added to the next round's values.
-#
-#     v = x + decay * residual;  q = D(E(v));  residual <- v - q
-#
-# The owner of a residual is whoever encodes: a replica keeps one for its pseudogradients (e), a
-# chunk owner one for the mean (f). Why not ``x + residual``: old losses belong to an anchor that
-# has moved (the decay of MuLoCo, facebookresearch/MuLoCo).
+# Error feedback.
 
 
 class ErrorFeedback:
-    """Residuals by name, zeros at first.
+    """Residuals of one encoder, by name; zero at first.
 
     Args:
         decay: Factor on a residual when it is added again.
 
     Attributes:
-        residuals: Those that were asked for so far; the live tensors.
+        residuals: The live residuals that were requested so far.
     """
 
     def __init__(self, decay: float) -> None:
@@ -147,7 +166,7 @@ class ErrorFeedback:
         self.residuals: dict[str, Tensor] = {}
 
     def of(self, name: str, numel: int, device: torch.device) -> Tensor:
-        """Return the live residual of ``name``: ``numel`` flat fp32 values."""
+        """Return the live residual of ``name``, fp32, ``[numel]``."""
         if name not in self.residuals:
             self.residuals[name] = torch.zeros(numel, device=device)
         return self.residuals[name]
@@ -158,7 +177,7 @@ class ErrorFeedback:
             residual.zero_()
 
     def load(self, residuals: Mapping[str, Tensor]) -> None:
-        """Take copies of ``residuals``, and keep nothing else."""
+        """Replace all residuals by copies of ``residuals``."""
         self.residuals = {name: residual.clone() for name, residual in residuals.items()}
 
 
@@ -170,21 +189,22 @@ def encode(
     residual: Tensor | None,
     decay: float,
 ) -> Tensor:
-    """Encode a unit into ``payload``, and leave in ``residual`` what the code lost.
+    """Encode a unit into ``payload`` and write what the encoding lost to ``residual``.
 
     Args:
-        codec: Of the unit.
-        unit: What ``values`` are.
-        values: x, flat fp32.
-        payload: uint8, of the unit's payload bytes; overwritten.
+        codec: Codec of the unit.
+        unit: The coding unit.
+        values: x, fp32, ``[unit.numel]``; not modified.
+        payload: uint8, ``[payload_bytes(unit)]``; overwritten.
         residual: e or f of these values, updated in place; ``None`` without error feedback.
-        decay: Of the residual.
+        decay: Factor on the old residual.
 
     Returns:
-        Squared norms of what was encoded and of what was lost of it, ``[2]``, fp64.
+        Squared norms of what was encoded and of what the encoding lost, ``[2]``, fp64.
     """
     if residual is not None:
-        # Two roundings, like the reference; a fused multiply-add would have one.
+        # Two operations with two roundings, as in the reference. ``add(alpha=decay)`` may be a
+        # fused multiply-add with one rounding, which would give other bits.
         values = values + residual * decay
     payload.copy_(codec.encode(values, unit))
     decoded = torch.empty_like(values)

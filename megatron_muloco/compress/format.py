@@ -1,6 +1,16 @@
-"""Bytes of payloads, known before there are values: arithmetic, no torch, for codecs and plans.
+"""Payload formats: coding units, groups inside them, and the exact bytes of a payload.
 
-A unit whose payload would not be smaller than its fp32 values is sent as those; that rule is here.
+A `CodingUnit` is a flat range of one local tensor: the part of a rank's shard that lies in one
+chunk. Encoder and decoder both know the unit, so payloads have no header. A `Grouping` cuts the
+unit into groups that share a scale or table::
+
+    row, unit of 11 values that starts 3 values into a row of 4      .|aaaa|bbbb|cc    head 1
+    block of 4                                                       aaaa|bbbb|ccc     head 0
+    tensor                                                           aaaaaaaaaaa       one group
+
+A unit whose payload would not be smaller than its fp32 values is sent raw.
+
+Pure arithmetic without torch: codecs and the planner use the same functions.
 """
 
 from collections.abc import Callable
@@ -33,15 +43,7 @@ __all__ = [
 
 
 # ------------------------------------------------------------------------------------------
-# What is encoded together, and what shares a scale inside it: arithmetic, no torch.
-#
-# A `CodingUnit` is a flat range of one local tensor: what a rank's shard and a chunk of the outer
-# group leave of it. Encoder and decoder both know the unit, so that no payload carries a header. A
-# `Grouping` cuts the unit into groups, which share a scale or table::
-#
-#     row, unit of 11 values that starts 3 values into a row of 4      .|aaaa|bbbb|cc    head 1
-#     block of 4                                                       aaaa|bbbb|ccc     head 0
-#     tensor                                                           aaaaaaaaaaa       one group
+# Units and groups.
 
 
 Granularity = Literal["tensor", "row", "block"]
@@ -52,9 +54,9 @@ class CodingUnit:
     """A flat range of a local tensor that is encoded by itself.
 
     Attributes:
-        numel: Values in the range.
+        numel: Number of values in the range.
         row_width: Length of a row of the local tensor; 0 for a tensor that is one row.
-        row_offset: Place of the first value in its row.
+        row_offset: Index of the range's first value in its row.
     """
 
     numel: int
@@ -62,21 +64,25 @@ class CodingUnit:
     row_offset: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse a place outside the row."""
+        """Raise ValueError for an offset outside the row."""
         if self.numel < 0 or not 0 <= self.row_offset < max(1, self.row_width):
             raise ValueError(f"not a coding unit: {self}")
 
     @property
     def raw_bytes(self) -> int:
-        """Bytes of the values in fp32."""
+        """Bytes of the unit in fp32."""
         return 4 * self.numel
 
 
 @dataclass(frozen=True, slots=True)
 class Groups:
-    """Consecutive groups of a unit: one of ``head``, ``count`` of ``width``, one of ``tail``.
+    """Consecutive groups of a unit; a length of zero means no group.
 
-    Zero lengths are no groups.
+    Attributes:
+        head: Values in the first, started group.
+        count: Number of full groups.
+        width: Values in a full group.
+        tail: Values in the last, unfinished group.
     """
 
     head: int
@@ -86,21 +92,21 @@ class Groups:
 
     @property
     def number(self) -> int:
-        """Groups in all."""
+        """Number of all groups."""
         return bool(self.head) + self.count + bool(self.tail)
 
     def matrices(self) -> tuple[tuple[int, int], ...]:
-        """Return (groups, width) of the parts that lie one behind the other in the unit."""
+        """Return (groups, width) of each run of groups of one width, in the order of the unit."""
         parts = ((1, self.head), (self.count, self.width), (1, self.tail))
         return tuple((count, width) for count, width in parts if count * width)
 
 
 @dataclass(frozen=True, slots=True)
 class Grouping:
-    """What shares one scale.
+    """Rule that cuts a unit into groups.
 
     Attributes:
-        granularity: The whole unit, each row of the tensor, or each block of the unit.
+        granularity: What is a group: the whole unit, each row of the tensor, or each block.
         block_size: Values in a block; used with granularity block only.
     """
 
@@ -108,7 +114,7 @@ class Grouping:
     block_size: int = 256
 
     def __post_init__(self) -> None:
-        """Refuse blocks of nothing."""
+        """Raise ValueError for an empty block."""
         if self.block_size < 1:
             raise ValueError(f"block_size is {self.block_size}, and must be at least 1")
 
@@ -124,28 +130,29 @@ class Grouping:
 
 
 # ------------------------------------------------------------------------------------------
+# Sizes of payloads.
 
 
 class PayloadSize(Protocol):
-    """Knows how many bytes a unit takes."""
+    """Payload size rule of a codec."""
 
     def payload_bytes(self, unit: CodingUnit) -> int:
-        """Return the exact size of the unit's payload."""
+        """Return the exact bytes of the unit's payload, at most ``unit.raw_bytes``."""
 
 
 def is_raw(size: PayloadSize, unit: CodingUnit) -> bool:
-    """Whether a unit is sent as its fp32 values."""
+    """Return whether a unit is sent as its fp32 values."""
     return size.payload_bytes(unit) == unit.raw_bytes
 
 
 def packed_bytes(count: int, bits: int) -> int:
-    """Return the bytes of ``count`` packed values; the last byte may have unused bits."""
+    """Return the bytes of ``count`` packed codes; the last byte may have unused bits."""
     return -(-count * bits // 8)
 
 
 @dataclass(frozen=True, slots=True)
 class RawSize:
-    """fp32 as it is."""
+    """Size of unencoded fp32 values."""
 
     def payload_bytes(self, unit: CodingUnit) -> int:
         """See `PayloadSize.payload_bytes`."""
@@ -154,12 +161,12 @@ class RawSize:
 
 @dataclass(frozen=True, slots=True)
 class GroupedSize:
-    """A head of fp32 numbers for each group, then a code for each value.
+    """Size of a head of fp32 numbers for each group and a packed code for each value.
 
     Attributes:
-        bits: Of a code.
-        head_width: Numbers of a head.
-        grouping: What shares a head.
+        bits: Bits of a code.
+        head_width: fp32 numbers in a head.
+        grouping: Groups that have a head each.
     """
 
     bits: int
@@ -174,13 +181,13 @@ class GroupedSize:
 
 @dataclass(frozen=True, slots=True)
 class TopKSize:
-    """The largest values of each block, and their places.
+    """Size of the largest values of each block and their places in it.
 
     Attributes:
         density: Share of the values that is sent.
-        value_bytes: Of a value sent as it is: 4 or 2.
-        grouping: The blocks.
-        value_bits: Of the code of a value sent; None if they are sent as they are.
+        value_bytes: Bytes of an unencoded value: 4 or 2.
+        grouping: Blocks in which values compete.
+        value_bits: Bits of the code of a sent value; None where values are sent unencoded.
     """
 
     density: float
@@ -196,45 +203,45 @@ class TopKSize:
         return min(values + places, unit.raw_bytes)
 
     def values_bytes(self, count: int) -> int:
-        """Return the bytes of all ``count`` values that a unit sends."""
+        """Return the bytes of the ``count`` values that a unit sends, without their places."""
         return self._coded_bytes(count) if self.is_coded(count) else self.value_bytes * count
 
     def is_coded(self, count: int) -> bool:
-        """Whether ``count`` values are coded: not if there are too few to pay for the table."""
+        """Return whether ``count`` values are encoded; few values do not pay for the table."""
         return self.value_bits is not None and self._coded_bytes(count) < self.value_bytes * count
 
     def _coded_bytes(self, count: int) -> int:
-        """One table of fp32 levels, then codes."""
+        """Return the bytes of one table of fp32 levels and the packed codes."""
         assert self.value_bits is not None
         table = GroupedSize(self.value_bits, 1 << self.value_bits, Grouping())
         return table.payload_bytes(CodingUnit(count))
 
     def kept(self, width: int) -> int:
-        """Return how many values of a block of ``width`` are sent."""
+        """Return the number of values that a block of ``width`` sends."""
         return max(1, round(self.density * width))
 
     def place_bits(self, width: int) -> int:
-        """Return the bits of a place in a block of ``width``."""
+        """Return the bits of one place in a block of ``width``."""
         return max(1, (width - 1).bit_length())
 
     def is_mask(self, width: int) -> bool:
-        """Whether one bit for every value is no more than a place for each value kept."""
+        """Return whether a bitmap of the block is no larger than a place for each kept value."""
         return width <= self.kept(width) * self.place_bits(width)
 
     def place_bytes(self, count: int, width: int) -> int:
-        """Return the bytes of the places of ``count`` blocks of ``width``."""
+        """Return the bytes of all places in ``count`` blocks of ``width``."""
         if self.is_mask(width):
             return packed_bytes(count * width, 1)
         return packed_bytes(count * self.kept(width), self.place_bits(width))
 
 
 # ------------------------------------------------------------------------------------------
-# Which code each parameter travels in, from the config. No torch: plans and runs both ask.
+# The codec of each parameter, from the config.
 
 
 ParameterClass = Literal["norm", "embedding", "output", "matrix"]
 
-# fp32 numbers in the head of a group: what a decoder needs beside the codes.
+# fp32 numbers in the head of a group, which the decoder needs besides the codes.
 _HEAD_WIDTH: dict[str, Callable[[int], int]] = {
     "linear": lambda bits: 2,
     "statistical": lambda bits: 1 << bits,
@@ -245,14 +252,14 @@ _VALUE_BYTES = {"fp32": 4, "bf16": 2}
 
 @dataclass(frozen=True, slots=True)
 class CodecSpec:
-    """The code of one parameter.
+    """Codec of one parameter, as data.
 
     Attributes:
-        kind: ``raw`` is fp32 as it is.
-        bits: Of a value; for ``topk`` of a value sent, ``None`` where those travel as they are.
-        grouping: What shares a scale, or competes for being sent.
+        kind: Kind of codec; ``raw`` sends fp32 values unchanged.
+        bits: Bits of a code; ``None`` for top-k values that are sent unencoded.
+        grouping: Groups that share a scale, or blocks in which values compete.
         density: Share of the values that is sent; ``topk`` only.
-        wire_dtype: Of values that are sent as they are; ``topk`` only.
+        wire_dtype: Dtype of values that are sent unencoded; ``topk`` only.
     """
 
     kind: Literal["raw", "linear", "statistical", "e3m0", "topk"]
@@ -263,7 +270,7 @@ class CodecSpec:
 
 
 def parameter_class(name: str) -> ParameterClass:
-    """Return what a parameter is, from its model-wide name."""
+    """Return the class of a parameter from its model-wide name."""
     if name.startswith("embedding."):
         return "embedding"
     if name.startswith("output_layer."):
@@ -272,7 +279,7 @@ def parameter_class(name: str) -> ParameterClass:
 
 
 def spec_of(code: LossyCompression, name: str) -> CodecSpec:
-    """Return the code of a parameter; the same on every rank."""
+    """Return the codec of a parameter; a function of the name, hence the same on every rank."""
     exception = _exception(code.exceptions, parameter_class(name))
     if exception == "none":
         return CodecSpec("raw")
@@ -284,7 +291,7 @@ def spec_of(code: LossyCompression, name: str) -> CodecSpec:
 
 
 def payload_size(spec: CodecSpec) -> PayloadSize:
-    """Return what knows the bytes of a unit in this code."""
+    """Return the payload size rule of a codec."""
     if spec.kind == "raw":
         return RawSize()
     if spec.kind == "topk":

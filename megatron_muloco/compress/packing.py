@@ -1,9 +1,9 @@
-"""Small unsigned integers, packed into bytes without gaps.
+"""Packing of small unsigned integers (codes) into bytes without gaps: `pack` and `unpack`.
 
-Widths of 1, 2, 4 and 8 bits divide a byte: value i of a byte lies in bits ``[i * bits, ...)``. As
-many codes as fill a byte are read as one word; a product with it moves all of them into its highest
-byte, so that packing runs over contiguous memory. Other widths (indices) go through single bits.
-Words are little-endian, as on every machine that torch's accelerators sit in.
+Widths of 1, 2, 4 and 8 bits divide a byte: value i of a byte is in bits ``[i * bits, ...)``. To
+pack, as many codes as fill a byte are read as one integer word, and one multiplication moves all of
+them into the word's highest byte. So packing is one operation over contiguous memory. Other widths
+(indices) are packed bit by bit. Words are little-endian, as on every host of torch's accelerators.
 """
 
 import torch
@@ -14,14 +14,15 @@ from megatron_muloco.compress.format import packed_bytes
 __all__ = ["pack", "unpack"]
 
 _WORDS = {1: torch.int64, 2: torch.int32, 4: torch.int16}
-# Code i of a word starts at bit 8 * i and has to go to ``top + i * bits``, top being 8 bits below
-# the end: a shift for each code, added up in one factor. What lands in other places lies below the
-# top without overlapping, so that it carries nothing, or falls off the end.
+# Code i of a word starts at bit 8 * i and must move to ``top + i * bits``, where top is 8 bits
+# below the end of the word. Each move is a shift, and the sum of the shifts is one factor. The
+# other products either fall off the end, or land below the top without overlapping, so none
+# carries.
 _GATHER = {
     bits: sum(1 << (8 * (8 // bits - 1) - i * (8 - bits)) for i in range(8 // bits))
     for bits in _WORDS
 }
-# (shift, mask after it), from packed to unpacked: each step doubles the number of fields.
+# Steps (shift, mask) from packed to unpacked; each one doubles the number of separate fields.
 _SPREAD = {
     1: ((28, 0x0000000F_0000000F), (14, 0x0003_0003_0003_0003), (7, 0x01010101_01010101)),
     2: ((12, 0x000F_000F), (6, 0x03030303)),
@@ -31,11 +32,14 @@ _MAX_BITS = 16
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Return flat ``codes``, each in ``[0, 2**bits)``, as packed uint8.
+    """Return ``codes`` as packed bytes.
 
     Args:
-        codes: uint8 for up to 8 bits, else int32.
-        bits: 1 to 16.
+        codes: Integers in ``[0, 2**bits)``, flat; uint8 for up to 8 bits, else int32.
+        bits: Width of a code, 1 to 16.
+
+    Returns:
+        uint8, ``[packed_bytes(len(codes), bits)]``; unused bits of the last byte are 0.
     """
     if bits == 8:
         return codes.to(torch.uint8, copy=True)
@@ -45,12 +49,12 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     surplus = -codes.numel() % per_byte
     padded = torch.nn.functional.pad(codes, (0, surplus)) if surplus else codes.contiguous()
     word = padded.view(-1, per_byte).view(_WORDS[bits]).flatten()
-    # The shift copies the sign downwards, which the conversion to a byte cuts off.
+    # The shift is arithmetic and copies the sign; the conversion to uint8 drops these bits.
     return (word * _GATHER[bits] >> 8 * (per_byte - 1)).to(torch.uint8)
 
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
-    """Return the first ``count`` values of `pack`: uint8 for up to 8 bits, else int32."""
+    """Return ``count`` codes that `pack` packed; uint8 for up to 8 bits, else int32."""
     assert packed.numel() == packed_bytes(count, bits), (packed.numel(), bits, count)
     if bits == 8:
         return packed.clone()

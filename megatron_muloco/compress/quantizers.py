@@ -1,9 +1,16 @@
-"""What the codes of a few bits have in common: groups, a head of numbers for each, packed codes.
+"""Quantizers: codecs that replace every value by a code of a few bits.
+
+All share `GroupedCodec`. Each group of values has a head of fp32 numbers, and a value is decoded to
+the level that its code selects::
 
     payload = [ heads of all groups, fp32 | codes of all values, packed ]
 
-A subclass says what a head holds, how it follows from a group's values, and which `2**bits` levels
-it stands for; a value is decoded to the level that its code names.
+- `Linear`: uniform levels between the smallest and the largest value of a group.
+- `Statistical`: equal bins over six standard deviations, each decoded to the mean of its values.
+- `E3M0`: signed powers of two below the largest magnitude of a group.
+
+Encoding is bitwise reproducible: it depends neither on the number of threads nor on the sizes of
+the blocks in which long units are processed.
 """
 
 from abc import ABC, abstractmethod
@@ -34,21 +41,27 @@ __all__ = [
     "write_codes",
 ]
 
-# 512 KiB of fp32. Chosen by measurement, of 2**13 to 2**18: smaller blocks would stay in the
-# second-level cache, but calling the operators costs more than that saves.
+# 512 KiB of fp32, the fastest of 2**13 to 2**18 in a measurement. Smaller blocks would stay in the
+# second-level cache, but the overhead of more operator calls is larger than that gain.
 _BLOCK_VALUES = 1 << 17
-# Where a launch costs more than a pass over such a block: as much as makes temporaries of 64 MiB.
+# On accelerators, where launching a kernel takes longer than processing such a block. Temporaries
+# of a block are then up to 64 MiB.
 _DEVICE_BLOCK_VALUES = 1 << 22
-# What `torch.Tensor.view` calls a byte's worth of decoded values: an element is copied in one move.
+# Dtype whose element is as large as the decoded fp32 values of one packed byte, by bits. Viewed as
+# this dtype, the table of all bytes is indexed with one copy per byte. The largest dtype has 16
+# bytes, so at 1 bit an element holds half a byte's values, and a table row two elements.
 _WORDS = {8: torch.float32, 4: torch.float64, 2: torch.complex128, 1: torch.complex128}
 
 
 class GroupedCodec(RawFallback, ABC):
-    """A codec that gives every value ``bits`` bits, and every group of values a head.
+    """Base of codecs with a code of ``bits`` bits for every value and a head for every group.
+
+    A subclass defines what a head holds, how to compute it and the codes from the values, and the
+    ``2**bits`` levels that it stands for.
 
     Args:
-        bits: 8, 4, 2 or 1.
-        grouping: What shares a head.
+        bits: Bits of a code: 8, 4, 2 or 1.
+        grouping: Groups that have a head each.
     """
 
     def __init__(self, bits: int, grouping: Grouping) -> None:
@@ -59,25 +72,32 @@ class GroupedCodec(RawFallback, ABC):
 
     @property
     def level_count(self) -> int:
-        """Values that a code can name."""
+        """Number of levels that a code can select."""
         return 1 << self.bits
 
     @property
     @abstractmethod
     def head_width(self) -> int:
-        """fp32 numbers of a group's head."""
+        """Number of fp32 values in a group's head."""
 
     @abstractmethod
     def _encode_groups(self, values: Tensor, codes: Tensor) -> Tensor:
-        """Fill uint8 ``codes`` for ``values``, both [groups, width]; return [groups, head_width].
+        """Write the codes of some groups and return their heads.
 
-        Either there are several groups, together at most a block, or there is one of any width.
-        Values that are not finite leave something in the head that is not finite either.
+        The caller passes several groups that are together at most one block, or a single group of
+        any width. A value that is not finite must make its head non-finite.
+
+        Args:
+            values: fp32, ``[groups, width]``.
+            codes: uint8, ``[groups, width]``; overwritten.
+
+        Returns:
+            fp32, ``[groups, head_width]``.
         """
 
     @abstractmethod
     def _levels(self, heads: Tensor) -> Tensor:
-        """Return what each code stands for, [groups, level_count]."""
+        """Return the decoded value of each code, fp32, ``[groups, level_count]``."""
 
     @override
     def _encode(self, values: Tensor, unit: CodingUnit) -> Tensor:
@@ -118,7 +138,7 @@ class GroupedCodec(RawFallback, ABC):
             first += len(part)
 
     def _decode_one(self, packed: Tensor, levels: Tensor, out: Tensor) -> None:
-        """Decode a unit that is one group: a table of bytes gives all values of a byte at once."""
+        """Decode a unit of one group with a table of all 256 bytes: one look-up per byte."""
         per_byte = 8 // self.bits
         table = levels.index_select(0, _codes_of_bytes(self.bits, packed.device))
         table = table.view(256, per_byte).view(_WORDS[self.bits]).squeeze(1)
@@ -133,20 +153,23 @@ class GroupedCodec(RawFallback, ABC):
 
 @cache
 def _codes_of_bytes(bits: int, device: torch.device) -> Tensor:
-    """Return the codes in each of the 256 bytes, one behind the other, int32."""
+    """Return the codes in each of the 256 bytes, concatenated, int32."""
     every_byte = torch.arange(256, dtype=torch.uint8, device=device)
     return unpack(every_byte, bits, 256 * 8 // bits).int()
 
 
 def write_codes(places: Tensor, codes: Tensor, levels: int) -> Tensor:
-    """Write places, rounded down into ``[0, levels)``, to uint8 ``codes``; return them as int32.
+    """Write ``places``, clamped to ``[0, levels)`` and rounded down, to ``codes``.
 
-    Two conversions, because torch has vector code for each of them and not for both in one.
+    fp32 to int32 to uint8 in two steps: torch vectorises each of them, but not fp32 to uint8.
 
     Args:
-        places: fp32, overwritten.
-        codes: uint8 of the same shape.
-        levels: 2 to 256.
+        places: fp32; overwritten.
+        codes: uint8 of the same shape; overwritten.
+        levels: Number of levels, 2 to 256.
+
+    Returns:
+        The codes as int32.
     """
     rounded = places.clamp_(0, levels - 1).int()
     codes.copy_(rounded)
@@ -154,7 +177,7 @@ def write_codes(places: Tensor, codes: Tensor, levels: int) -> Tensor:
 
 
 def table_index(codes: Tensor, width: int) -> Tensor:
-    """Turn int32 codes, [rows, n], into flat ones of a table [rows, width], in place."""
+    """Turn int32 codes ``[rows, n]`` into flat indices of a table ``[rows, width]``, in place."""
     if len(codes) > 1:
         rows = torch.arange(len(codes), dtype=torch.int32, device=codes.device)
         codes += rows.mul_(width).unsqueeze_(1)
@@ -162,12 +185,12 @@ def table_index(codes: Tensor, width: int) -> Tensor:
 
 
 def block_values(device: torch.device) -> int:
-    """Return how many values are worked on at a time."""
+    """Return the number of values that are processed at a time."""
     return _BLOCK_VALUES if device.type == "cpu" else _DEVICE_BLOCK_VALUES
 
 
 def _row_blocks(matrix: Tensor, table_width: int) -> Iterator[slice]:
-    """Yield runs of rows that are at most a block each, and so is a table with a line for each."""
+    """Yield runs of rows; each run, and a table of ``table_width`` for it, is at most a block."""
     count, width = matrix.shape
     rows = max(1, block_values(matrix.device) // max(width, table_width))
     for row in range(0, count, rows):
@@ -182,19 +205,18 @@ def column_blocks(matrix: Tensor) -> Iterator[slice]:
 
 
 # ------------------------------------------------------------------------------------------
-# Uniform levels between the smallest and the largest value of a group.
 
 
 class Linear(GroupedCodec):
     """Min-max quantisation, rounded to nearest.
 
-    With L = 2**bits - 1 steps, the error is at most ``(max - min) / (2 L)`` and a few roundings of
-    the larger of |min| and |max|. A constant group is exact, and so are the smallest and the
-    largest value of any other, unless a step is subnormal.
+    With L = 2**bits - 1 steps, the error is at most ``(max - min) / (2 L)`` plus a few roundings of
+    the larger of |min| and |max|. A constant group is exact. So are the smallest and the largest
+    value of any other group, unless a step is subnormal.
 
     Args:
-        bits: 8, 4, 2 or 1.
-        grouping: What shares minimum and maximum: 8 bytes a group.
+        bits: Bits of a code: 8, 4, 2 or 1.
+        grouping: Groups that share minimum and maximum, 8 bytes each.
     """
 
     @property
@@ -205,11 +227,11 @@ class Linear(GroupedCodec):
 
     @override
     def _encode_groups(self, values: Tensor, codes: Tensor) -> Tensor:
-        # Not aminmax, which has no vector code along a dimension.
+        # Not aminmax, which is not vectorised along a dimension.
         low, high = values.amin(1, keepdim=True), values.amax(1, keepdim=True)
         steps = self.level_count - 1
-        # Halves, because the range of finite values may be infinite. A step of 0 is of a constant
-        # group, or of one so small that its steps vanish: level 0 is then as good as any.
+        # Computed with halves, because the range of finite values may overflow. A step is 0 for a
+        # constant group, or for one so small that its steps underflow; any level is then as good.
         step = (high / 2 - low / 2) / steps
         step = torch.where(step > 0, step, 1.0)
         for columns in column_blocks(values):
@@ -226,27 +248,27 @@ class Linear(GroupedCodec):
 
 
 # ------------------------------------------------------------------------------------------
-# Bins over six standard deviations, each decoded to the mean of what fell into it.
 
 
 _RANGE = 6.0  # standard deviations, MuLoCo's research code (facebookresearch/MuLoCo)
-# Values are summed as multiples of 2**-21 standard deviations above the lowest edge. They are
-# integers, so that fp64 adds up 2**30 of them exactly: any order, any device gives the same mean.
+# Bin means must not depend on the order of summation, which differs between devices and numbers of
+# threads. So values are first rounded to integer multiples of 2**-21 standard deviations above the
+# lowest edge. Over a group these integers average 3 * 2**21, and fp64 adds 2**30 of them exactly.
 _STEPS = _RANGE * 2.0**21
-# Half of what torch begins to split over threads (at::internal::GRAIN_SIZE), where the order of a
-# sum would depend on their number.
+# Half of the length from which torch splits a sum over threads (at::internal::GRAIN_SIZE). Above it
+# the order of summation would depend on the number of threads.
 _RUN = 1 << 14
 
 
 class Statistical(GroupedCodec):
-    """Equal bins over mean +- 3 sigma, with everything beyond in the outermost ones.
+    """Equal bins over mean +- 3 sigma; values beyond fall into the outermost bins.
 
-    The error is at most a bin, ``6 sigma / 2**bits``, plus how far the group reaches beyond 3
-    sigma, plus roundings. Over a group, errors cancel: the mean is kept.
+    The error is at most a bin, ``6 sigma / 2**bits``, plus the distance by which the group exceeds
+    3 sigma, plus roundings. Errors cancel over a group, so its mean is preserved.
 
     Args:
-        bits: 8, 4, 2 or 1.
-        grouping: What shares the bins and the table of means: ``4 * 2**bits`` bytes a group.
+        bits: Bits of a code: 8, 4, 2 or 1.
+        grouping: Groups that share the bins and the table of means, ``4 * 2**bits`` bytes each.
     """
 
     @property
@@ -258,7 +280,7 @@ class Statistical(GroupedCodec):
     @override
     def _encode_groups(self, values: Tensor, codes: Tensor) -> Tensor:
         mean, deviation = _moments(values)
-        refuse_non_finite(deviation)  # before a place in the table follows from it
+        refuse_non_finite(deviation)  # before it becomes an index into the table
         bins = self.level_count
         lowest = mean - _RANGE / 2 * deviation
         scale = torch.where(deviation > 0, _STEPS / (_RANGE * deviation), 0.0)
@@ -266,13 +288,15 @@ class Statistical(GroupedCodec):
         sums = torch.zeros_like(counts)
         for columns in column_blocks(values):
             steps = values[:, columns].double().sub_(lowest).mul_(scale).round_()
-            # fp32 holds the steps inside the range exactly: they are below 2**24.
+            # Steps inside the range are below 2**24, so fp32 represents them exactly.
             code = write_codes(steps.float().mul_(bins / _STEPS), codes[:, columns], bins)
             index, size = table_index(code, bins), len(code) * bins
             counts += torch.bincount(index, minlength=size).view(-1, bins)
             sums += torch.bincount(index, steps.flatten(), size).view(-1, bins)
+        # Codes are clamped to the range, the summed steps are not: outliers count in full in the
+        # means of the outermost bins, and so the errors of a group cancel.
         above = (sums / counts - _STEPS / 2) * torch.where(scale > 0, 1 / scale, 0.0)
-        # A bin that nothing fell into is never decoded; the mean stands in for it.
+        # An empty bin is never decoded; the group's mean replaces the 0 / 0.
         heads: Tensor = torch.where(counts > 0, mean + above, mean).float()
         return heads
 
@@ -282,10 +306,10 @@ class Statistical(GroupedCodec):
 
 
 def _moments(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation of each row, fp64, [rows, 1].
+    """Return mean and standard deviation of each row, fp64, ``[rows, 1]``.
 
-    The squares are of the values, not of distances from the mean: where that leaves noise, it is
-    2**-26 of the largest value, below an fp32 ulp.
+    Variance is the mean of squares minus the squared mean, in one pass. The cancellation leaves an
+    error of about 2**-26 of the largest value in the deviation, below an fp32 ulp.
     """
     total = torch.zeros(len(values), 1, dtype=torch.float64, device=values.device)
     squares = torch.zeros_like(total)
@@ -299,25 +323,25 @@ def _moments(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 # ------------------------------------------------------------------------------------------
-# E3M0: four bits as sign and exponent, the format of the streaming paper's outer gradients.
-#
-# The paper (Douillard et al. 2025, arXiv 2501.18512) names the format and gives no scale. Here each
-# group is scaled by its largest magnitude, and the smallest exponent stands for zero.
 
 
 _EXPONENTS = 8
-_SIGN = 8  # the bit
-_OTHER_BITS = 22  # of an fp32 number behind its sign, exponent and first mantissa bit
+_SIGN = 8  # the sign bit of a code
+_OTHER_BITS = 22  # mantissa bits of an fp32 number behind the first one
 
 
 class E3M0(GroupedCodec):
-    """Signed powers of two below the largest magnitude: 0 and ``max * 2**-6 ... max``.
+    """Sign and exponent in four bits: 0 and ``max * 2**-6 ... max``, rounded to nearest.
 
-    Rounds to the nearest. The error is at most a third of the value, or ``max / 128`` if that is
-    more, and roundings. A group of zeros is exact.
+    The error is at most a third of the value, or ``max / 128`` if that is more, plus roundings. A
+    group of zeros is exact.
+
+    Source: the format of the outer gradients in Streaming DiLoCo (Douillard et al. 2025, arXiv
+    2501.18512), which gives no scale. Here each group is scaled by its largest magnitude, and the
+    smallest exponent stands for zero.
 
     Args:
-        grouping: What shares the largest magnitude: 4 bytes a group.
+        grouping: Groups that share the largest magnitude, 4 bytes each.
     """
 
     def __init__(self, grouping: Grouping) -> None:
@@ -351,7 +375,8 @@ class E3M0(GroupedCodec):
 def _codes_by_leading_bits(device: torch.device) -> Tensor:
     """Return the code of each combination of sign, exponent and first mantissa bit, uint8.
 
-    These bits decide: magnitudes are rounded at 2**-7, and at 1.5 times larger powers of two.
+    These bits determine the code, because the rounding edges are 2**-7 and 1.5 times larger powers
+    of two.
     """
     leading = torch.arange(1 << (32 - _OTHER_BITS), dtype=torch.int32, device=device)
     ratios = (leading << _OTHER_BITS).view(torch.float32)

@@ -1,4 +1,4 @@
-"""The largest values of every block, with their places in it."""
+"""`TopK`: sends the largest values of every block with their places; and codecs from the config."""
 
 from collections.abc import Callable
 from functools import cache
@@ -24,7 +24,7 @@ from megatron_muloco.config.outer import LossyCompression
 
 __all__ = ["TopK", "build_codec", "codec_lookup"]
 
-# 12-bit places. SparseLoCo (arXiv 2508.15706) selects inside chunks of this many values too.
+# Places of 12 bits. SparseLoCo (arXiv 2508.15706) also selects inside chunks of 4,096 values.
 _BLOCK_SIZE = 4096
 _MAX_BLOCK_SIZE = 1 << 16
 _MAX_BF16 = torch.finfo(torch.bfloat16).max
@@ -37,23 +37,23 @@ class TopK(RawFallback):
 
         payload = [ values, block by block | their places in the block, packed ]
 
-    Places rise inside a block. Where one bit for every value of the block is less, that is what is
-    sent. A block of n values keeps ``density * n``, rounded, at least one. The error of the others
-    is at most the smallest magnitude that their block keeps. Kept values are exact in fp32, and
-    within 2**-9 of themselves in bf16 (beyond the largest bf16, they are that).
+    Places ascend inside a block; a bitmap of the block replaces them where that is smaller. A block
+    of n values keeps ``density * n``, rounded, at least one. The error of the others is at most the
+    smallest magnitude that their block keeps. Kept values are exact in fp32 and within a relative
+    2**-9 in bf16, where magnitudes beyond the largest bf16 number become that number.
 
-    With ``value_bits``, all kept values of a unit are coded by one `Statistical` table, where that
-    is less than sending them in ``wire_dtype``. Their error is the one stated there, with sigma the
-    standard deviation of the kept values. These lie in two heaps with a gap around 0, and a mean of
-    what fell into a bin is never in the gap: one bit is the sign, and a mean for each. Why not a
-    table a block: at density 1/32 a block of 4,096 keeps 128 values, 32 bytes at two bits, and its
-    table would add 16 (at eight bits, 1,024 to 128).
+    With ``value_bits``, all kept values of a unit are encoded with one `Statistical` table, where
+    that is smaller than sending them in ``wire_dtype``. Their error bound is the one of
+    `Statistical`, with sigma the standard deviation of the kept values. Kept values form two
+    clusters with a gap around 0, and a bin mean is never in the gap; with one bit, the code is the
+    sign. A table for each block would cost too much: at density 1/32 a block of 4,096 keeps 128
+    values, 32 bytes at two bits, and its table would add 16 (at eight bits, 1,024 to 128).
 
     Args:
         density: Share of the values that is sent, above 0 and at most 1.
-        wire_dtype: Dtype of the values sent, if not coded.
+        wire_dtype: Dtype of the values that are sent unencoded.
         block_size: Values that compete with each other; at most 65,536.
-        value_bits: 8, 4, 2 or 1, of the code of a value sent; None to send them as they are.
+        value_bits: Bits of the code of a sent value: 8, 4, 2 or 1; None sends them unencoded.
     """
 
     def __init__(
@@ -83,7 +83,8 @@ class TopK(RawFallback):
             kept.append(block.gather(1, index).flatten())
             places.append(self._pack_places(index, count, width))
         sent = torch.cat(kept)
-        refuse_non_finite(sent)  # the largest magnitudes: nothing else can be infinite
+        # Enough to check what is sent: topk orders NaN and infinity above all finite magnitudes.
+        refuse_non_finite(sent)
         return torch.cat([self._pack_values(sent), *places])
 
     @override
@@ -101,7 +102,7 @@ class TopK(RawFallback):
         if self._value_codec and self._sizes.is_coded(len(values)):
             return self._value_codec.encode(values, CodingUnit(len(values)))
         if self._dtype is torch.bfloat16:
-            values = values.clamp(-_MAX_BF16, _MAX_BF16)  # which would round to infinity
+            values = values.clamp(-_MAX_BF16, _MAX_BF16)  # larger ones would round to infinity
         return to_bytes(values.to(self._dtype))
 
     def _unpack_values(self, packed: Tensor, count: int) -> Tensor:

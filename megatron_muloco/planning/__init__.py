@@ -1,4 +1,4 @@
-"""What a run will cost, from arithmetic alone: memory, traffic and the plan that shows them."""
+"""Cost of a run by arithmetic alone: memory, traffic, and the plan that prints them."""
 
 from megatron_muloco.planning.memory import MemoryPlan, memory_plan
 from megatron_muloco.planning.report import render_plan

@@ -1,18 +1,26 @@
-"""Which flat ranges of a stage's parameters each data-parallel rank masters.
+"""Layout of a model over ranks, from the config: parameters, shards and Muon matrices of a stage.
 
-Megatron lays the parameters of a stage end to end in a buffer, the last one first, and cuts the
+It predicts, without building the model, what Megatron and this package will do with it:
+
+- `stage_parameters`: the parameters of one rank's module, in the order of Megatron's modules. This
+  order decides everything that is laid end to end: gradient buffer, fragments, chunks.
+- `stage_shards`: the flat ranges whose fp32 masters each data-parallel rank holds.
+- `stage_slices`: numbers of elements by kind.
+- `stage_units`: the Muon matrices of a stage.
+
+Megatron lays the parameters of a stage end to end in a buffer, the last one first. It cuts the
 buffer into buckets, and every bucket into equal slices, one for each dp x cp rank::
 
     bucket   | head ..|norm .|fc2 ........|fc1 ........ pad |
     ranks    |      0       |       1       |       2       |
 
-A parameter starts at a multiple of 64 elements, a bucket ends at one of lcm(ranks, 128). There is
-one bucket, unless gradients are reduced while backward runs: then the first stage closes a bucket
-as soon as it is large enough. A tied embedding that two stages hold has a bucket of its own.
+A parameter starts at a multiple of 64 elements, and a bucket ends at a multiple of lcm(ranks, 128).
+There is one bucket, unless gradients are reduced while backward runs: then the first stage closes a
+bucket as soon as it is large enough. A tied embedding that two stages hold has its own bucket.
 
 Source: ``_ParamAndGradBuffer`` of megatron-core 0.16.1 and ``_compute_per_buffer_param_layout`` of
-0.19.2, which have the same rules. A program with its own Megatron loop may choose another size of
-buckets; then these ranges are not its.
+0.19.2, which have the same rules. They do not hold for a program with its own Megatron loop and
+another bucket size.
 """
 
 import math
@@ -51,10 +59,7 @@ __all__ = [
 
 
 # ------------------------------------------------------------------------------------------
-# The parameters of one rank's module, by name and shape, without building it.
-#
-# A stage has them in the order of Megatron's modules, which is the order of everything that is laid
-# end to end: the gradient buffer, the fragments, the chunks of the outer group.
+# Parameters of one rank's module.
 
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -64,13 +69,14 @@ _OUTPUT = "output_layer.weight"
 def stage_parameters(
     model: ModelConfig, topology: Topology, *, stage: int, tp_rank: int
 ) -> tuple[ParamInfo, ...]:
-    """Return what `model.names.describe_parameters` says of a built stage, in its order.
+    """Return the parameters that `model.names.describe_parameters` finds in a built stage.
 
     Args:
         model: The model.
-        topology: Its tensor and pipeline sizes count.
+        topology: Topology; only tensor and pipeline sizes matter.
         stage: Pipeline stage.
-        tp_rank: Place in the tensor-parallel group; the norms of others than 0 are duplicates.
+        tp_rank: Place in the tensor-parallel group. Norms are replicated over the group, and rank
+            0 is their primary rank.
     """
     tensor, first, last = topology.tensor, stage == 0, stage == topology.pipeline - 1
     per_stage = model.num_layers // topology.pipeline
@@ -89,7 +95,7 @@ def stage_parameters(
         parameters.append(_norm("decoder.final_layernorm.weight", (model.hidden_size,), tp_rank))
     if last and model.untie_embeddings_and_output_weights:
         parameters.append(ParamInfo(_OUTPUT, table, 0, duplicate=False))
-    elif last and not first:  # a tied head repeats the embedding, whose name it has
+    elif last and not first:  # a tied head is a copy of the embedding, under the same name
         parameters.append(ParamInfo(EMBEDDING, table, 0, duplicate=True))
     return tuple(parameters)
 
@@ -118,8 +124,9 @@ def _norm(name: str, shape: tuple[int, ...], tp_rank: int) -> ParamInfo:
 
 
 # ------------------------------------------------------------------------------------------
+# Shards of the data-parallel ranks.
 
-# megatron-core, both versions; elements.
+# megatron-core, both versions; in elements.
 _PARAMETER_START = 64
 _BUCKET_END = 128
 _LEAST_BUCKET = 40_000_000
@@ -159,10 +166,10 @@ def cut_buffer(
     """Return the shards of every rank, each rank's in the order of ``parameters``.
 
     Args:
-        parameters: Of one stage, in the order of its modules.
-        ranks: Over which masters are divided: dp x cp.
-        bucket_elements: Close a bucket that has as many; ``None`` never does.
-        alone: Names that get a bucket of their own.
+        parameters: Parameters of one stage, in the order of its modules.
+        ranks: Number of ranks over which masters are divided, dp x cp.
+        bucket_elements: Size from which a bucket is closed; ``None`` for one bucket.
+        alone: Names of parameters with their own bucket.
     """
     shards: list[list[Shard]] = [[] for _ in range(ranks)]
     members: list[tuple[ParamInfo, int]] = []
@@ -184,22 +191,22 @@ def cut_buffer(
 def _close(
     shards: list[list[Shard]], members: list[tuple[ParamInfo, int]], start: int, end: int
 ) -> int:
-    """Deal the bucket from ``start`` to ``end`` out to all ranks; return where the next starts."""
+    """Divide the bucket from ``start`` to ``end`` over all ranks; return where the next starts."""
     end = _round_up(end, math.lcm(len(shards), _BUCKET_END))
     length = (end - start) // len(shards)
     for param, place in members:
         first, last = (place - start) // length, (place + param.numel - 1 - start) // length
         for rank in range(first, last + 1):
-            edge = start + rank * length - place  # where the rank's slice begins in the parameter
+            edge = start + rank * length - place  # the slice's begin, relative to the parameter
             shards[rank].append(Shard(param, max(0, edge), min(param.numel, edge + length)))
     members.clear()
     return end
 
 
 def by_fragment(config: RunConfig, shards: Sequence[Shard]) -> tuple[tuple[Shard, ...], ...]:
-    """Return the shards that a rank exchanges, fragment by fragment; none without an outer step.
+    """Return the shards that a rank sends in outer steps, by fragment; none without outer steps.
 
-    Duplicates are not among them: another rank speaks for them.
+    Copies of replicated parameters are not among them: only the primary rank sends those.
     """
     outer = config.outer
     if isinstance(outer, NoOuter):
@@ -219,7 +226,7 @@ def _round_up(number: int, multiple: int) -> int:
 
 
 # ------------------------------------------------------------------------------------------
-# How many elements one rank's module holds, by what is done with them.
+# Elements of one rank's module, by kind.
 
 
 BYTES = {"fp32": 4, "bf16": 2}
@@ -231,10 +238,10 @@ class Slice:
 
     Attributes:
         stage: Index of the pipeline stage.
-        matrices: Attention and MLP matrices.
-        vectors: Embedding, output head and RMSNorm weights; the first two are cut over
-            tensor-parallel ranks, the last are whole on each. A tied head is a second copy of the
-            embedding when there is more than one stage.
+        matrices: Elements of attention and MLP matrices.
+        vectors: Elements of embedding, output head and RMSNorm weights. The first two are divided
+            over tensor-parallel ranks, norms are whole on each. With more than one stage a tied
+            head is a second copy of the embedding.
     """
 
     stage: int
@@ -259,18 +266,21 @@ def stage_slices(model: ModelConfig, topology: Topology) -> tuple[Slice, ...]:
 
 
 # ------------------------------------------------------------------------------------------
-# The matrices of one pipeline stage and their owners, as the parameter table will have them.
+# Muon matrices of one pipeline stage.
 
 
 def stage_units(
     config: RunConfig, topology: Topology, *, accelerator: bool
 ) -> tuple[MuonMatrix, ...]:
-    """Return the units of a pipeline stage, all stages having as many; none without Muon.
+    """Return the Muon matrices of a pipeline stage, as its parameter table has them.
+
+    All stages have equal matrices. With AdamW there are none.
 
     Args:
         config: The run.
-        topology: Its tensor and pipeline sizes count.
-        accelerator: Whether ranks have one, for the form and with it the cost of a unit.
+        topology: Topology; only tensor and pipeline sizes matter.
+        accelerator: Whether ranks have an accelerator. It decides the Newton-Schulz implementation,
+            and with it the cost of a matrix.
     """
     if not isinstance(config.inner, MuonInner):
         return ()
@@ -284,7 +294,7 @@ def stage_units(
     parameters = stage_parameters(model, topology, stage=0, tp_rank=0)
     return tuple(
         unit
-        for param in parameters  # in the order of the modules, by which ties of owners are broken
+        for param in parameters  # the order of the modules breaks ties between owners
         if not is_vector(param)
         for unit in split(
             param,

@@ -1,12 +1,13 @@
-"""Bytes that one rank holds for weights, gradients and optimizer state.
+"""Bytes that one rank holds: weights, gradients, optimizer state, and buffers of outer steps.
 
-Megatron's distributed optimizer keeps weights and gradients of the rank's slice whole and divides
-masters and moments over data-parallel (x context-parallel) ranks, evenly but for padding; which
-values a rank gets is known (`rank_shards`), and with it how many moments they have and to which
-fragments they belong. Anchor and outer momentum are divided like the masters, and so is what an
-outer step needs (`outer_memory`). The buffers in which matrices travel follow their owners
-(`exchange_memory`). Activations, other temporary buffers and the allocator's slack are not counted;
-Megatron pads buffers by at most a few kilobytes per bucket.
+Megatron's distributed optimizer keeps the weights and gradients of a rank's slice whole, and
+divides masters and moments over data-parallel (x context-parallel) ranks. The shards of each rank
+are known (`planning.layout`), and with them their number of moments and their fragments. Anchor and
+outer momentum are divided like the masters, and so are the buffers of outer steps. The buffers of
+the matrix exchange depend on the owners of the matrices.
+
+Not counted: activations, other temporary buffers, the allocator's slack, metadata and sketches (a
+few hundred kilobytes), and Megatron's padding (a few kilobytes per bucket).
 """
 
 from collections.abc import Sequence
@@ -55,38 +56,38 @@ __all__ = [
 
 
 # ------------------------------------------------------------------------------------------
-# Memory that reducing one fragment takes, as the reducers of `comm` hold it.
+# Memory of the reduction of one fragment.
 #
-# In bytes for each of the rank's n values, with w bytes on the wire, p bytes of payload a value, K
-# replicas, and u values in the largest unit that is encoded at once::
+# In bytes for each of the rank's n values, with w bytes per sent value, p bytes of payload per
+# value, K replicas, and u values in the largest unit that is encoded at once::
 #
-#                         kept between rounds    at launch     while it is waited for
+#                         kept between rounds    in launch     in wait
 #     fp32 all-reduce     4                      0             0, the result is in the buffer
 #     in chunks           3w                     0             bf16 8; fp32 4 + about 2
 #     linear, statistical,
 #     e3m0                2p                     13 u / n      4 + p (1 + 1/K), or p / K + 17 u / n
 #     topk                (1 + K) p              10 u / n      4 + 6 u / n
 #
-# Transport through the host keeps what travels there too. Rows of metadata are not counted.
+# Transport through the host keeps a copy of sent and received buffers there.
 
 
-# Most that encoding a large unit takes, in bytes for each of its values: with error feedback two
-# fp32 copies, codes, and what packs them. Measured on a CPU: 9 to 12.02. Blocks of a megabyte or
-# two come on top; they are not counted.
+# Upper bound of what encoding a large unit allocates, in bytes per value: with error feedback two
+# fp32 copies, codes, and temporaries of packing. Measured on a CPU: 9 to 12.02. Blocks of one or
+# two megabytes are not counted.
 _ENCODING = 13
-# Top-k: 9, and 20 for each value that is kept; its place alone takes 8.
+# Top-k: measured 9, and 20 for each kept value (its int64 place alone takes 8).
 _SELECTING, _KEEPING = 10, 24
 
 
 @dataclass(frozen=True, slots=True)
 class ReducerMemory:
-    """Bytes for one fragment.
+    """Bytes for the reduction of one fragment.
 
     Attributes:
-        buffers: What travels; kept between rounds.
-        launching: On top while it is launched, the pseudogradients not included.
-        waiting: On top while it is waited for, the result included.
-        staged: Of ``buffers``, what transport through the host keeps in host memory once more.
+        buffers: Bytes of sent and received buffers, kept between rounds.
+        launching: Additional bytes in `launch`, without the pseudogradients.
+        waiting: Additional bytes in `wait`, with the result.
+        staged: Bytes of copies in host memory, where tensors are sent through the host.
     """
 
     buffers: int
@@ -105,7 +106,7 @@ def reducer_memory(
     fp32, wire = BYTES["fp32"] * elements, BYTES[code.wire_dtype] * elements
     if code.is_all_reduce:
         return ReducerMemory(buffers=fp32, launching=0, waiting=0, staged=fp32)
-    pairs = num_replicas // 2  # first sums of neighbours, beside all chunks in fp32
+    pairs = num_replicas // 2  # first sums of neighbours, besides all chunks in fp32
     summing = fp32 * (num_replicas + pairs) // num_replicas
     waiting = summing if code.wire_dtype == "fp32" else 2 * fp32  # bf16: before and after weighing
     return ReducerMemory(buffers=3 * wire, launching=0, waiting=waiting, staged=2 * wire)
@@ -123,12 +124,12 @@ def _coded(
         return ReducerMemory(
             buffers=buffers,
             launching=_SELECTING * unit + kept,
-            waiting=fp32 + 6 * unit + kept,  # the mean; one replica's values and what decodes them
+            waiting=fp32 + 6 * unit + kept,  # the mean, and one replica's values being decoded
             staged=buffers,
         )
     own = max(sizes)
     buffers = payload + num_replicas * own
-    # The owner's encoding of its mean, or everybody's payloads and the decoded mean.
+    # Either the owner encodes its mean, or all payloads are decoded into the mean.
     waiting = own + max((4 + _ENCODING) * unit, payload + fp32 + 4 * unit)
     return ReducerMemory(buffers, _ENCODING * unit, waiting, staged=buffers)
 
@@ -146,9 +147,10 @@ def _largest_unit(code: LossyCompression, shards: Sequence[Shard], num_replicas:
 def residual_bytes(
     code: CompressionConfig, fragments: Sequence[Sequence[Shard]], num_replicas: int
 ) -> int:
-    """Return what error feedback keeps, in fp32.
+    """Return the bytes of the residuals of error feedback, fp32.
 
-    e of all the rank's values; except for top-k, which is encoded once, f of the chunks it owns.
+    e of all the rank's values, and f of the chunks that it owns; top-k has no f, because its mean
+    is not encoded.
     """
     if isinstance(code, NoCompression) or not code.error_feedback:
         return 0
@@ -163,21 +165,18 @@ def residual_bytes(
 
 
 # ------------------------------------------------------------------------------------------
-# Memory of an outer step beside anchor and momentum, as synchronizer and reducers hold it.
+# Memory of outer steps, besides anchor and momentum.
 #
 # For each fragment of a rank, in bytes per value::
 #
-#     kept between rounds, per fragment in flight   what travels (`reducer_memory`)
+#     kept between rounds, per fragment in flight   the reducer's buffers
 #     copies of the local values at launch          4 per fragment in flight, none without overlap
 #     error feedback                                4, and 4/K where the mean is encoded again
 #     while a fragment is launched                  4 (the pseudogradient), and what encoding takes
-#     while it is averaged after the last round     4 and a flat fp32 buffer of its own, 4
+#     while it is averaged after the last round     4, and another flat fp32 buffer, 4
 #
-# Overlapped codes, and everything overlapped that travels through the host, are worked on by a
-# communication thread, one fragment after the other. What travels is then kept once, and each
-# fragment in flight holds 4 until it is applied: its pseudogradient, later its mean.
-#
-# Riders, sketches and padding are not counted: a few hundred kilobytes.
+# A communication thread reduces one fragment after the other. The reducer's buffers then exist
+# once, and each fragment in flight holds 4 until it is applied: its pseudogradient, later its mean.
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,13 +184,13 @@ class OuterMemory:
     """Bytes of one rank.
 
     Attributes:
-        in_flight: Fragments that are under way at once, at most.
-        buffers: What travels; kept between rounds.
-        queued: Pseudogradients and means in the hands of a communication thread.
-        at_launch: Local values at the launches of the fragments in flight.
-        residuals: What error feedback keeps.
-        temporary: What an outer step needs on top, at its fullest moment.
-        staged: Copies of what travels in host memory.
+        in_flight: Number of fragments that are in flight at once, at most.
+        buffers: Sent and received buffers, kept between rounds.
+        queued: Pseudogradients and means held by the communication thread.
+        at_launch: Copies of the local values at launch, for all fragments in flight.
+        residuals: Residuals of error feedback.
+        temporary: Additional bytes at the peak of an outer step.
+        staged: Copies of sent and received buffers in host memory.
     """
 
     in_flight: int
@@ -209,9 +208,9 @@ class OuterMemory:
 
 
 def outer_memory(config: RunConfig, topology: Topology, shards: Sequence[Shard]) -> OuterMemory:
-    """Return what outer steps need on a rank with these shards.
+    """Return the memory of outer steps on a rank with these shards.
 
-    The fragments in flight are taken to be the largest ones.
+    It assumes that the largest fragments are in flight together.
     """
     outer, replicas = config.outer, topology.num_replicas
     if isinstance(outer, NoOuter):
@@ -226,14 +225,15 @@ def outer_memory(config: RunConfig, topology: Topology, shards: Sequence[Shard])
     queued = _largest(values, number) if in_thread else 0
     flushing = 0
     if any(isinstance(event, Average) for event in schedule.flush_events()):
-        flushing = 2 * largest  # then nothing is in flight
+        flushing = 2 * largest  # nothing else is in flight then
     launching = max(reducer.launching for reducer in reducers) + (0 if in_thread else largest)
     waiting = max(reducer.waiting for reducer in reducers)
     if in_thread:
-        waiting = max(waiting, largest)  # the mean leaves the reducer's memory for its own
+        waiting = max(waiting, largest)  # the thread copies the mean out of the reducer's buffers
     return OuterMemory(
         in_flight=number,
-        buffers=at_once * max(reducer.buffers for reducer in reducers),  # each grows to the largest
+        # Pooled buffers are shared by all fragments, and each grows to the largest.
+        buffers=at_once * max(reducer.buffers for reducer in reducers),
         queued=queued,
         at_launch=at_launch,
         residuals=residual_bytes(code, fragments, replicas),
@@ -245,7 +245,7 @@ def outer_memory(config: RunConfig, topology: Topology, shards: Sequence[Shard])
 
 
 def schedule_of(config: RunConfig, outer: NesterovOuter | AverageOuter) -> SyncSchedule:
-    """Return the calendar of a run's outer steps."""
+    """Return the schedule of a run's outer steps."""
     return SyncSchedule(
         sync_interval=outer.sync_interval,
         train_iters=derive(config).train_iters,
@@ -255,7 +255,7 @@ def schedule_of(config: RunConfig, outer: NesterovOuter | AverageOuter) -> SyncS
 
 
 def _in_flight(schedule: SyncSchedule) -> int:
-    """Return how many fragments are under way at once, or launched and waited for, at most."""
+    """Return how many fragments are in flight at once, at most; 1 without overlap."""
     return max(1, schedule.most_in_flight())
 
 
@@ -265,16 +265,16 @@ def _largest(sizes: Sequence[int], count: int) -> int:
 
 
 # ------------------------------------------------------------------------------------------
-# Bytes that the exchange of matrices keeps between steps: `optim.exchange`'s buffers.
+# Buffers of the matrix exchange, `optim.exchange`.
 
 
 def exchange_bytes(config: RunConfig, topology: Topology) -> int:
-    """Return the bytes of the fullest rank; 0 without Muon.
+    """Return the bytes that the exchange keeps between steps on the fullest rank; 0 without Muon.
 
-    Updates come back in fp32, for each element that the rank holds, taken as an even share. On the
-    wire's side are what it sends (as many elements), what it gets as an owner (those of its units),
-    and the matrices of the largest batch that it computes. A stage of one rank sends nothing. All
-    pipeline stages have equal matrices.
+    A rank keeps updates in fp32 for each element that it holds, taken as an even share. In the
+    dtype of the exchange it keeps what it sends (as many elements), what it receives as an owner
+    (all elements of its matrices), and the largest batch of matrices that it computes at once. A
+    stage of one rank sends nothing. All pipeline stages have equal matrices.
     """
     if not isinstance(config.inner, MuonInner):
         return 0
@@ -296,6 +296,7 @@ def exchange_bytes(config: RunConfig, topology: Topology) -> int:
 
 
 # ------------------------------------------------------------------------------------------
+# All memory of a rank.
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,15 +304,15 @@ class MemoryPlan:
     """Bytes of the rank that needs most.
 
     Attributes:
-        stage: Its pipeline stage.
+        stage: Pipeline stage of the rank.
         weights: Parameters in the precision of the forward pass.
         gradients: Gradient buffer in the accumulation dtype.
         masters: fp32 masters; 0 where fp32 parameters are their own masters.
         inner_state: Momentum and moments, fp32.
-        exchange: What the exchange of matrices keeps between steps.
-        anchor: fp32.
-        outer_momentum: fp32; none without momentum.
-        outer_step: What outer steps need beside their state.
+        exchange: Buffers of the matrix exchange.
+        anchor: Anchor, fp32; 0 without outer steps.
+        outer_momentum: Outer momentum, fp32; 0 without outer steps.
+        outer_step: Memory of outer steps besides this state.
         outer_on_host: Whether anchor and outer momentum are in host memory.
     """
 
@@ -328,7 +329,7 @@ class MemoryPlan:
 
     @property
     def outer_state(self) -> int:
-        """Anchor and outer momentum."""
+        """Bytes of anchor and outer momentum."""
         return self.anchor + self.outer_momentum
 
     @property
@@ -338,7 +339,7 @@ class MemoryPlan:
 
     @property
     def device(self) -> int:
-        """Bytes in device memory in the middle of an outer step, activations not included."""
+        """Bytes in device memory at the peak of an outer step, without activations."""
         kept = 0 if self.outer_on_host else self.outer_state
         return (
             self.weights
@@ -352,9 +353,9 @@ class MemoryPlan:
 
 
 def memory_plan(config: RunConfig, topology: Topology) -> MemoryPlan:
-    """Return the bytes of the fullest rank; ties go to the first stage.
+    """Return the memory of the fullest rank; the first stage wins ties.
 
-    It is one of tensor-parallel rank 0, which holds the norms' anchor too.
+    Only ranks of tensor-parallel rank 0 are considered: they also hold the anchor of the norms.
     """
     exchange = exchange_bytes(config, topology)
     plans = [
@@ -368,7 +369,7 @@ def memory_plan(config: RunConfig, topology: Topology) -> MemoryPlan:
 def _rank_memory(
     config: RunConfig, topology: Topology, part: Slice, shards: Sequence[Shard], exchange: int
 ) -> MemoryPlan:
-    """Return the bytes of the rank of a stage that has these shards."""
+    """Return the memory of the rank of a stage that has these shards."""
     training, outer = config.training, config.outer
     has_outer = not isinstance(outer, NoOuter)
     held = sum(shard.numel for shard in shards)

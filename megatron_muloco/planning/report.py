@@ -37,7 +37,7 @@ __all__ = [
 
 
 # ------------------------------------------------------------------------------------------
-# Numbers for people, and a place to write them to.
+# Readable numbers, and output.
 
 
 def human_count(number: float) -> str:
@@ -58,7 +58,7 @@ def human_bytes(number: float) -> str:
 
 
 def write_out(text: str) -> None:
-    """Write to standard output; a reader that has seen enough, such as ``head``, is no error."""
+    """Write to standard output; a reader that closes early, such as ``head``, is no error."""
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
@@ -67,16 +67,17 @@ def write_out(text: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------
-# Memory and traffic of a plan as rows of text.
+# Rows of memory and traffic.
 
 
 Row = tuple[str, str, str]
 
-_LINKS_GBIT = (10, 100, 400)  # Gbit/s between replicas: thin, common, one InfiniBand port
+# Gbit/s between replicas: a low-bandwidth link, a common one, one InfiniBand port.
+_LINKS_GBIT = (10, 100, 400)
 
 
 def memory_rows(config: RunConfig, memory: MemoryPlan, layout: Topology) -> Iterator[Row]:
-    """Yield bytes by kind, and their sum."""
+    """Yield the bytes of each kind of memory, and their sum."""
     shared = f"1/{layout.sharding} of the slice" if layout.sharding > 1 else "the whole slice"
     where = "host memory" if memory.outer_on_host else "fp32"
     training = config.training
@@ -90,7 +91,7 @@ def memory_rows(config: RunConfig, memory: MemoryPlan, layout: Topology) -> Iter
         yield (
             "Muon exchange",
             human_bytes(memory.exchange),
-            "matrices under way, kept all the time",
+            "buffers of matrices, kept between steps",
         )
     if memory.anchor:
         yield (
@@ -103,17 +104,17 @@ def memory_rows(config: RunConfig, memory: MemoryPlan, layout: Topology) -> Iter
         flights = f"of {step.in_flight} fragments in flight" if step.in_flight > 1 else ""
         yield "outer buffers", human_bytes(step.buffers), f"kept between rounds {flights}".strip()
     if step.queued:
-        note = "fp32, for the thread that reduces, or for the apply"
-        yield "under way", human_bytes(step.queued), note
+        note = "fp32, pseudogradients and means of the communication thread"
+        yield "in flight", human_bytes(step.queued), note
     if step.at_launch:
         yield "copies at launch", human_bytes(step.at_launch), "fp32, for the merge after overlap"
     if step.residuals:
-        yield "residuals", human_bytes(step.residuals), "fp32, what error feedback keeps"
+        yield "residuals", human_bytes(step.residuals), "fp32, error feedback"
     if step.temporary:
-        note = "fp32 pseudogradients or their mean, during the step"
+        note = "fp32, pseudogradients or their mean, during an outer step"
         yield "outer step", human_bytes(step.temporary), note
     if step.staged:
-        yield "host buffers", human_bytes(step.staged), "what travels, in host memory"
+        yield "host buffers", human_bytes(step.staged), "sent and received, in host memory"
     yield "sum", human_bytes(memory.device), "activations and other temporary buffers not counted"
 
 
@@ -154,14 +155,16 @@ def traffic_rows(config: RunConfig, traffic: TrafficPlan, layout: Topology) -> I
 
 
 # ------------------------------------------------------------------------------------------
+# The whole plan.
 
 
 def render_plan(config: RunConfig, topology: Topology | None = None) -> str:
-    """Return the plan of a checked config.
+    """Return the plan of a checked config as text.
 
     Args:
         config: The run.
-        topology: The layout of the world. Without it the smallest world is taken, and said so.
+        topology: Topology of the world; ``None`` takes the smallest one and states that in the
+            plan.
     """
     layout = topology or smallest_topology(config)
     derived = derive(config, layout)
@@ -184,7 +187,7 @@ def render_plan(config: RunConfig, topology: Topology | None = None) -> str:
 
 
 def _world_rows(config: RunConfig, layout: Topology, *, assumed: bool) -> Iterator[Row]:
-    """Yield the layout, and the device that is assumed."""
+    """Yield the topology and the assumed device."""
     yield "ranks", f"{layout.world_size:,}", str(layout).partition(" = ")[0]
     precision = config.training.precision
     device = "accelerators" if planned_on_accelerator(config) else "CPUs"
@@ -194,7 +197,7 @@ def _world_rows(config: RunConfig, layout: Topology, *, assumed: bool) -> Iterat
 
 
 def _model_rows(config: RunConfig, derived: Derived) -> Iterator[Row]:
-    """Yield parameters by kind and FLOPs."""
+    """Yield parameters by kind, and FLOPs."""
     model, counts = config.model, derived.parameters
     inner = "Muon" if config.inner.kind == "muon" else "AdamW"
     tied = "" if model.untie_embeddings_and_output_weights else ", tied to the output head"
@@ -257,14 +260,14 @@ def _run_rows(config: RunConfig, layout: Topology, derived: Derived) -> Iterator
 
 
 def _microbatches(derived: Derived, size: int, layout: Topology) -> str:
-    """Return how a replica's batch is worked off."""
+    """Return how a replica's batch is divided into microbatches."""
     number = derived.num_microbatches
     turns = f"{number:,} microbatches of {size}" if number > 1 else f"one microbatch of {size}"
     return f"{turns} on each of {layout.data} data-parallel ranks" if layout.data > 1 else turns
 
 
 def _round_rows(outer: NesterovOuter | AverageOuter, derived: Derived) -> Iterator[Row]:
-    """Yield what happens between replicas."""
+    """Yield the settings of the outer step."""
     length = interval_words(outer.sync_interval, "inner step")
     yield "rounds", f"{derived.rounds:,}", f"of {length}"
     yield (
@@ -284,7 +287,7 @@ def _round_rows(outer: NesterovOuter | AverageOuter, derived: Derived) -> Iterat
 
 
 def _fragment_words(outer: NesterovOuter | AverageOuter) -> str:
-    """Return what a fragment is and how often one is sent."""
+    """Return what a fragment contains and how often one is launched."""
     if outer.fragments.count == 1:
         return "all parameters at once"
     spacing = spacing_of_launches(outer)
@@ -295,7 +298,7 @@ def _fragment_words(outer: NesterovOuter | AverageOuter) -> str:
 
 
 def _overlap_words(outer: NesterovOuter | AverageOuter) -> tuple[str, str]:
-    """Return how long a launch is under way, and how its result is taken."""
+    """Return how long a launch is in flight, and how its result is applied."""
     steps = outer.overlap_steps
     if not steps:
         return "none", "training waits for every launch"
@@ -306,11 +309,11 @@ def _overlap_words(outer: NesterovOuter | AverageOuter) -> tuple[str, str]:
 
 
 def _compression_rows(code: CompressionConfig) -> Iterator[Row]:
-    """Yield the code that pseudogradients travel in; nothing where they are not encoded."""
+    """Yield the compression of pseudogradients; nothing without one."""
     if isinstance(code, NoCompression):
         return
     kind, _, amount = compression_name(code).partition(", ")
-    yield "code", kind, f"{amount}; {compression_words(code)}"
+    yield "compression", kind, f"{amount}; {compression_words(code)}"
     if exceptions := exception_words(code):
         yield "", "", f"but {exceptions}"
     decay, what = feedback_words(code)

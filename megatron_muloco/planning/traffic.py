@@ -1,8 +1,9 @@
-"""Bytes that one rank sends, inside its replica every step and to other replicas every round.
+"""Bytes that one rank sends: inside its replica every step, and to other replicas every round.
 
-Collectives are counted as their bandwidth-optimal algorithms send them: a reduce-scatter or an
-all-gather of n bytes over k ranks sends n*(k-1)/k per rank, an all-reduce twice that, an all-to-all
-n*(k-1)/k of what a rank holds. The outer exchange is counted by `outer_traffic`.
+Inside a replica, collectives are counted as their bandwidth-optimal algorithms send them: a
+reduce-scatter or an all-gather of n bytes over k ranks sends n*(k-1)/k per rank, an all-reduce
+twice that, and an all-to-all n*(k-1)/k of what a rank holds. Between replicas, bytes are counted
+exactly as the reducers send them.
 """
 
 from collections.abc import Sequence
@@ -53,14 +54,14 @@ __all__ = [
 
 
 # ------------------------------------------------------------------------------------------
-# Bytes that one rank sends to other replicas, counted exactly as the reducers send them.
+# Bytes that one rank sends to other replicas.
 #
-# A launch carries the rank's shards of a fragment, and one row per replica::
+# A launch sends the rank's shards of a fragment, and one row per replica::
 #
-#     [ weight | norm | lines of the console | sketch ]       fp32
+#     [ weight | norm | line values | sketch ]       fp32
 #
-# Ranks at the same position of different replicas hold the same shards, but where chunks are
-# encoded they own different chunks, and so send different numbers of bytes.
+# Ranks at the same position of different replicas hold the same shards. With a compressed
+# all-reduce they own different chunks, and so send different numbers of bytes.
 
 
 def outer_bytes(
@@ -70,9 +71,9 @@ def outer_bytes(
 
     Args:
         config: A checked config.
-        topology: The layout of the world.
-        coords: The rank's place in it.
-        sketch: Whether it is a round that compares replicas.
+        topology: Topology of the world.
+        coords: The rank's place in the topology.
+        sketch: Whether the round compares replicas, and so sends sketches.
     """
     shards = rank_shards(config, topology, coords)
     return round_bytes(config, topology, shards, sketch=sketch)[coords.replica]
@@ -81,7 +82,7 @@ def outer_bytes(
 def round_bytes(
     config: RunConfig, topology: Topology, shards: Sequence[Shard], *, sketch: bool = True
 ) -> list[int]:
-    """Return what the ranks with these shards send in a round, replica by replica."""
+    """Return the bytes that the ranks with these shards send in a round, by replica."""
     outer, sent = config.outer, [0] * topology.num_replicas
     if isinstance(outer, NoOuter):
         return sent
@@ -95,7 +96,7 @@ def round_bytes(
 
 
 def uncoded_bytes(config: RunConfig, topology: Topology, shards: Sequence[Shard]) -> int:
-    """Return what fp32 all-reduces of a round's values alone would send."""
+    """Return the bytes that fp32 all-reduces of a round's values would send, without metadata."""
     return sum(
         uncoded_wire_bytes(_numel(fragment), topology.num_replicas)
         for fragment in by_fragment(config, shards)
@@ -105,7 +106,7 @@ def uncoded_bytes(config: RunConfig, topology: Topology, shards: Sequence[Shard]
 def _launch_bytes(
     code: CompressionConfig, shards: Sequence[Shard], num_replicas: int, metadata: int
 ) -> list[int]:
-    """Return what one launch of a fragment's shards sends, by replica."""
+    """Return the bytes that one launch of a fragment's shards sends, by replica."""
     if isinstance(code, NoCompression):
         mean = mean_wire_bytes(
             _numel(shards),
@@ -122,7 +123,7 @@ def _launch_bytes(
 
 
 def chunk_payloads(code: LossyCompression, shards: Sequence[Shard], num_replicas: int) -> list[int]:
-    """Return the bytes of a fragment's chunks in a code; top-k has one chunk."""
+    """Return the encoded bytes of a fragment's chunks; top-k has one chunk."""
     chunks = chunk_pieces(
         [(shard.name, shard.numel) for shard in shards],
         1 if isinstance(code, TopKCompression) else num_replicas,
@@ -142,12 +143,12 @@ def mean_wire_bytes(
     """Return the bytes that one rank sends for an uncompressed mean over the outer group.
 
     Args:
-        elements: Values of the rank's shards.
+        elements: Number of values in the rank's shards.
         num_replicas: K, the size of the outer group.
         wire_dtype: ``fp32`` is an all-reduce of one buffer; ``bf16`` is an all-to-all of chunks and
             an all-gather of their means.
-        metadata: fp32 numbers of each replica that travel along, such as its loss.
-        deterministic: ``fp32`` travels like ``bf16``, in chunks.
+        metadata: Number of fp32 metadata values of each replica.
+        deterministic: Whether ``fp32`` is sent in chunks too, like ``bf16``.
     """
     if num_replicas == 1:
         return 0
@@ -155,7 +156,7 @@ def mean_wire_bytes(
     if wire_dtype == "fp32" and not deterministic:
         return uncoded_wire_bytes(elements + num_replicas * row, num_replicas)
     chunk = -(-elements // num_replicas)
-    chunk += chunk % 2  # the reducer keeps chunks even, so that fp32 rows stay aligned
+    chunk += chunk % 2  # the reducer rounds chunks up to even, so that fp32 rows stay aligned
     return (num_replicas - 1) * (row * BYTES["fp32"] + 2 * chunk * BYTES[wire_dtype])
 
 
@@ -164,7 +165,7 @@ def _numel(shards: Sequence[Shard]) -> int:
 
 
 def _lines(config: RunConfig, outer: NesterovOuter | AverageOuter) -> int:
-    """Return the numbers of the console lines that ride with a launch."""
+    """Return the number of line values that are sent with a launch."""
     schedule = SyncSchedule(
         sync_interval=outer.sync_interval,
         train_iters=derive(config).train_iters,
@@ -175,21 +176,22 @@ def _lines(config: RunConfig, outer: NesterovOuter | AverageOuter) -> int:
 
 
 # ------------------------------------------------------------------------------------------
+# All traffic of a rank.
 
 
 @dataclass(frozen=True, slots=True)
 class TrafficPlan:
-    """Bytes sent per rank; the busiest rank of each kind.
+    """Bytes sent by the rank that sends most, separately for each kind.
 
     Attributes:
-        gradient_reduce: Per inner step over the dp (x cp) group.
-        parameter_gather: Per inner step over the dp (x cp) group.
-        muon_exchange: Per inner step over the stage group: momentum to owners, updates back.
-        tensor_parallel: Per inner step over the tp group: activations and their gradients.
-        pipeline: Per inner step to the neighbouring stages.
-        outer_per_rank: Per round that compares replicas, over the outer group.
-        outer_per_replica: Per round, all ranks of one replica together; the busiest replica.
-        outer_uncoded: What fp32 all-reduces of the values alone would send instead of the latter.
+        gradient_reduce: Bytes per inner step over the dp (x cp) group.
+        parameter_gather: Bytes per inner step over the dp (x cp) group.
+        muon_exchange: Bytes per inner step over the stage group: momentum to owners, updates back.
+        tensor_parallel: Bytes per inner step over the tp group: activations and their gradients.
+        pipeline: Bytes per inner step to the neighbouring stages.
+        outer_per_rank: Bytes per round that compares replicas, over the outer group.
+        outer_per_replica: Bytes per round of all ranks of the replica that sends most.
+        outer_uncoded: Bytes that fp32 all-reduces of the values would send per replica and round.
     """
 
     gradient_reduce: int
@@ -251,10 +253,10 @@ def _stage_traffic(config: RunConfig, topology: Topology, part: Slice) -> tuple[
 
 
 def planned_on_accelerator(config: RunConfig) -> bool:
-    """Return which device a plan assumes, as it is often made on another machine than the run's.
+    """Return whether a plan assumes accelerators; it is often made on another machine than the run.
 
-    Runs in bf16 are taken for runs on accelerators, others for runs on CPUs. Only Muon's ``auto``
-    dtypes depend on it.
+    Runs in bf16 are assumed to use accelerators, others CPUs. Only Muon's ``auto`` settings depend
+    on it.
     """
     return config.training.precision == "bf16"
 
@@ -269,9 +271,9 @@ def _activation_bytes(config: RunConfig) -> int:
 def _tensor_parallel_bytes(config: RunConfig, topology: Topology) -> int:
     """Return the bytes of activations over the tp group in one step.
 
-    Each layer has two all-reduces forward and two backward (with sequence parallelism an all-gather
-    and a reduce-scatter each, the same bytes; that backward gathers inputs again is not counted).
-    The embedding adds one on the first stage, the head one on the last.
+    Each layer has two all-reduces forward and two backward. With sequence parallelism each of them
+    is an all-gather and a reduce-scatter, which send the same bytes; the second gather of inputs in
+    backward is not counted. The embedding adds one on the first stage, the head one on the last.
     """
     tp, layers = topology.tensor, config.model.num_layers // topology.pipeline
     per_reduce = 2 * _activation_bytes(config) * (tp - 1) // tp

@@ -57,7 +57,7 @@ def counted(config: RunConfig) -> list[tuple[int, int]]:
     assert not isinstance(config.outer, NoOuter)
     run = start_tiny(config)
     calendar = LineCalendar(config.monitor.log_interval, run.optimizer.schedule)
-    metadata = torch.zeros(calendar.metadata_count())
+    metadata = torch.zeros(calendar.value_count())
     rounds = [[0, 0], [0, 0]]
     outer_step = run.optimizer.outer_step
     run.optimizer.outer_step = lambda: outer_step(metadata)  # type: ignore[method-assign]

@@ -190,13 +190,13 @@ def test_the_plan_shows_the_code_and_what_it_costs() -> None:
         "statistical  2 bits; a table per row",
         "but norms fp32, embedding 8 bits",
         "0.9  what this replica's code loses, and the code of the mean it owns",
-        "fp32, what error feedback keeps",
+        "fp32, error feedback",
         "to 1 other replica, statistical, 2 bits\n",
         "what fp32 all-reduces would send",
     ):
         assert words in text
     plain = render_plan(load_config(CPU))
-    for words in ("residuals", "ratio", "  code ", "error feedback"):
+    for words in ("residuals", "ratio", "compression", "error feedback"):
         assert words not in plain
     sparse = ["outer.compression.kind=topk", "outer.compression.density=0.01"]
     text = render_plan(load_config(CPU, [*sparse, "outer.compression.error_feedback=false"]))
