@@ -16,9 +16,9 @@ _HEAD = """\
 
 TensorBoard tags of a run; the x axis is the inner step. Tags without a slash are Megatron's, so
 that runs of both overlay. Training points are written every `monitor.log_interval` inner steps;
-with more than one replica they appear at the next outer step, because the numbers of the other
-replicas travel with it. Points that an earlier start wrote after the resumed step disappear for
-readers.
+with more than one replica they appear at the next outer step, which brings the numbers of the other
+replicas. After a resume, readers no longer see points that an earlier start wrote after the resumed
+step.
 
 | tag | unit | over steps | over ranks | when | meaning |
 |---|---|---|---|---|---|
@@ -29,7 +29,7 @@ _WHEN: dict[Applies, str] = {
     "outer": "an outer step",
     "wire": "an outer step, K > 1",
     "compared": "an outer step, K > 1, replicas compared",
-    "compared codec": "a code, K > 1, replicas compared",
+    "compared codec": "compression, K > 1, replicas compared",
     "feedback": "error feedback",
     "codec": "an outer step with compression",
     "muon": "`inner.kind: muon`",
@@ -42,8 +42,8 @@ _STEPS = {"mean": "mean since the last point", "last": "that step's", "event": "
 _PEAKS_HEAD = """
 ## Peaks behind `perf/mfu`
 
-Dense bf16, in TFLOP/s, by the exact name that the driver reports. On every other accelerator, with
-`training.precision: fp32` and on a CPU the console says `n/a` and no point is written.
+Dense bf16 in TFLOP/s, by the exact name that the driver reports. On every other accelerator, with
+`training.precision: fp32` and on a CPU the console prints `n/a` and no point is written.
 
 | accelerator | peak | source |
 |---|---:|---|

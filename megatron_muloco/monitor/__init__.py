@@ -1,4 +1,4 @@
-"""What a run reports about itself: console lines, TensorBoard points, and the registry of both.
+"""Console lines and TensorBoard points of a run, and the registry of metrics behind both.
 
-Nothing is imported here: the registry and the arithmetic must stay free of torch.
+Nothing is imported here, so that `metrics` and `throughput` can be imported without torch.
 """

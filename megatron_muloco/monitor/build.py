@@ -1,4 +1,4 @@
-"""A monitor from a config."""
+"""`build_monitor`: the monitor of a run from its configuration."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ PARAMETERS_FILE = "parameters.txt"
 
 
 def device_name(device: torch.device) -> str:
-    """Return the name that the driver reports, or ``cpu``."""
+    """Return the device name reported by the driver, or ``cpu``."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
@@ -41,17 +41,17 @@ def build_monitor(
     """Return this rank's monitor; on the writing rank, print the banner and open the event file.
 
     Args:
-        config: The run.
-        topology: The world it has.
-        schedule: Outer steps; ``None`` for ``outer.kind: none``.
-        device: That this rank trains on.
-        writes: Whether this rank writes; one in the world.
-        resumed_step: Inner step that this start continues from, 0 for a new run. Points of later
-            steps that an earlier start wrote disappear for readers.
-        plan_text: Kept beside the config in TensorBoard.
-        parameters: What happens to every parameter: in a line on the console, in full in
-            TensorBoard and in `PARAMETERS_FILE` beside the event files.
-        console: Where lines go; standard output by default.
+        config: Configuration of the run.
+        topology: Arrangement of the ranks.
+        schedule: Schedule of outer steps; ``None`` for ``outer.kind: none``.
+        device: Device that this rank trains on.
+        writes: Whether this rank writes; true on one rank of the job.
+        resumed_step: Inner step that this start continues from, 0 for a new run. Readers no longer
+            see points of later steps that an earlier start wrote.
+        plan_text: Plan of the run, written to TensorBoard beside the configuration.
+        parameters: Parameter report: its summary goes to the console, its table to TensorBoard and
+            to `PARAMETERS_FILE` beside the event files.
+        console: Console; standard output by default.
     """
     derived = derive(config, topology)
     name = device_name(device)
@@ -86,7 +86,7 @@ def build_monitor(
 
 
 def _keep(path: Path, text: str, console: Console) -> None:
-    """Write a text file; training is worth more than it, so a file system may fail."""
+    """Write a text file; report an error of the file system and go on."""
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:

@@ -1,6 +1,6 @@
-"""What a person reads while a run is on: lines in Megatron's form, a banner and a summary.
+"""`Console` and the text it prints: training lines in Megatron's form, start banner and summary.
 
-Everything but `Console` is a pure function from numbers to text.
+Everything except `Console` is a pure function from numbers to text.
 """
 
 import math
@@ -37,10 +37,15 @@ __all__ = [
 
 
 class Console:
-    """Writes whole lines and never raises: a full disk under a log file must not end a run.
+    """Writes whole lines; errors of the stream are counted, not raised.
+
+    A full disk under a log file must not end a run.
 
     Args:
-        stream: Where to; standard output by default, looked up at every line.
+        stream: Text stream; by default standard output, looked up at every line.
+
+    Attributes:
+        lost_lines: Number of lines that could not be written.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
@@ -57,7 +62,7 @@ class Console:
             self.lost_lines += 1
 
     def stamped(self, text: str) -> None:
-        """Write a line with Megatron's time stamp before it."""
+        """Write a line that begins with a time stamp, as Megatron's do."""
         self.line(f" [{datetime.now():%Y-%m-%d %H:%M:%S}] {text}")
 
 
@@ -68,7 +73,7 @@ def _exponent(value: float) -> str:
 
 @dataclass(frozen=True, slots=True)
 class TrainingLine:
-    """One line of training, fields and separators as in Megatron, ours appended.
+    """One line of training, with Megatron's field names and separators, then our own fields.
 
     Attributes:
         iteration: Inner step.
@@ -76,16 +81,16 @@ class TrainingLine:
         consumed_samples: Sequences so far, over all replicas.
         elapsed_ms: Milliseconds of an inner step.
         tflops: Model TFLOP/s per rank.
-        mfu: Over the accelerator's peak; ``None`` prints as n/a.
+        mfu: Model FLOPs utilization; ``None`` without a known peak.
         learning_rate: Inner learning rate.
-        global_batch_size: Sequences of a step over all replicas.
+        global_batch_size: Sequences of an inner step over all replicas.
         loss: Mean over the steps since the last line and over replicas.
-        grad_norm: ``None`` where none was recorded.
-        skipped: Steps since the last line that replicas skipped, summed over replicas.
-        tokens_per_s: Of all replicas.
-        round: Round and number of rounds; ``None`` without an outer step.
+        grad_norm: Gradient norm before clipping; ``None`` if none was recorded.
+        skipped: Skipped steps since the last line, summed over replicas.
+        tokens_per_s: Tokens per second of all replicas together.
+        round: Round and number of rounds; ``None`` without outer steps.
         sync_ms: Time that training waited for outer steps since the last line.
-        alone: Whether loss, gradient norm and skipped steps are this replica's alone.
+        alone: Whether loss, gradient norm and skipped steps are of this replica only.
     """
 
     iteration: int
@@ -130,12 +135,12 @@ class TrainingLine:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationLine:
-    """Held-out loss of the anchor.
+    """Line of an evaluation: held-out loss of the anchor.
 
     Attributes:
         iteration: Inner steps before the evaluation.
-        loss: Nats per token.
-        perplexity: As it is written to TensorBoard.
+        loss: Held-out loss in nats per token.
+        perplexity: Perplexity as written to TensorBoard.
     """
 
     iteration: int
@@ -154,19 +159,18 @@ _SUFFIXES: Sequence[tuple[float, str]] = ((1e12, "T"), (1e9, "B"), (1e6, "M"))
 
 
 def count(number: float) -> str:
-    """Return a large count for people: 15.2B, 3.4M, 4,096."""
+    """Return a large count in short form: 15.2B, 3.4M, 4,096."""
     for size, suffix in _SUFFIXES:
         if number >= size:
             return f"{number / size:.4g}{suffix}"
     return f"{number:,.0f}"
 
 
-# ------------------------------------------------------------------------------------------
-# The first and the last words of a run: pure functions from numbers to text.
+# ---- start banner and summary --------------------------------------------------------------------
 
 
 def method_name(config: RunConfig) -> str:
-    """Return what the papers call the method of a config."""
+    """Return the papers' name for the method of a configuration."""
     muon = config.inner.kind == "muon"
     if isinstance(config.outer, NoOuter):
         return f"{'Muon' if muon else 'AdamW'} data parallelism"
@@ -201,14 +205,14 @@ def start_banner(
     device: str,
     resumed_step: int = 0,
 ) -> str:
-    """Return who trains what on what, a fact a line.
+    """Return the banner of a run: method, ranks, model, optimizers, batch and length, one per line.
 
     Args:
-        config: The run.
-        topology: The world that it has.
-        derived: Numbers of the config in that world.
+        config: Configuration of the run.
+        topology: Arrangement of the ranks.
+        derived: Numbers derived from the configuration and the topology.
         device: Name of the accelerator, or ``cpu``.
-        resumed_step: Inner step that the run continues from, 0 for a new one.
+        resumed_step: Inner step that the run continues from, 0 for a new run.
     """
     parameters, training = derived.parameters, config.training
     begin = f"from iteration {resumed_step}" if resumed_step else "from the beginning"
@@ -236,17 +240,17 @@ def start_banner(
 
 @dataclass(frozen=True, slots=True)
 class RunSummary:
-    """What a run came to.
+    """Summary of one start of a run, printed at its end.
 
     Attributes:
-        outcome: Why it ends, ``done`` or a sentence.
+        outcome: Reason of the end, ``done`` or a sentence.
         steps: Inner steps of this start.
         last_step: Inner step reached.
         seconds: Training time of this start, without evaluation and saving.
-        tokens_per_s: Over all replicas and all of this start.
-        wire_bytes: Bytes that the writing rank sent in outer steps.
-        skipped: Steps skipped by replicas, as far as they were reported.
-        validation: First and last evaluation, ``(step, loss)``; ``None`` without.
+        tokens_per_s: Tokens per second of all replicas over this start; ``None`` if unknown.
+        wire_bytes: Bytes sent by the writing rank in outer steps.
+        skipped: Skipped steps of all replicas in the lines written so far.
+        validation: First and last evaluation, ``(step, loss)``; ``None`` without evaluations.
         lost_points: TensorBoard points that could not be written.
     """
 
@@ -269,9 +273,7 @@ class RunSummary:
             "outer bytes": f"{self.wire_bytes:,} sent by this rank",
         }
         if self.skipped:
-            facts["skipped"] = (
-                f"{self.skipped} steps of replicas with a gradient that is not finite"
-            )
+            facts["skipped"] = f"{self.skipped} steps (summed over replicas), gradient not finite"
         if self.validation is not None:
             (first, before), (last, after) = self.validation
             facts["held-out"] = (

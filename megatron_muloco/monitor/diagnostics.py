@@ -1,4 +1,4 @@
-"""How well this rank orthogonalises: a probe around Muon's orthogonaliser."""
+"""`OrthogonalisationProbe`: samples the orthogonality error of Muon's update directions."""
 
 import math
 from collections.abc import Callable
@@ -10,11 +10,12 @@ __all__ = ["OrthogonalisationProbe", "orthogonality_error"]
 
 
 class OrthogonalisationProbe:
-    """An orthogonaliser that looks at one matrix of those it returns, each time another one.
+    """Wraps an orthogonaliser and measures one of its results per line, a different one each time.
 
     Args:
-        orthogonalise: Maps a batch of matrices ``[b, rows, columns]`` to their directions.
-        matrices_per_step: Matrices that pass in every inner step, always in the same order.
+        orthogonalise: Maps a batch of matrices ``[b, rows, columns]`` to their update directions.
+        matrices_per_step: Matrices that this rank orthogonalises in every inner step, always in the
+            same order.
     """
 
     def __init__(
@@ -26,7 +27,7 @@ class OrthogonalisationProbe:
         self._error: Tensor | None = None
 
     def __call__(self, batch: Tensor) -> Tensor:
-        """Orthogonalise a batch; note the error of the sample if it is in it."""
+        """Orthogonalise a batch; keep the error of the sampled matrix if it is in the batch."""
         directions = self._orthogonalise(batch)
         place = self._sample - self._passed
         if self._error is None and 0 <= place < len(directions):
@@ -35,9 +36,9 @@ class OrthogonalisationProbe:
         return directions
 
     def take(self) -> dict[str, float | Tensor]:
-        """Return the metrics since the last call, and go on to the next matrix.
+        """Return the metric since the last call, and select the next matrix.
 
-        A rank that owned no matrix returns nothing.
+        The result is empty on a rank that owns no matrix.
         """
         error, self._error = self._error, None
         if error is None:
@@ -47,7 +48,7 @@ class OrthogonalisationProbe:
 
 
 def orthogonality_error(X: Tensor) -> Tensor:
-    """Return ``|X X^T - I|_F / sqrt(n)`` over the shorter side ``n`` of a matrix, 0-dim."""
+    """Return ``|X X^T - I|_F / sqrt(n)`` of a matrix with the shorter side ``n``, 0-dim fp32."""
     X = X.float() if X.size(0) <= X.size(1) else X.float().T
     n = X.size(0)
     norm: Tensor = torch.linalg.matrix_norm(X @ X.T - torch.eye(n, device=X.device))

@@ -1,8 +1,8 @@
-"""Every metric of a run, one row each: what may be written, and what it means.
+"""Registry of metrics: one row per TensorBoard tag, with unit, reduction and meaning.
 
-Tags that Megatron has keep Megatron's names, so that runs of both overlay in one TensorBoard. The
-x axis of all of them is the inner step. `docs/reference/metrics.md` is generated from here; no
-torch.
+Metrics that Megatron has keep Megatron's tags, so that runs of both overlay in one TensorBoard. The
+x axis of all metrics is the inner step. `docs/reference/metrics.md` is generated from this table.
+Imports no torch.
 """
 
 from dataclasses import dataclass
@@ -36,14 +36,14 @@ class Metric:
 
     Attributes:
         tag: Name in TensorBoard.
-        unit: Of the value; ``1`` for a pure number.
-        over_steps: ``mean`` of the inner steps since the last line, the ``last`` of them, or
+        unit: Unit of the value; ``1`` for a pure number.
+        over_steps: ``mean`` over the inner steps since the last line, the ``last`` of them, or
             written at the ``event`` itself.
-        over_ranks: Whose value it is.
-        applies: When a run writes it; ``wire`` is an outer step with more than one replica,
-            ``compared`` one that also compares them, ``codec`` an outer step with a lossy code,
-            ``feedback`` one with error feedback.
-        meaning: In a sentence.
+        over_ranks: Reduction over ranks, or the rank whose value is written.
+        applies: Runs that write it; ``wire`` is an outer step with more than one replica,
+            ``compared`` one that also compares them, ``codec`` one with compression, ``feedback``
+            one with error feedback.
+        meaning: Meaning in a sentence.
     """
 
     tag: str
@@ -55,10 +55,10 @@ class Metric:
 
 
 METRICS: tuple[Metric, ...] = (
-    # Megatron's own.
+    # Metrics that Megatron has too.
     Metric(
         "lm loss", "nats per token", "mean", "mean over replicas", "always",
-        "Training loss. What a stop leaves of an unfinished round is replica 0's alone.",
+        "Training loss. After a stop within a round, the last points are those of replica 0 alone.",
     ),
     Metric(
         "learning-rate", "1", "last", "the same everywhere", "always",
@@ -70,15 +70,15 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric(
         "grad-norm", "1", "last", "mean over replicas", "always",
-        "Norm of a replica's gradient before clipping; not finite where a step was skipped.",
+        "Norm of a replica's gradient before clipping; not finite if a step was skipped.",
     ),
     Metric(
         "iteration-time", "s", "mean", "writing rank", "always",
-        "Wall-clock of an inner step with its outer steps, without evaluation and saving.",
+        "Wall-clock time of an inner step and its outer steps, without evaluation and saving.",
     ),
     Metric(
         "throughput", "TFLOP/s per rank", "mean", "writing rank", "always",
-        "Model FLOPs (recompute not counted) of all replicas over time and ranks.",
+        "Model FLOPs of all replicas (without recomputation) divided by time and number of ranks.",
     ),
     Metric(
         "lm loss validation", "nats per token", "event", "the same everywhere", "eval",
@@ -86,108 +86,108 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric(
         "lm loss validation ppl", "1", "event", "the same everywhere", "eval",
-        "exp of the held-out loss, of at most 20 as Megatron has it.",
+        "Perplexity: exp(loss), with the loss capped at 20 as in Megatron.",
     ),
     # Speed.
     Metric(
         "perf/mfu", "1", "mean", "writing rank", "gpu",
-        "Throughput over the accelerator's dense bf16 peak; absent where no peak is known.",
+        "Model FLOPs utilization: throughput divided by the accelerator's dense bf16 peak.",
     ),
     Metric(
         "perf/tokens_per_s", "tokens/s", "mean", "writing rank", "always",
-        "Tokens of all replicas over time.",
+        "Tokens per second of all replicas together.",
     ),
     Metric(
         "perf/inner_optimizer_ms", "ms", "mean", "writing rank", "always",
-        "Time of the inner optimizer's step, its communication and clipping included.",
+        "Time of the inner optimizer's step, including clipping and communication.",
     ),
     Metric(
         "perf/adamw_ms", "ms", "mean", "writing rank", "always",
-        "Time of an inner step for AdamW's part.",
+        "Time in an inner step for the parameters that AdamW updates.",
     ),
     Metric(
         "perf/collect_ms", "ms", "mean", "writing rank", "muon",
-        "Time of an inner step for momentum, packing, and waiting until matrices are at their "
-        "owners; what Newton-Schulz hides is not in it.",
+        "Time in an inner step for momentum, packing and waiting for matrices to reach their owner "
+        "ranks; without the part hidden behind Newton-Schulz.",
     ),
     Metric(
         "perf/newton_schulz_ms", "ms", "mean", "writing rank", "muon",
-        "Time of an inner step in which this rank orthogonalises.",
+        "Time in an inner step for Newton-Schulz on this rank.",
     ),
     Metric(
         "perf/return_ms", "ms", "mean", "writing rank", "muon",
-        "Time of an inner step for waiting until updates are back, and applying them; what "
-        "Newton-Schulz hides is not in it.",
+        "Time in an inner step for waiting for updates and applying them; without the part hidden "
+        "behind Newton-Schulz.",
     ),
     # Muon.
     Metric(
         "muon/ns_calls", "matrices", "last", "writing rank", "muon",
-        "Matrices that this rank orthogonalised in the step.",
+        "Matrices orthogonalised by this rank in the step.",
     ),
     Metric(
         "muon/balance", "1", "last", "the same everywhere", "muon",
-        "Largest over mean Newton-Schulz cost of the ranks of this rank's stage; 1 is perfect.",
+        "Largest over mean Newton-Schulz cost of the ranks of a pipeline stage; 1 is perfect.",
     ),
     Metric(
         "muon/orthogonality_error", "1", "last", "writing rank", "muon",
-        "Frobenius norm of X·Xᵀ − I over the root of the shorter side, for one matrix; each line "
-        "takes the next of this rank's. The default polynomials do not go to 0.",
+        "Frobenius norm of X·Xᵀ − I divided by the root of the shorter side, for one matrix of "
+        "this rank, another one in each line. It does not reach 0 by default.",
     ),
-    # The outer step: of the fragments applied after this inner step.
+    # The outer step: values of the fragments applied after this inner step.
     Metric(
         "muloco/pseudogradient_norm", "1", "event", "replica 0", "outer",
-        "Norm of the replica's own pseudogradient, anchor − local.",
+        "Norm of the replica's pseudogradient, anchor − local.",
     ),
     Metric(
         "muloco/update_norm", "1", "event", "the same everywhere", "outer",
-        "Norm of what the anchor moved by.",
+        "Norm of the anchor's change.",
     ),
     Metric(
         "muloco/cosine_to_mean", "1", "event", "replica 0", "outer",
-        "Cosine of the own and the mean pseudogradient; the mean of it over fragments.",
+        "Cosine of the replica's own and the mean pseudogradient; mean over fragments.",
     ),
     Metric(
         "muloco/cosine_pairwise_min", "1", "event", "the same everywhere", "compared",
-        "Smallest cosine of two replicas' pseudogradients, estimated from random sketches; every "
-        "monitor.pseudogradient_interval rounds.",
+        "Smallest cosine of two replicas' pseudogradients, estimated from count sketches every "
+        "`monitor.pseudogradient_interval` rounds.",
     ),
     Metric(
         "muloco/weight_sum", "replicas", "event", "the same everywhere", "outer",
-        "Replicas that took part; the smallest of it over fragments.",
+        "Sum of the replicas' weights; smallest over fragments.",
     ),
     Metric(
         "muloco/wire_bytes", "bytes", "event", "writing rank", "outer",
-        "Bytes that this rank sent.",
+        "Bytes sent by this rank.",
     ),
     Metric(
         "muloco/wire_bytes_total", "bytes", "event", "writing rank", "outer",
-        "Bytes that this rank has sent in outer steps since the run was started or resumed.",
+        "Bytes sent by this rank in outer steps since the run was started or resumed.",
     ),
     Metric(
         "muloco/compression_ratio", "1", "event", "writing rank", "wire",
-        "Bytes of an fp32 all-reduce of the same tensors over the bytes sent.",
+        "Bytes of an fp32 all-reduce of the same tensors divided by the bytes sent.",
     ),
     Metric(
         "muloco/exposed_ms", "ms", "event", "writing rank", "outer",
-        "Host time of launching outer steps and waiting for them; on an accelerator with what was "
-        "queued before.",
+        "Host time of launching reductions and waiting for them; on an accelerator it includes "
+        "work queued before.",
     ),
     Metric(
         "muloco/round_ms", "ms", "event", "writing rank", "outer",
-        "Wall-clock of a complete round, without evaluation and saving.",
+        "Wall-clock time of a complete round, without evaluation and saving.",
     ),
     Metric(
         "muloco/compression_error", "1", "event", "replica 0", "codec",
-        "Norm of what encoding lost over the norm of what was encoded.",
+        "Norm of the encoding error divided by the norm of the encoded values.",
     ),
     Metric(
         "muloco/compression_cosine", "1", "event", "the same everywhere", "compared codec",
-        "Cosine of the decoded mean and the mean of the exact pseudogradients, estimated from the "
-        "sketches of monitor.pseudogradient_interval; the smallest over fragments.",
+        "Cosine of the decoded mean and the mean of the exact pseudogradients, estimated from "
+        "count sketches every `monitor.pseudogradient_interval` rounds; smallest over fragments.",
     ),
     Metric(
         "muloco/encode_ms", "ms", "event", "writing rank", "codec",
-        "Host time of encoding, twice a round; with overlap training goes on meanwhile.",
+        "Host time of encoding, twice per fragment; with overlap it may run beside training.",
     ),
     Metric(
         "muloco/decode_ms", "ms", "event", "writing rank", "codec",
@@ -195,16 +195,16 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric(
         "muloco/residual_norm", "1", "event", "replica 0", "feedback",
-        "Norm of what error feedback keeps for the next round, of the fragments sent now.",
+        "Norm of the residuals that error feedback keeps for the next round, of these fragments.",
     ),
     Metric(
         "muloco/excluded", "replicas", "event", "the same everywhere", "outer",
-        "Replicas with weight 0: left out by the guard, or with tokens as weights not trained; the "
-        "most of any fragment.",
+        "Replicas with weight 0: excluded by the guard, or without trained tokens where tokens are "
+        "the weights; largest over fragments.",
     ),
     Metric(
         "muloco/round", "rounds", "event", "the same everywhere", "outer",
-        "Round that the inner step belongs to, counted from 1.",
+        "Round of the inner step, counted from 1.",
     ),
 )  # fmt: skip
 
@@ -215,22 +215,22 @@ def metric(tag: str) -> Metric:
     """Return the row of a tag.
 
     Raises:
-        RuntimeMismatch: The registry has no such tag: a typo, or a metric without a description.
+        RuntimeMismatch: The registry has no such tag: a typo, or a metric without a row.
     """
     if tag not in _BY_TAG:
         raise RuntimeMismatch(
-            f"metric {tag!r} is not in the registry, so nobody could look up what it means. "
+            f"metric {tag!r} is not in the registry, so its meaning is documented nowhere. "
             "Add a row to megatron_muloco/monitor/metrics.py or correct the tag."
         )
     return _BY_TAG[tag]
 
 
 def applicable_tags(config: RunConfig, *, peak_known: bool = False) -> tuple[str, ...]:
-    """Return the tags that a run of this config has something to say about.
+    """Return the tags that a run of this configuration writes.
 
     Args:
-        config: A checked config.
-        peak_known: Whether it runs on an accelerator whose peak is known.
+        config: A checked configuration.
+        peak_known: Whether it runs on an accelerator with a known peak.
     """
     outer = config.outer
     synchronised = not isinstance(outer, NoOuter)

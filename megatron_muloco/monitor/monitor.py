@@ -1,13 +1,19 @@
-"""What the training loop talks to: it records every inner step, and lines and points come out.
+"""`Monitor`, which turns the metrics of inner and outer steps into console lines and points.
+
+The training loop uses it like this::
 
     monitor.record(t, {"lm loss": ..., "learning-rate": ..., "grad-norm": ...})
     report = synchronizer.after_inner_step(t, monitor.line_values(t))
     if report is not None:
         monitor.outer_step(report)
 
-With one replica a line is written when it is due. With more, lines wait for the next outer step:
-the losses ride with it, and what comes out is the mean over all replicas. Every rank has a monitor
-and calls the same methods, because every rank's outer group carries line values; one writes.
+With one replica a line is written when it is due. With more, lines wait for the next launch, which
+sends the losses to the other replicas, and are written at its apply with the mean over replicas.
+All ranks have a monitor and call the same methods, because every outer group sends line values; one
+rank writes.
+
+`Interval` collects the values of the steps between two lines, and `TrainingClock` the time without
+evaluation and saving.
 """
 
 import math
@@ -39,23 +45,21 @@ __all__ = [
 ]
 
 
-# ------------------------------------------------------------------------------------------
-# What inner steps recorded since the last line; tensors stay on their device until read.
-
+# ---- values between two lines --------------------------------------------------------------------
 
 Value = Tensor | float
-"""A number, or a 0-dim tensor that may be on an accelerator."""
+"""A number, or a 0-dim tensor that may be on an accelerator; read only when a line is written."""
 
 
 @dataclass(frozen=True, slots=True)
 class DueLine:
-    """The line of one inner step, before it is known what the other replicas have.
+    """A due line with this replica's values, before those of the other replicas are known.
 
     Attributes:
         step: Inner step.
-        values: Tag -> value on this rank.
+        values: Values on this rank by tag.
         skipped: Steps that this replica skipped since the last line.
-        speed: Of the steps since the last line.
+        speed: Speed since the last line.
     """
 
     step: int
@@ -64,12 +68,12 @@ class DueLine:
     speed: Speed
 
     def shared(self) -> tuple[Value, Value, Value]:
-        """Return what is averaged over replicas: loss, gradient norm and skipped steps."""
+        """Return the values averaged over replicas: loss, gradient norm and skipped steps."""
         return self.values["lm loss"], self.values.get("grad-norm", math.nan), self.skipped
 
 
 class Interval:
-    """Collects per-step metrics by the registry's rule for steps: their mean, or the last value."""
+    """Collects per-step metrics between two lines: means or last values, as the registry says."""
 
     def __init__(self) -> None:
         self._clear()
@@ -81,30 +85,31 @@ class Interval:
         self._skipped: Value = 0.0
 
     def add(self, values: Mapping[str, Value]) -> None:
-        """Take one inner step's values.
+        """Add the values of one inner step.
 
         Raises:
-            RuntimeMismatch: A tag is not in the registry, or is not one of inner steps.
+            RuntimeMismatch: A tag is not in the registry, or its metric belongs to events.
         """
         for tag, value in values.items():
             rule = metric(tag).over_steps
             if rule == "event":
                 raise RuntimeMismatch(
-                    f"metric {tag!r} is written when something happens, not recorded with every "
-                    "inner step; use Monitor.scalars for it."
+                    f"metric {tag!r} is written at events, not recorded with every inner step. Use "
+                    "Monitor.scalars for it."
                 )
             own = value.detach() if isinstance(value, Tensor) else value
             if rule == "mean":
                 self._sums[tag] = self._sums.get(tag, 0.0) + own
                 self._counts[tag] = self._counts.get(tag, 0) + 1
             else:
-                # A sum is a new tensor; this one might be a buffer that the next step overwrites.
+                # Cloned, because it may be a buffer that the next step overwrites. A sum is a new
+                # tensor anyway.
                 self._last[tag] = own.clone() if isinstance(own, Tensor) else own
         if "grad-norm" in values:
             self._skipped = self._skipped + _not_finite(values["grad-norm"])
 
     def take(self) -> tuple[dict[str, Value], Value]:
-        """Return the values and the skipped steps since the last call, and start over."""
+        """Return the values and the number of skipped steps since the last call, and reset."""
         values = {tag: total / self._counts[tag] for tag, total in self._sums.items()}
         values |= self._last
         skipped = self._skipped
@@ -119,7 +124,7 @@ def _not_finite(value: Value) -> Value:
 
 
 def floats(values: Iterable[Value]) -> list[float]:
-    """Return plain numbers; all tensors on one device cross to the host in one transfer."""
+    """Return plain numbers, with one transfer to the host for all tensors."""
     given: Sequence[Value] = list(values)
     tensors = [value for value in given if isinstance(value, Tensor)]
     if not tensors:
@@ -129,15 +134,11 @@ def floats(values: Iterable[Value]) -> list[float]:
     return [next(read) if isinstance(value, Tensor) else float(value) for value in given]
 
 
-# ------------------------------------------------------------------------------------------
-# Time spent training: a clock that evaluation and saving can stop.
-
-
 class TrainingClock:
-    """Seconds since construction, without those inside `paused`.
+    """Training time: seconds since construction, without those inside `paused`.
 
     Args:
-        now: Seconds, monotonic.
+        now: Monotonic time in seconds.
     """
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
@@ -147,12 +148,12 @@ class TrainingClock:
 
     @property
     def seconds(self) -> float:
-        """Training time so far."""
+        """Training time so far, in seconds."""
         return self._now() - self._started - self._paused_seconds
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Do not count what happens inside; not to be nested."""
+        """Exclude the time inside the context; must not be nested."""
         began = self._now()
         try:
             yield
@@ -160,26 +161,26 @@ class TrainingClock:
             self._paused_seconds += self._now() - began
 
 
-# ------------------------------------------------------------------------------------------
+# ---- the monitor ---------------------------------------------------------------------------------
 
 SAMPLE_TAG = "run/sample"
 
-# Megatron caps the exponent, so that the perplexity of an untrained model does not dwarf the curve.
+# As in Megatron: without a cap the perplexity of an untrained model would set the chart's scale.
 _LARGEST_EXPONENT = 20.0
 
 
 @dataclass(frozen=True, slots=True)
 class RunFacts:
-    """Numbers of the run that lines are made from.
+    """Constants of a run that lines and points need.
 
     Attributes:
         num_replicas: K.
-        world_size: Ranks.
+        world_size: Number of ranks.
         train_iters: Inner steps of the run.
         global_batch_size: Sequences of an inner step over all replicas.
         tokens_per_step: Tokens of an inner step over all replicas.
-        flops_per_token: Model FLOPs, forward and backward.
-        peak_tflops: Of one rank's accelerator; ``None`` where unknown.
+        flops_per_token: Model FLOPs of one token, forward and backward.
+        peak_tflops: Peak of one rank's accelerator in TFLOP/s; ``None`` if unknown.
         resumed_step: Inner step that this start continues from, 0 for a new run.
     """
 
@@ -194,17 +195,17 @@ class RunFacts:
 
 
 class Monitor:
-    """Lines and points of one start of a run. Construct it just before the first inner step.
+    """Writes lines and points of one start of a run. Construct it just before the first inner step.
 
     Invariant: a due line is written exactly once, in the order of steps, on the writing rank.
 
     Args:
-        facts: Of the run.
-        calendar: When lines are due and when they ride.
-        device: Where line_values are put together.
-        console: ``None`` on ranks that do not write.
-        writer: ``None`` on ranks that do not write, or without a directory.
-        now: Seconds, monotonic.
+        facts: Constants of the run.
+        calendar: Steps with a due line, and the launches that carry them.
+        device: Device of the line values.
+        console: Console; ``None`` on ranks that do not write.
+        writer: Event files; ``None`` on ranks that do not write, or without a directory.
+        now: Monotonic time in seconds.
     """
 
     def __init__(
@@ -239,18 +240,19 @@ class Monitor:
         return self._calendar.due(step)
 
     def record(self, step: int, values: Mapping[str, Value]) -> None:
-        """Take the metrics of an inner step, before its outer steps.
+        """Record the metrics of an inner step, before its outer steps.
 
-        Nothing is read from an accelerator unless a line is written by this call. Batch size, time,
-        throughput and MFU are this object's own.
+        Nothing is read from an accelerator unless this call writes a line. Batch size, time,
+        throughput and MFU are not passed in; the monitor measures them.
 
         Args:
-            step: The inner step that has just been made.
-            values: Tag -> number or 0-dim tensor. ``lm loss`` (the replica's mean) and
-                ``learning-rate`` in every step; the same tags on all ranks of a position.
+            step: The inner step just made.
+            values: Number or 0-dim tensor by tag. ``lm loss`` (mean of the replica) and
+                ``learning-rate`` are required in every step; tags are the same on all ranks at one
+                position.
 
         Raises:
-            RuntimeMismatch: A tag that the registry does not have for inner steps.
+            RuntimeMismatch: The registry has no such tag for inner steps.
         """
         assert step == self._step + 1, f"inner step {step} recorded after {self._step}"
         self._step = step
@@ -265,34 +267,36 @@ class Monitor:
             self._waiting[step] = line
 
     def paused(self) -> AbstractContextManager[None]:
-        """Leave out of all times what happens inside: evaluation and saving."""
+        """Exclude the time inside the context, of evaluation or saving, from all times."""
         return self._clock.paused()
 
     # ---- outer steps ------------------------------------------------------------------------
 
     def line_values(self, step: int) -> Tensor | None:
-        """Return what this replica sends along with the launches of ``step``.
+        """Return the numbers that this replica sends with the launches of ``step``, 1-D fp32.
 
-        ``None`` where nothing is launched, or with one replica; otherwise always of one size: the
-        waiting lines since the last launch, then zeros.
+        They are the values of the lines since the previous launch, then zeros up to a fixed size;
+        ``None`` if nothing is launched, or with one replica.
         """
         if not self._value_count or not self._calendar.launches(step):
             return None
         line_values = torch.zeros(self._value_count, dtype=torch.float32, device=self._device)
         for slot, due_step in enumerate(self._calendar.carried(step)):
-            if due_step in self._waiting:  # else recorded before this start
+            if due_step in self._waiting:  # otherwise recorded by an earlier start
                 own = self._waiting[due_step].shared()
                 for index, value in enumerate(own):
                     line_values[slot * VALUES_PER_LINE + index] = value
         return line_values
 
     def receive(self, launched_at: int, line_values: Tensor) -> None:
-        """Write the lines that rode with the launches of ``launched_at``.
+        """Write the lines whose values were sent with the launches of ``launched_at``.
+
+        Lines that another fragment launched at the same step has brought already, and lines of an
+        earlier start, are not written.
 
         Args:
             launched_at: Inner step of the launch.
-            line_values: Of every replica, ``[K, n]``, on the host. Lines that came with another
-                fragment of the same launch, or belong to an earlier start, are left out.
+            line_values: Line values of every replica, ``[K, n]``, on the host.
         """
         if line_values.size(1) == 0:
             return
@@ -310,7 +314,7 @@ class Monitor:
                 self._write_line(line, (loss, norm, round(skipped * self._facts.num_replicas)))
 
     def outer_step(self, report: OuterReport) -> None:
-        """Take what an outer step or the flush did: write its metrics and the lines that rode."""
+        """Write the metrics of an outer step or of the flush, and the lines it brought."""
         metrics = outer_metrics(report) if self._console is not None else {}
         if metrics:
             self._exposed.append((report.step, metrics["muloco/exposed_ms"]))
@@ -323,7 +327,7 @@ class Monitor:
             self.scalars(report.step, metrics)
 
     def _round_time(self, step: int) -> dict[str, float]:
-        """Return the time of the round that ends with ``step``, if this start saw all of it."""
+        """Return the time of the round that ends with ``step``; empty if only partly seen."""
         schedule = self._calendar.schedule
         if schedule is None or not schedule.ends_round(step) or step == self._round_start[0]:
             return {}
@@ -335,7 +339,7 @@ class Monitor:
     # ---- other events -----------------------------------------------------------------------
 
     def scalars(self, step: int, values: Mapping[str, Value]) -> None:
-        """Write points of something that happened after inner step ``step``."""
+        """Write points of an event after inner step ``step``."""
         if self._writer is not None:
             self._writer.scalars(step, dict(zip(values, floats(values.values()), strict=True)))
 
@@ -344,27 +348,28 @@ class Monitor:
         if self._console is None:
             return
         (number,) = floats([loss])
-        perplexity = math.exp(min(number, _LARGEST_EXPONENT))  # in this order nan stays nan
+        # The order matters: min(nan, cap) is nan, min(cap, nan) is the cap.
+        perplexity = math.exp(min(number, _LARGEST_EXPONENT))
         self._evaluations.append((step, number))
         self._console.stamped(str(EvaluationLine(step, number, perplexity)))
         self.scalars(step, {"lm loss validation": number, "lm loss validation ppl": perplexity})
 
     def say(self, text: str) -> None:
-        """Write a stamped line of plain text; nothing for an empty one or on other ranks."""
+        """Write a line of plain text with a time stamp; nothing if empty or on other ranks."""
         if self._console is not None and text:
             self._console.stamped(text)
 
     def sample(self, text: str) -> None:
-        """Write text that the anchor wrote."""
-        self.say(f"the anchor writes: {text!r}")
+        """Write a text sampled from the anchor."""
+        self.say(f"sample from the anchor: {text!r}")
         if self._writer is not None and self._console is not None:
             self._writer.text(SAMPLE_TAG, text)
 
     def close(self, outcome: str = "done") -> None:
-        """Write the lines that still wait, with this replica's own values, and the summary.
+        """Write the waiting lines with this replica's own values, and the summary; only once.
 
         Args:
-            outcome: Why the run ends. A second call does nothing.
+            outcome: Reason of the end.
         """
         if self._closed:
             return
@@ -378,7 +383,7 @@ class Monitor:
             self._console.line(str(self.summary(outcome)))
 
     def summary(self, outcome: str) -> RunSummary:
-        """Return what this start came to so far."""
+        """Return the summary of this start so far."""
         steps, seconds = self._step - self._facts.resumed_step, self._clock.seconds
         tokens = steps * self._facts.tokens_per_step
         evaluations = self._evaluations
@@ -411,7 +416,7 @@ class Monitor:
     def _write_line(
         self, line: DueLine, shared: tuple[Value, Value, Value], *, alone: bool = False
     ) -> None:
-        """Write one line and its points; ``shared`` replaces what ranks have of their own."""
+        """Write one line and its points; ``shared`` replaces this rank's own values."""
         if self._console is None:
             return
         numbers = floats([*shared, *line.values.values()])

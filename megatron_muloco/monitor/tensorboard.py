@@ -1,8 +1,8 @@
-"""TensorBoard event files that can fail without hurting the run.
+"""`EventWriter`: TensorBoard event files; errors of the file system do not end the run.
 
-Readers drop what an earlier start of the run wrote after the resumed step: every start begins its
-file with a session mark at ``resumed_step + 1``. The first start needs one too, because
-TensorBoard's server takes the first mark for the beginning and purges only at later ones.
+Every start of a run begins its event file with a session mark at ``resumed_step + 1``, so readers
+drop points that an earlier start wrote after the resumed step. The first start writes one too:
+TensorBoard's server takes the first mark as the beginning, and purges only at later ones.
 """
 
 import time
@@ -14,7 +14,7 @@ from megatron_muloco.monitor.metrics import metric
 
 __all__ = ["LAYOUT", "EventWriter"]
 
-# A full disk may be cleaned, but every attempt to write again leaves a small file behind.
+# A full disk may get free again, but every retry leaves a small file behind: retry seldom.
 _RETRY_SECONDS = 600.0
 
 
@@ -46,21 +46,25 @@ LAYOUT: Mapping[str, Mapping[str, list[object]]] = {
         "replicas": _chart("muloco/weight_sum", "muloco/excluded"),
     },
 }
-"""The custom-scalars page: categories, charts and their tags."""
+"""Categories, charts and their tags on TensorBoard's custom-scalars page."""
 
 
 class EventWriter:
-    """Writes scalars and texts; refuses unknown tags, tolerates a file system that fails.
+    """Writes scalars and texts; refuses unknown tags, tolerates errors of the file system.
 
-    Training is worth more than its curves: after a failure this object counts what it could not
-    write in ``lost_points``, has told the operator once, and tries a new file now and then. (The
-    writing thread of the tensorboard package also prints its own trace, once per file.)
+    After a failed write it reports once, counts the points that it cannot write in ``lost_points``,
+    and tries a new file after `_RETRY_SECONDS`. (The writing thread of the tensorboard package also
+    prints its own traceback, once per file.)
 
     Args:
-        directory: Of the event files; created when missing.
+        directory: Directory of the event files; created if missing.
         resumed_step: Inner step that the run continues from, 0 for a new run.
         report: Called once, with a sentence, at the first failure.
-        clock: Seconds, monotonic.
+        clock: Monotonic time in seconds.
+
+    Attributes:
+        directory: Directory of the event files.
+        lost_points: Number of points that could not be written.
     """
 
     def __init__(
@@ -77,7 +81,7 @@ class EventWriter:
         self._reported = False
         self._retry_at = clock()
         self._writer: SummaryWriter | None = None
-        # At 0, a new run in an old directory also hides the old evaluation before the first step.
+        # A mark at 0 makes a new run in an old directory hide the old run's evaluation at step 0.
         self._open(purge_step=resumed_step + 1 if resumed_step else 0)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -96,12 +100,12 @@ class EventWriter:
 
     def text(self, tag: str, content: str) -> None:
         """Write a text as a code block."""
-        # Four spaces make a code block in Markdown whatever the text contains.
+        # Indented by four spaces any text is a code block in Markdown.
         block = "\n".join(f"    {line}" for line in content.splitlines())
         self._attempt(lambda writer: writer.add_text(tag, block), points=1)
 
     def close(self) -> None:
-        """Finish the file."""
+        """Close the event file."""
         writer, self._writer = self._writer, None
         if writer is not None:
             try:
@@ -111,14 +115,14 @@ class EventWriter:
 
     def _attempt(self, write: Callable[[SummaryWriter], None], *, points: int) -> None:
         if self._writer is None and self._clock() >= self._retry_at:
-            # No mark here: it would hide what this start has written so far.
+            # Without a mark, which would hide the points that this start has written so far.
             self._open(purge_step=None)
         if self._writer is None:
             self.lost_points += points
             return
         try:
             write(self._writer)
-            # Also brings an error of the writing thread here.
+            # Raises here also an error of the writing thread.
             self._writer.flush()
         except OSError as error:
             self._failed(error, points=points)

@@ -1,7 +1,7 @@
-"""Speed of a run relative to its model and its accelerator: pure arithmetic, no torch.
+"""Throughput and MFU of a run, and the table of accelerator peaks. Imports no torch.
 
-Nothing is guessed: an accelerator that is not in the table by its exact name has no peak, and what
-would need one is ``None`` and prints as ``n/a``.
+Peaks are not guessed: an accelerator whose exact name is not in the table has none, and its MFU is
+``None``.
 """
 
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ class Peak:
     """Dense bf16 matrix throughput of one accelerator, without structured sparsity.
 
     Attributes:
-        device: Exact name that the driver reports.
-        tflops: TFLOP/s. Data sheets that print only the sparse number are halved.
-        source: Where the number is from.
+        device: Exact name reported by the driver.
+        tflops: Peak in TFLOP/s; half the number of data sheets that print only the sparse one.
+        source: Source of the number.
     """
 
     device: str
@@ -42,11 +42,11 @@ PEAKS: tuple[Peak, ...] = (
 
 
 def peak_tflops(device: str, precision: str) -> float | None:
-    """Return the peak of an accelerator, ``None`` where unknown.
+    """Return the peak of an accelerator in TFLOP/s, ``None`` if unknown.
 
     Args:
-        device: Name that the driver reports, or anything else on a CPU.
-        precision: As in the config; only ``bf16`` has a peak in the table.
+        device: Name reported by the driver; any other text on a CPU.
+        precision: ``training.precision``; the table has peaks for ``bf16`` only.
     """
     if precision != "bf16":
         return None
@@ -55,13 +55,13 @@ def peak_tflops(device: str, precision: str) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Speed of some inner steps.
+    """Speed over a number of inner steps.
 
     Attributes:
-        seconds_per_step: Wall-clock.
-        tokens_per_s: Of all replicas.
+        seconds_per_step: Wall-clock seconds of an inner step.
+        tokens_per_s: Tokens per second of all replicas together.
         tflops: Model TFLOP/s per rank.
-        mfu: ``tflops`` over the peak; ``None`` without a known peak.
+        mfu: ``tflops`` divided by the peak; ``None`` without a known peak.
     """
 
     seconds_per_step: float
@@ -82,12 +82,12 @@ def measure_speed(
     """Return the speed of ``steps`` inner steps that took ``seconds``.
 
     Args:
-        seconds: Wall-clock of all the steps, more than 0.
-        steps: How many.
+        seconds: Wall-clock seconds of all steps together, more than 0.
+        steps: Number of inner steps.
         tokens_per_step: Tokens of one step over all replicas.
-        flops_per_token: Forward and backward.
-        world_size: Ranks.
-        peak: TFLOP/s of one rank's accelerator.
+        flops_per_token: Model FLOPs of one token, forward and backward.
+        world_size: Number of ranks.
+        peak: Peak of one rank's accelerator in TFLOP/s; ``None`` if unknown.
     """
     tokens_per_s = steps * tokens_per_step / seconds
     tflops = tokens_per_s * flops_per_token / world_size / 1e12

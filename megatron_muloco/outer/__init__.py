@@ -1,10 +1,11 @@
-"""The outer step: when replicas meet, what they exchange, and what they do with it.
+"""The outer step: when replicas synchronise, what they exchange, and how they use it.
 
-Knows tensors and time, not process groups. Read `reference.py` first: it is the whole algorithm on
-one page. The other modules are the same lines, one idea each, on a rank's shards:
+Tensors and time only; process groups are in `comm`. Start with `reference.py`, the whole algorithm
+in one process. The other modules do the same on one rank's shards:
 
-    pseudogradient  anchor - local                   fragments    which parameters meet together
-    schedule        launch and apply, by inner step  optimizer    the Nesterov step on the anchor
-    guard           the weight of a replica          merge        how a replica takes the anchor
-    reducer         the seam to communication        synchronizer all of it, for one rank
+    schedule      inner step -> launches and applies       optimizer     pseudogradient, Nesterov,
+    fragments     which parameters travel together                       merge rules, anchor state
+    guard         weight of a replica in the mean          in_flight     fragments between launch
+    reducer       interface to communication                             and apply
+    synchronizer  runs all of this on one rank             diagnostics   reports and metrics
 """

@@ -1,4 +1,12 @@
-"""What an outer step tells the training loop; tensors stay on their device until logged."""
+"""Reports, diagnostics and metrics of outer steps.
+
+`FragmentDiagnostics` collects sums while a fragment is applied, and adds them over the replica in
+one collective; the result is a `FragmentReport`. An `OuterReport` has those of one inner step, and
+`outer_metrics` turns it into TensorBoard tags. Tensors stay on their device until then.
+
+`PseudogradientSketch` is a count sketch: it estimates cosines between pseudogradients that are
+never in one place, from a few numbers of each replica.
+"""
 
 import hashlib
 import math
@@ -26,16 +34,17 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class CompressionReport:
-    """What the code did to one fragment, over the whole replica; times are this rank's.
+    """Errors and times of the compression of one fragment.
 
     Attributes:
-        encoded_norm: Norm of what this replica encoded, its residual included; 0-dim.
-        lost_norm: Norm of what its encoding lost, which error feedback keeps; 0-dim.
+        encoded_norm: Norm of the encoded values (pseudogradient plus residual) of the whole
+            replica; 0-dim.
+        lost_norm: Norm of the replica's encoding error, which error feedback keeps; 0-dim.
         cosine: Estimated cosine of the decoded mean and the mean of the exact pseudogradients,
             0-dim; NaN in rounds that do not compare replicas.
-        encode_ms: Host time of encoding.
-        decode_ms: Host time of decoding.
-        error_feedback: Whether what was lost is kept.
+        encode_ms: Host time of encoding on this rank.
+        decode_ms: Host time of decoding on this rank.
+        error_feedback: Whether the error is kept for the next round.
     """
 
     encoded_norm: Tensor
@@ -48,25 +57,28 @@ class CompressionReport:
 
 @dataclass(frozen=True, slots=True)
 class FragmentReport:
-    """One applied fragment. Norms and cosine are over the whole replica, duplicates counted once.
+    """One applied fragment.
+
+    Norms and cosines are those of the whole replica; replicated parameters count once.
 
     Attributes:
         fragment: Index of the fragment.
         launched_at: Inner step after which it was launched.
-        round_index: Round that this step belongs to.
-        verdict: The guard's word on this replica.
+        round_index: Round of the launch.
+        verdict: The guard's decision for this replica.
         weights: w of every replica, ``[K]``.
-        line_values: The caller's line_values of every replica, ``[K, n]``.
+        line_values: Line values of every replica, ``[K, n]``.
         pseudogradient_norm: Norm of this replica's own pseudogradient; NaN if it was not finite.
-        update_norm: Norm of what the anchor moved by, 0-dim.
+        update_norm: Norm of the anchor's change, 0-dim.
         cosine_to_mean: Cosine of own and mean pseudogradient, 0-dim; NaN where undefined.
-        wire_bytes: Bytes that this rank sent.
-        uncoded_bytes: Bytes that an fp32 all-reduce would have sent, line_values not counted.
-        exposed_ms: Host time spent launching and waiting.
-        pairwise_cosines: Estimated cosines of the replicas' pseudogradients, ``[K, K]``, NaN beside
-            one that is not finite or zero; ``None`` in rounds that do not compare replicas.
-        code: What a lossy code did; ``None`` without one, and for a fragment that was in flight
-            when the run was saved.
+        wire_bytes: Bytes sent by this rank.
+        uncoded_bytes: Bytes that an fp32 all-reduce of the tensors alone would have sent.
+        exposed_ms: Host time of launch and wait.
+        pairwise_cosines: Estimated cosines of the replicas' pseudogradients, ``[K, K]``, NaN for
+            pseudogradients that are zero or not finite; ``None`` in rounds that do not compare
+            replicas.
+        code: Errors and times of the compression; ``None`` without one, and for a fragment that
+            was in flight when the run was saved.
     """
 
     fragment: int
@@ -86,21 +98,22 @@ class FragmentReport:
 
     @property
     def weight_sum(self) -> float:
-        """Sum of the weights; 0 means that no replica could be used and the anchor did not move."""
+        """Sum of the weights; 0 if no replica was usable and the anchor did not move."""
         return float(self.weights.sum())
 
 
 @dataclass(frozen=True, slots=True)
 class OuterReport:
-    """All that happened after one inner step, or in the flush.
+    """The outer events after one inner step, or of the flush.
 
     Attributes:
         step: Inner step.
-        round_index: Round that the step belongs to.
-        launched: Fragments launched.
-        applied: Fragments applied.
-        restarted_from_anchor: This replica was not finite and now holds the anchor in every
-            fragment. The caller zeroes the inner optimizer's state on all ranks of the replica.
+        round_index: Round of the step.
+        launched: Indices of the launched fragments.
+        applied: Reports of the applied fragments.
+        restarted_from_anchor: Whether this replica was not finite and now holds the anchor in every
+            fragment. The caller then zeroes the inner optimizer's state on all ranks of the
+            replica.
     """
 
     step: int
@@ -111,55 +124,54 @@ class OuterReport:
 
     @property
     def alarm(self) -> bool:
-        """Whether some fragment found no usable replica at all."""
+        """Whether some applied fragment had no usable replica."""
         return any(fragment.weight_sum == 0.0 for fragment in self.applied)
 
 
-# ------------------------------------------------------------------------------------------
-# How alike replicas' pseudogradients are, from a few numbers of each.
-#
-# The cosine of two replicas needs a dot product of vectors that are never in one place. Each rank
-# sends a *sketch* of its share instead: every value, with a random sign, is added to one of
-# ``width`` places. The signs are the same on all replicas, so equal values meet equal values, and
-# all other products cancel on average::
-#
-#     values   x0  x1  x2  x3 | x4  x5  x6  x7 | x8  ...       width 4, one row after the other
-#     row 0   +x0 -x1 -x2 +x3                                  sign = row sign * column sign
-#     row 1   -x6 +x7 -x4 -x5                                  turned by a random number of places
-#     sketch   the sum of the rows
-#
-# Dot products of sketches are dot products of the vectors, without bias; summed over the ranks of a
-# replica and divided by the sketches' own norms they are cosines. For vectors without structure the
-# standard error of a cosine c is ``(1 - c**2) / sqrt(values of the whole replica)``, that of a
-# correlation coefficient.
-#
-# Source: Charikar, Chen and Farach-Colton, "Finding frequent items in data streams" (2002), with
-# rows turned as wholes, which is a sum in a fixed order on every device.
+# ---- sketches ------------------------------------------------------------------------------------
 
-
-_CHUNK_ELEMENTS = 2**22  # chosen: temporary memory of 16 MiB of values and 32 MiB of places
+_CHUNK_ELEMENTS = 2**22  # chosen: 16 MiB of temporary values and 32 MiB of temporary indices
 
 
 @dataclass(frozen=True, slots=True)
 class PseudogradientSketch:
-    """Sketches a rank's shards; the same function on the same position of every replica.
+    """Count sketch of a rank's shards: the same linear map at equal positions of all replicas.
+
+    The cosine of two replicas' pseudogradients needs a dot product of vectors that are never on one
+    device. Each rank sends a sketch of its shards instead: every value is multiplied by a random
+    sign and added to one of ``width`` buckets. Signs and buckets are the same on all replicas, so
+    the products of equal coordinates add up and all others cancel on average::
+
+        values   x0  x1  x2  x3 | x4  x5  x6  x7 | x8  ...       width 4: rows of 4 values
+        row 0   +x0 -x1 -x2 +x3                                  sign = row sign * column sign
+        row 1   -x6 +x7 -x4 -x5                                  rotated by a random offset
+        sketch   sum of the rows
+
+    Dot products of sketches are unbiased estimates of the dot products of the vectors. Summed over
+    the ranks of a replica and divided by the norms of the sketches they are cosines. For vectors
+    without structure the standard error of a cosine c is that of a correlation coefficient,
+    ``(1 - c**2) / sqrt(n)``, n the numbers in all sketches of a replica.
 
     Attributes:
-        width: Numbers in a sketch; at least 1.
+        width: Numbers in a sketch, at least 1.
         interval: Rounds between two sketches.
+
+    Source: count sketch of Charikar, Chen and Farach-Colton, "Finding frequent items in data
+    streams" (2002). Difference: one random rotation per row of values in place of one random bucket
+    per value, so that the sum runs in a fixed order on every device (no atomic additions).
     """
 
     width: int
     interval: int = 1
 
     def is_due(self, round_index: int) -> bool:
-        """Whether the launches of a round carry sketches."""
+        """Whether the launches of a round send sketches."""
         return round_index % self.interval == 0
 
     def __call__(self, shards: Mapping[str, Tensor]) -> Tensor:
-        """Return the sketch of flat tensors, ``[width]``, fp32; ``[0]`` where there are none.
+        """Return the sketch of flat fp32 tensors, ``[width]``, fp32; ``[0]`` without tensors.
 
-        It depends on names, sizes and values alone, not on the order of the mapping or on the rank.
+        The result depends on names, sizes and values alone, not on the mapping's order or the rank.
         """
         parts = [self._sketch(name, shards[name]) for name in sorted(shards)]
         return torch.stack(parts).sum(0) if parts else torch.zeros(0)
@@ -167,6 +179,7 @@ class PseudogradientSketch:
     def _sketch(self, name: str, values: Tensor) -> Tensor:
         width, device = self.width, values.device
         rows = -(-values.numel() // width)
+        # A host generator seeded by the name: equal signs on every rank and device, and no state.
         generator = torch.Generator().manual_seed(_seed(name))
         column_signs = _signs(width, generator).to(device)
         row_signs = _signs(rows, generator).to(device)
@@ -185,13 +198,13 @@ class PseudogradientSketch:
 
 
 def gram(sketches: Tensor) -> Tensor:
-    """Return the dot products of every two rows, ``[K, K]``, fp64."""
+    """Return the dot products of all pairs of rows, ``[K, K]``, fp64."""
     exact = sketches.double()
     return exact @ exact.T
 
 
 def cosines(products: Tensor) -> Tensor:
-    """Return the cosines of vectors from their dot products, ``[K, K]``; NaN beside a zero."""
+    """Return the cosines of vectors from their dot products, ``[K, K]``; NaN for a zero vector."""
     norms = products.diagonal().sqrt()
     return products / torch.outer(norms, norms)
 
@@ -204,19 +217,18 @@ def _signs(count: int, generator: torch.Generator) -> Tensor:
     return torch.randint(2, (count,), generator=generator).mul_(2).sub_(1).float()
 
 
-# ------------------------------------------------------------------------------------------
-# The sums over a fragment's shards that its report needs, added over the replica in one go.
+# ---- sums over a fragment ------------------------------------------------------------------------
 
 
 class FragmentDiagnostics:
-    """What one rank saw of one fragment: scalars, fp64, and the sketches' dot products.
+    """Sums over this rank's shards of one fragment that its report needs, fp64.
 
-    Made after the fragment was waited for, and before its mean is overwritten.
+    Construct it after the wait, and before the outer step overwrites the mean.
 
     Args:
         flight: The fragment, waited for.
-        sketch: Compares what was decoded with what was meant; ``None`` does not.
-        device: Where the replica adds.
+        sketch: Sketch for the cosine of decoded and exact mean; ``None`` without one.
+        device: Device on which the replica sums.
     """
 
     def __init__(
@@ -230,11 +242,25 @@ class FragmentDiagnostics:
             self._pairs = gram(flight.metadata().sketches).flatten().to(device)
 
     def add(self, dot: Tensor, mean_square: Tensor, update_square: Tensor) -> None:
-        """Add one shard: own * mean pseudogradient, mean * mean, update * update; 0-dim."""
+        """Add one shard's dot products; 0-dim each.
+
+        Args:
+            dot: Own and mean pseudogradient.
+            mean_square: Mean pseudogradient with itself.
+            update_square: Change of the anchor with itself.
+        """
         self._moved += torch.stack([dot, mean_square, update_square]).double()
 
     def report(self, total: Callable[[Tensor], Tensor], round_index: int) -> FragmentReport:
-        """Add over the replica by ``total``; return what it comes to, of a launch of this round."""
+        """Sum over the replica and return the fragment's report.
+
+        Args:
+            total: Sum over the ranks of the replica.
+            round_index: Round of the launch.
+
+        Collectives: one call of ``total``; all ranks of the replica call this method.
+        """
+        # One collective for all sums: a replica adds at most 8 + K * K numbers per fragment.
         parts = (self._moved, self._code, self._pairs)
         moved, code, pairs = total(torch.cat(parts)).split([part.numel() for part in parts])
         dot, mean_square, update_square = moved.unbind()
@@ -264,10 +290,10 @@ class FragmentDiagnostics:
 def _compression_sums(
     flight: InFlight, sketch: PseudogradientSketch | None, device: torch.device
 ) -> Tensor:
-    """Return this rank's sums about the code, ``[5]``; zeros where there is nothing to say.
+    """Return this rank's sums about the compression, ``[5]``, fp64; zeros without one.
 
-    Squared norms of what was encoded and of what the code lost, then the products of the sketches
-    of decoded and exact mean: decoded * exact, decoded * decoded, exact * exact.
+    The squared norms of encoded values and of encoding errors, then dot products of the sketches of
+    the decoded and the exact mean: decoded * exact, decoded * decoded, exact * exact.
     """
     sums = torch.zeros(5, dtype=torch.float64, device=device)
     assert flight.reduced is not None
@@ -294,20 +320,19 @@ def _compression_report(code: CompressionStats, sums: Tensor) -> CompressionRepo
     )
 
 
-# ------------------------------------------------------------------------------------------
-# The metrics of one outer step, from the synchronizer's report.
+# ---- metrics -------------------------------------------------------------------------------------
 
 
 def outer_metrics(report: OuterReport) -> dict[str, float]:
-    """Return tag -> value for the fragments applied after one inner step; empty when none were.
+    """Return the metrics of the fragments applied after one inner step, by tag; empty if none.
 
-    Norms of several fragments are those of their union. The smallest cosine is left out where no
-    two replicas could be compared.
+    The norm of several fragments is that of their union. The smallest cosine is left out if no two
+    replicas could be compared.
     """
     applied = report.applied
     if not applied:
         return {}
-    # One transfer for all tensors of the report.
+    # One transfer to the host for all tensors of the report.
     per_fragment = torch.stack(
         [
             torch.stack([part.update_norm, part.cosine_to_mean, _smallest_cosine(part)]).double()
@@ -336,7 +361,7 @@ def outer_metrics(report: OuterReport) -> dict[str, float]:
 
 
 def _compression_metrics(codes: Sequence[CompressionReport]) -> dict[str, float]:
-    """Return what codes did to the fragments of one step; empty without one."""
+    """Return the compression metrics of the fragments of one step; empty without compression."""
     if not codes:
         return {}
     numbers = torch.stack(
@@ -358,7 +383,7 @@ def _compression_metrics(codes: Sequence[CompressionReport]) -> dict[str, float]
 
 
 def _smallest_cosine(part: FragmentReport) -> Tensor:
-    """Return the smallest cosine of two replicas, 0-dim; NaN where there is none."""
+    """Return the smallest cosine of two replicas, 0-dim; NaN if no two could be compared."""
     nothing = torch.full_like(part.update_norm, math.nan)
     if part.pairwise_cosines is None:
         return nothing

@@ -1,12 +1,14 @@
-"""Which parameters are synchronised together: a partition of the model's names.
+"""`FragmentPlan`: the partition of the model's parameters into fragments. Imports no torch.
 
-A fragment is a set of whole layers. With six layers and three fragments::
+A fragment is a set of whole layers that are synchronised together. Fragments of six layers, three
+fragments::
 
-    sequential   0 0 1 1 2 2      neighbours together
-    strided      0 1 2 0 1 2      interleaved, so early layers never travel in one burst
+    layer        0 1 2 3 4 5
+    sequential   0 0 1 1 2 2      neighbouring layers together
+    strided      0 1 2 0 1 2      interleaved, so that every fragment holds early and late layers
 
-The embedding goes with fragment 0 and all that follows the last layer (final norm, output head)
-with the last fragment, in both patterns. No torch here.
+In both patterns the embedding is in fragment 0, and everything after the last layer (final norm,
+output head) is in the last fragment.
 """
 
 import re
@@ -28,12 +30,18 @@ _AFTER_LAYERS = ("decoder.final_layernorm.", "output_layer.")
 
 @dataclass(frozen=True, slots=True)
 class FragmentPlan:
-    """Fragment index to parameter names; no name is in two fragments."""
+    """Parameter names by fragment.
+
+    Invariant: no name is in two fragments, or twice in one.
+
+    Attributes:
+        fragments: Names of each fragment; the fragment's index is its place.
+    """
 
     fragments: tuple[tuple[str, ...], ...]
 
     def __post_init__(self) -> None:
-        """Refuse a name in two fragments."""
+        """Raise `ConfigError` if a name is in two fragments."""
         self.check(self.names())
 
     @classmethod
@@ -45,20 +53,20 @@ class FragmentPlan:
         count: int = 1,
         pattern: FragmentPattern = "sequential",
     ) -> "FragmentPlan":
-        """Return the plan that assigns every parameter by the number of its layer.
+        """Return the plan that assigns every parameter by its layer number.
 
-        The fragment of a name depends on nothing but the name and the keyword arguments, so a rank
-        that knows only its pipeline stage's names gets the same fragments, cut to these names.
+        The fragment of a name depends on the name and the keyword arguments alone, so a rank that
+        knows only the names of its pipeline stage gets the same fragments, restricted to them.
 
         Args:
-            names: Parameter names, layers numbered over the whole model.
+            names: Parameter names, with layers numbered over the whole model.
             num_layers: Layers of the whole model.
-            count: Fragments; at most one a layer.
+            count: Number of fragments, in 1..num_layers.
             pattern: ``sequential`` (the MuLoCo experiments) or ``strided`` (Streaming DiLoCo,
                 arXiv:2501.18512).
 
         Raises:
-            ConfigError: More fragments than layers, or names that the rule cannot place.
+            ConfigError: There are more fragments than layers, or names without a layer number.
         """
         if not 1 <= count <= num_layers:
             raise ConfigError(
@@ -81,7 +89,7 @@ class FragmentPlan:
 
     @property
     def count(self) -> int:
-        """Fragments of the plan, also those without parameters on this rank."""
+        """Number of fragments, including those without parameters on this rank."""
         return len(self.fragments)
 
     def names(self) -> tuple[str, ...]:
@@ -89,7 +97,7 @@ class FragmentPlan:
         return tuple(name for group in self.fragments for name in group)
 
     def members(self, names: Iterable[str]) -> tuple[tuple[str, ...], ...]:
-        """Return ``names`` by fragment, in their order.
+        """Return ``names`` grouped by fragment, each group in the order of ``names``.
 
         Raises:
             ConfigError: A name is in no fragment.
@@ -108,7 +116,7 @@ class FragmentPlan:
         """Raise unless every trainable parameter is in exactly one fragment.
 
         Raises:
-            ConfigError: Lists the missing names and those repeated or not trainable.
+            ConfigError: Names are missing, repeated or not trainable; the message lists them.
         """
         missing, surplus = coverage(self.names(), trainable)
         if missing or surplus:

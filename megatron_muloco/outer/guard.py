@@ -1,8 +1,11 @@
-"""Whether a replica takes part in an outer step: its weight, 0 or 1.
+"""Weight of a replica in an outer step: the guard's verdict, and the share of tokens it trained.
 
-One replica with a NaN would poison all K after one average. The guard looks at two numbers,
-summed over the whole replica, so that all its ranks come to the same verdict, and the verdict
-travels with the data as the replica's weight.
+One replica with a NaN would spoil all K with one mean. `Guard` therefore gives a replica whose
+pseudogradient is not finite, or far from the usual norm, the weight 0 for this mean. The decision
+uses two numbers, both summed over the whole replica, so all its ranks decide alike; it reaches the
+other replicas as the weight that is sent with the data, without a collective of its own.
+
+`Progress` counts how much of an interval a replica trained, for means weighted by tokens.
 """
 
 import math
@@ -19,11 +22,11 @@ __all__ = ["Guard", "Progress", "Verdict", "local_statistics"]
 
 
 class Verdict(Enum):
-    """What the guard found for one replica and one launch."""
+    """The guard's decision for one replica and one launch."""
 
     GOOD = "good"
-    NON_FINITE = "non-finite"  # the replica starts again from the anchor
-    OUTLIER = "norm outside the band"  # left out of this mean, otherwise untouched
+    NON_FINITE = "non-finite"  # weight 0, and the replica restarts from the anchor
+    OUTLIER = "norm outside the band"  # weight 0 in this mean; the replica trains on unchanged
 
     @property
     def weight(self) -> float:
@@ -32,13 +35,14 @@ class Verdict(Enum):
 
 
 def local_statistics(tensors: list[Tensor], device: torch.device) -> Tensor:
-    """Return ``[non-finite tensors, squared norm of the finite ones]``, fp64, to be summed.
+    """Return ``[number of non-finite tensors, squared norm of the finite ones]``, ``[2]``, fp64.
 
-    A norm beyond the range of fp32 counts as non-finite: no pseudogradient of a model that still
-    trains is anywhere near it.
+    The caller sums the result over the ranks of the replica. A norm beyond the range of fp32
+    counts as non-finite: no pseudogradient of a model that still trains comes near it.
     """
     if not tensors:
         return torch.zeros(2, dtype=torch.float64, device=device)
+    # One reduction per tensor finds NaN and infinity too: either makes the norm non-finite.
     norms = torch.stack([torch.linalg.vector_norm(tensor) for tensor in tensors]).double()
     bad = ~torch.isfinite(norms)
     return torch.stack([bad.sum().double(), norms.masked_fill(bad, 0.0).square().sum()])
@@ -46,18 +50,20 @@ def local_statistics(tensors: list[Tensor], device: torch.device) -> Tensor:
 
 @dataclass
 class Guard:
-    """Judges pseudogradients by their norm; the same inputs give the same verdict on every rank.
+    """Decides by its norm whether a replica's pseudogradient enters the mean.
 
-    The band is ``[m / max_norm_ratio, m * max_norm_ratio]`` around the median ``m`` of the
-    norms in the fragment's previous round. It needs a majority to mean anything, hence
-    ``min_replicas``. All finite norms enter the median, also those of replicas left out, so that
-    the band follows when all norms move together.
+    The same inputs give the same verdict on every rank. The band of accepted norms is
+    ``[m / max_norm_ratio, m * max_norm_ratio]`` around the median ``m`` of the replicas' norms in
+    the fragment's previous round. A median means little for two or three replicas, hence
+    ``min_replicas``. All finite norms enter the median, also those of excluded replicas, so that
+    the band follows when all norms change together.
 
     Attributes:
         num_replicas: K.
-        max_norm_ratio: Half-width of the band as a ratio. 10 is chosen: during warm-up the norms of
-            consecutive full rounds differ by a factor of at most 3.
-        min_replicas: Replicas from which on the band is active.
+        max_norm_ratio: Largest accepted ratio of norm and median, in both directions. The default
+            of 10 is chosen: during warm-up, norms of consecutive full rounds differ by a factor of
+            at most 3.
+        min_replicas: Smallest K for which the band is used.
     """
 
     num_replicas: int
@@ -74,15 +80,21 @@ class Guard:
         *,
         use_band: bool = True,
     ) -> tuple[Verdict, float]:
-        """Return the verdict on a replica and the norm of its pseudogradient, NaN if not finite.
+        """Return the verdict for this replica and its pseudogradient norm, NaN if not finite.
 
         Args:
             fragment: Index of the fragment.
-            deltas: This rank's share of the pseudogradient, without duplicates.
-            total: Sums over the ranks of the replica, all of which call this.
-            device: Where ``total`` takes its input; a rank may have no share at all.
-            use_band: The band compares intervals of one length; a flush may hold a single step.
+            deltas: This rank's shards of the pseudogradient, replicated parameters only on their
+                primary rank. May be empty.
+            total: Sum over the ranks of the replica.
+            device: Device of the tensor given to ``total``.
+            use_band: Whether to compare with the band. It compares intervals of equal length only,
+                since the norm grows with the number of inner steps.
+
+        Collectives: one call of ``total``; all ranks of the replica call this method.
         """
+        # tolist() waits for the device: reducers need the weight as a number, since with weight 0
+        # they leave the tensors out (0 * NaN would be NaN).
         bad, square = total(local_statistics(list(deltas.values()), device)).tolist()
         norm = math.nan if bad else math.sqrt(square)
         if use_band:
@@ -90,7 +102,7 @@ class Guard:
         return (Verdict.NON_FINITE if bad else Verdict.GOOD), norm
 
     def judge(self, fragment: int, *, non_finite: bool, norm: float) -> Verdict:
-        """Return the verdict on this replica's pseudogradient of ``fragment``."""
+        """Return the verdict for the replica's summed statistics of ``fragment``."""
         if non_finite:
             return Verdict.NON_FINITE
         middle = self._medians.get(fragment)
@@ -100,13 +112,19 @@ class Guard:
         return Verdict.GOOD if inside else Verdict.OUTLIER
 
     def observe(self, fragment: int, norms: list[float]) -> None:
-        """Remember the replicas' norms of a full interval; non-finite ones are NaN here."""
+        """Set the fragment's median from the replicas' norms of a full interval.
+
+        Args:
+            fragment: Index of the fragment.
+            norms: Norm of every replica, NaN where it is not finite; equal on all ranks, since they
+                come from the metadata of the reduction.
+        """
         finite = [norm for norm in norms if norm == norm]
         if finite and median(finite) > 0.0:
             self._medians[fragment] = median(finite)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the medians as plain numbers, keyed by the fragment's index as text (JSON)."""
+        """Return the medians, keyed by the fragment's index as text, for JSON."""
         return {str(fragment): middle for fragment, middle in self._medians.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -114,33 +132,33 @@ class Guard:
         self._medians = {int(fragment): float(middle) for fragment, middle in state.items()}
 
 
-# ------------------------------------------------------------------------------------------
-# How much of an interval a replica trained: its weight where replicas are weighed by tokens.
+# ---- weights by tokens ---------------------------------------------------------------------------
 
 
 @dataclass
 class Progress:
-    """Inner steps of a fragment since its last launch.
+    """Inner steps of one fragment since its last launch, and how many of them trained.
 
     Attributes:
-        steps: All of them.
-        trained: Those that changed parameters, each as the share of its tokens that counted.
+        steps: Number of inner steps.
+        trained: Sum over these steps of the share of tokens that the replica trained on; a skipped
+            step adds 0.
     """
 
     steps: int = 0
     trained: float = 0.0
 
     def add(self, share: float) -> None:
-        """Count one inner step, of which ``share`` was trained."""
+        """Count one inner step in which the share ``share`` of the tokens was trained on."""
         self.steps += 1
         self.trained += share
 
     def restart(self) -> None:
-        """Count the steps of this interval so far as not trained: their result is gone."""
+        """Count the steps of this interval so far as not trained: the replica lost their result."""
         self.trained = 0.0
 
     def take(self) -> float:
-        """Return the trained share of the interval, in [0, 1], and begin the next one."""
+        """Return the trained share of the interval, in [0, 1], and start the next interval."""
         share = self.trained / self.steps
         self.steps, self.trained = 0, 0.0
         return share

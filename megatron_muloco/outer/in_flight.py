@@ -1,4 +1,15 @@
-"""A fragment between its launch and its apply, in memory and in a checkpoint."""
+"""`InFlight`, a fragment between its launch and its apply, in memory and in a checkpoint.
+
+Lifetime of what a fragment in flight holds::
+
+    launch                        wait                             apply, next launch
+      at_launch (own copies) ------------------------------------>  freed after the merge
+      handle ------------------->   mean (may be views of the       freed, or overwritten by the
+                                    reducer's buffers) ---------->  reducer's next launch
+
+A checkpoint between launch and apply waits for the result and stores it. Other launches may follow
+before its apply, so `InFlight.wait_and_clone` moves the mean into memory of its own.
+"""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -19,20 +30,22 @@ __all__ = ["InFlight", "InFlightTable"]
 
 @dataclass
 class InFlight:
-    """A launched fragment.
+    """A launched fragment on one rank.
+
+    Invariant: exactly one of ``handle`` and ``reduced`` is set.
 
     Attributes:
         fragment: Index of the fragment.
         launched_at: Inner step after which it was launched.
-        verdict: The guard's word on this replica.
+        verdict: The guard's decision for this replica.
         norm: Norm of this replica's pseudogradient; NaN if not finite.
-        at_launch: Copy of the local parameters at the launch; ``None`` without overlap, where they
-            cannot change before the apply.
-        handle: The running reduction; ``None`` once it was waited for.
-        reduced: Its result, once it was waited for.
-        sketch_size: Numbers of this rank's sketch at the end of the metadata; ``None`` where the
-            round does not compare replicas.
-        exposed_ms: Host time spent on it so far.
+        at_launch: Copies of the local parameters at the launch; ``None`` without overlap, where
+            they cannot change before the apply.
+        handle: The running reduction; ``None`` after the wait.
+        reduced: The result; ``None`` before the wait.
+        sketch_size: Length of the sketch at the end of this rank's metadata; ``None`` in rounds
+            that do not compare replicas.
+        exposed_ms: Host time spent in launch and wait so far.
     """
 
     fragment: int
@@ -46,7 +59,11 @@ class InFlight:
     exposed_ms: float = 0.0
 
     def wait(self, reducer: Reducer) -> Reduced:
-        """Return the result; the first call waits for it, and borrows the reducer's memory."""
+        """Return the result; the first call waits for it.
+
+        The mean may be views of the reducer's buffers (`Reducer.returns_views`), which its next
+        launch overwrites.
+        """
         if self.reduced is None:
             assert self.handle is not None
             started = time.perf_counter()
@@ -56,8 +73,8 @@ class InFlight:
         return self.reduced
 
     def wait_and_clone(self, reducer: Reducer) -> Reduced:
-        """Return the result in memory of its own, so that it outlives later launches."""
-        if self.handle is None:
+        """Return the result in memory of its own, which later launches do not overwrite."""
+        if self.handle is None:  # waited for, hence cloned, or restored from a checkpoint
             assert self.reduced is not None
             return self.reduced
         reduced = self.wait(reducer)
@@ -68,14 +85,14 @@ class InFlight:
         return self.reduced
 
     def metadata(self) -> ReplicaMetadata:
-        """Return what every replica showed beside the tensors; after `wait`."""
+        """Return the metadata of all replicas; only after `wait`."""
         assert self.reduced is not None
         return ReplicaMetadata.unpack(self.reduced.stats.metadata, self.sketch_size or 0)
 
     def scalars(self) -> dict[str, Any]:
-        """Return everything but the tensors, as plain numbers; settled fragments only.
+        """Return everything but the tensors as plain numbers; only after `wait`.
 
-        Bytes, times, sketches and the caller's metadata are left out: they belong to this start.
+        Bytes, times, sketches and line values are left out: they describe this start of the run.
         """
         assert self.reduced is not None
         shown = self.metadata()
@@ -97,7 +114,7 @@ class InFlight:
         at_launch: Mapping[str, Tensor],
         device: torch.device,
     ) -> "InFlight":
-        """Return the fragment that `scalars` described; its tensors are copied to ``device``."""
+        """Return the fragment that `scalars` describes, with its tensors copied to ``device``."""
         weights = torch.tensor(scalars["weights"], dtype=torch.float32)
         norms = torch.tensor(scalars["norms"], dtype=torch.float32)
         stats = ReductionStats(weights, norms[:, None], wire_bytes=0)
@@ -113,30 +130,43 @@ class InFlight:
 
 
 class InFlightTable:
-    """The fragments in flight on one rank; a fragment is in it at most once."""
+    """The fragments in flight on one rank.
+
+    Invariant: a fragment is in the table at most once.
+    """
 
     def __init__(self) -> None:
         self._flights: dict[int, InFlight] = {}
 
     def add(self, flight: InFlight) -> None:
-        """Enter a fragment that was just launched."""
+        """Add a fragment that was just launched."""
         assert flight.fragment not in self._flights, flight.fragment
         self._flights[flight.fragment] = flight
 
     def pop(self, event: Apply) -> InFlight:
-        """Remove and return the fragment that is due."""
+        """Remove and return the fragment that ``event`` applies."""
         flight = self._flights.pop(event.fragment)
         assert flight.launched_at == event.launched_at, (flight.launched_at, event)
         return flight
 
     def restart_from(self, anchor: Mapping[str, Tensor]) -> None:
-        """Pretend that all were launched from the anchor: this replica's progress is forgotten."""
+        """Set all launch-time parameters to the anchor, for a replica that restarts from it.
+
+        The replica's progress is lost, so the additive merge rule must not add the difference of
+        the restarted parameters and the discarded ones.
+        """
         for flight in self._flights.values():
             for name, tensor in (flight.at_launch or {}).items():
                 tensor.copy_(anchor[name])
 
     def state_dict(self, reducer: Reducer) -> tuple[dict[str, dict[str, Tensor]], list[Any]]:
-        """Wait for all; return their tensors (``mean``, ``at_launch``) and their plain numbers."""
+        """Wait for all fragments; return their tensors by kind and name, and their plain numbers.
+
+        Kinds: ``mean`` and ``at_launch``.
+
+        Collectives: `Reducer.wait` of every fragment, in the order of fragments, which is the same
+        on all ranks of an outer group.
+        """
         tensors: dict[str, dict[str, Tensor]] = {"mean": {}, "at_launch": {}}
         flights = [flight for _, flight in sorted(self._flights.items())]
         for flight in flights:
@@ -156,14 +186,14 @@ class InFlightTable:
         """Restore what `state_dict` returned.
 
         Args:
-            tensors: By kind and name.
-            entries: The plain numbers.
-            expected: What the schedule has in flight at that time.
-            names: This rank's names, by fragment.
-            device: Where the masters are.
+            tensors: Saved tensors by kind and name.
+            entries: Saved plain numbers.
+            expected: Applies that the schedule still owes after the saved step.
+            names: Names of this rank's shards, by fragment.
+            device: Device of the masters.
 
         Raises:
-            CheckpointError: The saved fragments are not the expected ones, or hold other names.
+            CheckpointError: The saved fragments are not the expected ones, or have other names.
         """
         saved = sorted((entry["fragment"], entry["launched_at"]) for entry in entries)
         wanted = sorted((apply.fragment, apply.launched_at) for apply in expected)

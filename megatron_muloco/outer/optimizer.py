@@ -1,4 +1,18 @@
-"""The outer optimizer: one Nesterov step on the anchor, a shard at a time."""
+"""Mathematics of the outer step: pseudogradient, Nesterov step, merge rules, anchor state.
+
+One outer step, in the order of this file. theta is the anchor, theta_k what replica k trains, w_k
+its weight, u the outer momentum::
+
+    at the launch      D_k      =  theta - theta_k                          `pseudogradient`
+    on the network     D        =  sum_k w_k D_k / sum_k w_k                `Reducer`
+    at the apply       u       <-  mu u + D                                 `OuterNesterov.step`
+                       theta   <-  theta - eta (D + mu u)                   `OuterNesterov.step`
+                       theta_k <-  (1 - alpha) theta + alpha theta_k        `Mix.merge`
+                  or   theta_k <-  theta + (theta_k - theta_k at launch)    `Additive.merge`
+
+`AnchorState` holds theta and u for one rank's shards. Every formula is elementwise and in fp32, so
+a shard gets the same bits as the whole tensor would.
+"""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -23,6 +37,34 @@ __all__ = [
     "pseudogradient",
 ]
 
+# ---- pseudogradient ------------------------------------------------------------------------------
+
+
+def pseudogradient(anchor: Tensor, local: Tensor, *, out: Tensor) -> Tensor:
+    """Return ``anchor - local``, the direction that the outer optimizer subtracts.
+
+    A positive entry means that the replica moved *down* in that coordinate, so the result behaves
+    like a gradient summed over the round: an outer step with lr 1 and no momentum moves the anchor
+    onto the (mean) local parameters, up to one fp32 rounding.
+
+    Args:
+        anchor: Parameters agreed at the last outer step; fp32, on any device.
+        local: The replica's current parameters, same shape; may be a view of a model parameter.
+        out: Buffer for the result, fp32, on the device that will send it. It may be neither input.
+
+    Returns:
+        ``out``.
+
+    Dtypes: the subtraction is done in fp32, whatever ``local`` is.
+    Source: DiLoCo (arXiv:2311.08105), algorithm 1.
+    """
+    # The package's only subtraction of anchor and local parameters: the sign is decided here.
+    out.copy_(anchor)
+    return out.sub_(local.to(device=out.device, dtype=out.dtype))
+
+
+# ---- the step on the anchor ----------------------------------------------------------------------
+
 RoundSchedule = Callable[[int], float]
 """A hyperparameter as a function of the round, which is counted from 1."""
 
@@ -33,15 +75,18 @@ class OuterNesterov:
 
     ::
 
-        u  <-  mu * u + D
-        theta  <-  theta - eta * (D + mu * u)
+        u      <-  mu u + D
+        theta  <-  theta - eta (D + mu u)
+
+    With mu = 0 and eta = 1 the anchor becomes the mean of the local parameters.
 
     Attributes:
-        lr: Outer learning rate (eta). It enters here and nowhere else, also with error feedback.
+        lr: Outer learning rate (eta). It is applied here and nowhere else, also with error
+            feedback.
         momentum: Outer momentum (mu).
 
-    Source: DiLoCo (arXiv:2311.08105), in the form of ``torch.optim.SGD(nesterov=True)``,
-    whose momentum does not contain the learning rate, so that a schedule of ``lr`` acts at once.
+    Source: DiLoCo (arXiv:2311.08105), in the form of ``torch.optim.SGD(nesterov=True)``: the
+    momentum buffer does not contain the learning rate, so a schedule of ``lr`` acts at once.
     """
 
     lr: float | RoundSchedule
@@ -53,28 +98,30 @@ class OuterNesterov:
         Args:
             anchor: theta, fp32.
             momentum: u, same shape; zeros before the first step.
-            mean: D, the mean pseudogradient; overwritten with the amount taken off the anchor.
-            round_index: Round for schedules.
+            mean: D, the mean pseudogradient, same shape; overwritten with ``eta (D + mu u)``, the
+                amount subtracted from the anchor.
+            round_index: Round of the launch, from which schedules of lr and momentum are read.
 
-        Dtypes: every product is rounded before it is added (no fused multiply-add), so the result
-        does not depend on where a shard starts, and equals torch's SGD within one rounding.
+        Dtypes: fp32 throughout. The result equals torch's SGD within one rounding.
         """
         lr, mu = _at(self.lr, round_index), _at(self.momentum, round_index)
-        momentum.mul_(mu).add_(mean)
-        update = mean.add_(momentum * mu).mul_(lr)
-        anchor.sub_(update)
+        # Separate multiply and add, not addcmul or add_(alpha=): a kernel may use a fused
+        # multiply-add in its vector loop and not in its tail. Bits would then depend on where a
+        # shard starts, and a resume on another layout would differ.
+        momentum.mul_(mu).add_(mean)  # u <- mu u + D
+        update = mean.add_(momentum * mu).mul_(lr)  # eta (D + mu u), in the memory of D
+        anchor.sub_(update)  # theta <- theta - eta (D + mu u)
 
 
 def _at(value: float | RoundSchedule, round_index: int) -> float:
     return value(round_index) if callable(value) else value
 
 
-# ------------------------------------------------------------------------------------------
-# How a replica takes the new anchor: two rules, one object each.
+# ---- how a replica takes the new anchor ----------------------------------------------------------
 
 
 class MergeRule(Protocol):
-    """Moves local parameters after their fragment's outer step."""
+    """Rule by which a replica takes the new anchor after an outer step."""
 
     def merge(self, local: Tensor, anchor: Tensor, at_launch: Tensor) -> None:
         """Write the new local parameters into ``local``.
@@ -99,8 +146,8 @@ class Mix:
     mixing_weight: float = 0.0
 
     def merge(self, local: Tensor, anchor: Tensor, at_launch: Tensor) -> None:
-        """Write the weighted mean of anchor and local parameters."""
-        if self.mixing_weight == 0.0:  # not only faster: 0 * NaN would keep a NaN
+        """Write ``(1 - alpha) theta + alpha theta_k`` into ``local``; see `MergeRule.merge`."""
+        if self.mixing_weight == 0.0:  # needed for correctness: 0 * NaN is NaN
             local.copy_(anchor)
         else:
             local.mul_(self.mixing_weight).add_(anchor * (1.0 - self.mixing_weight))
@@ -108,56 +155,34 @@ class Mix:
 
 @dataclass(frozen=True, slots=True)
 class Additive:
-    """``theta_k <- theta + (theta_k - theta_k at launch)``: keeps all progress since the launch."""
+    """``theta_k <- theta + (theta_k - theta_k at launch)``: keeps all steps since the launch."""
 
     def merge(self, local: Tensor, anchor: Tensor, at_launch: Tensor) -> None:
-        """Write the anchor plus what the replica did since the launch."""
-        if local is at_launch:
+        """Write the anchor plus the change of ``local`` since the launch; see `MergeRule.merge`."""
+        if local is at_launch:  # no overlap: the difference is 0, also where local is not finite
             local.copy_(anchor)
         else:
             local.sub_(at_launch).add_(anchor)
 
 
-# ------------------------------------------------------------------------------------------
-# The one place where the sign of the pseudogradient is decided.
-
-
-def pseudogradient(anchor: Tensor, local: Tensor, *, out: Tensor) -> Tensor:
-    """Return ``anchor - local``, the direction that the outer optimizer subtracts.
-
-    A positive entry means that the replica moved *down* in that coordinate, so the result behaves
-    like a gradient summed over the round: an outer step with lr 1 and no momentum moves the anchor
-    onto the (mean) local parameters, up to one fp32 rounding.
-
-    Args:
-        anchor: Parameters agreed at the last outer step; fp32, on any device.
-        local: The replica's current parameters, same shape; may be a view of a model parameter.
-        out: Buffer for the result, fp32, on the device that will send it. It may be neither input.
-
-    Returns:
-        ``out``.
-
-    Dtypes: the subtraction is done in fp32, whatever ``local`` is.
-    Source: DiLoCo (arXiv:2311.08105), algorithm 1.
-    """
-    out.copy_(anchor)
-    return out.sub_(local.to(device=out.device, dtype=out.dtype))
-
-
-# ------------------------------------------------------------------------------------------
-# Anchor and outer momentum of one rank's shards, on the device or in host memory.
+# ---- state of one rank's shards ------------------------------------------------------------------
 
 
 class AnchorState:
-    """theta and u by name, flat fp32; the same names in both.
+    """Anchor theta and outer momentum u of one rank's shards, by name, flat fp32.
 
-    In host memory they visit the masters' device one shard at a time, so that the arithmetic, and
-    with it every bit, is the same as with the state on the device.
+    The state lives on the masters' device or in host memory. From host memory one shard at a time
+    is copied to the masters' device for its step, so the arithmetic and all bits are the same.
 
     Args:
-        masters: The parameters that the run starts from; copied, since masters may be views of
-            the parameters that the replica trains.
-        device: Where the state lives.
+        masters: Parameters that the run starts from. They are copied, because masters may be views
+            of the parameters that the replica trains.
+        device: Device of the state.
+
+    Attributes:
+        device: Device of the state.
+        anchor: theta by name.
+        momentum: u by name; the same names.
     """
 
     def __init__(self, masters: Mapping[str, Tensor], device: torch.device) -> None:
@@ -168,22 +193,22 @@ class AnchorState:
         }
 
     def anchor_on(self, device: torch.device, name: str) -> Tensor:
-        """Return one shard's anchor on ``device``: the stored tensor itself where it is there."""
+        """Return one shard's anchor on ``device``: the stored tensor itself if it is there."""
         return self.anchor[name].to(device)
 
     def pseudogradient(self, name: str, local: Tensor) -> Tensor:
-        """Return anchor minus ``local`` in new memory on the device of ``local``."""
+        """Return ``theta - local`` of one shard, in new memory on the device of ``local``."""
         return pseudogradient(self.anchor[name], local, out=torch.empty_like(local))
 
     def step(self, name: str, mean: Tensor, optimizer: OuterNesterov, round_index: int) -> Tensor:
         """Take the outer step on one shard; see `OuterNesterov.step`.
 
         Returns:
-            The new anchor on the device of ``mean``, where the step is taken.
+            The new anchor on the device of ``mean``.
         """
         anchor, momentum = self.anchor[name].to(mean.device), self.momentum[name].to(mean.device)
         optimizer.step(anchor, momentum, mean, round_index=round_index)
-        if anchor is not self.anchor[name]:
+        if anchor is not self.anchor[name]:  # the state is in host memory; these were copies
             self.anchor[name].copy_(anchor)
             self.momentum[name].copy_(momentum)
         return anchor
@@ -202,7 +227,7 @@ class AnchorState:
 
 
 def copy_to(device: torch.device, tensor: Tensor) -> Tensor:
-    """Return an fp32 copy on ``device``; pinned on the host of an accelerator's tensor."""
+    """Return an fp32 copy on ``device``; a host copy of a CUDA tensor is in pinned memory."""
     pin = device.type == "cpu" and tensor.device.type == "cuda"
     copy = torch.empty(tensor.shape, dtype=torch.float32, device=device, pin_memory=pin)
     return copy.copy_(tensor.detach())
@@ -210,17 +235,26 @@ def copy_to(device: torch.device, tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def overwrite(masters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Copy values into the masters of the same names."""
+    """Copy ``values`` into the masters of the same names."""
     for name, value in values.items():
         masters[name].copy_(value)
 
 
 def check_names(kind: str, given: Iterable[str], wanted: Iterable[str]) -> None:
-    """Raise `CheckpointError` unless saved tensors are exactly those that this rank holds."""
+    """Check that saved tensors are exactly those of this rank.
+
+    Args:
+        kind: Kind of the tensors, for the message.
+        given: Names in the checkpoint.
+        wanted: Names that this rank holds.
+
+    Raises:
+        CheckpointError: Names are missing, or belong to other ranks.
+    """
     missing, surplus = coverage(list(given), wanted)
     if missing or surplus:
         raise CheckpointError(
             f"outer state '{kind}': missing {', '.join(missing) or 'none'}; not held by this rank: "
-            f"{', '.join(surplus) or 'none'}. It was saved for another model, or another division "
-            "of it. Resume with the model of the saved run."
+            f"{', '.join(surplus) or 'none'}. It was saved for another model, or for another "
+            "sharding of it. Resume with the model of the saved run."
         )

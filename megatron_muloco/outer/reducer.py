@@ -1,8 +1,12 @@
-"""The seam between the outer step and communication.
+"""`Reducer`, the interface between the outer step and communication, and what crosses it.
 
-The synchronizer decides *when* a fragment travels and what happens with the result; a `Reducer`
-decides *how* it travels. Blocking or overlapped, fp32 or encoded, over a device or a host network:
-all of them are reducers, and the synchronizer is the same.
+The synchronizer decides when a fragment is sent and how the result is used; a `Reducer` decides how
+it is sent: blocking or overlapped, in fp32 or compressed, through device or host memory. `comm`
+implements it.
+
+A launch also sends a few numbers of each replica, its metadata::
+
+    [ norm | line values of the caller | sketch ]      fp32; the same sizes on every replica
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,30 +29,31 @@ __all__ = [
 ]
 
 Sizes = Mapping[str, int]
-"""Elements of each flat tensor of a fragment, in its order."""
+"""Number of elements by name of a fragment's flat tensors, in their order."""
 
 Residuals = Mapping[str, Mapping[str, Tensor]]
-"""Kind to name to flat fp32 tensor: what error feedback keeps."""
+"""Residuals of error feedback: flat fp32 tensors by kind and name."""
 
 
 class Handle(Protocol):
-    """A reduction under way; only the reducer that returned it looks inside."""
+    """A running reduction; its content is private to the reducer that returned it."""
 
     @property
     def fragment(self) -> int:
-        """Fragment that was launched."""
+        """Index of the launched fragment."""
 
 
 @dataclass(frozen=True, slots=True)
 class CompressionStats:
-    """What a lossy code did to this rank's tensors.
+    """Errors and times of the compression of this rank's tensors.
 
     Attributes:
-        exact_square: Squared norm of what was encoded, residuals included; 0-dim, fp64.
-        lost_square: Squared norm of what the code lost of it; 0-dim, fp64.
-        encode_ms: Host time of encoding, for launch and wait together.
+        exact_square: Squared norm of the encoded values (pseudogradient plus residual); 0-dim,
+            fp64.
+        lost_square: Squared norm of the encoding error; 0-dim, fp64.
+        encode_ms: Host time of encoding, in launch and wait together.
         decode_ms: Host time of decoding.
-        error_feedback: Whether what was lost is kept for the next round.
+        error_feedback: Whether the error is kept for the next round.
     """
 
     exact_square: Tensor
@@ -60,14 +65,14 @@ class CompressionStats:
 
 @dataclass(frozen=True, slots=True)
 class ReductionStats:
-    """What travelled beside the tensors, and how; weights and metadata are equal on all replicas.
+    """Weights, metadata and cost of a reduction. Weights and metadata are equal on all ranks.
 
     Attributes:
         weights: w of every replica, ``[K]``, fp32 on the host.
-        metadata: The small numbers that every replica sent along, ``[K, n]``, fp32 on the host.
-        wire_bytes: Bytes that this rank sent, for launch and wait together.
+        metadata: Metadata of every replica, ``[K, n]``, fp32 on the host.
+        wire_bytes: Bytes sent by this rank, in launch and wait together.
         uncoded_bytes: Bytes that an fp32 all-reduce of the tensors alone would have sent.
-        code: What a lossy code did; ``None`` without one.
+        code: Errors and times of the compression; ``None`` without one.
     """
 
     weights: Tensor
@@ -83,8 +88,9 @@ class Reduced:
 
     Attributes:
         mean: ``sum w_k x_k / sum w_k`` by name, fp32; zeros when all weights are zero. The tensors
-            may be overwritten, and may be borrowed (`Reducer.returns_views`).
-        stats: What travelled beside them.
+            may be overwritten by the caller, and may alias internal buffers
+            (`Reducer.returns_views`).
+        stats: Weights, metadata and cost.
     """
 
     mean: Mapping[str, Tensor]
@@ -92,13 +98,14 @@ class Reduced:
 
 
 class Reducer(Protocol):
-    """Averages a fragment over the ranks of the outer group, by the weights of their replicas.
+    """Averages a fragment over the outer group, weighted by the weights of the replicas.
 
     Collectives: all ranks of an outer group call ``launch`` and ``wait`` for the same fragments in
-    the same order; the results are bitwise equal on all of them.
+    the same order. The results are bitwise equal on all of them; anchors would drift apart
+    otherwise.
 
     Attributes:
-        residual_names: Kinds of tensors that `residuals` returns.
+        residual_names: Kinds of residuals that `residuals` returns.
         returns_views: Whether the returned tensors alias internal buffers and are valid only until
             the next launch.
     """
@@ -119,11 +126,12 @@ class Reducer(Protocol):
 
         Args:
             fragment: Index of the fragment; for messages.
-            tensors: Flat fp32 tensors, which nobody changes before ``wait`` returns. Every replica
-                gives the same names and sizes in the same order; the mapping may be empty.
-            weight: In [0, 1]. With 0 nothing of ``tensors`` reaches the others, not even a NaN.
-            metadata: 1-D fp32 numbers to show to all replicas; the same count on each.
-            round_index: For messages.
+            tensors: Flat fp32 tensors. The caller must not change them before ``wait`` returns.
+                Names, sizes and order are the same on every replica; the mapping may be empty.
+            weight: Weight of this replica, in [0, 1]. With 0 nothing of ``tensors`` reaches the
+                other replicas, not even a NaN.
+            metadata: 1-D fp32 numbers for all replicas; the same count on each.
+            round_index: Round of the launch; for messages.
 
         Raises:
             SyncError: The collective could not be started.
@@ -133,43 +141,42 @@ class Reducer(Protocol):
         """Finish the reduction and return the weighted mean.
 
         Raises:
-            SyncError: A peer failed, or the time limit passed; names round, fragment and ranks.
+            SyncError: A peer failed or the time limit passed; the message names round, fragment
+                and ranks.
         """
 
     def forget_residual(self) -> None:
-        """Drop what this replica's codes lost, after the launches so far: it takes the anchor."""
+        """Drop this replica's residual, after the launches made so far.
+
+        For a replica that restarts from the anchor: the residual belongs to lost progress.
+        """
 
     def residuals(self, fragments: Sequence[Sizes]) -> Residuals:
-        """Return what error feedback keeps, zeros where nothing was lost yet.
+        """Return the residuals of error feedback, zeros where there is none yet.
 
-        ``residual`` (e) is this replica's; ``owner_residual`` (f) is the same on all replicas.
+        ``residual`` (e) is this replica's own; ``owner_residual`` (f) is the same on all replicas.
 
         Args:
-            fragments: The sizes of this rank's tensors, fragment by fragment.
+            fragments: Sizes of this rank's tensors, by fragment.
 
-        Collectives: where f is kept, an all-gather of it over the outer group: half the bytes of an
-        fp32 mean. All ranks of the outer group call it with no launch to wait for.
+        Collectives: where f is kept, an all-gather of it over the outer group (half the bytes of an
+        fp32 all-reduce). All ranks of the outer group call it, when no reduction is running.
         """
 
     def load_residuals(self, residuals: Residuals, fragments: Sequence[Sizes]) -> None:
-        """Take copies of what `residuals` returned on any layout of the same model."""
+        """Copy in what `residuals` returned, on this or another layout of the same model."""
 
 
-# ------------------------------------------------------------------------------------------
-# The small numbers that every replica shows to the others with a launch.
-#
-# ::
-#
-#     [ norm | the caller's line values | sketch ]      fp32; the same sizes on every replica
+# ---- metadata ------------------------------------------------------------------------------------
 
 
 def pack_metadata(norm: float, line_values: Tensor | None, sketch: Tensor | None = None) -> Tensor:
-    """Return one replica's numbers, 1-D.
+    """Return one replica's metadata, 1-D fp32, on the device of the given tensors.
 
     Args:
-        norm: Of the pseudogradient; NaN where it is not finite.
-        line_values: The caller's.
-        sketch: Of this rank's share of the pseudogradient, in rounds that compare replicas.
+        norm: Norm of the replica's pseudogradient; NaN where it is not finite.
+        line_values: Numbers of the caller, 1-D.
+        sketch: Sketch of this rank's shards of the pseudogradient, in rounds that compare replicas.
     """
     parts = [part.float() for part in (line_values, sketch) if part is not None]
     device = parts[0].device if parts else torch.device("cpu")
@@ -179,12 +186,12 @@ def pack_metadata(norm: float, line_values: Tensor | None, sketch: Tensor | None
 
 @dataclass(frozen=True, slots=True)
 class ReplicaMetadata:
-    """What all replicas showed.
+    """Metadata of all replicas.
 
     Attributes:
-        norms: ``[K]``.
-        line_values: ``[K, n]``.
-        sketches: ``[K, sketch size]``.
+        norms: Norm of every replica's pseudogradient, ``[K]``.
+        line_values: Line values of every replica, ``[K, n]``.
+        sketches: Sketches of this position's shards, ``[K, sketch size]``.
     """
 
     norms: Tensor
@@ -193,6 +200,6 @@ class ReplicaMetadata:
 
     @classmethod
     def unpack(cls, table: Tensor, sketch_size: int) -> "ReplicaMetadata":
-        """Return the parts of ``[K, numbers of a replica]``."""
+        """Split ``[K, 1 + n + sketch_size]`` into its parts (views)."""
         end = table.size(1) - sketch_size
         return cls(table[:, 0], table[:, 1:end], table[:, end:])

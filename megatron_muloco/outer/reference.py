@@ -1,22 +1,22 @@
-"""The whole algorithm on one page: K replicas in one process, plain torch, whole tensors.
+"""`Reference`: the whole algorithm on one page, K replicas in one process on whole tensors.
 
-Read this first. It is written for eyes, not for speed, and imports nothing from the package: the
-tests compare every distributed, overlapped and encoded path with it.
+It is written to be read, not to be fast, and imports nothing from the package. Tests compare every
+distributed, overlapped and compressed path with it.
 
     symbol     here             meaning
     theta      anchor           parameters agreed at the last outer step
-    theta_k    local[k]         what replica k trains
+    theta_k    local[k]         parameters that replica k trains
     Delta_k    delta            pseudogradient, anchor - local: points uphill
-    E, D       codec            encode and decode in one function, x -> D(E(x))
-    e_k, f     residual[k], f   what the first and the second encoding lost (error feedback)
+    E, D       codec            encode and decode as one function, x -> D(E(x))
+    e_k, f     residual[k], f   errors of the first and the second encoding (error feedback)
     u          u                outer momentum
     H, P, tau  sync_interval, fragments, overlap_steps
     alpha      mixing_weight    share of the local value that is kept
     eta, mu    outer_lr, outer_momentum
     beta       error_decay
 
-An inner step is any function that changes ``local[k]`` in place; its optimizer state is its own
-affair, lives as long as the run, and is never averaged.
+An inner step is any function that changes ``local[k]`` in place. Its optimizer state is private to
+it, lives as long as the run, and is never averaged.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,25 +33,32 @@ Number = TypeVar("Number", int, float)
 
 
 def identity(name: str, start: int, values: Tensor) -> Tensor:
-    """Return the values: the codec that loses nothing."""
+    """Return a copy of the values: the lossless codec."""
     return values.clone()
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The numbers of a run.
+    """Hyperparameters of a run.
 
     H, eta and mu are constants or functions of the round, which is counted from 1.
 
     Attributes:
-        fragments: P lists of names, which together hold every name once.
-        additive: Apply by ``theta + progress since the launch`` instead of by mixing.
+        sync_interval: H.
+        train_iters: Inner steps of the run.
+        fragments: P lists of names, which together contain every name once.
+        overlap_steps: tau.
+        mixing_weight: alpha.
+        additive: Whether an apply sets ``theta + progress since the launch`` instead of mixing.
+        outer_lr: eta.
+        outer_momentum: mu.
         codec: ``(name, start, x) -> D(E(x))`` for the values x of a tensor from ``start`` on.
-        error_feedback: Without it, e and f stay zero.
-        coding_units: Flat ranges of a tensor that are encoded each for itself, by name; a tensor
-            that is not listed is one unit. The second encoding has the same units.
-        encode_mean: Whether the mean is encoded again, as it is where one rank owns a part of it;
-            not where everybody has decoded everything (top-k).
+        error_feedback: Whether encoding errors are kept; otherwise e and f stay zero.
+        error_decay: beta.
+        coding_units: Flat ranges of a tensor that are encoded separately, by name; a tensor that is
+            not listed is one range. The second encoding has the same ranges.
+        encode_mean: Whether the mean is encoded a second time: true for reductions in which each
+            rank averages one chunk and sends it, false for top-k, where every rank decodes all.
     """
 
     sync_interval: int | Callable[[int], int]
@@ -71,7 +78,7 @@ class Settings:
 
 @dataclass
 class _Sent:
-    """A fragment between launch and apply: every replica's q_k, weight and theta_k at launch."""
+    """A fragment in flight: q_k, weight and theta_k at launch of every replica."""
 
     launched_at: int
     q: list[Parameters]
@@ -85,7 +92,7 @@ class Reference:
     Args:
         initial: Parameters that all replicas start from.
         inner_steps: For each replica, a function that makes inner step t on its parameters.
-        settings: The numbers.
+        settings: Hyperparameters.
         weigh: ``(replica, fragment, t, delta) -> w_k`` in [0, 1]; by default 1 where delta is
             finite.
     """
@@ -115,7 +122,7 @@ class Reference:
         self.flush()
 
     def step(self, t: int) -> None:
-        """Make inner step t on every replica, then the outer events that are due."""
+        """Make inner step t on every replica, then the launches and applies that are due."""
         for local, inner_step in zip(self.local, self.inner_steps, strict=True):
             inner_step(local, t)
         tau, count = self.settings.overlap_steps, len(self.settings.fragments)
@@ -143,7 +150,7 @@ class Reference:
         return r, start, h
 
     def launch(self, i: int, t: int) -> None:
-        """Every replica with a weight encodes its pseudogradient of fragment i and sends it."""
+        """Encode and send the pseudogradient of fragment i of every replica with a weight."""
         s = self.settings
         sent = _Sent(t, q=[], weight=[], at_launch=[])
         lost_replicas = []
@@ -151,6 +158,7 @@ class Reference:
             delta = {name: self.anchor[name] - local[name] for name in s.fragments[i]}
             weight = self.weigh(k, i, t, delta)
             sent.weight.append(weight)
+            # With weight 0 nothing is sent, so nothing is lost: e_k stays as it is.
             sent.q.append(self._encode(delta, self.residual[k]) if weight else {})
             sent.at_launch.append({name: local[name].clone() for name in s.fragments[i]})
             if not _finite(delta):
@@ -160,7 +168,7 @@ class Reference:
             self._restart(k, t)
 
     def _encode(self, values: Parameters, residual: Parameters) -> Parameters:
-        """Return ``q = D(E(v))`` of ``v = x + beta e``, and leave ``e <- v - q``."""
+        """Return ``q = D(E(v))`` for ``v = x + beta e``, and set ``e <- v - q``."""
         s = self.settings
         result = {}
         for name, x in values.items():
@@ -174,7 +182,7 @@ class Reference:
         return result
 
     def _restart(self, k: int, t: int) -> None:
-        """A replica that is not finite takes the anchor everywhere and forgets its residuals."""
+        """Restart a non-finite replica from the anchor in all fragments, without residuals."""
         self.restarted_from_anchor.append((t, k))
         for name, local in self.local[k].items():
             local.copy_(self.anchor[name])
@@ -183,7 +191,7 @@ class Reference:
             sent.at_launch[k] = {name: self.anchor[name].clone() for name in sent.at_launch[k]}
 
     def apply(self, i: int) -> None:
-        """Average fragment i, take the outer step, and give the new anchor to every replica."""
+        """Average fragment i, take the outer step, and merge the anchor into every replica."""
         s = self.settings
         sent = self._sent.pop(i)
         usable = [(q, w) for q, w in zip(sent.q, sent.weight, strict=True) if w]
@@ -195,7 +203,7 @@ class Reference:
             eta, mu = _at(s.outer_lr, r), _at(s.outer_momentum, r)
             for name, d in delta.items():
                 self.u[name] = mu * self.u[name] + d
-                step = eta * (d + mu * self.u[name])
+                step = eta * (d + mu * self.u[name])  # Nesterov
                 self.anchor[name] = self.anchor[name] - step
         for k, local in enumerate(self.local):
             for name in s.fragments[i]:
@@ -208,7 +216,7 @@ class Reference:
                     local[name].copy_((1 - alpha) * anchor + alpha * local[name])
 
     def flush(self) -> None:
-        """After the last inner step: apply what is in flight, average what is stale."""
+        """Apply fragments in flight, then average those with inner steps since their launch."""
         s = self.settings
         for i in sorted(self._sent, key=lambda i: (self._sent[i].launched_at, i)):
             self.apply(i)
@@ -230,7 +238,7 @@ def _at(value: Number | Callable[[int], Number], r: int) -> Number:
 
 
 def _sum(tensors: Iterable[Tensor]) -> Tensor:
-    """Return the sum, added from the left."""
+    """Return the sum, added from left to right."""
     total: Tensor | None = None
     for tensor in tensors:
         total = tensor.clone() if total is None else total + tensor

@@ -1,9 +1,9 @@
-"""When fragments are launched and applied: a pure function of the inner step.
+"""`SyncSchedule` and `LineCalendar`: outer events and log lines as functions of the inner step.
 
-Inner steps and rounds are counted from 1. Round ``r`` has ``H_r`` inner steps and follows
-``S_r = H_1 + ... + H_(r-1)``. In it fragment ``i`` of ``P`` is launched after step
-``S_r + floor(H_r * (i + 1) / P)``, so the last fragment closes the round and the others are spread
-evenly before it. Its result is applied ``tau`` steps later. ``H = 6, P = 3, tau = 1``::
+Inner steps and rounds are counted from 1. Round ``r`` has ``H_r`` inner steps and comes after
+``S_r = H_1 + ... + H_(r-1)`` steps. Fragment ``i`` of ``P`` is launched after inner step
+``S_r + floor(H_r * (i + 1) / P)`` and applied ``tau`` steps later: the last fragment is launched at
+the end of the round, the others are spread evenly before it. ``H = 6, P = 3, tau = 1``::
 
     step         1    2    3    4    5    6    7    8    9   ...
     fragment 0        L    A                        L    A
@@ -11,7 +11,9 @@ evenly before it. Its result is applied ``tau`` steps later. ``H = 6, P = 3, tau
     fragment 2                            L    A
                  '------------ round 1 -----------'--- round 2
 
-No torch here: tests, plans and drawings read the same function as the training loop.
+Replicas do not communicate between outer steps, so the losses of log lines wait for the next launch
+and are sent with it; `LineCalendar` says which lines with which launch. The functions are pure and
+import no torch: planner, tests and training loop use the same ones.
 """
 
 from bisect import bisect_left
@@ -31,19 +33,28 @@ __all__ = [
 ]
 
 RoundLength = Callable[[int], int]
-"""The inner steps of a round as a function of its number, which is counted from 1."""
+"""Inner steps of a round as a function of its number, which is counted from 1."""
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """Start reducing a fragment's pseudogradient."""
+    """Start reducing a fragment's pseudogradient.
+
+    Attributes:
+        fragment: Index of the fragment.
+    """
 
     fragment: int
 
 
 @dataclass(frozen=True, slots=True)
 class Apply:
-    """Use the result of the launch that was made after inner step ``launched_at``."""
+    """Wait for a launched fragment, move its anchor and merge it into the local parameters.
+
+    Attributes:
+        fragment: Index of the fragment.
+        launched_at: Inner step after which it was launched.
+    """
 
     fragment: int
     launched_at: int
@@ -51,13 +62,23 @@ class Apply:
 
 @dataclass(frozen=True, slots=True)
 class Average:
-    """Take the plain mean of a fragment's local parameters (flush only)."""
+    """Set a fragment to the plain mean of the local parameters (flush only).
+
+    Attributes:
+        fragment: Index of the fragment.
+    """
 
     fragment: int
 
 
 class _Round(NamedTuple):
-    """A round: its number, the inner steps before it (S_r) and those in it (H_r)."""
+    """One round.
+
+    Attributes:
+        number: r, counted from 1.
+        start: S_r, inner steps before the round.
+        steps: H_r, inner steps in the round.
+    """
 
     number: int
     start: int
@@ -66,23 +87,25 @@ class _Round(NamedTuple):
     def launch(self, fragment: int, count: int) -> int:
         """Return the step after which a fragment is launched, in ``start + 1 .. start + steps``.
 
-        Source: torchft's streaming DiLoCo, which the MuLoCo experiments use, has the same places
-        for a constant interval. With more fragments than steps some share the last one.
+        Source: for a constant interval, the same steps as in torchft's streaming DiLoCo, which the
+        MuLoCo experiments use.
         """
+        # With P > H the first fragments get the offset 0, which is the end of the previous round.
+        # They take the last step instead, so that every round launches every fragment once.
         return self.start + (self.steps * (fragment + 1) // count or self.steps)
 
 
 @dataclass(frozen=True, slots=True)
 class SyncSchedule:
-    """The calendar of outer steps.
+    """Launches and applies of a run as a pure function of the inner step.
 
-    Invariant: every fragment is launched once in every round, and never twice in flight.
+    Invariant: every fragment is launched exactly once in every round, and is never in flight twice.
 
     Attributes:
-        sync_interval: Inner steps of a round (H_r), constant or a pure function of the round; a
-            constant is also what lies between two launches of a fragment.
+        sync_interval: Inner steps of a round (H_r), a constant or a pure function of the round. A
+            constant is also the number of steps between two launches of a fragment.
         train_iters: Inner steps of the whole run.
-        fragment_count: Fragments (P).
+        fragment_count: Number of fragments (P).
         overlap_steps: Inner steps from a launch to its apply (tau); 0 blocks.
     """
 
@@ -94,7 +117,7 @@ class SyncSchedule:
     _starts: tuple[int, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Refuse numbers that describe no schedule; the config reports them with more words."""
+        """Raise `ValueError` for impossible numbers; config checks report them with their keys."""
         if min(self.steps_of_round(1), self.train_iters, self.fragment_count) < 1:
             raise ValueError(
                 f"sync_interval, train_iters and fragment_count are at least 1: {self}"
@@ -105,7 +128,7 @@ class SyncSchedule:
             if steps < 1:
                 raise ValueError(f"sync_interval is {steps} in round {len(starts)}: {self}")
             starts.append(starts[-1] + steps)
-        object.__setattr__(self, "_starts", tuple(starts))
+        object.__setattr__(self, "_starts", tuple(starts))  # frozen: set once, here
         shortest = self._shortest_interval()
         if not 0 <= self.overlap_steps < shortest:
             raise ValueError(
@@ -132,7 +155,7 @@ class SyncSchedule:
         return found.start + found.steps == step
 
     def _round_of(self, step: int) -> _Round:
-        """Return the round of a step from 1 on; beyond ``train_iters`` the rounds just go on."""
+        """Return the round of a step >= 1. Rounds continue beyond ``train_iters``."""
         following = bisect_left(self._starts, step)
         if following < len(self._starts):
             start = self._starts[following - 1]
@@ -144,7 +167,7 @@ class SyncSchedule:
         return found
 
     def _rounds(self) -> list[_Round]:
-        """Return the rounds up to the one that ``train_iters`` is in, which is there as a whole."""
+        """Return all rounds of the run; the last one in full, even where the run ends inside it."""
         bounds = enumerate(pairwise(self._starts), 1)
         return [_Round(number, start, end - start) for number, (start, end) in bounds]
 
@@ -155,12 +178,12 @@ class SyncSchedule:
         return step >= 1 and self._round_of(step).launch(fragment, self.fragment_count) == step
 
     def is_full_interval(self, launched_at: int) -> bool:
-        """Return whether a launch covers a whole interval; first ones may cover a part of H_1."""
+        """Return whether a launch covers a full interval; in round 1 it may cover fewer steps."""
         return launched_at >= self.steps_of_round(1)
 
     def last_launch(self, step: int, fragment: int) -> int:
-        """Return the latest step up to ``step`` at which the fragment is launched, 0 if none."""
-        while step >= 1:  # at most twice
+        """Return the last step <= ``step`` after which the fragment is launched, 0 if none."""
+        while step >= 1:  # at most two passes: every round has a launch
             current = self._round_of(step)
             launch = current.launch(fragment, self.fragment_count)
             if launch <= step:
@@ -169,16 +192,16 @@ class SyncSchedule:
         return 0
 
     def interval(self, launched_at: int, fragment: int) -> int:
-        """Return the inner steps that a launch covers: since the one before, or the beginning."""
+        """Return the inner steps that a launch covers: since the previous launch, or the start."""
         return launched_at - self.last_launch(launched_at - 1, fragment)
 
     def repeats_interval(self, launched_at: int, fragment: int) -> bool:
-        """Return whether a launch covers as many steps as the fragment's launch before it."""
+        """Return whether a launch covers as many steps as the fragment's previous launch."""
         before = self.last_launch(launched_at - 1, fragment)
         return before > 0 and launched_at - before == self.interval(before, fragment)
 
     def longest_gap(self) -> int:
-        """Return the most inner steps between two launches of whatever fragments."""
+        """Return the largest number of inner steps between consecutive launches of any fragment."""
         gaps = (
             after - before
             for steps in {found.steps for found in self._rounds()}
@@ -187,15 +210,15 @@ class SyncSchedule:
         return max(gaps)
 
     def _places(self, steps: int) -> list[int]:
-        """Return 0 and the places of launches in a round of ``steps`` inner steps, ascending."""
+        """Return 0 and the launch steps within a round of ``steps`` inner steps, ascending."""
         count = self.fragment_count
         return sorted({0, *(_Round(1, 0, steps).launch(i, count) for i in range(count))})
 
     def _shortest_interval(self) -> int:
-        """Return the fewest inner steps from a launch to the next one of the same fragment.
+        """Return the smallest number of inner steps between two launches of the same fragment.
 
-        The lengths of rounds count as well, so that it is H where H is constant, also in a run
-        that is too short for two launches.
+        The round lengths are included in the minimum, so the result is H for a constant interval,
+        also in a run too short for two launches.
         """
         rounds, count = self._rounds(), self.fragment_count
         between = [
@@ -208,11 +231,10 @@ class SyncSchedule:
     # ---- events -----------------------------------------------------------------------------
 
     def events(self, step: int) -> tuple[Launch | Apply, ...]:
-        """Return what is due after inner step ``step``, in the order in which it must happen.
+        """Return the events due after inner step ``step``, in the order in which they must happen.
 
-        Applies come before launches, so that a launch sees the parameters that the applies left.
-        Without overlap a launch is followed by its own apply, and all launches of the step are
-        started before the first result is waited for.
+        With overlap, applies come before launches. Without overlap, launches come before applies,
+        since each apply uses the result of a launch of the same step.
         """
         if not 1 <= step <= self.train_iters:
             raise ValueError(f"inner step {step} is not in 1..{self.train_iters}")
@@ -220,13 +242,20 @@ class SyncSchedule:
         sent_at = step - self.overlap_steps
         launches = tuple(Launch(i) for i in fragments if self.launches_at(step, i))
         applies = tuple(Apply(i, sent_at) for i in fragments if self.launches_at(sent_at, i))
+        # Every event enters collectives of its replica and of its outer group, so all ranks of all
+        # replicas must see one order; it is a function of the step alone. With overlap, applying
+        # first ends the old reductions before new ones start: fewer buffers in flight, and a
+        # replica that restarts at a launch gets the newest anchor. Without overlap, all launches of
+        # the step start before the first wait, so that their transfers overlap each other.
         return applies + launches if self.overlap_steps else launches + applies
 
     def most_in_flight(self) -> int:
-        """Return how many fragments are under way at once in the run, at most."""
+        """Return the largest number of fragments that are in flight at once during the run."""
         before, seen, most = 0, set[tuple[int, int]](), 0
         for now in self._rounds():
-            if (before, now.steps) not in seen:  # a launch reaches into the next round at most
+            # tau is shorter than a round, so a launch stays in flight into the next round at most:
+            # the lengths of two consecutive rounds decide, and equal pairs are counted once.
+            if (before, now.steps) not in seen:
                 seen.add((before, now.steps))
                 launches = {now.launch(i, self.fragment_count) for i in range(self.fragment_count)}
                 within = [step for step in launches if step <= self.train_iters]
@@ -235,7 +264,7 @@ class SyncSchedule:
         return most
 
     def in_flight(self, step: int) -> tuple[Apply, ...]:
-        """Return the applies still owed after the events of ``step``, oldest launch first."""
+        """Return the applies still to come after the events of ``step``, oldest launch first."""
         owed = [
             Apply(i, launched_at)
             for i in range(self.fragment_count)
@@ -245,41 +274,38 @@ class SyncSchedule:
         return tuple(sorted(owed, key=lambda apply: (apply.launched_at, apply.fragment)))
 
     def flush_events(self) -> tuple[Apply | Average, ...]:
-        """Return what brings all replicas together after the last inner step of the run.
+        """Return the events after the last inner step that leave all replicas with one anchor.
 
-        Fragments in flight are applied; then every fragment that saw inner steps after its last
-        launch is averaged. With one fragment and H dividing ``train_iters`` nothing is averaged.
+        Fragments in flight are applied. Then every fragment with inner steps after its last launch
+        is averaged. With one fragment and ``train_iters`` a multiple of H nothing is averaged.
         """
         end = self.train_iters
         stale = [i for i in range(self.fragment_count) if self.last_launch(end, i) < end]
         return self.in_flight(end) + tuple(Average(i) for i in stale)
 
 
-# ------------------------------------------------------------------------------------------
-# When a line is due, and which lines ride with which outer step: pure functions of the inner step.
-#
-# Between outer steps replicas do not talk, so the losses of the steps at which a line is due wait
-# and travel together with the next launch. ``log_interval = 2``, launches after steps 5 and 10::
-#
-#     step      1   2   3   4   5   6   7   8   9   10
-#     due           x       x       x       x       x
-#     launch                    L                   L
-#     carries                  2,4                6,8,10        3 slots in every launch
-#
-# No torch here.
-
+# ---- log lines -----------------------------------------------------------------------------------
 
 VALUES_PER_LINE = 3
-"""Loss, gradient norm and skipped steps of a replica."""
+"""Numbers that a replica sends for one line: loss, gradient norm and skipped steps."""
 
 
 @dataclass(frozen=True, slots=True)
 class LineCalendar:
-    """The calendar of console lines and training points.
+    """Steps at which a log line is due, and the launch that carries each line.
+
+    ``log_interval = 2``, launches after steps 5 and 10::
+
+        step      1   2   3   4   5   6   7   8   9   10
+        due           x       x       x       x       x
+        launch                    L                   L
+        carries                  2,4                6,8,10        3 slots in every launch
+
+    All launches carry the same number of slots, unused ones as zeros: metadata has one size.
 
     Attributes:
         log_interval: Inner steps between lines.
-        schedule: Outer steps; ``None`` without.
+        schedule: Schedule of outer steps; ``None`` without outer steps.
     """
 
     log_interval: int
@@ -297,9 +323,9 @@ class LineCalendar:
         )
 
     def carried(self, launch_step: int) -> tuple[int, ...]:
-        """Return the steps whose lines ride with the launches after ``launch_step``.
+        """Return the steps whose lines are sent with the launches after ``launch_step``.
 
-        They are the due ones after the previous launch, of whatever fragment.
+        These are the due steps since the previous launch of any fragment.
         """
         previous = launch_step - 1
         while previous > 0 and not self.launches(previous):
@@ -307,12 +333,12 @@ class LineCalendar:
         return tuple(step for step in range(previous + 1, launch_step + 1) if self.due(step))
 
     def value_count(self) -> int:
-        """Return how many numbers a replica sends along with every launch of the run."""
+        """Return the count of numbers that a replica sends for lines with every launch."""
         return self.slots() * VALUES_PER_LINE
 
     def slots(self) -> int:
-        """Return how many lines may ride with one launch; the same for every launch of the run."""
+        """Return the number of lines that a launch can carry; the same for every launch."""
         if self.schedule is None:
             return 0
-        # A gap of g steps holds at most ceil(g / log_interval) due ones.
+        # A gap of g steps contains at most ceil(g / log_interval) due steps.
         return -(-self.schedule.longest_gap() // self.log_interval)

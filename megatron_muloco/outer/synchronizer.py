@@ -1,16 +1,18 @@
-"""The outer step of one rank: launches and applies fragments when the schedule says so.
+"""`Synchronizer`, which launches and applies fragments on one rank when the schedule says so.
 
-Each rank works on exactly the shards whose masters it holds and meets only the ranks at the same
-position of the other replicas. The order of an inner step is
+Each rank works on the shards whose masters it holds, and exchanges data only with the ranks at the
+same position of the other replicas. The order of an inner step is::
 
     optimizer.step() -> synchronizer.after_inner_step(t) -> next forward
 
-and inside it, for each due event (`reference.py` has the same lines for whole replicas)::
+For each due event (`reference.py` has the same lines for whole replicas)::
 
     launch   D_k = anchor - local;  w_k = guard(D_k);  reducer.launch(w_k, D_k)
     apply    D = reducer.wait();  u, anchor = optimizer(u, anchor, D);  local = merge(local, anchor)
 
-then, once for all events: duplicates take their owners' values, masters go to model parameters.
+Then, once for all events of the step, replicated parameters are broadcast from their primary rank
+and masters are copied to model parameters. `ReplicaPort` is the access to the replica that this
+needs.
 """
 
 import time
@@ -47,27 +49,25 @@ from megatron_muloco.params import Shard
 __all__ = ["ReplicaPort", "Synchronizer"]
 
 
-# ------------------------------------------------------------------------------------------
-# What the outer step needs from the replica that it works for.
-
-
 @dataclass(frozen=True)
 class ReplicaPort:
-    """One rank's access to its replica.
+    """One rank's access to its replica: master parameters and the collectives inside the replica.
 
-    All callables are collective over the replica: every one of its ranks calls them in the same
-    order, also ranks without shards of the fragment at hand.
+    All callables are collective over the replica: all its ranks call them in the same order, also
+    ranks without shards of the current fragment.
 
     Attributes:
-        device: Where the masters are.
-        shards: This rank's pieces, in an order that is the same at the same position of every
-            replica. Pieces of parameters marked ``duplicate`` are not synchronised here.
-        masters: Name to flat fp32 tensor of ``shard.numel`` elements; possibly views of parameters.
-        total: Sums a small fp64 tensor over the ranks of the replica and returns the sum; bitwise
-            equal on all of them.
-        broadcast_replicated: Gives the duplicates of the named parameters their owners' values,
-            from masters to masters.
-        publish: Copies masters to model parameters and gathers what other ranks need.
+        device: Device of the masters.
+        shards: This rank's shards, in the same order at equal positions of all replicas. Shards of
+            replicated parameters are synchronised on their primary rank only.
+        masters: Flat fp32 tensors of ``shard.numel`` elements by name; possibly views of
+            parameters.
+        total: Sums a small fp64 tensor over the ranks of the replica; the result is bitwise equal
+            on all of them.
+        broadcast_replicated: Copies the masters of the named replicated parameters from their
+            primary rank to the masters of the other ranks that hold them.
+        publish: Copies masters to model parameters and all-gathers them where ranks need more than
+            their own shards.
     """
 
     device: torch.device
@@ -82,32 +82,33 @@ class ReplicaPort:
         return tuple(shard.name for shard in self.shards if not shard.param.duplicate)
 
 
-# ------------------------------------------------------------------------------------------
-
-
 class Synchronizer:
-    """Owns anchor and outer momentum of this rank's shards, and the fragments in flight.
+    """Makes the outer steps of one rank; owns its anchor, outer momentum and fragments in flight.
 
-    Invariant: between two calls, the anchor of every shard is bitwise the same at this position of
-    all replicas, and ``step`` inner steps have been seen.
+    Invariant: between two calls the anchor of every shard is bitwise the same at this position of
+    all replicas, and ``step`` inner steps have been counted.
 
     Args:
         replica: Masters, and the collectives inside the replica.
-        plan: Which names travel together; may also name parameters that other ranks hold.
-        schedule: When.
+        plan: Fragments; may also contain parameters that only other ranks hold.
+        schedule: Launches and applies by inner step.
         optimizer: The outer optimizer.
-        merge: How local parameters take a new anchor.
-        reducer: How pseudogradients are averaged over replicas.
-        plain_reducer: An fp32 mean without codec, for the flush; may be the same object.
-        guard: Weighs replicas.
-        state_device: Where anchor and momentum live; the masters' device by default. Host memory
-            is pinned where the masters are on an accelerator, and visits it one shard at a time.
-        sketch: Compares the replicas' pseudogradients; ``None`` does not.
-        weigh_by_tokens: Weigh a replica by the share of the interval's tokens that it trained on;
-            otherwise all replicas weigh the same.
+        merge: Rule by which local parameters take a new anchor.
+        reducer: Weighted mean over the outer group.
+        plain_reducer: Uncompressed fp32 mean, for the flush; may be the same object.
+        guard: Decides which replicas enter a mean.
+        state_device: Device of anchor and momentum, by default that of the masters. On the host of
+            an accelerator the memory is pinned, and one shard at a time is copied to the device.
+        sketch: Sketch for comparing the replicas' pseudogradients; ``None`` does not compare.
+        weigh_by_tokens: Whether a replica's weight is the share of the interval's tokens that it
+            trained on; otherwise all usable replicas have weight 1.
 
-    Collectives: `after_inner_step`, `flush`, `state_dict` and `anchor_loaded` are called by all
-    ranks of all replicas (the last one: of a replica) after the same inner step.
+    Collectives: all ranks of all replicas call `after_inner_step`, `flush` and `state_dict` after
+    the same inner step; all ranks of one replica call `anchor_loaded`. Each event uses a collective
+    of the replica (the guard's or the report's sum) and one of the outer group (the reduction). If
+    two ranks disagreed on the order of events, one would wait in its replica's sum for a rank that
+    waits in an outer group for its peers, and neither would return. The order is therefore a
+    function of the inner step, never of data, time or what a rank holds.
     """
 
     def __init__(
@@ -148,22 +149,31 @@ class Synchronizer:
 
     @property
     def schedule(self) -> SyncSchedule:
-        """When outer steps are due."""
+        """Launches and applies by inner step."""
         return self._schedule
 
-    # ---- time -------------------------------------------------------------------------------
+    # ---- entry points -----------------------------------------------------------------------
 
     @torch.no_grad()
     def after_inner_step(
         self, step: int, line_values: Tensor | None = None, *, trained: float = 1.0
     ) -> OuterReport | None:
-        """Do what is due after inner step ``step``; return what happened, ``None`` if nothing was.
+        """Make the launches and applies due after inner step ``step``; report them, if any.
 
         Args:
-            step: The inner step that has just been made, 1-based; one more than at the last call.
-            line_values: 1-D fp32 numbers to send to the other replicas with this step's launches,
-                for instance the loss; always the same count.
+            step: The inner step just made, 1-based; one more than at the previous call.
+            line_values: 1-D fp32 numbers sent to the other replicas with this step's launches, for
+                instance the loss; the same count at every launch.
             trained: Share of the step's tokens that this replica trained on; 0 for a skipped step.
+
+        Returns:
+            The report; ``None`` if nothing was due.
+
+        Raises:
+            SyncError: A reduction failed.
+
+        Collectives: those of the events over replica and outer group, then `ReplicaPort`'s
+        broadcast and publish once; none if nothing is due.
         """
         assert step == self.step + 1, f"inner step {step} follows {self.step}"
         self.step = step
@@ -174,11 +184,13 @@ class Synchronizer:
             return None
         launched: list[InFlight] = []
         applied: list[FragmentReport] = []
-        for event in events:
+        for event in events:  # their order is part of the algorithm: `SyncSchedule.events`
             if isinstance(event, Launch):
                 launched.append(self._launch(event.fragment, line_values))
             else:
                 applied.append(self._apply(event))
+        # Parameters are published once for all events: publishing is an all-gather over the
+        # replica. Whether it happens is the same on all ranks of a replica, because the verdict is.
         restarted_from_anchor = any(flight.verdict is Verdict.NON_FINITE for flight in launched)
         changed = self._plan.names() if restarted_from_anchor else self._names_of(applied)
         if changed:
@@ -193,7 +205,12 @@ class Synchronizer:
 
     @torch.no_grad()
     def flush(self) -> OuterReport:
-        """Bring the replicas together after the last inner step of the run; see the schedule."""
+        """Leave all replicas with the same parameters after the last inner step of the run.
+
+        Runs `SyncSchedule.flush_events`; the report's ``applied`` also has the averaged fragments.
+
+        Collectives: as `after_inner_step`; called once, by all ranks of all replicas.
+        """
         assert self.step == self._schedule.train_iters, f"flush after inner step {self.step}"
         applied = [
             self._average(event.fragment) if isinstance(event, Average) else self._apply(event)
@@ -212,14 +229,19 @@ class Synchronizer:
     # ---- events -----------------------------------------------------------------------------
 
     def _launch(self, fragment: int, line_values: Tensor | None) -> InFlight:
+        """Start the reduction of a fragment's pseudogradient."""
+        # D_k = theta - theta_k in memory of its own. The reducer may read it until the wait, while
+        # training changes the masters, and model parameters may be views of those.
         deltas = self._pseudogradients(fragment)
         verdict, norm = self._guard.judge_replica(
             fragment,
             deltas,
             self._replica.total,
             self._replica.device,
+            # The norm grows with the steps of an interval, so only equal intervals are compared.
             use_band=self._schedule.repeats_interval(self.step, fragment),
         )
+        # Start counting the next interval even where the share is not used as a weight.
         share = self._progress[fragment].take()
         round_index = self._schedule.round(self.step)
         sketch = None
@@ -238,40 +260,55 @@ class Synchronizer:
             launched_at=self.step,
             verdict=verdict,
             norm=norm,
+            # Only with overlap can the local parameters change before the apply.
             at_launch=self._snapshot(fragment) if self._schedule.overlap_steps else None,
             handle=handle,
             sketch_size=None if sketch is None else sketch.numel(),
             exposed_ms=(time.perf_counter() - started) * 1e3,
         )
         self._in_flight.add(flight)
+        # After the launch and after `add`: this replica still takes part in the collective, with
+        # weight 0, and its own launch-time copy of the parameters must become the anchor too.
         if verdict is Verdict.NON_FINITE:
             self._take_anchor()
         return flight
 
     def _apply(self, event: Apply) -> FragmentReport:
+        """Wait for a fragment's mean, step its anchor, and merge it into the local parameters."""
         flight = self._in_flight.pop(event)
+        # From here to the end of this method the mean may alias the reducer's buffers. Nothing is
+        # launched in between, so they are not overwritten, and the outer step may work in them.
         reduced = flight.wait(self._reducer)
+        # After the wait, not at the launch: all replicas then see the same norms, hence all ranks
+        # keep the same medians. The first, shorter intervals would set them too low.
         if self._schedule.is_full_interval(flight.launched_at):
             self._guard.observe(flight.fragment, flight.metadata().norms.tolist())
         usable = bool(reduced.stats.weights.any())
+        # lr and momentum of the round of the launch: with overlap the apply may be in the next one.
         round_index = self._schedule.round(flight.launched_at)
         diagnostics = FragmentDiagnostics(flight, self._sketch, self._replica.device)
         for name in self._owned[flight.fragment]:
             local = self._replica.masters[name]
             at_launch = local if flight.at_launch is None else flight.at_launch[name]
             mean = reduced.mean[name]
+            # D_k again, for the cosine: the anchor has not changed since the launch, as a fragment
+            # is never in flight twice. Cheaper than keeping the launched buffer alive.
             own = self._state.pseudogradient(name, at_launch)
             dot, mean_square = torch.dot(own, mean), torch.dot(mean, mean)
-            if usable:  # leaves in ``mean`` what it takes off the anchor
+            if usable:  # overwrites ``mean`` with the amount subtracted from the anchor
                 anchor = self._state.step(name, mean, self._optimizer, round_index)
-            else:
+            else:  # no usable replica: neither anchor nor momentum changes; ``mean`` is zero
                 anchor = self._state.anchor_on(local.device, name)
             diagnostics.add(dot, mean_square, torch.dot(mean, mean))
             self._merge.merge(local, anchor, at_launch)
         return diagnostics.report(self._replica.total, round_index)
 
     def _average(self, fragment: int) -> FragmentReport:
-        """Set anchor and local parameters of a fragment to the mean of the local parameters."""
+        """Set anchor and local parameters of a fragment to the mean of the local parameters.
+
+        The parameters themselves are reduced, not pseudogradients: the result is exactly the mean,
+        without the rounding of ``theta - (theta - mean)``.
+        """
         deltas = self._pseudogradients(fragment)
         verdict, norm = self._guard.judge_replica(
             fragment, deltas, self._replica.total, self._replica.device, use_band=False
@@ -306,6 +343,7 @@ class Synchronizer:
     # ---- parts of events --------------------------------------------------------------------
 
     def _pseudogradients(self, fragment: int) -> dict[str, Tensor]:
+        """Return ``theta - theta_k`` of this rank's shards of a fragment, in new memory."""
         return {
             name: self._state.pseudogradient(name, self._replica.masters[name])
             for name in self._owned[fragment]
@@ -315,7 +353,11 @@ class Synchronizer:
         return {name: self._replica.masters[name].clone() for name in self._owned[fragment]}
 
     def _take_anchor(self) -> None:
-        """Restart this replica from the anchor everywhere; progress in flight is forgotten."""
+        """Restart this replica from the anchor in all fragments.
+
+        In all, not only in the one that was found: a model with one fragment of the anchor and the
+        rest not finite would stay broken. Fragments in flight keep the weight that was sent.
+        """
         overwrite(self._replica.masters, self._state.anchor)
         self._in_flight.restart_from(self._state.anchor)
         self._reducer.forget_residual()
@@ -323,13 +365,14 @@ class Synchronizer:
             progress.restart()
 
     def _load_residuals(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take the residuals of a checkpoint; a kind that it does not have starts from zeros."""
+        """Load the residuals of a checkpoint; kinds that it does not have start from zeros."""
         found = {k: tensors[k] for k in self._reducer.residual_names if tensors.get(k)}
         for kind, residuals in found.items():
             check_names(kind, residuals, self._state.anchor)
         self._reducer.load_residuals(found, self._sizes)
 
     def _publish(self, names: tuple[str, ...]) -> None:
+        """Make changed masters visible: to other holders of a parameter, then to the model."""
         self._replica.broadcast_replicated(names)
         self._replica.publish()
 
@@ -340,18 +383,20 @@ class Synchronizer:
     # ---- state ------------------------------------------------------------------------------
 
     def anchors(self) -> Mapping[str, Tensor]:
-        """Return the anchor by name, flat, for the shards that this rank owns; read only."""
+        """Return the anchor of the shards that this rank synchronises, by name, flat; read only."""
         return self._state.anchor
 
     @contextmanager
     def anchor_loaded(self) -> Iterator[None]:
-        """Let the model hold the anchor, then put every local parameter back bit for bit.
+        """Put the anchor into masters and model; restore local parameters bit for bit afterwards.
 
-        Inside, the masters hold the anchor as well. After an exception only the masters are put
-        back, without a collective: the other ranks may not be in the same place.
+        After an exception only the masters are restored, without a collective: the other ranks may
+        not have failed at the same place.
+
+        Collectives: broadcast and publish over the replica, at entry; publish at exit.
         """
         masters = self._replica.masters
-        # In host memory: the device holds no second set of masters beside the evaluation.
+        # Kept in host memory, so that evaluation needs no second set of masters on the device.
         kept = {name: copy_to(torch.device("cpu"), local) for name, local in masters.items()}
         try:
             overwrite(masters, self._state.anchor)
@@ -364,12 +409,15 @@ class Synchronizer:
     def state_dict(self) -> dict[str, Any]:
         """Return ``{"tensors": {kind: {name: flat tensor}}, "scalars": plain numbers}``.
 
-        Kinds: ``anchor`` and ``momentum`` of every shard owned here; ``mean`` and ``at_launch`` of
-        fragments in flight, for which this call waits; with error feedback ``residual``, and
-        ``owner_residual``, which is the same on all replicas. The tensors are the live ones.
+        Kinds: ``anchor`` and ``momentum`` of every shard synchronised here; ``mean`` and
+        ``at_launch`` of fragments in flight, for which this call waits; with error feedback
+        ``residual``, and ``owner_residual``, which is the same on all replicas. The tensors are the
+        live ones, not copies.
 
-        Collectives: those of `Reducer.wait` and `Reducer.residuals`.
+        Collectives: those of `Reducer.wait` and `Reducer.residuals`; called by all ranks of all
+        replicas after the same inner step.
         """
+        # First wait for what is in flight: the residuals are complete only after that.
         tensors, entries = self._in_flight.state_dict(self._reducer)
         tensors |= {"anchor": dict(self._state.anchor), "momentum": dict(self._state.momentum)}
         tensors |= {k: dict(each) for k, each in self._reducer.residuals(self._sizes).items()}
@@ -380,7 +428,10 @@ class Synchronizer:
         return ("anchor", "momentum", "mean", "at_launch", *self._reducer.residual_names)
 
     def scalars(self) -> dict[str, Any]:
-        """Return the plain numbers of `state_dict`; waits for the fragments in flight."""
+        """Return the plain numbers of `state_dict`; waits for the fragments in flight.
+
+        Collectives: those of `Reducer.wait`.
+        """
         _, entries = self._in_flight.state_dict(self._reducer)
         return self._scalars(entries)
 
@@ -393,11 +444,11 @@ class Synchronizer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned, into this object's own memory.
+        """Copy what `state_dict` returned into this object's own memory.
 
         Raises:
-            CheckpointError: Names differ, or the fragments in flight are not those that this
-                schedule has in flight after the saved step.
+            CheckpointError: Names differ, or the saved fragments in flight are not those of this
+                schedule after the saved step.
         """
         tensors, scalars = state["tensors"], state["scalars"]
         step = int(scalars["step"])

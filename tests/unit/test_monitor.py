@@ -269,7 +269,7 @@ def test_skipped_steps_of_all_replicas_are_counted_and_a_nan_stays_visible(tmp_p
     assert run.losses()[0] == (2, 2.0)
     assert math.isnan(run.losses()[1][1])
     run.close()
-    assert "2 steps of replicas" in run.stream.getvalue()
+    assert "2 steps (summed over replicas)" in run.stream.getvalue()
 
 
 def test_only_the_writing_rank_reads_or_writes(tmp_path, monkeypatch):
@@ -310,7 +310,7 @@ def test_typos_and_events_are_refused_in_every_step(tmp_path):
     monitor = Replicas(tmp_path, count=1, log_interval=10).monitors[0]
     with pytest.raises(RuntimeMismatch, match="'lm-loss' is not in the registry"):
         monitor.record(1, {"lm-loss": 1.0})
-    with pytest.raises(RuntimeMismatch, match=r"use Monitor\.scalars"):
+    with pytest.raises(RuntimeMismatch, match=r"Use Monitor\.scalars"):
         monitor.record(2, {"muloco/round": 1.0})
 
 
