@@ -1,11 +1,10 @@
 """MuLoCo and DiLoCo pre-training on Megatron-core and DeepSpeed.
 
-For a Megatron loop of your own::
+For use in your own Megatron training loop::
 
     from megatron_muloco import initialize_replicas, load_config, wrap_optimizer
 
-The names are looked up when they are first used: importing the package loads neither torch nor
-Megatron.
+Public names are imported on first use, so importing the package loads neither torch nor Megatron.
 """
 
 from importlib import import_module
@@ -27,7 +26,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Load a public name from the module that defines it."""
+    """Import a public name from the module that defines it."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

@@ -1,4 +1,4 @@
-"""The public API for people with a Megatron loop of their own.
+"""The public API for users with their own Megatron training loop.
 
 Two calls turn a Megatron training script into K replicas::
 
@@ -6,8 +6,8 @@ Two calls turn a Megatron training script into K replicas::
     ...build model and optimizer with groups.pg...
     optimizer = wrap_optimizer(optimizer, model, config, groups)
 
-after which ``optimizer.step()`` is the inner step plus the outer steps that are due. Both can be
-imported from the package itself.
+Afterwards ``optimizer.step()`` makes the inner step and the outer steps that are due. Both names
+can also be imported from the package itself.
 """
 
 from megatron_muloco.comm.groups import Groups

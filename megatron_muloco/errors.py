@@ -1,6 +1,15 @@
-"""The error family: every failure that a user can meet has one of these types.
+"""Exception types of this package, and the exit codes of its tools.
 
-Messages answer four questions in this order: what is wrong (with the values), where, why it
+::
+
+    MulocoError
+      ConfigError        the user can fix it in YAML or on the command line
+        TopologyError    ranks, degrees and world size do not fit together
+      RuntimeMismatch    a package is missing, untested or misused
+      SyncError          a launch or apply failed, or replicas disagree
+      CheckpointError    state on disk is missing, incompatible or incomplete
+
+A message answers four questions in this order: what is wrong (with the values), where, why it
 matters, what to do.
 """
 
@@ -19,14 +28,14 @@ __all__ = [
 
 
 class MulocoError(Exception):
-    """Base of all errors raised on purpose by this package."""
+    """Base class of all errors that this package raises on purpose."""
 
 
 class ConfigError(MulocoError):
-    """Something the user can fix in YAML, on the command line or in the data it names.
+    """A problem that the user can fix in YAML, on the command line or in the data files.
 
     Args:
-        problems: One self-contained sentence per problem; all of them are reported at once.
+        problems: One self-contained message per problem; all of them are reported at once.
     """
 
     def __init__(self, problems: str | Sequence[str]) -> None:
@@ -35,7 +44,7 @@ class ConfigError(MulocoError):
 
 
 class TopologyError(ConfigError):
-    """Ranks, degrees and world size do not fit together."""
+    """The number of ranks does not fit the parallel sizes."""
 
 
 class RuntimeMismatch(MulocoError):
@@ -43,23 +52,24 @@ class RuntimeMismatch(MulocoError):
 
 
 class SyncError(MulocoError):
-    """An outer launch or apply failed, or replicas disagree about their state."""
+    """A launch or apply of an outer step failed, or replicas hold different state."""
 
 
 class CheckpointError(MulocoError):
     """State on disk is missing, incompatible or incomplete."""
 
 
-# ------------------------------------------------------------------------------------------
-# How the data tools end: 0 done, 2 bad input, 130 interrupted; never a stack trace for a user.
-
+# ---- exit codes of the data tools: 0 done, 2 bad input, 130 interrupted ------------------
 
 _BAD_INPUT = 2
 _INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 def run_tool(body: Callable[[], None]) -> int:
-    """Run a tool and return its exit code; problems go to stderr, one a line."""
+    """Run a tool and return its exit code.
+
+    A `ConfigError` is written to stderr without a stack trace, one problem per line.
+    """
     try:
         body()
     except ConfigError as error:

@@ -1,7 +1,7 @@
-"""Which rank is what: the rank grid as pure arithmetic, without torch and without a process group.
+"""`Topology`: the grid of ranks as pure arithmetic, without torch or process groups.
 
-The world is replica-major: replica r owns the ranks [r*S, (r+1)*S), S = tp*cp*dp*pp, and inside a
-replica tensor-parallel ranks are neighbours::
+The world is replica-major: replica r owns the ranks [r*S, (r+1)*S) with S = tp*cp*dp*pp. Inside a
+replica, tensor-parallel ranks are neighbours::
 
     rank = (((replica*PP + pp)*DP + dp)*CP + cp)*TP + tp
 
@@ -25,7 +25,7 @@ Axis = Literal["tp", "cp", "dp", "pp", "replica"]
 
 
 class Coords(NamedTuple):
-    """A rank's place on every axis, slowest axis first."""
+    """A rank's index on every axis, slowest axis first."""
 
     replica: int
     pp: int
@@ -36,14 +36,14 @@ class Coords(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """The sizes of the five axes; their product is the world, and every rank has one place.
+    """The sizes of the five axes of the rank grid; their product is the world size.
 
     Attributes:
-        num_replicas: K, complete model trainings that meet at the outer step.
-        tensor: Ranks that share each matrix by slicing it.
-        pipeline: Stages the layers are divided into.
-        data: Ranks of one replica that see different samples.
-        context: Ranks that share each sequence.
+        num_replicas: K, the number of replicas.
+        tensor: Tensor-parallel size; the ranks that slice each matrix.
+        pipeline: Pipeline-parallel size; the stages that the layers are divided into.
+        data: Data-parallel size; the ranks of one replica that read different samples.
+        context: Context-parallel size; the ranks that share each sequence.
     """
 
     num_replicas: int
@@ -53,10 +53,10 @@ class Topology:
     context: int = 1
 
     def __post_init__(self) -> None:
-        """Refuse sizes below one."""
+        """Raise TopologyError for sizes below one."""
         for name, size in zip(("replicas", "pp", "dp", "cp", "tp"), self._sizes, strict=True):
             if size < 1:
-                raise TopologyError(f"{name} is {size}; every axis needs at least one rank")
+                raise TopologyError(f"{name} is {size}; every axis needs a size of at least 1")
 
     @classmethod
     def from_world(
@@ -71,7 +71,8 @@ class Topology:
         """Return the topology whose data-parallel size fills ``world_size`` ranks.
 
         Raises:
-            TopologyError: When the fixed axes do not divide the world; names the whole product.
+            TopologyError: The product of the fixed axes does not divide ``world_size``; the message
+                gives the whole product.
         """
         smallest = cls.smallest_world(
             num_replicas=num_replicas, tensor=tensor, pipeline=pipeline, context=context
@@ -89,9 +90,10 @@ class Topology:
             raise TopologyError(
                 f"{num_replicas} {plural} x tp {tensor} x pp {pipeline}{context_part} x dp d = "
                 f"{needed} ranks, but there are {world_size}.\n"
-                "  Each rank has one place on this grid, so no other number can work. Start a "
-                f"multiple of {smallest.world_size} ranks, or change parallel.num_replicas, "
-                "parallel.tensor_model_parallel_size or parallel.pipeline_model_parallel_size."
+                "  The number of ranks is the product of these sizes, and d is a whole number. "
+                f"Start a multiple of {smallest.world_size} ranks, or change "
+                "parallel.num_replicas, parallel.tensor_model_parallel_size or "
+                "parallel.pipeline_model_parallel_size."
             )
         return cls(num_replicas, tensor, pipeline, data, context)
 
@@ -104,31 +106,31 @@ class Topology:
 
     @property
     def _sizes(self) -> tuple[int, int, int, int, int]:
-        """Axis sizes in the order of `Coords`."""
+        """Axis sizes in the order of the fields of `Coords`."""
         return (self.num_replicas, self.pipeline, self.data, self.context, self.tensor)
 
     @property
     def world_size(self) -> int:
-        """Ranks of all replicas."""
+        """Number of ranks of all replicas."""
         return math.prod(self._sizes)
 
     @property
     def replica_size(self) -> int:
-        """Ranks of one replica."""
+        """Number of ranks of one replica."""
         return self.world_size // self.num_replicas
 
     @property
     def stage_size(self) -> int:
-        """Ranks of one pipeline stage of one replica: those that share its matrices."""
+        """Number of ranks of one stage group: one pipeline stage of one replica."""
         return self.tensor * self.context * self.data
 
     @property
     def sharding(self) -> int:
-        """Ranks over which the inner optimizer's state of one model slice is divided (dp x cp)."""
+        """Number of ranks over which inner optimizer state is sharded (dp x cp)."""
         return self.data * self.context
 
     def coords(self, rank: int) -> Coords:
-        """Return the place of ``rank``."""
+        """Return the coordinates of ``rank``."""
         if not 0 <= rank < self.world_size:
             raise TopologyError(f"rank {rank} is not in a world of {self.world_size} ranks: {self}")
         rest, tp = divmod(rank, self.tensor)
@@ -147,16 +149,16 @@ class Topology:
         return rank
 
     def position(self, rank: int) -> int:
-        """Return the rank's index inside its replica; equal positions hold the same shard."""
+        """Return the rank's index inside its replica; equal positions hold equal shards."""
         self.coords(rank)
         return rank % self.replica_size
 
     def groups(self, *axes: Axis) -> list[tuple[int, ...]]:
         """Return the groups of ranks that differ along ``axes`` only; they partition the world.
 
-        ``groups("replica")`` are the outer groups, ``groups("tp", "cp", "dp")`` the stage groups
-        and ``groups("tp", "cp", "dp", "pp")`` the replicas. Ranks ascend in a group, groups by
-        first rank.
+        ``groups("replica")`` returns the outer groups, ``groups("tp", "cp", "dp")`` the stage
+        groups and ``groups("tp", "cp", "dp", "pp")`` the replicas. Ranks ascend within a group,
+        and groups are sorted by their first rank.
         """
         free = [name in axes for name in Coords._fields]
         fixed_ranges = [

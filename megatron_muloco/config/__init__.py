@@ -1,4 +1,4 @@
-"""Config: YAML in, frozen and checked models out. No torch."""
+"""Configuration of a run: reads YAML into frozen, checked models. Imports no torch."""
 
 from megatron_muloco.config.derived import Derived, derive, smallest_topology, topology_of
 from megatron_muloco.config.inner import learning_rate

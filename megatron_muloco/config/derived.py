@@ -1,4 +1,8 @@
-"""Numbers that follow from a config: pure functions, no torch."""
+"""`derive` and other pure functions of a config: parameter counts, layout, length, weight decay.
+
+Letters of the closed forms: h hidden size, n query heads, g key/value heads, d head width, f MLP
+width, V padded vocabulary.
+"""
 
 import math
 from dataclasses import dataclass
@@ -34,28 +38,25 @@ __all__ = [
 ]
 
 
-# ------------------------------------------------------------------------------------------
-# How many parameters a model has, by kind: closed forms.
-#
-# Letters: h width, n query heads, g query groups, d head width, f MLP width, V padded vocabulary.
+# ---- parameter counts --------------------------------------------------------------------
 
 
 def padded_vocab_size(model: ModelConfig) -> int:
-    """Return V, the vocabulary rounded up to a multiple that no layout changes."""
+    """Return V: the vocabulary size rounded up to a multiple that does not depend on the layout."""
     multiple = model.make_vocab_size_divisible_by
     return -(-model.vocab_size // multiple) * multiple
 
 
 @dataclass(frozen=True, slots=True)
 class ParameterCounts:
-    """Parameters of a whole model by kind.
+    """Number of parameters of a whole model, by kind.
 
     Attributes:
-        embedding: V*h.
-        output: V*h, or 0 when tied to the embedding.
+        embedding: Embedding, V*h.
+        output: Output head, V*h, or 0 when tied to the embedding.
         attention: Query, key, value and projection matrices of all layers.
         mlp: Gate, up and down matrices of all layers.
-        norms: All RMSNorm weights.
+        norms: RMSNorm weights of the whole model.
     """
 
     embedding: int
@@ -66,36 +67,36 @@ class ParameterCounts:
 
     @property
     def matrices(self) -> int:
-        """Parameters that Muon orthogonalises."""
+        """Number of parameters that Muon orthogonalises."""
         return self.attention + self.mlp
 
     @property
     def vectors(self) -> int:
-        """Parameters that AdamW updates under Muon: embedding, output head and norms."""
+        """Number of parameters that AdamW updates beside Muon: embedding, output head, norms."""
         return self.embedding + self.output + self.norms
 
     @property
     def total(self) -> int:
-        """All parameters, padding of the vocabulary included."""
+        """Number of all parameters, including the padding of the vocabulary."""
         return self.matrices + self.vectors
 
 
 def norm_parameters_per_layer(model: ModelConfig) -> int:
-    """Return the RMSNorm weights of one layer: pre and post on both branches, and q and k."""
+    """Return the number of RMSNorm weights of one layer: pre and post norms, q and k norms."""
     branch_norms = 4 if model.post_layernorm else 2
     head_norms = 2 if model.qk_layernorm else 0
     return branch_norms * model.hidden_size + head_norms * model.kv_channels
 
 
 def attention_parameters_per_layer(model: ModelConfig) -> int:
-    """Return h*(n + 2g)*d + n*d*h."""
+    """Return the attention parameters of one layer: h*(n + 2g)*d + n*d*h."""
     query = model.num_attention_heads * model.kv_channels
     key = model.query_groups * model.kv_channels
     return model.hidden_size * (2 * query + 2 * key)
 
 
 def mlp_parameters_per_layer(model: ModelConfig) -> int:
-    """Return 3*h*f: gate, up and down."""
+    """Return the MLP parameters of one layer: gate, up and down, 3*h*f."""
     return 3 * model.hidden_size * model.ffn_hidden_size
 
 
@@ -112,12 +113,12 @@ def parameter_counts(model: ModelConfig) -> ParameterCounts:
     )
 
 
-# ------------------------------------------------------------------------------------------
+# ---- values that depend on the number of ranks -------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Derived:
-    """What a config means in a given world.
+    """Values that follow from a config and a topology.
 
     Attributes:
         train_iters: Inner steps of the run.
@@ -125,12 +126,13 @@ class Derived:
         train_tokens: Tokens of the whole run.
         replica_batch_size: Sequences per inner step of one replica.
         num_microbatches: Forward passes per inner step of one data-parallel rank.
-        weight_decay: Decoupled weight decay after the batch rule.
+        weight_decay: Decoupled weight decay, scaled to the per-replica batch.
         lr_warmup_iters: Inner steps of warm-up.
         padded_vocab_size: Rows of the embedding.
         rounds: Complete rounds; 0 without an outer step.
-        flushed_steps: Inner steps after the last complete round, ended by the final plain mean.
-        parameters: Parameters by kind.
+        flushed_steps: Inner steps after the last complete round; the flush at the end of the run
+            averages the replicas after them.
+        parameters: Parameter counts of the whole model.
     """
 
     train_iters: int
@@ -147,7 +149,7 @@ class Derived:
 
 
 def smallest_topology(config: RunConfig) -> Topology:
-    """Return the smallest world that a config runs on: one data-parallel rank per replica."""
+    """Return the smallest topology of a config, with one data-parallel rank per replica."""
     parallel = config.parallel
     return Topology.smallest_world(
         num_replicas=parallel.num_replicas,
@@ -158,7 +160,7 @@ def smallest_topology(config: RunConfig) -> Topology:
 
 
 def topology_of(config: RunConfig, world_size: int) -> Topology:
-    """Return the layout of ``world_size`` ranks; raises TopologyError when they do not factor."""
+    """Return the topology of ``world_size`` ranks; raise TopologyError when they do not fit."""
     parallel = config.parallel
     return Topology.from_world(
         world_size,
@@ -170,7 +172,10 @@ def topology_of(config: RunConfig, world_size: int) -> Topology:
 
 
 def train_iterations(config: RunConfig) -> int | None:
-    """Return the inner steps of a run, lengths in tokens rounded up; None when none is given."""
+    """Return the inner steps of a run; None when the config gives no length.
+
+    A length in tokens is rounded up to whole steps.
+    """
     training = config.training
     if training.train_iters is not None:
         return training.train_iters
@@ -183,7 +188,7 @@ def train_iterations(config: RunConfig) -> int | None:
 
 
 def weight_decay(config: RunConfig) -> float:
-    """Return the decoupled weight decay, scaled to the per-replica batch where a base is given.
+    """Return the decoupled weight decay; a base value is scaled to the per-replica batch.
 
     Source: MuLoCo research code, wd = wd0 * steps(512 sequences) / (steps * K), which is
     wd0 * (per-replica batch / 512).
@@ -198,14 +203,15 @@ def weight_decay(config: RunConfig) -> float:
 def spacing_of_launches(outer: NesterovOuter | AverageOuter) -> int:
     """Return the fewest inner steps between the launches of two fragments.
 
-    In a round of H steps fragment i of P starts after floor(H*(i+1)/P), so neighbours are
-    floor(H/P) or one more apart. All lengths of rounds count, also those beyond the end of the run.
+    In a round of H steps, fragment i of P is launched after floor(H*(i+1)/P) steps, so neighbours
+    are floor(H/P) or floor(H/P) + 1 steps apart. The minimum is taken over all round lengths of the
+    schedule, also those after the end of the run.
     """
     return min(interval_values(outer.sync_interval)) // outer.fragments.count
 
 
 def complete_rounds(interval: Interval, train_iters: int) -> tuple[int, int]:
-    """Return the complete rounds of a run, and the inner steps after the last of them."""
+    """Return the number of complete rounds of a run and the inner steps after the last one."""
     rounds, left = 0, train_iters
     while left >= (steps := interval_at(interval, rounds + 1)):
         rounds, left = rounds + 1, left - steps
@@ -213,12 +219,17 @@ def complete_rounds(interval: Interval, train_iters: int) -> tuple[int, int]:
 
 
 def derive(config: RunConfig, topology: Topology | None = None) -> Derived:
-    """Return everything that follows from a checked config in a world; the smallest by default."""
+    """Return the derived values of a checked config.
+
+    Args:
+        config: A checked config.
+        topology: The layout of the ranks; the smallest one by default.
+    """
     layout = topology or smallest_topology(config)
     training, outer = config.training, config.outer
     iterations = train_iterations(config)
     if iterations is None:
-        raise ConfigError("training.train_iters: no length is given.")
+        raise ConfigError("training.train_iters: the length of the run is not given.")
     replica_batch = training.global_batch_size // layout.num_replicas
     tokens_per_step = training.global_batch_size * config.model.seq_length
     rounds, flushed = (
@@ -239,13 +250,15 @@ def derive(config: RunConfig, topology: Topology | None = None) -> Derived:
     )
 
 
-_SKETCH_VALUES = 4096  # of a replica: cosines to 1 / sqrt(4096) = 0.016 and better
+# Values of a replica's sketch. The standard error of a cosine is 1 / sqrt(4096) = 0.016.
+_SKETCH_VALUES = 4096
 
-_LEAST_SKETCH_VALUES = 256  # of a rank, however many ranks share the fragment: 0.06
+# Lower bound per rank, for replicas of many ranks; alone it would give an error of 0.06.
+_LEAST_SKETCH_VALUES = 256
 
 
 def sketch_width(config: RunConfig, topology: Topology) -> int:
-    """Return the numbers of one rank's sketch of a fragment; 0 where replicas are not compared."""
+    """Return the length of one rank's sketch of a fragment; 0 where replicas are not compared."""
     if topology.num_replicas == 1 or not config.monitor.pseudogradient_interval:
         return 0
     return max(_SKETCH_VALUES // topology.replica_size, _LEAST_SKETCH_VALUES)

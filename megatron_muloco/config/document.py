@@ -1,8 +1,7 @@
-"""Config files as plain values that remember where they were written.
+"""`Document`: a config file as plain values, with file and line of every key.
 
-A `Document` holds nested mappings and, for every dotted key, ``file:line``. Reading refuses
-repeated keys. Merging follows one rule: mappings merge, everything else is replaced, and ``null``
-takes a key back to its default.
+Reading refuses repeated keys. Merging follows one rule: mappings merge, everything else is
+replaced, and ``null`` resets a key to its default.
 """
 
 import os
@@ -26,7 +25,7 @@ __all__ = [
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 with the floats that people write: PyYAML takes ``1e-4`` for a string."""
+    """YAML 1.1 loader that reads ``1e-4`` as a number; PyYAML alone reads it as a string."""
 
 
 _FLOAT = re.compile(
@@ -44,7 +43,12 @@ _OVERRIDE = "--set "
 
 @dataclass
 class Document:
-    """Nested values and the place of every key, dotted, as ``file:line``."""
+    """Nested values of a config file.
+
+    Attributes:
+        values: Nested mappings, as in the file.
+        places: ``file:line`` of every dotted key.
+    """
 
     values: dict[str, Any] = field(default_factory=dict)
     places: dict[str, str] = field(default_factory=dict)
@@ -52,7 +56,15 @@ class Document:
 
 @dataclass
 class _Reader:
-    """Turns the nodes of one file into values; collects problems instead of stopping at one."""
+    """Converts the YAML nodes of one file to values and collects all problems.
+
+    Attributes:
+        label: File name, or the ``--set`` text.
+        loader: Loader that constructs scalars.
+        places: ``file:line`` of every dotted key read so far.
+        problems: Messages collected so far.
+        open_nodes: Ids of the nodes being converted, to find aliases that contain themselves.
+    """
 
     label: str
     loader: yaml.SafeLoader
@@ -61,13 +73,13 @@ class _Reader:
     open_nodes: list[int] = field(default_factory=list)
 
     def place(self, node: yaml.Node) -> str:
-        """Return where a node begins."""
+        """Return ``file:line`` of the start of a node."""
         return _place(self.label, node.start_mark.line)
 
     def value(self, node: yaml.Node, key: str) -> Any:
-        """Return the node's value, noting the place of everything inside it."""
+        """Return the node's value and record the place of every key inside it."""
         if id(node) in self.open_nodes:
-            self.problems.append(f"{self.place(node)}  {key}: an alias that contains itself")
+            self.problems.append(f"{self.place(node)}  {key}: this alias contains itself")
             return None
         self.open_nodes.append(id(node))
         try:
@@ -80,20 +92,20 @@ class _Reader:
             self.open_nodes.pop()
 
     def item(self, node: yaml.Node, key: str) -> Any:
-        """Return one entry of a list."""
+        """Return the value of one list entry."""
         self.places[key] = self.place(node)
         return self.value(node, key)
 
     def mapping(self, node: yaml.MappingNode, prefix: str) -> dict[str, Any]:
-        """Return a mapping, refusing keys that are repeated or are not words."""
+        """Return a mapping; repeated keys and keys that are not plain words are problems."""
         result: dict[str, Any] = {}
         first_place: dict[str, str] = {}
         for key_node, value_node in node.value:
             name = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
             if name is None or name == "<<":
                 self.problems.append(
-                    f"{self.place(key_node)}  {prefix or 'config'}: keys are plain words here. "
-                    "To share values between files use extends."
+                    f"{self.place(key_node)}  {prefix or 'config'}: a key must be a plain "
+                    "word. To share values between files, use extends."
                 )
                 continue
             dotted = f"{prefix}.{name}" if prefix else name
@@ -103,7 +115,7 @@ class _Reader:
                 before = "twice on this line" if first == here else f"first written at {first}"
                 self.problems.append(
                     f"{here}  {dotted}: repeated; {before}.\n"
-                    "  Only one of two values could count. Delete one."
+                    "  Only one of the two values can be used. Delete one of them."
                 )
                 continue
             first_place[name] = self.places[dotted] = self.place(key_node)
@@ -111,7 +123,7 @@ class _Reader:
         return result
 
     def scalar(self, node: yaml.Node, key: str) -> Any:
-        """Return a number, text, truth value or null."""
+        """Return a number, string, boolean or null."""
         try:
             return self.loader.construct_object(node)
         except (yaml.YAMLError, ValueError) as error:
@@ -120,18 +132,18 @@ class _Reader:
 
 
 def _place(label: str, line: int) -> str:
-    """Return ``file:line``; an override has no lines."""
+    """Return ``file:line``, or the label alone for a ``--set`` text, which has no lines."""
     return label if label.startswith(_OVERRIDE) else f"{label}:{line + 1}"
 
 
 def _one_line(error: Exception) -> str:
-    """Return an error's text without line breaks or PyYAML's class prefixes."""
+    """Return an error's text in one line, without PyYAML's positions."""
     text = getattr(error, "problem", None) or str(error)
     return " ".join(str(text).split())
 
 
 def _read_node(text: str, label: str, prefix: str = "") -> Document:
-    """Parse ``text``; raise one ConfigError with every problem in it."""
+    """Parse ``text``; raise one ConfigError with all problems in it."""
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
@@ -163,27 +175,30 @@ def read_document(path: str) -> Document:
     except OSError as error:
         raise ConfigError(
             f"{path}: cannot be read ({error.strerror}).\n"
-            f"  Paths are taken from the working directory, {os.getcwd()}; a name after extends is "
-            "taken from the file that says it."
+            f"  Paths are relative to the working directory, {os.getcwd()}; a file name after "
+            "extends is relative to the file that contains it."
         ) from None
     except UnicodeDecodeError:
-        raise ConfigError(f"{path}: not text in UTF-8, so not a config file.") from None
+        raise ConfigError(
+            f"{path}: not a UTF-8 text file, so it cannot be a config file."
+        ) from None
     document = _read_node(text, path)
     values = document.values[""]
     if not values:
         raise ConfigError(
-            f"{path}: empty. A config needs the sections model, data, training, inner and outer; "
-            "start from one in configs/."
+            f"{path}: the file is empty. A config needs the sections model, data, training, inner "
+            "and outer. Start from one of the files in configs/."
         )
     if not isinstance(values, dict):
         raise ConfigError(
-            f"{path}:1  a {type(values).__name__} instead of sections such as model: and training:."
+            f"{path}:1  the file holds a {type(values).__name__}, not sections such as model: and "
+            "training:."
         )
     return Document(values, document.places)
 
 
 def parse_override(text: str) -> Document:
-    """Return the one-key document of ``--set a.b=value``; the value is read as YAML."""
+    """Return the document of one ``--set a.b=value``; the value is parsed as YAML."""
     dotted, equals, value_text = text.partition("=")
     names = dotted.strip().split(".")
     if not equals or not all(names):
@@ -231,14 +246,14 @@ def _replaced(base: dict[str, Any], over: dict[str, Any], prefix: str) -> Iterat
 
 
 def place_of(places: Mapping[str, str], key: str) -> str:
-    """Return the place of a dotted key or of its nearest written parent, else nothing."""
+    """Return ``file:line`` of a dotted key or of its nearest parent in the file, else ``""``."""
     while key not in places and "." in key:
         key = key.rpartition(".")[0]
     return places.get(key, "")
 
 
 def without_nulls(value: Any) -> Any:
-    """Return ``value`` without the keys that are null: those have their defaults."""
+    """Return ``value`` without the keys that are null, which then take their defaults."""
     if isinstance(value, dict):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Schema of the inner optimizer: what every replica runs between outer steps."""
+"""Config schema of the inner optimizer, and its `learning_rate` as a function of the step."""
 
 import math
 from typing import Annotated, Literal
@@ -19,7 +19,7 @@ __all__ = [
 
 
 class MuonConfig(Section):
-    """Muon for matrix parameters; the defaults are the MuLoCo paper's."""
+    """Constants of Muon, which updates matrix parameters; the defaults are the MuLoCo paper's."""
 
     momentum: float = Field(
         0.9, ge=0, lt=1, description="Decay of the momentum buffer M per inner step."
@@ -28,11 +28,11 @@ class MuonConfig(Section):
         "heavy_ball", description="M <- momentum*M + G, or M <- momentum*M + (1 - momentum)*G."
     )
     nesterov: bool = Field(
-        False, description="Orthogonalise one momentum step ahead of M instead of M."
+        False, description="Orthogonalise the Nesterov look-ahead of M instead of M."
     )
     num_ns_steps: int = Field(5, ge=1, description="Newton-Schulz steps per update.")
     coefficient_type: Literal["quintic", "simple", "polar_express"] = Field(
-        "quintic", description="Coefficient triples of the Newton-Schulz steps."
+        "quintic", description="Coefficients of the Newton-Schulz polynomials."
     )
     scale_mode: Literal["unit_rms_norm", "spectral", "shape_scaling", "match_rms"] = Field(
         "unit_rms_norm",
@@ -47,27 +47,28 @@ class MuonConfig(Section):
     )
     ns_impl: Literal["auto", "plain", "triangle", "gram"] = Field(
         "auto",
-        description="How the Newton-Schulz products are computed: plain as published, triangle by "
-        "halves of symmetric products, gram with steps in pairs as well; all agree within "
-        "rounding. auto chooses by shape: plain in bf16, on an accelerator and for small matrices. "
-        "triangle and gram need ns_dtype fp32.",
+        description="Implementation of the Newton-Schulz products: plain computes them as "
+        "published, triangle computes half of each symmetric product, gram also combines steps in "
+        "pairs. All agree within rounding. auto chooses by shape; it uses plain in bf16, on "
+        "accelerators and for small matrices. triangle and gram need ns_dtype fp32.",
     )
     split_heads: bool = Field(
         False,
-        description="Orthogonalise and scale each head of q, k and v as a matrix of its own, "
+        description="Orthogonalise and scale each head of q, k and v as a separate matrix "
         "instead of all heads together.",
     )
     exchange_dtype: Literal["auto", "bf16", "fp32"] = Field(
         "auto",
-        description="Dtype in which shards travel to the rank that orthogonalises them; auto is "
+        description="Dtype in which shards are sent to the rank that orthogonalises them; auto is "
         "ns_dtype.",
     )
     exchange_chunks: int = Field(
         4,
         ge=1,
-        description="Chunks in which matrices travel to their owners and back, so that all but "
-        "the first arrival and the last return hide behind Newton-Schulz; 1 does not overlap. "
-        "Smaller chunks have smaller batches of one shape. A stage of one rank has one chunk.",
+        description="Number of buckets in which matrices are sent to their owner ranks and back, "
+        "so that communication overlaps with Newton-Schulz, except for the first bucket sent and "
+        "the last one returned; 1 does not overlap. More buckets make the batches of equal shapes "
+        "smaller. A stage of one rank has one bucket.",
     )
 
     def compute_dtype(self, *, accelerator: bool) -> Literal["bf16", "fp32"]:
@@ -84,15 +85,15 @@ class MuonConfig(Section):
 
 
 class AdamConfig(Section):
-    """AdamW constants: for all parameters of kind adamw, for vector parameters of kind muon."""
+    """Constants of AdamW: for all parameters with kind adamw, for vector parameters with muon."""
 
     beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the first moment.")
     beta2: float = Field(0.99, ge=0, lt=1, description="Decay of the second moment.")
-    eps: float = Field(1e-8, gt=0, description="Added to the root of the second moment.")
+    eps: float = Field(1e-8, gt=0, description="Added to the square root of the second moment.")
 
 
 class VectorConfig(Section):
-    """Multipliers for vector parameters: embedding, output head, norms."""
+    """Multipliers for vector parameters: embedding, output head and norms."""
 
     lr_mult: float = Field(1.0, ge=0, description="Factor on the learning rate.")
     weight_decay_mult: float = Field(1.0, ge=0, description="Factor on the weight decay.")
@@ -112,7 +113,7 @@ class _Inner(Section):
     weight_decay: float | None = Field(
         None,
         ge=0,
-        description="Decoupled weight decay, multiplied by the learning rate of the step. Give "
+        description="Decoupled weight decay, multiplied by the learning rate of the step. Set "
         "exactly one of weight_decay and weight_decay_base.",
     )
     weight_decay_base: float | None = Field(
@@ -122,7 +123,7 @@ class _Inner(Section):
         "sequences; it scales in proportion to the per-replica batch.",
     )
     weight_decay_reference_batch: int = Field(
-        512, ge=1, description="Sequences of the batch that weight_decay_base belongs to."
+        512, ge=1, description="Per-replica batch, in sequences, for which weight_decay_base holds."
     )
     adam: AdamConfig = Field(default_factory=AdamConfig, description="AdamW constants.")
     vector: VectorConfig = Field(
@@ -131,14 +132,14 @@ class _Inner(Section):
 
 
 class MuonInner(_Inner):
-    """MuLoCo's inner optimizer: Muon on matrices, AdamW on vector parameters."""
+    """Inner optimizer of MuLoCo: Muon for matrices, AdamW for vector parameters."""
 
     kind: Literal["muon"] = Field(description="muon or adamw.")
     muon: MuonConfig = Field(default_factory=MuonConfig, description="Muon constants.")
 
 
 class AdamWInner(_Inner):
-    """DiLoCo's inner optimizer: AdamW on every parameter."""
+    """Inner optimizer of DiLoCo: AdamW for every parameter."""
 
     kind: Literal["adamw"] = Field(description="muon or adamw.")
 
@@ -146,18 +147,17 @@ class AdamWInner(_Inner):
 InnerConfig = Annotated[MuonInner | AdamWInner, Field(discriminator="kind")]
 
 
-# ------------------------------------------------------------------------------------------
-# The learning rate as a pure function of the inner step, so that resuming needs no state.
+# ---- learning rate: a pure function of the inner step, so that resuming needs no state ---
 
 
 def learning_rate(inner: InnerConfig, train_iters: int, step: int) -> float:
-    """Return the learning rate of inner step ``step`` (1-based, counted over all rounds).
+    """Return the learning rate of inner step ``step``, counted from 1 over the whole run.
 
-    Linear from lr/warmup at step 1 to lr at step ``lr_warmup_iters``, then the chosen decay, down
-    to ``min_lr_ratio * lr`` at step ``train_iters`` and after it.
+    It rises linearly from lr / lr_warmup_iters at step 1 to lr at step ``lr_warmup_iters``, then
+    decays to ``min_lr_ratio * lr`` at step ``train_iters`` and stays there.
 
     Source: MuLoCo research code (500 steps of linear warm-up, cosine to 0.1 of the peak over the
-    rest); steps are counted from 1, so that the first step already moves.
+    rest). Steps are counted from 1, so that the first step has a learning rate above zero.
     """
     if step < 1:
         raise ValueError(f"inner steps are counted from 1, got {step}")

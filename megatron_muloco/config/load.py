@@ -1,4 +1,4 @@
-"""From YAML files and ``--set`` values to a checked `RunConfig`."""
+"""`load_config`: reads YAML files and ``--set`` values into a checked `RunConfig`."""
 
 import os
 from collections.abc import Sequence
@@ -23,15 +23,14 @@ __all__ = ["load_config", "load_document"]
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
-    """Return the run that a file describes, with every check that needs no topology done.
+    """Return the configuration in a file, after every check that needs no world size.
 
     Args:
-        path: YAML file; its ``extends`` names files relative to itself, later ones win.
-        overrides: ``section.key=value`` texts, applied last; values are read as YAML.
+        path: YAML file. File names under its ``extends`` are relative to it; later ones win.
+        overrides: Texts ``section.key=value``, applied last; values are parsed as YAML.
 
     Raises:
-        ConfigError: Carries all problems found, each with file, line, key, value, reason and
-            remedy.
+        ConfigError: All problems found, each with file, line, key, value, reason and remedy.
     """
     document = load_document(path, overrides)
     values = without_nulls(document.values)
@@ -49,7 +48,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 
 
 def load_document(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Document:
-    """Return the merged values before they are checked."""
+    """Return the merged values of a file, its ``extends`` and the overrides, unchecked."""
     document = _with_parents(os.fspath(path), ())
     problems: list[str] = []
     for text in overrides:
@@ -63,7 +62,10 @@ def load_document(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -
 
 
 def _with_parents(path: str, including: tuple[str, ...]) -> Document:
-    """Return one file merged over the files it extends; ``including`` is the way here."""
+    """Return one file merged over the files it extends.
+
+    ``including`` lists the files that led to this one, to find a file that extends itself.
+    """
     identity = os.path.realpath(path)
     if identity in (os.path.realpath(name) for name in including):
         chain = " extends ".join([*including, path])
@@ -80,14 +82,17 @@ def _with_parents(path: str, including: tuple[str, ...]) -> Document:
         if not os.path.exists(parent):
             raise ConfigError(
                 f"{place}  extends: {name} does not exist (looked for {parent}).\n"
-                "  Names after extends are taken from the directory of the file that says it."
+                "  File names after extends are relative to the file that contains the extends."
             )
         merged = merge(merged, _with_parents(parent, (*including, path)))
     return merge(merged, document)
 
 
 def _problems_without(values: dict[str, Any], error: ValidationError) -> list[Problem]:
-    """Return what else is wrong once the unknown keys are taken out."""
+    """Return the problems that remain once the unknown keys are removed.
+
+    Rules need a parsed config, and the user should see unknown keys and broken rules in one report.
+    """
     for detail in error.errors(include_url=False):
         _delete(values, locate(detail["loc"]).key)
     try:
@@ -106,7 +111,7 @@ def _delete(values: Any, key: str) -> None:
 
 
 def _formatted(problems: list[Problem], document: Document, path: str) -> list[str]:
-    """Return the messages, each with its place."""
+    """Return the messages, each with file and line."""
     return [
         problem.format(lambda key: place_of(document.places, key) or path) for problem in problems
     ]

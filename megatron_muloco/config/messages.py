@@ -1,4 +1,11 @@
-"""Sentences for what is wrong with a config: what, where, why, what to do."""
+"""Error messages for configs that do not validate.
+
+A message says what is wrong, where, why, and what to do. The parts, in order:
+
+- `schema_fields`: the schema as data, from which the messages and the reference page are made.
+- Tables of keys and values that are known but not supported, and of other programs' key names.
+- `validation_problems`: pydantic's errors turned into `Problem` messages.
+"""
 
 import difflib
 import types
@@ -29,21 +36,18 @@ __all__ = [
 ]
 
 
-# ------------------------------------------------------------------------------------------
-# The schema as data: every key with its section, type, default and description.
-#
-# Error messages and the reference page are made from it.
+# ---- the schema as data ------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class SchemaField:
-    """One key of the schema.
+    """One key of the schema, with its type, default and description.
 
     Attributes:
         key: Dotted name; list entries are written ``[]``.
         variant: ``section.kind: value`` where only some kinds of the section have the key, else "".
-        definitions: What pydantic knows about it, by variant: several where kinds define the key
-            differently.
+        definitions: Pydantic's description of the key, by variant; several where the kinds define
+            the key differently.
     """
 
     key: str
@@ -52,18 +56,18 @@ class SchemaField:
 
     @property
     def info(self) -> FieldInfo:
-        """What pydantic knows about it, in the first of the kinds that have it."""
+        """Pydantic's description of the key, from the first kind that has it."""
         return next(iter(self.definitions.values()))
 
 
 @dataclass(frozen=True)
 class Location:
-    """What a pydantic error location points at.
+    """The key that a pydantic error location points at.
 
     Attributes:
         key: Dotted name without the union tags that pydantic adds.
-        owner: The section that has, or should have had, the last name.
-        info: The field itself; None for a name that is not in the schema.
+        owner: The section in which the last name was looked up.
+        info: Pydantic's description of the key; None for a name that is not in the schema.
     """
 
     key: str
@@ -72,7 +76,7 @@ class Location:
 
 
 def section_types(annotation: Any) -> tuple[type[Section], ...]:
-    """Return the section classes inside an annotation; several for a discriminated union."""
+    """Return the section classes in an annotation; several for a discriminated union."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return (annotation,)
     origin = get_origin(annotation)
@@ -84,7 +88,7 @@ def section_types(annotation: Any) -> tuple[type[Section], ...]:
 
 
 def is_tagged(annotation: Any) -> bool:
-    """Return whether pydantic's error locations name the member of a union, by its ``kind``."""
+    """Return whether pydantic inserts the ``kind`` of a union member into error locations."""
     if get_origin(annotation) not in (Union, types.UnionType):
         return False
     members = [arg for arg in get_args(annotation) if arg is not types.NoneType]
@@ -92,7 +96,7 @@ def is_tagged(annotation: Any) -> bool:
 
 
 def _tag(section: type[Section]) -> str:
-    """Return the value of ``kind`` that selects a section of a union."""
+    """Return the value of ``kind`` that selects a section in a union."""
     annotation = section.model_fields["kind"].annotation
     if get_origin(annotation) is not Literal:
         raise TypeError(f"{section.__name__}.kind must be a Literal")
@@ -102,7 +106,7 @@ def _tag(section: type[Section]) -> str:
 def schema_fields(
     sections: Sequence[type[Section]] = (RunConfig,), prefix: str = "", variant: str = ""
 ) -> Iterator[SchemaField]:
-    """Yield every key, depth first; keys shared by several kinds of a section come once."""
+    """Yield every key, depth first; a key that several kinds of a section share comes once."""
 
     def variant_of(owners: Sequence[type[Section]]) -> str:
         if len(owners) == len(sections):
@@ -129,7 +133,7 @@ def schema_fields(
 
 
 def _alike(owners: Sequence[type[Section]], name: str) -> list[list[type[Section]]]:
-    """Group sections that define a key in the same way; every section's ``kind`` is its own."""
+    """Group the sections that define a key identically; ``kind`` counts as identical in all."""
     groups: list[list[type[Section]]] = []
     for owner in owners:
         for group in groups:
@@ -147,7 +151,7 @@ def _meaning(section: type[Section], name: str) -> tuple[object, ...]:
 
 
 def locate(loc: Sequence[str | int]) -> Location:
-    """Return what a pydantic error location means in the words of a config file."""
+    """Return the config key of a pydantic error location."""
     owner: type[Section] = RunConfig
     names: list[str] = []
     info: FieldInfo | None = None
@@ -168,22 +172,17 @@ def locate(loc: Sequence[str | int]) -> Location:
     return Location(".".join(names), owner, info)
 
 
-# ------------------------------------------------------------------------------------------
-# What the schema can say and the program does not do: refused by name, with the reason.
-#
-# Two kinds of entry. Keys and values that are not offered at all, which people know from Megatron,
-# get a reason instead of "unknown key"; other programs' names for keys of the schema lead to them.
-# Values that the schema has for coming versions are refused by `UNSUPPORTED` rules until the code
-# behind them exists; lifting one is deleting its function.
+# ---- keys and values that are known but not supported ------------------------------------
+# Users know these names from Megatron and other programs. They get a reason instead of "unknown
+# key", or the name that this schema uses.
 
-
-_MOE = "mixture-of-experts models are not trained here. Remove the key; the MLP is dense."
-_FP8 = "fp8 is not trained here. Use training.precision bf16."
-_FP4 = "fp4 is not trained here. Use training.precision bf16."
-_FP16 = "fp16 needs loss scaling, which is not built. Use training.precision bf16 or fp32."
-_VIRTUAL = "virtual pipeline stages are not scheduled here. Use pipeline_model_parallel_size alone."
-_DROPOUT = "the models here train without dropout, as in the papers. Remove the key."
-_FSDP = "parameters are sharded by Megatron's distributed optimizer only. Remove the key."
+_MOE = "mixture-of-experts models are not supported. Remove the key; the MLP is dense."
+_FP8 = "fp8 training is not supported. Use training.precision bf16."
+_FP4 = "fp4 training is not supported. Use training.precision bf16."
+_FP16 = "fp16 needs loss scaling, which is not supported. Use training.precision bf16 or fp32."
+_VIRTUAL = "virtual pipeline stages are not supported. Use pipeline_model_parallel_size alone."
+_DROPOUT = "models train without dropout, as in the papers. Remove the key."
+_FSDP = "only Megatron's distributed optimizer shards the state. Remove the key."
 _DP = "it follows from the number of ranks: world / (replicas x tp x pp). Remove the key."
 _OFFLOAD = "the inner optimizer keeps its state in fp32 on the device. Remove the key."
 
@@ -198,7 +197,7 @@ REFUSED_KEYS = {
     "fp4": _FP4,
     "fp16": _FP16,
     "loss_scale": _FP16,
-    "bf16": "precision is one key. Use training.precision: bf16.",
+    "bf16": "the precision is set by one key. Use training.precision: bf16.",
     "virtual_pipeline_model_parallel_size": _VIRTUAL,
     "num_layers_per_virtual_pipeline_stage": _VIRTUAL,
     "hidden_dropout": _DROPOUT,
@@ -211,7 +210,7 @@ REFUSED_KEYS = {
     "data_parallel_size": _DP,
 }
 
-# What Hugging Face, nanoGPT, DeepSpeed and Megatron's command line call keys of the schema.
+# Names of keys of the schema in Hugging Face, nanoGPT, DeepSpeed and Megatron's command line.
 OTHER_NAMES = {
     "adam_beta1": "inner.adam.beta1",
     "adam_beta2": "inner.adam.beta2",
@@ -270,20 +269,20 @@ REFUSED_VALUES = {
 
 
 def context_parallel(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """Sequences are not divided over ranks."""
+    """Refuse context parallelism."""
     size = config.parallel.context_parallel_size
     if size > 1:
         yield (
             "parallel.context_parallel_size",
-            f"{size} is not available: attention here runs on whole sequences (context parallelism "
-            "needs Transformer Engine).\nUse 1; spend the ranks on tensor or data parallelism.",
+            f"{size} is not supported: attention runs on whole sequences (context parallelism "
+            "needs Transformer Engine).\nUse 1 and more tensor or data parallelism.",
         )
 
 
 def async_save(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """Checkpoints are written while training waits."""
+    """Refuse saving in the background."""
     if config.checkpoint.async_save:
-        yield ("checkpoint.async_save", "true is not available.\nUse false.")
+        yield ("checkpoint.async_save", "true is not supported.\nUse false.")
 
 
 UNSUPPORTED = (
@@ -292,7 +291,7 @@ UNSUPPORTED = (
 )
 
 
-# ------------------------------------------------------------------------------------------
+# ---- pydantic's errors as messages -------------------------------------------------------
 
 _TYPE_WORDS = {
     "int_type": "a whole number",
@@ -315,18 +314,18 @@ _BOUND_WORDS = {
 
 @dataclass(frozen=True)
 class Problem:
-    """Something to fix.
+    """One thing to fix in a config.
 
     Attributes:
         key: Dotted config key.
-        text: What is wrong with the value, why, and what to do; later lines are printed indented.
+        text: What is wrong with the value, why, and what to do; lines after the first are indented.
     """
 
     key: str
     text: str
 
     def format(self, where: Callable[[str], str]) -> str:
-        """Return the message with the place of the key before it."""
+        """Return the message, preceded by the place of the key that ``where`` returns."""
         place = where(self.key)
         lines = self.text.splitlines()
         first = f"{place}  {self.key}: {lines[0]}" if place else f"{self.key}: {lines[0]}"
@@ -334,7 +333,10 @@ class Problem:
 
 
 def validation_problems(error: ValidationError) -> tuple[list[Problem], bool]:
-    """Return one problem per pydantic error, and whether all of them are unknown keys."""
+    """Return one problem per pydantic error, and whether all of them are unknown keys.
+
+    If they are, the rest of the config is valid and the rules can be checked without those keys.
+    """
     details = _root_causes(error.errors(include_url=False))
     only_unknown = all(detail["type"] == "extra_forbidden" for detail in details)
     unknown_names = [str(d["loc"][-1]) for d in details if d["type"] == "extra_forbidden"]
@@ -342,13 +344,13 @@ def validation_problems(error: ValidationError) -> tuple[list[Problem], bool]:
 
 
 def _root_causes(details: list[ErrorDetails]) -> list[ErrorDetails]:
-    """Drop "too short" where a list is only short because its entries are wrong."""
+    """Drop "too short" errors of lists that are short only because their entries are wrong."""
     parents = {detail["loc"][:length] for detail in details for length in range(len(detail["loc"]))}
     return [d for d in details if d["type"] != "too_short" or d["loc"] not in parents]
 
 
 def _problem(detail: ErrorDetails, unknown_names: list[str]) -> Problem:
-    """Return the sentence for one pydantic error."""
+    """Return the message for one pydantic error."""
     location = locate(detail["loc"])
     kind, value = detail["type"], detail["input"]
     if kind == "extra_forbidden":
@@ -357,27 +359,31 @@ def _problem(detail: ErrorDetails, unknown_names: list[str]) -> Problem:
         name = location.key.rpartition(".")[2]
         typo = difflib.get_close_matches(name, unknown_names, n=1)
         hint = f"\n{typo[0]} looks like a misspelling of it." if typo else ""
-        return Problem(location.key, f"not set, and it has no default.\n{_about(location)}{hint}")
+        return Problem(location.key, f"not set; it has no default.\n{_about(location)}{hint}")
     if kind == "union_tag_not_found":
         kinds = _kinds(location)
-        return Problem(location.key, f"has no kind.\nWrite {location.key}.kind: one of {kinds}.")
+        return Problem(
+            location.key, f"kind is not set.\nSet {location.key}.kind to one of {kinds}."
+        )
     if kind == "union_tag_invalid":
         tag = detail["ctx"]["tag"]
         return Problem(f"{location.key}.kind", f"{tag!r} is not one of {_kinds(location)}.")
     refused = REFUSED_VALUES.get((location.key, str(value)))
     if refused:
-        return Problem(location.key, f"{value} is not offered: {refused}")
+        return Problem(location.key, f"{value} is not accepted: {refused}")
     return Problem(location.key, f"{_wrong_value(detail, location)}\n{_about(location)}".rstrip())
 
 
 def _wrong_value(detail: ErrorDetails, location: Location) -> str:
-    """Return what is wrong with a value of the wrong type or out of range."""
+    """Return the first line of a message about a value of the wrong type or out of range."""
     kind, value, ctx = detail["type"], detail["input"], detail.get("ctx", {})
     shown = _shown(value)
     if kind in ("model_type", "model_attributes_type"):
         sections = section_types(location.info.annotation) if location.info else ()
         keys = [name for section in sections for name in section.model_fields]
-        return f"{shown} is not a section. It has the keys {', '.join(dict.fromkeys(keys))}."
+        return (
+            f"{shown} is not a section. The section has the keys {', '.join(dict.fromkeys(keys))}."
+        )
     if kind == "literal_error":
         choices = get_args(location.info.annotation) if location.info else ()
         return f"{shown} is not one of {', '.join(str(choice) for choice in choices)}."
@@ -392,7 +398,7 @@ def _wrong_value(detail: ErrorDetails, location: Location) -> str:
 
 
 def _shown(value: Any) -> str:
-    """Return a value as the reader wrote it, shortened."""
+    """Return a value as written in YAML, shortened to 60 characters."""
     text = str(value).lower() if isinstance(value, bool) else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -403,26 +409,26 @@ def _about(location: Location) -> str:
 
 
 def _kinds(location: Location) -> str:
-    """Return the kinds that a section has."""
+    """Return the kinds of a section, separated by commas."""
     sections = section_types(location.info.annotation) if location.info else ()
     tags = [str(get_args(s.model_fields["kind"].annotation)[0]) for s in sections]
     return ", ".join(tags)
 
 
 def _unknown_key(location: Location) -> str:
-    """Return the reason for refusing a name that the schema lacks, with the nearest one it has."""
+    """Return the message for a name that the schema does not have in this place."""
     name = location.key.rpartition(".")[2]
     if name in REFUSED_KEYS:
-        return f"not offered: {REFUSED_KEYS[name]}"
+        return f"not accepted: {REFUSED_KEYS[name]}"
     section = location.key.rpartition(".")[0]
     for entry in schema_fields():
         if entry.key == location.key:
-            return f"belongs to {entry.variant} only.\nRemove it (null does) or change the kind."
+            return f"exists only with {entry.variant}.\nRemove it (null does) or change the kind."
     leaves = {entry.key.rpartition(".")[2]: entry for entry in schema_fields()}
     if name in leaves:
         entry = leaves[name]
         only = f" (only with {entry.variant})" if entry.variant else ""
-        return f"unknown key here. It exists as {entry.key}{only}."
+        return f"unknown key in this section. It exists as {entry.key}{only}."
     if name in OTHER_NAMES:
         return f"unknown key. Did you mean {OTHER_NAMES[name]}?"
     siblings = {key: f"{section}.{key}".lstrip(".") for key in location.owner.model_fields}

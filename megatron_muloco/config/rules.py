@@ -1,8 +1,8 @@
-"""What must hold between keys: one named rule a function.
+"""`RULES`: the conditions that hold between several keys of a config, one function per rule.
 
-A rule looks at a parsed config, and at the topology where one is known, and yields problems. Bounds
-of single keys are in the schema. Rules that need files (datasets, tokenizer) live with the data and
-join through the ``rules`` argument.
+A rule takes a parsed config, and the topology where it is known, and yields problems.
+`find_problems` runs the rules and `check` raises their problems. Bounds of single keys are in the
+schema. Checks that read files (datasets, tokenizer) are in `megatron_muloco.data.checks`.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -57,47 +57,44 @@ __all__ = [
 ]
 
 
-# ------------------------------------------------------------------------------------------
-# What must hold for an outer step to happen, and for its parts to fit each other.
-#
-# Each rule is a function; `checks` lists and runs them.
+# ---- outer step --------------------------------------------------------------------------
 
 
 def data_parallelism_has_one_replica(
     config: RunConfig, topology: Topology | None
 ) -> Iterator[Problem]:
-    """Without an outer step replicas would never meet."""
+    """Require one replica where there is no outer step."""
     replicas = config.parallel.num_replicas
     if isinstance(config.outer, NoOuter) and replicas > 1:
         yield Problem(
             "parallel.num_replicas",
-            f"{replicas}, but outer.kind is none, so the replicas would never exchange anything.\n"
+            f"{replicas}, but outer.kind is none, so the replicas would never be synchronised.\n"
             "Use num_replicas 1 (all ranks become data-parallel), or outer.kind nesterov or "
             "average.",
         )
 
 
 def fragments_have_layers(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
-    """A fragment holds a layer and has a step of the round to itself."""
+    """Require at least one layer and one step of the round for each fragment."""
     if isinstance(config.outer, NoOuter):
         return
     count, interval = config.outer.fragments.count, config.outer.sync_interval
     if count > config.model.num_layers:
         yield Problem(
             "outer.fragments.count",
-            f"{count} is more than the {config.model.num_layers} layers of the model, and a "
+            f"{count} is more than the {config.model.num_layers} layers of the model, but a "
             "fragment holds at least one whole layer.\nUse fewer fragments.",
         )
     if count > min(interval_values(interval)):
         yield Problem(
             "outer.fragments.count",
-            f"{count} is more than {_shortest(interval)}, so several fragments would start in "
-            "one step.\nUse fewer fragments.",
+            f"{count} is more than {_shortest(interval)}, so several fragments would be launched "
+            "in one step.\nUse fewer fragments.",
         )
 
 
 def _shortest(interval: Interval) -> str:
-    """Return the words for the interval, or for the shortest one."""
+    """Return ``sync_interval H``, or ``the shortest sync_interval H`` of a schedule."""
     values = interval_values(interval)
     return f"{'the shortest ' if len(values) > 1 else ''}sync_interval {min(values)}"
 
@@ -105,7 +102,7 @@ def _shortest(interval: Interval) -> str:
 def overlap_is_shorter_than_the_spacing(
     config: RunConfig, topology: Topology | None
 ) -> Iterator[Problem]:
-    """No more fragments are under way than allowed."""
+    """Require that at most ``max_in_flight`` fragments are in flight at once."""
     if isinstance(config.outer, NoOuter):
         return
     outer = config.outer
@@ -114,9 +111,9 @@ def overlap_is_shorter_than_the_spacing(
     if outer.overlap_steps >= min(interval_values(outer.sync_interval)):
         yield Problem(
             "outer.overlap_steps",
-            f"{outer.overlap_steps} is not shorter than {shortest}, so a "
-            "fragment would start again before its result was used.\nUse fewer overlap_steps or a "
-            "longer sync_interval.",
+            f"{outer.overlap_steps} is not shorter than {shortest}, so a fragment would be "
+            "launched again before its result is applied.\n"
+            "Use fewer overlap_steps or a longer sync_interval.",
         )
     elif outer.overlap_steps >= spacing * outer.max_in_flight:
         steps = (
@@ -135,19 +132,19 @@ def overlap_is_shorter_than_the_spacing(
 
 
 def apply_rule_is_one(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
-    """Adding the progress since the launch needs such progress, and mixes nothing."""
+    """Require overlap for ``apply: additive``, and no mixing weight beside it."""
     if isinstance(config.outer, NoOuter) or config.outer.apply != "additive":
         return
     if config.outer.overlap_steps == 0:
         yield Problem(
             "outer.apply",
-            "additive, but overlap_steps is 0: no progress is made between launch and apply, so "
-            "there is nothing to add.\nUse mix, or overlap_steps above 0.",
+            "additive, but overlap_steps is 0, so there is no progress between launch and apply to "
+            "add.\nUse mix, or overlap_steps above 0.",
         )
     if config.outer.mixing_weight is not None:
         yield Problem(
             "outer.mixing_weight",
-            f"{config.outer.mixing_weight:g} has no meaning with apply additive, which keeps all "
+            f"{config.outer.mixing_weight:g} has no effect with apply additive, which keeps all "
             "progress since the launch.\nRemove it or use apply: mix.",
         )
 
@@ -155,7 +152,7 @@ def apply_rule_is_one(config: RunConfig, topology: Topology | None) -> Iterator[
 def exceptions_fit_the_compression(
     config: RunConfig, topology: Topology | None
 ) -> Iterator[Problem]:
-    """Other bits for some parameters need a code that has bits."""
+    """Allow a number of bits as an exception only for kinds that have ``bits``."""
     code = _code(config)
     if not isinstance(code, E3M0Compression | TopKCompression):
         return
@@ -163,13 +160,13 @@ def exceptions_fit_the_compression(
         if bits not in (None, "none"):
             yield Problem(
                 f"outer.compression.exceptions.{key}",
-                f"{bits}, but kind {code.kind} has one code for all parameters.\nUse none to send "
-                "these in fp32, or kind linear or statistical.",
+                f"{bits}, but kind {code.kind} has no choice of bits.\nUse none to send these "
+                "parameters in fp32, or kind linear or statistical.",
             )
 
 
 def block_size_has_blocks(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
-    """Blocks have a size only where there are blocks."""
+    """Allow ``block_size`` of quantizers only with granularity block."""
     code = _code(config)
     if isinstance(code, NoCompression | TopKCompression) or code.granularity == "block":
         return
@@ -186,20 +183,20 @@ def _code(config: RunConfig) -> CompressionConfig:
 
 
 def norm_band_is_a_band(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
-    """The guard's ratio leaves room on both sides of the median."""
+    """Require a ratio of the guard above 1, or 0 for off."""
     if isinstance(config.outer, NoOuter):
         return
     ratio = config.outer.guard.max_norm_ratio
     if 0 < ratio <= 1:
         yield Problem(
             "outer.guard.max_norm_ratio",
-            f"{ratio:g} leaves no room around the median norm, so every replica would be left "
-            "out.\nUse 0 for no band, or a ratio well above 1, for instance 10.",
+            f"{ratio:g} excludes norms on both sides of the median, so every replica would be "
+            "excluded.\nUse 0 to turn it off, or a ratio well above 1, for instance 10.",
         )
 
 
 def run_has_a_round(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
-    """The outer step happens at least once."""
+    """Require at least one outer step in the run."""
     iterations = train_iterations(config)
     if isinstance(config.outer, NoOuter) or iterations is None:
         return
@@ -213,7 +210,7 @@ def run_has_a_round(config: RunConfig, topology: Topology | None) -> Iterator[Pr
 
 
 def rounds_of_schedules_ascend(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
-    """A list of values says from which round on each one holds, and leaves no round out."""
+    """Require that the rounds of a schedule start at 1 and ascend."""
     if isinstance(config.outer, NoOuter):
         return
     for key, schedule in _schedules(config.outer):
@@ -223,15 +220,15 @@ def rounds_of_schedules_ascend(config: RunConfig, topology: Topology | None) -> 
         if rounds[0] != 1:
             yield Problem(
                 f"{key}.values.0",
-                f"begins with round {rounds[0]}, and nothing says what holds before it.\n"
-                "Let the first pair be [1, value]; rounds are counted from 1.",
+                f"the first round is {rounds[0]}, so there is no value for the rounds before it.\n"
+                "Start with the pair [1, value]; rounds are counted from 1.",
             )
         for place, (before, after) in enumerate(pairwise(rounds), 1):
             if after <= before:
                 yield Problem(
                     f"{key}.values.{place}",
-                    f"round {after} follows round {before}, but each pair holds until the next "
-                    "one.\nWrite the pairs in the order of their rounds, each round once.",
+                    f"round {after} comes after round {before}, but each pair holds until the next "
+                    "one.\nList the pairs in ascending order of rounds, each round once.",
                 )
 
 
@@ -241,14 +238,11 @@ def _schedules(outer: NesterovOuter | AverageOuter) -> Iterator[tuple[str, objec
     yield "outer.momentum", outer.momentum
 
 
-# ------------------------------------------------------------------------------------------
-# Divisibility: what must hold for a model and a batch to be dealt out evenly.
-#
-# Each rule is a function; `checks` lists and runs them.
+# ---- divisibility of the model and the batch ---------------------------------------------
 
 
 def heads_divide(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
-    """Attention heads and query groups divide over tensor-parallel ranks and each other."""
+    """Require that query heads and query groups divide evenly over tensor-parallel ranks."""
     heads, groups = config.model.num_attention_heads, config.model.query_groups
     tp = config.parallel.tensor_model_parallel_size
     if heads % groups:
@@ -260,64 +254,66 @@ def heads_divide(config: RunConfig, topology: Topology | None) -> Iterator[Probl
     if heads % tp:
         yield Problem(
             "parallel.tensor_model_parallel_size",
-            f"{tp} does not divide the {heads} attention heads; each rank holds whole heads.\n"
+            f"{tp} does not divide the {heads} attention heads, but each rank holds whole heads.\n"
             f"Use one of {_divisors(heads)}.",
         )
     elif groups % tp:
         yield Problem(
             "parallel.tensor_model_parallel_size",
-            f"{tp} does not divide the {groups} query groups; each rank holds whole groups.\n"
+            f"{tp} does not divide the {groups} query groups, but each rank holds whole groups.\n"
             f"Use one of {_divisors(groups)}.",
         )
 
 
 def head_width_is_even(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
-    """Rotary embeddings turn pairs of channels."""
+    """Require an even head width, because rotary embeddings rotate pairs of channels."""
     if config.model.kv_channels % 2:
         yield Problem(
             "model.kv_channels",
-            f"{config.model.kv_channels} is odd; rotary embeddings turn pairs of channels.\nUse an "
-            "even number.",
+            f"{config.model.kv_channels} is odd, but rotary embeddings rotate pairs of "
+            "channels.\nUse an even number.",
         )
 
 
 def ffn_divides(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
-    """MLP rows divide over tensor-parallel ranks."""
+    """Require that MLP rows divide evenly over tensor-parallel ranks."""
     tp, ffn = config.parallel.tensor_model_parallel_size, config.model.ffn_hidden_size
     if ffn % tp:
         yield Problem(
             "model.ffn_hidden_size",
-            f"{ffn} is not divisible by tensor_model_parallel_size {tp}; each rank holds an equal "
-            "share of the MLP.\nChange one of them.",
+            f"{ffn} is not divisible by tensor_model_parallel_size {tp}, but each rank holds an "
+            "equal share of the MLP.\n"
+            "Change one of them.",
         )
 
 
 def vocabulary_divides(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
-    """Embedding rows divide over tensor-parallel ranks without padding that depends on them."""
+    """Require that the padded vocabulary divides evenly over tensor-parallel ranks."""
     tp, padded = config.parallel.tensor_model_parallel_size, padded_vocab_size(config.model)
     if padded % tp:
         yield Problem(
             "model.make_vocab_size_divisible_by",
             f"{config.model.make_vocab_size_divisible_by} pads the vocabulary to {padded}, which "
-            f"tensor_model_parallel_size {tp} does not divide.\nThe padded size may not depend on "
-            "the layout, or a checkpoint would fit one layout only. Use a multiple of "
+            f"tensor_model_parallel_size {tp} does not divide.\nThe padded size must not depend on "
+            "the layout, so that a checkpoint fits every layout. Use a multiple of "
             f"{tp}.",
         )
 
 
 def layers_divide(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
-    """Pipeline stages have equally many layers."""
+    """Require the same number of layers on every pipeline stage."""
     pp, layers = config.parallel.pipeline_model_parallel_size, config.model.num_layers
     if layers % pp:
         yield Problem(
             "parallel.pipeline_model_parallel_size",
-            f"{pp} does not divide the {layers} layers; stages hold equally many.\nUse one of "
-            f"{_divisors(layers)}.",
+            f"{pp} does not divide the {layers} layers, but all stages hold the same number of "
+            "layers.\n"
+            f"Use one of {_divisors(layers)}.",
         )
 
 
 def sequence_divides(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
-    """Sequence parallelism divides the tokens of a sequence."""
+    """Require that sequence parallelism divides the sequence evenly."""
     tp, length = config.parallel.tensor_model_parallel_size, config.model.seq_length
     if config.parallel.sequence_parallel and length % tp:
         yield Problem(
@@ -328,7 +324,7 @@ def sequence_divides(config: RunConfig, topology: Topology | None) -> Iterator[P
 
 
 def batch_divides(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
-    """Every data-parallel rank of every replica gets the same number of microbatches."""
+    """Require the same number of microbatches on every data-parallel rank."""
     layout = topology or smallest_topology(config)
     micro, batch = config.training.micro_batch_size, config.training.global_batch_size
     unit = layout.num_replicas * layout.data * micro
@@ -338,62 +334,63 @@ def batch_divides(config: RunConfig, topology: Topology | None) -> Iterator[Prob
         yield Problem(
             "training.global_batch_size",
             f"{batch} is not divisible by {layout.num_replicas} replicas x dp {layout.data} x "
-            f"micro_batch_size {micro} = {unit}.\nIt counts sequences per inner step over all "
-            f"replicas, and all ranks take equally many. Use {near}.",
+            f"micro_batch_size {micro} = {unit}.\nIt is the number of sequences per inner step "
+            f"over all replicas, and every rank takes the same share. Use {near}.",
         )
 
 
 def _divisors(number: int) -> str:
-    """Return the divisors of a number as text."""
+    """Return the divisors of a number, separated by commas."""
     return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
 
 
-# ------------------------------------------------------------------------------------------
+# ---- run, inner optimizer, data and checkpoints ------------------------------------------
 
 Rule = Callable[[RunConfig, Topology | None], Iterable[Problem]]
 
 
 def one_length(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
-    """The length of a run is given once."""
+    """Require exactly one length of the run."""
     names = ("train_iters", "train_tokens", "tokens_per_parameter")
     given = [name for name in names if getattr(config.training, name) is not None]
     if not given:
         yield Problem(
             "training.train_iters",
-            "no length is given.\nSet exactly one of training.train_iters, training.train_tokens "
-            "and training.tokens_per_parameter.",
+            "the length of the run is not given.\n"
+            "Set exactly one of training.train_iters, training.train_tokens and "
+            "training.tokens_per_parameter.",
         )
     elif len(given) > 1:
         yield Problem(
             f"training.{given[-1]}",
             f"{getattr(config.training, given[-1])}, but {' and '.join(given[:-1])} "
-            f"{'is' if len(given) == 2 else 'are'} set as well.\nA run has one length. Set the "
-            "others to null.",
+            f"{'is' if len(given) == 2 else 'are'} set as well.\nOnly one length can be used. "
+            "Set the others to null.",
         )
 
 
 def one_weight_decay(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
-    """Weight decay is given once."""
+    """Require exactly one of weight_decay and weight_decay_base."""
     given = config.inner.weight_decay is not None
     base_given = config.inner.weight_decay_base is not None
     if given and base_given:
         yield Problem(
             "inner.weight_decay",
-            f"{config.inner.weight_decay}, but weight_decay_base is "
-            f"{config.inner.weight_decay_base} as well.\nOnly one can count. Set one of them to "
-            "null.",
+            f"{config.inner.weight_decay}, but weight_decay_base "
+            f"({config.inner.weight_decay_base}) is set as well.\nOnly one can be used. Set one of "
+            "them to null.",
         )
     if not given and not base_given:
         yield Problem(
             "inner.weight_decay",
-            "not set, nor is inner.weight_decay_base.\nSet one of them; 0.0 is no decay.",
+            "neither weight_decay nor weight_decay_base is set.\nSet one of them; 0.0 is no decay.",
         )
 
 
 def warmup_is_shorter_than_the_run(
     config: RunConfig, topology: Topology | None
 ) -> Iterator[Problem]:
-    """The peak learning rate is reached."""
+    """Require a warm-up that is shorter than the run."""
     iterations = train_iterations(config)
     if iterations is not None and config.inner.lr_warmup_iters >= iterations:
         yield Problem(
@@ -404,20 +401,20 @@ def warmup_is_shorter_than_the_run(
 
 
 def recompute_is_complete(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
-    """Full recompute says how many layers; the others do not."""
+    """Require ``recompute_num_layers`` with full recomputation, and only there."""
     training = config.training
     layers = config.model.num_layers // config.parallel.pipeline_model_parallel_size
     if training.recompute_granularity != "full":
         if training.recompute_num_layers is not None:
             yield Problem(
                 "training.recompute_num_layers",
-                f"{training.recompute_num_layers} has no meaning with recompute_granularity "
+                f"{training.recompute_num_layers} has no effect with recompute_granularity "
                 f"{training.recompute_granularity}.\nUse recompute_granularity: full or remove it.",
             )
     elif training.recompute_num_layers is None:
         yield Problem(
             "training.recompute_num_layers",
-            "not set, and recompute_granularity full needs it.\nUse 1 to recompute layer by layer.",
+            "not set, but recompute_granularity full needs it.\nUse 1 to recompute layer by layer.",
         )
     elif training.recompute_num_layers > layers:
         yield Problem(
@@ -430,52 +427,52 @@ def recompute_is_complete(config: RunConfig, topology: Topology | None) -> Itera
 def gather_overlap_needs_reduce_overlap(
     config: RunConfig, topology: Topology | None
 ) -> Iterator[Problem]:
-    """Megatron gathers parameters ahead only where it reduces gradients ahead."""
+    """Require overlap of the gradient reduction for overlap of the parameter gather."""
     if config.training.overlap_param_gather and not config.training.overlap_grad_reduce:
         yield Problem(
             "training.overlap_param_gather",
             "true, but overlap_grad_reduce is false; Megatron overlaps both or the reduction "
-            "alone.\nSet overlap_grad_reduce: true.",
+            "only.\nSet overlap_grad_reduce: true.",
         )
 
 
 def evaluation_has_data(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
-    """Evaluation needs held-out data."""
+    """Require held-out data for evaluation."""
     if config.training.eval_interval > 0 and not config.data.valid:
         yield Problem(
             "training.eval_interval",
-            f"{config.training.eval_interval}, but data.valid names no dataset.\nAdd one, or use "
+            f"{config.training.eval_interval}, but data.valid is empty.\nAdd a dataset, or use "
             "eval_interval 0.",
         )
 
 
 def tokenizer_is_named(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
-    """Every tokenizer but byte-level is a file."""
+    """Require a tokenizer file for every type but byte-level."""
     if config.data.tokenizer_type != "byte-level" and config.data.tokenizer_model is None:
         yield Problem(
             "data.tokenizer_model",
-            f"not set, and tokenizer_type {config.data.tokenizer_type} needs it.\nName the "
+            f"not set, but tokenizer_type {config.data.tokenizer_type} needs it.\nGive the "
             "tokenizer's file or directory.",
         )
 
 
 def saving_has_a_place(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
-    """Checkpoints go somewhere."""
+    """Require checkpoint.dir for saving."""
     if config.checkpoint.save_interval > 0 and config.checkpoint.dir is None:
         yield Problem(
             "checkpoint.save_interval",
-            f"{config.checkpoint.save_interval}, but checkpoint.dir is not set.\nName a directory "
-            "that all ranks see, or use save_interval 0.",
+            f"{config.checkpoint.save_interval}, but checkpoint.dir is not set.\nGive a directory "
+            "that is visible to all ranks, or use save_interval 0.",
         )
 
 
 def resuming_has_a_place(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
-    """A run that goes on from a checkpoint also writes some."""
+    """Require checkpoint.dir for resuming."""
     if config.checkpoint.resume not in ("auto", "none") and config.checkpoint.dir is None:
         yield Problem(
             "checkpoint.resume",
-            f"{config.checkpoint.resume}, but checkpoint.dir is not set, so what follows could not "
-            "be saved.\nName a directory for the checkpoints of this run.",
+            f"{config.checkpoint.resume}, but checkpoint.dir is not set, so the run could not save "
+            "its own checkpoints.\nGive a directory for them.",
         )
 
 
@@ -499,7 +496,7 @@ def profile_has_a_window(config: RunConfig, topology: Topology | None) -> Iterat
 
 
 def precision_of_gradients_fits(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
-    """fp32 runs accumulate in fp32."""
+    """Require fp32 accumulation in fp32 runs."""
     if config.training.precision == "fp32" and config.training.accumulate_dtype == "bf16":
         yield Problem(
             "training.accumulate_dtype",
@@ -511,7 +508,7 @@ def precision_of_gradients_fits(config: RunConfig, topology: Topology | None) ->
 def symmetric_forms_have_precision(
     config: RunConfig, topology: Topology | None
 ) -> Iterator[Problem]:
-    """Gram matrices are not iterated in bf16, where they lose small singular values."""
+    """Require fp32 for Gram matrices, which lose small singular values in bf16."""
     inner = config.inner
     if not isinstance(inner, MuonInner) or inner.muon.ns_impl not in ("triangle", "gram"):
         return
@@ -525,7 +522,7 @@ def symmetric_forms_have_precision(
 
 
 def supported(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
-    """The program can do what the schema can say."""
+    """Refuse what `UNSUPPORTED` lists."""
     for refuse in UNSUPPORTED:
         for key, text in refuse(config):
             yield Problem(key, text)
@@ -567,12 +564,12 @@ RULES: tuple[Rule, ...] = (
 def find_problems(
     config: RunConfig, topology: Topology | None = None, *, rules: Iterable[Rule] = RULES
 ) -> list[Problem]:
-    """Return everything that the rules find wrong, in their order.
+    """Return all problems that the rules find, in the order of the rules.
 
     Args:
         config: A parsed config.
-        topology: The layout of the real world; without it the smallest world is taken.
-        rules: Which rules to ask; `(*RULES, *more)` adds those of other packages.
+        topology: The layout of the ranks; by default the smallest one.
+        rules: The rules to run; `(*RULES, *more)` adds rules.
     """
     return [problem for rule in rules for problem in rule(config, topology)]
 
@@ -580,7 +577,7 @@ def find_problems(
 def check(
     config: RunConfig, topology: Topology | None = None, *, rules: Iterable[Rule] = RULES
 ) -> None:
-    """Raise one ConfigError with everything that the rules find wrong, if anything."""
+    """Raise one ConfigError with all problems that the rules find, if there are any."""
     problems = find_problems(config, topology, rules=rules)
     if problems:
         raise ConfigError([problem.format(config.where) for problem in problems])

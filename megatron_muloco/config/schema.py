@@ -1,7 +1,7 @@
-"""Schema of a run: every section and key that a config file may have.
+"""`RunConfig`: the config schema of a run, with every section and key of a config file.
 
-Keys that Megatron has keep Megatron's names and meanings. `docs/reference/config.md` is generated
-from the descriptions here.
+A key that Megatron also has keeps Megatron's name and meaning. `docs/reference/config.md` is
+generated from the descriptions here.
 """
 
 import hashlib
@@ -29,12 +29,12 @@ __all__ = [
 
 
 class ModelConfig(Section):
-    """The decoder; the defaults are those of the MuLoCo paper's models."""
+    """Shape of the decoder; the defaults are those of the MuLoCo paper's models."""
 
     num_layers: PositiveInt = Field(description="Transformer layers.")
     hidden_size: PositiveInt = Field(description="Width of the residual stream.")
     ffn_hidden_size: PositiveInt = Field(
-        description="Width of the SwiGLU branch; gate and up each have this many rows."
+        description="Width of the SwiGLU MLP; gate and up each have this many rows."
     )
     num_attention_heads: PositiveInt = Field(description="Query heads.")
     num_query_groups: PositiveInt | None = Field(
@@ -42,25 +42,28 @@ class ModelConfig(Section):
     )
     kv_channels: PositiveInt = Field(128, description="Width of one attention head.")
     seq_length: PositiveInt = Field(description="Tokens per sequence.")
-    vocab_size: PositiveInt = Field(description="Tokens of the tokenizer, before padding.")
+    vocab_size: PositiveInt = Field(
+        description="Number of tokens of the tokenizer, before padding."
+    )
     make_vocab_size_divisible_by: PositiveInt = Field(
         128,
-        description="The vocabulary is padded up to a multiple of this, whatever the "
-        "tensor-parallel size, so that a checkpoint fits every layout.",
+        description="The vocabulary is padded up to a multiple of this number. It does not "
+        "depend on the tensor-parallel size, so that a checkpoint fits every layout.",
     )
     rotary_base: float = Field(500_000.0, gt=0, description="Base period of rotary embeddings.")
     norm_epsilon: float = Field(1e-6, gt=0, description="Epsilon of every RMSNorm.")
-    qk_layernorm: bool = Field(True, description="RMSNorm over each query and key head.")
+    qk_layernorm: bool = Field(True, description="Apply RMSNorm to each query and key head.")
     post_layernorm: bool = Field(
-        True, description="RMSNorm after attention and after the MLP, before the residual add."
+        True,
+        description="Apply RMSNorm after attention and after the MLP, before the residual add.",
     )
     untie_embeddings_and_output_weights: bool = Field(
-        True, description="Give the output head its own matrix."
+        True, description="Use separate matrices for the embedding and the output head."
     )
     init: Literal["muloco", "megatron"] = Field(
         "muloco",
-        description="Initialisation: the MuLoCo code's (truncated normal, depth-scaled, unit "
-        "embeddings) or Megatron's (normal, scaled output layers).",
+        description="Initialisation: muloco as in the MuLoCo code (truncated normal, scaled by "
+        "depth, embeddings of unit variance), or megatron (normal, output layers scaled by depth).",
     )
     init_method_std: float = Field(
         0.02, gt=0, description="Standard deviation of initial matrices before depth scaling."
@@ -73,56 +76,63 @@ class ModelConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How the world is divided; the data-parallel size follows from the number of ranks."""
+    """Parallel sizes; the data-parallel size follows from the number of ranks."""
 
     num_replicas: PositiveInt = Field(
-        1, description="K, model replicas that train on their own data between outer steps."
+        1, description="K, the number of replicas; each trains on its own data between outer steps."
     )
-    tensor_model_parallel_size: PositiveInt = Field(1, description="Ranks that slice each matrix.")
-    pipeline_model_parallel_size: PositiveInt = Field(1, description="Pipeline stages.")
+    tensor_model_parallel_size: PositiveInt = Field(
+        1, description="Ranks that share each matrix by slicing it."
+    )
+    pipeline_model_parallel_size: PositiveInt = Field(
+        1, description="Pipeline stages that share the layers."
+    )
     context_parallel_size: PositiveInt = Field(
-        1, description="Ranks that share each sequence; only 1 is available."
+        1, description="Ranks that share each sequence; only 1 is supported."
     )
     sequence_parallel: bool = Field(
         False,
-        description="Divide norms and residuals over tensor-parallel ranks along the sequence; no "
-        "effect at tensor_model_parallel_size 1.",
+        description="Divide norms and residual stream over tensor-parallel ranks along the "
+        "sequence; has no effect with tensor_model_parallel_size 1.",
     )
 
 
 class DataSource(Section):
-    """One indexed dataset."""
+    """One indexed dataset and its weight."""
 
     path: str = Field(
-        min_length=1, description="Prefix of the .bin and .idx files, from the working directory."
+        min_length=1,
+        description="Prefix of the .bin and .idx files, relative to the working directory.",
     )
-    weight: float = Field(1.0, gt=0, description="Share of the samples, relative to the others.")
+    weight: float = Field(
+        1.0, gt=0, description="Share of the samples, relative to the other datasets."
+    )
 
 
 class DataConfig(Section):
-    """Where tokens come from."""
+    """Datasets and tokenizer."""
 
     train: tuple[DataSource, ...] = Field(
         strict=False, min_length=1, description="Training datasets."
     )
     valid: tuple[DataSource, ...] = Field((), strict=False, description="Held-out datasets.")
     tokenizer_type: Literal["sentencepiece", "huggingface", "tiktoken", "byte-level"] = Field(
-        description="Kind of tokenizer."
+        description="Type of the tokenizer."
     )
     tokenizer_model: str | None = Field(
-        None, description="Tokenizer file or directory; byte-level needs none."
+        None, description="File or directory of the tokenizer; byte-level needs none."
     )
     mask_document_boundaries: bool = Field(
-        True, description="Keep attention from crossing the end of a document."
+        True, description="Mask attention across document boundaries."
     )
-    seed: int = Field(42, ge=0, description="Seed of the order of samples.")
+    seed: int = Field(42, ge=0, description="Seed of the sample order.")
     cache_dir: str | None = Field(
-        None, description="Directory of sample index caches; default beside the data."
+        None, description="Directory of the sample index caches; by default beside the data."
     )
 
 
 class TrainingConfig(Section):
-    """Batches, length, precision and what Megatron overlaps."""
+    """Batches, length, precision and overlap of the inner steps."""
 
     micro_batch_size: PositiveInt = Field(
         description="Sequences per forward pass of one data-parallel rank."
@@ -132,70 +142,81 @@ class TrainingConfig(Section):
     )
     train_iters: Count | None = Field(
         None,
-        description="Inner steps. Give exactly one of train_iters, train_tokens and "
+        description="Inner steps of the run. Set exactly one of train_iters, train_tokens and "
         "tokens_per_parameter.",
     )
     train_tokens: Count | None = Field(
-        None, description="Tokens over all replicas; rounded up to whole steps."
+        None, description="Tokens of the run over all replicas; rounded up to whole steps."
     )
     tokens_per_parameter: float | None = Field(
         None,
         gt=0,
-        description="Tokens per parameter, embeddings included; rounded up to whole steps.",
+        description="Tokens of the run per parameter, embeddings included; rounded up to whole "
+        "steps.",
     )
     seed: int = Field(42, ge=0, description="Seed of the initial weights.")
     precision: Literal["bf16", "fp32"] = Field(
-        "bf16", description="Dtype of forward and backward; masters are fp32 either way."
+        "bf16", description="Dtype of forward and backward; master weights are fp32 in both cases."
     )
     accumulate_dtype: Literal["fp32", "bf16"] = Field(
-        "fp32", description="Dtype in which gradients are accumulated and reduced in a replica."
+        "fp32", description="Dtype in which a replica accumulates and reduces its gradients."
     )
     clip_grad: float = Field(
-        1.0, ge=0, description="Largest global gradient norm of a replica; 0 does not clip."
+        1.0, ge=0, description="Maximum global gradient norm of a replica; 0 disables clipping."
     )
     recompute_granularity: Literal["none", "selective", "full"] = Field(
-        "none", description="What is recomputed in backward: nothing, attention, or whole layers."
+        "none",
+        description="Activations that backward recomputes: none, those of attention (selective), "
+        "or those of whole layers (full).",
     )
     recompute_method: Literal["uniform", "block"] = Field(
         "uniform",
-        description="Which layers full recompute covers: all in chunks, or the first ones.",
+        description="Layers that full recomputation covers: all, in chunks (uniform), or the first "
+        "ones of a stage (block).",
     )
     recompute_num_layers: PositiveInt | None = Field(
-        None, description="Layers per chunk (uniform) or layers recomputed (block), per stage."
+        None, description="Layers per chunk (uniform), or layers recomputed per stage (block)."
     )
     overlap_grad_reduce: bool = Field(
-        False, description="Reduce gradients in a replica while backward runs."
+        False, description="Overlap the gradient reduction inside a replica with backward."
     )
     overlap_param_gather: bool = Field(
-        False, description="Gather updated parameters in a replica while forward runs."
+        False, description="Overlap the parameter gather inside a replica with forward."
     )
     eval_interval: int = Field(
-        0, ge=0, description="Inner steps between evaluations of the anchor; 0 never evaluates."
+        0, ge=0, description="Inner steps between evaluations of the anchor; 0 disables them."
     )
     eval_iters: PositiveInt = Field(10, description="Global batches per evaluation.")
     distributed_timeout_minutes: PositiveInt = Field(
-        10, description="Minutes after which a collective that does not finish ends the run."
+        10, description="Minutes after which an unfinished collective ends the run."
     )
 
 
 class CheckpointConfig(Section):
-    """State on disk."""
+    """Checkpoints on disk."""
 
     dir: str | None = Field(
         None,
-        description="Directory that all ranks see, from the working directory; none saves nothing.",
+        description="Checkpoint directory, visible to all ranks, relative to the working "
+        "directory; when not set, nothing is saved.",
     )
     save_interval: int = Field(
-        0, ge=0, description="Inner steps between checkpoints; 0 saves at the end and on request."
+        0,
+        ge=0,
+        description="Inner steps between checkpoints; 0 saves only at the end and at a stop "
+        "request.",
     )
-    keep: PositiveInt = Field(2, description="Newest checkpoints to keep.")
+    keep: PositiveInt = Field(
+        2, description="Number of checkpoints to keep; older ones are deleted."
+    )
     async_save: bool = Field(
-        False, description="Write while training goes on; only false is available."
+        False, description="Write checkpoints while training continues; only false is supported."
     )
     resume: str = Field(
         "auto",
         min_length=1,
-        description="auto (the latest in dir, if any), none, or a checkpoint directory.",
+        description="Checkpoint to resume from: auto (the latest in dir, if there is one), none, "
+        "or the directory of a checkpoint.",
     )
 
 
@@ -220,24 +241,26 @@ class ProfileConfig(Section):
 
 
 class MonitorConfig(Section):
-    """What a run reports about itself."""
+    """Console lines, TensorBoard events and checks."""
 
-    dir: str | None = Field(None, description="TensorBoard directory; none writes no events.")
+    dir: str | None = Field(
+        None, description="TensorBoard directory; when not set, no events are written."
+    )
     log_interval: PositiveInt = Field(10, description="Inner steps between console lines.")
     pseudogradient_interval: int = Field(
         1, ge=0, description="Rounds between pseudogradient diagnostics; 0 is off."
     )
     sample_tokens: int = Field(
-        0, ge=0, description="Tokens that the anchor writes at the end of the run; 0 is off."
+        0, ge=0, description="Tokens to generate from the anchor at the end of the run; 0 is off."
     )
-    sample_prompt: str = Field("The", min_length=1, description="What that text begins with.")
+    sample_prompt: str = Field("The", min_length=1, description="Prompt of the generated text.")
     digest_interval: int = Field(
         10,
         ge=0,
         description="Rounds between checks that the anchors of all replicas are equal; 0 is off.",
     )
     debug_digests: bool = Field(
-        False, description="Check anchors and duplicated parameters after every outer step."
+        False, description="Check anchors and replicated parameters after every outer step."
     )
     profile: ProfileConfig = Field(
         default_factory=ProfileConfig, description="Which inner steps are profiled."
@@ -245,21 +268,28 @@ class MonitorConfig(Section):
 
 
 class RunConfig(Section):
-    """A whole run, checked."""
+    """The configuration of a whole run."""
 
-    model: ModelConfig = Field(description="The decoder.")
+    model: ModelConfig = Field(description="Shape of the decoder.")
     parallel: ParallelConfig = Field(
-        default_factory=ParallelConfig, description="How the ranks of the world are divided."
+        default_factory=ParallelConfig,
+        description="Parallel sizes; the data-parallel size follows from the number of ranks.",
     )
-    data: DataConfig = Field(description="Where tokens come from.")
-    training: TrainingConfig = Field(description="Batches, length and precision.")
-    inner: InnerConfig = Field(description="The optimizer of every replica.")
-    outer: OuterConfig = Field(description="How replicas meet.")
+    data: DataConfig = Field(description="Datasets and tokenizer.")
+    training: TrainingConfig = Field(
+        description="Batches, length, precision and overlap of the inner steps."
+    )
+    inner: InnerConfig = Field(
+        description="Inner optimizer: the optimizer of each replica between outer steps."
+    )
+    outer: OuterConfig = Field(
+        description="Outer step: when and how replicas exchange pseudogradients."
+    )
     checkpoint: CheckpointConfig = Field(
-        default_factory=CheckpointConfig, description="What is saved, where, and how a run goes on."
+        default_factory=CheckpointConfig, description="Saving and resuming."
     )
     monitor: MonitorConfig = Field(
-        default_factory=MonitorConfig, description="What a run reports about itself."
+        default_factory=MonitorConfig, description="Console lines, TensorBoard events and checks."
     )
 
     _sources: dict[str, str] = PrivateAttr(default_factory=dict)
@@ -269,12 +299,12 @@ class RunConfig(Section):
         return place_of(self._sources, key)
 
     def with_sources(self, sources: dict[str, str]) -> "RunConfig":
-        """Return the same values, remembering where each was written."""
+        """Return a copy that knows ``file:line`` of each key."""
         located = self.model_copy()
         located._sources = dict(sources)
         return located
 
     def digest(self) -> str:
-        """Return a short hash of all values; equal on all ranks or they do not run the same run."""
+        """Return a short hash of all values; it must be equal on all ranks of a run."""
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""The base of every config section: frozen, strict, and closed to unknown keys."""
+"""`Section`: base class of every config section, and the number types that sections share."""
 
 from typing import Annotated, Any
 
@@ -8,10 +8,10 @@ __all__ = ["Count", "PositiveInt", "Section"]
 
 
 class Section(BaseModel):
-    """A group of keys that cannot be changed after it was checked.
+    """A frozen group of keys that refuses unknown keys.
 
-    Strict: a quoted ``"4"`` is not the number 4 and ``yes`` is not a count. Every field carries a
-    description with its unit, which becomes the reference page.
+    Types are strict: a quoted ``"4"`` is not the number 4. Every field has a description with its
+    unit, from which the reference page is generated.
     """
 
     model_config = ConfigDict(
@@ -25,7 +25,7 @@ class Section(BaseModel):
 
 
 def _whole_number(value: Any) -> Any:
-    """Let ``3e9`` stand for a count; YAML reads it as a float."""
+    """Accept ``3e9`` as a count; YAML reads it as a float."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return value

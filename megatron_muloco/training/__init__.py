@@ -1,1 +1,1 @@
-"""The training program: wiring, loop, evaluation, stopping."""
+"""Training: builds a run from its configuration and trains it."""

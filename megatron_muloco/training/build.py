@@ -1,4 +1,8 @@
-"""Everything one rank needs to train, built in order from a checked configuration."""
+"""`build_run`: builds everything that one rank needs to train, from a checked configuration.
+
+The order: process groups, data, model, optimizer with the outer step, checkpoint to resume from,
+monitor. `RunContext` holds the result for the training loop.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,18 +39,17 @@ from megatron_muloco.training.stopping import StopAgreement
 __all__ = ["RunContext", "build_run", "gather_report"]
 
 
-# ------------------------------------------------------------------------------------------
-# Brings the parameter tables of all pipeline stages to the rank that shows them.
-
-
 def gather_report(table: ParameterTable, groups: Groups) -> ParameterReport:
-    """Return the report of all stages of this replica; every replica has the same.
+    """Return the parameter report of all pipeline stages of this replica.
+
+    The report is equal on all replicas.
 
     Args:
-        table: Of this rank's stage; the same on all ranks of it.
+        table: Parameter table of this rank's pipeline stage (identical on all its ranks).
         groups: This rank's groups.
 
-    Collectives: one object gather over the replica, where it has more than one stage.
+    Collectives: one object gather over the replica if it has more than one stage; every rank of the
+    replica calls it.
     """
     if groups.topology.pipeline == 1:
         return parameter_report([table])
@@ -59,30 +62,27 @@ def gather_report(table: ParameterTable, groups: Groups) -> ParameterReport:
     return parameter_report([stages[stage] for stage in sorted(stages)])
 
 
-# ------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class RunContext:
-    """One rank's parts of a run. The loop acts on them; they do not know each other's order.
+    """The parts of a run on one rank, which the training loop uses.
 
     Attributes:
-        config: The run.
-        derived: What follows from it in this world.
-        groups: This rank's groups.
-        tokenizer: Of the data.
+        config: The configuration of the run.
+        derived: Values that follow from the configuration and the number of ranks.
+        groups: This rank's process groups.
+        tokenizer: The tokenizer of the data.
         model: This rank's pipeline stage.
-        optimizer: Inner and outer steps.
-        forward: One forward and backward pass.
-        train_data: Microbatches by step.
+        optimizer: The inner and outer steps.
+        forward: The forward and backward pass of one inner step.
+        train_data: Training microbatches by step.
         valid_data: Held-out microbatches; ``None`` without evaluation.
-        monitor: Console and TensorBoard.
-        profiler: Profiler of a window of inner steps; ``None`` where this rank has none.
-        probe: Checks samples of what Newton-Schulz returns; ``None`` without Muon.
-        store: Checkpoints; ``None`` where none are kept.
-        state: What checkpoints hold.
-        agreement: How leaders of replicas agree on the step to stop at.
-        first_step: The inner step to begin with.
+        monitor: Console and TensorBoard output.
+        profiler: The profiler of a window of inner steps; ``None`` where this rank has none.
+        probe: Measures how orthogonal samples of Newton-Schulz results are; ``None`` without Muon.
+        store: The checkpoint directory; ``None`` when nothing is saved.
+        state: The state that a checkpoint holds.
+        agreement: The agreement of all replicas on the step to stop after.
+        first_step: The first inner step to make.
     """
 
     config: RunConfig
@@ -104,10 +104,10 @@ class RunContext:
 
 
 def build_run(config: RunConfig) -> RunContext:
-    """Join the job, build model, optimizers and data, and load the checkpoint to resume from.
+    """Join the job, build data, model and optimizers, and load the checkpoint to resume from.
 
     Raises:
-        ConfigError: Data, tokenizer, world or checkpoint do not fit the configuration.
+        ConfigError: Data, tokenizer, number of ranks or checkpoint do not fit the configuration.
 
     Collectives: every rank of the job calls it.
     """
@@ -219,7 +219,7 @@ def _data(
 
 
 def _probe(optimizer: ReplicaOptimizer) -> OrthogonalisationProbe | None:
-    """Put a probe around the orthogonaliser, where there is something to orthogonalise."""
+    """Wrap the orthogonaliser in a probe; return ``None`` if this stage has no Muon matrices."""
     inner = optimizer.inner
     if not inner.has_matrices:
         return None
@@ -234,10 +234,10 @@ def _resume(
     state: RunState,
     optimizer: ReplicaOptimizer,
 ) -> tuple[int, str]:
-    """Load the checkpoint that the configuration asks for; return its step and a note for the user.
+    """Load the checkpoint that the configuration names; return its step and a note for the user.
 
     Raises:
-        ConfigError: It cannot be resumed from. Nothing has been trained or written yet.
+        ConfigError: The checkpoint cannot be resumed. Nothing has been trained or written yet.
     """
     wanted = config.checkpoint.resume
     if store is None or wanted == "none":
@@ -271,5 +271,5 @@ def _residual_changes(description: Description, state: RunState) -> list[str]:
 
 
 def scalars_of(step: int, config: RunConfig) -> dict[str, Any]:
-    """Return the plain numbers of the run that go into a checkpoint."""
+    """Return the numbers of the run that go into a checkpoint."""
     return {"step": step, "consumed_samples": step * config.training.global_batch_size}

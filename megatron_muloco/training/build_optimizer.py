@@ -1,7 +1,8 @@
-"""Puts inner and outer optimizer around a Megatron model: `wrap_optimizer`, step by step.
+"""`wrap_optimizer`: builds the inner optimizer and the outer step on Megatron's optimizer.
 
-The order matters: Megatron's distributed optimizer decides which flat ranges this rank masters; the
-inner optimizer is bound to them; the outer step starts from the values they hold.
+The order matters. Megatron's distributed optimizer decides which flat ranges of the parameters have
+their master weights on this rank. The inner optimizer is bound to these shards. The outer step
+copies its first anchor from them.
 """
 
 from collections.abc import Sequence

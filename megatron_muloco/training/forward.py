@@ -1,4 +1,9 @@
-"""One forward and backward pass over a replica's microbatches, through Megatron's schedules."""
+"""Model passes: `ForwardBackward` for training, `evaluate` and `generate` for the anchor.
+
+`ForwardBackward` runs the microbatches of one inner step through Megatron's pipeline schedules. The
+loss on held-out data and the generated sample come from the anchor, which `anchor_in_place` loads
+into the model.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -23,13 +28,13 @@ Batch = Mapping[str, Tensor]
 
 
 def _mean_loss(losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the mean over the microbatch's tokens, to differentiate and to report.
+    """Return the mean loss per token of a microbatch, to differentiate and to report.
 
-    Every microbatch has the same number of tokens, so Megatron's mean over microbatches is the mean
-    over tokens.
+    All microbatches have the same number of tokens, so Megatron's mean over microbatches is also
+    the mean over tokens.
     """
     loss = losses.float().mean()
-    # A copy: the schedule divides the first one in place by the number of microbatches.
+    # Report a copy, because the schedule divides `loss` in place by the number of microbatches.
     return loss, {"lm loss": loss.detach().clone()}
 
 
@@ -37,12 +42,12 @@ class ForwardBackward:
     """Runs the microbatches of one step through this rank's pipeline stage.
 
     Args:
-        model: This stage, wrapped for data parallelism.
-        groups: This rank's groups.
-        micro_batch_size: Sequences of a microbatch.
-        seq_length: Tokens of a sequence.
-        end_of_document: Token that ends a document; attention does not cross it. ``None`` lets
-            attention see the whole sequence.
+        model: This rank's pipeline stage, wrapped for data parallelism.
+        groups: This rank's process groups.
+        micro_batch_size: Sequences per microbatch.
+        seq_length: Tokens per sequence.
+        end_of_document: Token that ends a document; attention does not cross it. With ``None``
+            attention covers the whole sequence.
     """
 
     def __init__(
@@ -67,12 +72,11 @@ class ForwardBackward:
     ) -> Tensor:
         """Return the sum of this rank's microbatch losses, fp32 on the training device.
 
-        Zero on all pipeline stages but the last. Unless ``forward_only``, gradients are accumulated
-        and reduced over the replica's data-parallel group by the time it returns.
+        The sum is zero on all pipeline stages but the last. Unless ``forward_only``, gradients have
+        been accumulated and reduced over the replica's data-parallel group when it returns.
 
-        Collectives: tensor, pipeline and data parallel ones of this replica; every rank of the
-            replica
-        must call it with the same ``num_microbatches``.
+        Collectives: tensor, pipeline and data parallel ones of this replica. Every rank of the
+        replica must call it with the same ``num_microbatches``.
         """
         losses = self._schedule(
             forward_step_func=self._forward_step,
@@ -90,7 +94,7 @@ class ForwardBackward:
     def _forward_step(
         self, batches: Iterator[Batch], model: torch.nn.Module
     ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]]:
-        """Megatron's forward step: take a microbatch, return the output and the loss function."""
+        """Take one microbatch; return the output and the loss function, as Megatron expects."""
         batch = {name: value.to(self.device) for name, value in next(batches).items()}
         tokens = batch["tokens"]
         mask = None
@@ -116,17 +120,16 @@ def get_forward_backward_func_for(groups: Groups) -> Callable[..., list[dict[str
     return pipelined
 
 
-# ------------------------------------------------------------------------------------------
-# Loss of the anchor on held-out text, and a sample of what it writes.
+# ---- evaluation of the anchor ------------------------------------------------------------
 
 
 @contextmanager
 def anchor_in_place(optimizer: ReplicaOptimizer) -> Iterator[None]:
-    """Let the model hold the anchor; local parameters come back bit for bit.
+    """Load the anchor into the model; restore the local parameters bit for bit on exit.
 
-    Without an outer step the anchor is the model itself.
+    Without an outer step the local parameters are the anchor.
 
-    Collectives: parameter gathers inside the replica; every rank of it enters and leaves together.
+    Collectives: parameter gathers inside the replica; all its ranks enter and leave together.
     """
     with ExitStack() as stack:
         stack.enter_context(optimizer.view.gathered())
@@ -146,10 +149,11 @@ def evaluate(
 ) -> float:
     """Return the anchor's mean loss in nats per token over the first ``steps`` held-out batches.
 
-    Every replica reads the same samples and gets the same number: replicas wait for each other at
-    the next outer step anyway, and a difference would show at once that their anchors differ.
+    Every replica evaluates the same samples and gets the same loss. So no collective crosses
+    replicas between outer steps, and different losses show that anchors differ.
 
-    Collectives: those of forward passes inside the replica, and one all-reduce over it.
+    Collectives: those of forward passes inside the replica, and one all-reduce of 8 bytes over the
+    replica.
     """
     count = source.layout.num_microbatches
     with anchor_in_place(optimizer):
@@ -181,18 +185,18 @@ def generate(
     temperature: float,
     seed: int,
 ) -> list[int]:
-    """Return ``length`` tokens drawn from the model after ``prompt``, one forward pass each.
+    """Return ``length`` tokens sampled from the model after ``prompt``, one forward pass per token.
 
-    For one pipeline stage. All tensor-parallel ranks draw the same tokens.
+    The model must be one pipeline stage. All tensor-parallel ranks draw the same tokens.
 
     Args:
-        model: The stage, holding the weights to sample from.
+        model: The model with the weights to sample from.
         prompt: At least one token.
-        length: Tokens to draw.
-        window: Longest input, in tokens.
-        vocab_size: Tokens of the tokenizer; padding beyond them is never drawn.
-        temperature: Divides the logits.
-        seed: Of the draws.
+        length: Number of tokens to sample.
+        window: Maximum input length, in tokens.
+        vocab_size: Number of tokens of the tokenizer; the padding of the vocabulary is never drawn.
+        temperature: Divisor of the logits.
+        seed: Seed of the random draws.
 
     Collectives: tensor-parallel ones of each forward pass.
     """
@@ -210,5 +214,5 @@ def generate(
 
 
 def _padded(tokens: list[int], window: int) -> list[int]:
-    """Fill up to ``window``; causal attention hides what follows the last real position."""
+    """Pad to ``window``; causal attention masks the padding for the last real position."""
     return tokens + [0] * (window - len(tokens))

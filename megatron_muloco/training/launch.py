@@ -1,8 +1,9 @@
-"""Starts the missing ranks where a launcher started only one.
+"""Starts the missing ranks on a machine without accelerators: `relaunch` and `why_not_on_cpus`.
 
-On a machine without accelerators ``deepspeed script.py`` counts NUMA nodes and starts one rank,
-however many replicas the configuration has. There the program replaces itself by DeepSpeed's
-per-node launcher with as many ranks as the configuration's smallest world.
+Without accelerators, ``deepspeed script.py`` counts NUMA nodes and usually starts a single rank,
+whatever the number of replicas. `relaunch` then replaces the process by DeepSpeed's per-node
+launcher with as many ranks as the smallest world of the configuration. `why_not_on_cpus` limits
+this to runs that one machine can hold.
 """
 
 import base64
@@ -21,7 +22,7 @@ from megatron_muloco.planning.report import human_bytes
 
 __all__ = ["launcher_command", "machine_memory", "relaunch", "why_not_on_cpus"]
 
-# What a launcher leaves in the environment of its ranks; the new launcher must not find it.
+# Variables that a launcher sets for its ranks; the new launcher must not inherit them.
 _LAUNCHER_VARIABLES = (
     "RANK",
     "WORLD_SIZE",
@@ -34,7 +35,7 @@ _LAUNCHER_VARIABLES = (
     "MASTER_PORT",
     "CUDA_VISIBLE_DEVICES",
 )
-# torchrun's; with them torch would look for the store of an agent that the new ranks do not have.
+# Variables of torchrun. With them torch would connect to the store of an agent that is not there.
 _LAUNCHER_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_")
 
 
@@ -57,16 +58,16 @@ def launcher_command(ranks: int, port: int, script: str, arguments: Sequence[str
 
 
 def relaunch(ranks: int, arguments: Sequence[str], environ: Mapping[str, str]) -> NoReturn:
-    """Replace this process by a launcher of ``ranks`` ranks; its exit code is theirs.
+    """Replace this process by a launcher of ``ranks`` ranks, which returns their exit code.
 
-    The launcher is started with SIGUSR1 ignored, so that one sent to the process group reaches the
-    ranks, which save and exit with 85, and does not end the launcher first. SIGTERM ends the
-    launcher in any case: it passes the signal on, waits for the ranks, and returns 1.
+    The launcher starts with SIGUSR1 ignored. A SIGUSR1 to the process group then reaches the
+    ranks, which save and exit with 85, without ending the launcher first. SIGTERM always ends
+    the launcher: it forwards the signal, waits for the ranks, and returns 1.
 
     Args:
-        ranks: Ranks to start.
-        arguments: Of the script.
-        environ: Usually ``os.environ``.
+        ranks: Number of ranks to start.
+        arguments: Command-line arguments of the script.
+        environ: Environment to start from, usually ``os.environ``.
     """
     environment = {
         name: value
@@ -75,7 +76,8 @@ def relaunch(ranks: int, arguments: Sequence[str], environ: Mapping[str, str]) -
     }
     environment.setdefault("DS_ACCELERATOR", "cpu")
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    # Read when torch is loaded. Several threads a rank would else spin at barriers on busy cores.
+    # OpenMP reads it when torch is loaded. By default idle threads spin at barriers, which takes
+    # CPU time from the other ranks.
     environment.setdefault("OMP_WAIT_POLICY", "passive")
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     command = launcher_command(ranks, _held_port(), os.path.abspath(sys.argv[0]), arguments)
@@ -85,10 +87,11 @@ def relaunch(ranks: int, arguments: Sequence[str], environ: Mapping[str, str]) -
 
 
 def _held_port() -> int:
-    """Return a port that the system gives to nobody else while the launcher runs.
+    """Return a port that no other process gets while the launcher runs.
 
-    The socket stays open across the exec, bound and not listening. Rank 0's store may listen on the
-    same port, because both set SO_REUSEADDR.
+    A port that was found free and released could be taken before rank 0 listens on it. So the
+    socket stays open across the exec, bound but not listening. Rank 0's store can still listen on
+    the same port, because both sockets set SO_REUSEADDR.
     """
     holder = socket.socket()
     holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -99,38 +102,36 @@ def _held_port() -> int:
     return port
 
 
-# ------------------------------------------------------------------------------------------
-# Which runs this program starts by itself on the CPUs of one machine.
+# ---- which runs may be started on the CPUs of one machine --------------------------------
 
-
-# Chosen: a demo has two to four ranks, a two-way cut of everything eight; what needs more was meant
-# for a cluster.
+# Chosen: a demo has 2 to 4 ranks, and 2 replicas x tp 2 x pp 2 has 8; larger runs are meant for a
+# cluster.
 _MOST_CPU_RANKS = 8
 
 
 def why_not_on_cpus(config: RunConfig, memory: int) -> str:
-    """Return why the smallest world of a config is not started on one machine's CPUs, or nothing.
+    """Return why the smallest world of a config is not started on this machine's CPUs, else ``""``.
 
     Args:
         config: A checked config.
-        memory: Bytes of the machine.
+        memory: Memory of the machine in bytes.
     """
     layout = smallest_topology(config)
     if layout.world_size > _MOST_CPU_RANKS:
         return (
-            f"{layout.world_size} ranks are more than the {_MOST_CPU_RANKS} that are started on "
-            "CPUs without being asked for"
+            f"{layout.world_size} ranks are more than the {_MOST_CPU_RANKS} that the program "
+            "starts on CPUs by itself"
         )
     plan = memory_plan(config, layout)
     needed = layout.world_size * (plan.device + plan.host)
     if needed > memory:
         return (
-            f"its ranks hold up to {human_bytes(needed)} together, activations not included, and "
-            f"this machine has {human_bytes(memory)}"
+            f"its ranks need up to {human_bytes(needed)} in all, without activations, and this "
+            f"machine has {human_bytes(memory)}"
         )
     return ""
 
 
 def machine_memory() -> int:
-    """Return the bytes of physical memory of this machine."""
+    """Return the physical memory of this machine in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

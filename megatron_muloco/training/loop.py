@@ -1,9 +1,12 @@
-"""The training loop, in the words of the papers.
+"""`run` and `train`: the training loop of one rank.
 
 ::
 
     every inner step t:   theta_k <- inner optimizer(theta_k, gradients of replica k's samples)
     every round:          D_k = theta - theta_k;  theta <- outer optimizer(theta, mean_k D_k)
+
+After each inner step the order is: outer step, evaluation, stop or checkpoint, stop decision for
+the next step. Between two outer steps no collective crosses replicas.
 """
 
 import time
@@ -28,7 +31,7 @@ from megatron_muloco.training.stopping import StopRequest
 
 __all__ = ["Outcome", "inner_step", "outer_step", "run", "train"]
 
-# Chosen: below 1, so that a small model keeps to what it knows best.
+# Chosen: below 1, because text of a small model is poor at temperature 1.
 _SAMPLE_TEMPERATURE = 0.8
 
 
@@ -38,11 +41,14 @@ class Outcome(Enum):
     DONE = "done"
     STOPPED = "stopped on request; state saved"
     UNSAVED = "stopped on request; checkpoint.dir is not set, so nothing was saved"
-    SAVE_FAILED = "ended without its last save; the checkpoint before it is whole"
+    SAVE_FAILED = "ended because the last save failed; the checkpoint before it is complete"
 
 
 def run(config: RunConfig, stop: StopRequest) -> Outcome:
-    """Build a context, train to the end or to a stop request, and leave the job."""
+    """Build the run, train to the end or to a stop request, and leave the job.
+
+    Collectives: every rank of the job calls it.
+    """
     context = build_run(config)
     outcome = train(context, stop)
     if context.profiler is not None:
@@ -53,7 +59,10 @@ def run(config: RunConfig, stop: StopRequest) -> Outcome:
 
 
 def train(context: RunContext, stop: StopRequest) -> Outcome:
-    """Make all inner and outer steps that are left."""
+    """Make the remaining inner and outer steps, with evaluations and checkpoints.
+
+    Collectives: those of `inner_step` and `outer_step`; every rank of the job calls it.
+    """
     last_step, stop_after = context.derived.train_iters, None
     if context.first_step == 1 and context.config.training.eval_interval:
         _evaluate(context, 0)
@@ -61,13 +70,18 @@ def train(context: RunContext, stop: StopRequest) -> Outcome:
         with profiled(context.profiler, step):
             stop_after = inner_step(context, step, stop, stop_after)
             outer_step(context, step)
+        # After the outer step, so that the loss of step t belongs to the anchor of step t. The last
+        # step is left to `_finish`, which evaluates and saves around the flush.
         if _is_due(step, context.config.training.eval_interval) and step < last_step:
             _evaluate(context, step)
+        # Before the periodic save, because stopping saves the same step.
         if step == stop_after and step < last_step:
             return _stop(context, step)
         if _is_due(step, context.config.checkpoint.save_interval) and step < last_step:
+            # A save waits for all replicas. A leader that waits for posts must learn of it first.
             _announce(context, step)
             _save(context, step)
+        # Last: it may wait for other replicas, so nothing may be left here that they wait for.
         stop_after = stop_after or _stop_decision(context, step)
     return _finish(context, last_step)
 
@@ -75,9 +89,9 @@ def train(context: RunContext, stop: StopRequest) -> Outcome:
 def inner_step(
     context: RunContext, step: int, stop: StopRequest, stop_after: int | None
 ) -> int | None:
-    """Forward, backward and inner optimizer of this replica; return the agreed last step, if any.
+    """Make one inner step of this replica; return the agreed last step, or ``None``.
 
-    Collectives: inside the replica only.
+    Collectives: inside the replica only; every rank of the replica calls it.
     """
     data, count = context.train_data, context.derived.num_microbatches
     context.model.zero_grad_buffer()
@@ -96,9 +110,13 @@ def inner_step(
 def _share(
     context: RunContext, loss: torch.Tensor, stop_requested: bool, stop_after: int | None
 ) -> tuple[torch.Tensor, bool, int | None]:
-    """Sum over the replica: its mean loss, whether a rank shall stop, the leader's last step.
+    """Share three numbers within the replica: mean loss, stop request, agreed last step.
 
-    Collectives: one all-reduce of three fp64 numbers over the replica.
+    A stop signal may reach any rank, but all ranks of a replica must act on it after the same step,
+    or the rest would hang in the next collective. So both the request and the leader's decision
+    travel with the loss.
+
+    Collectives: one all-reduce of 24 bytes (three fp64 numbers) over the replica.
     """
     groups = context.groups
     speaks = groups.on_last_stage and groups.coords.tp == 0 and groups.coords.cp == 0
@@ -115,9 +133,9 @@ def _share(
 
 
 def outer_step(context: RunContext, step: int) -> OuterReport | None:
-    """Make the outer steps due after inner step ``step``.
+    """Make the outer steps that are due after inner step ``step``.
 
-    Collectives: over outer groups and replicas when something is due, none otherwise.
+    Collectives: over outer groups and replicas when an outer step is due, none otherwise.
     """
     line_values = context.monitor.line_values(step)
     if context.optimizer.waits_after(step):
@@ -130,33 +148,33 @@ def outer_step(context: RunContext, step: int) -> OuterReport | None:
 
 
 def _tell_left_out(context: RunContext, report: OuterReport) -> None:
-    """Say which replicas have no part in a mean; the weights are the same on all of them."""
+    """Print which replicas were excluded from a mean; all replicas know the same weights."""
     for part in report.applied:
         left_out = [replica for replica, weight in enumerate(part.weights.tolist()) if not weight]
         if left_out:
-            consequence = "; NO REPLICA IS LEFT, the anchor did not move" if report.alarm else ""
+            consequence = "; NO REPLICA IS LEFT, the anchor did not change" if report.alarm else ""
             context.monitor.say(
                 f"outer step after iteration {report.step}: replicas {left_out} have weight 0 in "
-                f"fragment {part.fragment} (left out by the guard, or nothing trained)"
+                f"fragment {part.fragment} (excluded by the guard, or trained on no tokens)"
                 f"{consequence}"
             )
 
 
 def _announce(context: RunContext, step: int) -> None:
-    """Tell the other replicas that this one waits for them next, after inner step ``step``."""
+    """Announce that this replica will wait for the others next, after inner step ``step``."""
     if context.groups.is_leader:
         context.agreement.announce(step)
 
 
 def _stop_decision(context: RunContext, step: int) -> int | None:
-    """Return the agreed last step, on a leader only; its ranks learn it with the next loss."""
+    """Return the agreed last step on a leader; the other ranks get it with the next loss."""
     return context.agreement.decide(step) if context.groups.is_leader else None
 
 
 def _metrics(
     context: RunContext, step: int, report: InnerReport, loss: torch.Tensor, elapsed_ms: float
 ) -> dict[str, Value]:
-    """Return what the monitor records of an inner step; costly numbers only when a line is due."""
+    """Return the metrics of an inner step; expensive ones only when a console line is due."""
     inner = context.optimizer.inner
     metrics: dict[str, Value] = {
         "lm loss": loss,
@@ -182,7 +200,7 @@ def _phase_times(inner: MuonAdamW, steps: int) -> dict[str, Value]:
 
 
 def _evaluate(context: RunContext, step: int) -> None:
-    """Write the held-out loss of the anchor, where the run has held-out data."""
+    """Record the held-out loss of the anchor if the run has held-out data."""
     if context.valid_data is None:
         return
     with context.monitor.paused():
@@ -197,19 +215,19 @@ def _evaluate(context: RunContext, step: int) -> None:
 
 
 def _stop(context: RunContext, step: int) -> Outcome:
-    """End a run that was asked to stop."""
+    """Save, if the run has a checkpoint directory, and return how the run ends."""
     if context.store is None:
         return Outcome.UNSAVED
     return Outcome.STOPPED if _save(context, step) else Outcome.SAVE_FAILED
 
 
 def _save(context: RunContext, step: int) -> bool:
-    """Publish a checkpoint of ``step``, where checkpoints are kept; return whether none is missing.
+    """Save a checkpoint of ``step`` if the run has a directory; return False if saving failed.
 
-    A full disk does not end a run that can train on: it is reported, and tried again when the next
-    checkpoint is due.
+    A failure, such as a full disk, does not end the run. It is reported, and the next checkpoint is
+    tried when it is due.
 
-    Collectives: of the whole job.
+    Collectives: over the whole job; every rank calls it after the same step.
     """
     if context.store is None:
         return True
@@ -217,7 +235,7 @@ def _save(context: RunContext, step: int) -> bool:
         context.state.scalars.update(scalars_of(step, context.config))
         try:
             path = context.store.save(step, context.state)
-        except CheckpointError as error:  # the same on all ranks
+        except CheckpointError as error:  # raised on all ranks alike
             context.monitor.say(f"NOT SAVED: {error}")
             return False
         context.monitor.say(f"saved {path}")
@@ -225,8 +243,14 @@ def _save(context: RunContext, step: int) -> bool:
 
 
 def _finish(context: RunContext, last_step: int) -> Outcome:
-    """Save, flush, store the flushed anchor beside the checkpoint, and evaluate it."""
+    """Save, flush, store the flushed anchor beside the checkpoint, and evaluate it.
+
+    Collectives: over the whole job.
+    """
+    # The save and the flush wait for all replicas, so leaders that wait for posts must train on.
     _announce(context, last_step + 1)
+    # Saved before the flush: a run that resumes with more steps goes on from the unflushed state,
+    # so that it is bitwise equal to a run that never ended here.
     saved = context.first_step > last_step or _save(context, last_step)
     report = context.optimizer.flush()
     if report is not None:
@@ -241,10 +265,13 @@ def _finish(context: RunContext, last_step: int) -> Outcome:
 
 
 def _save_final_anchor(context: RunContext, last_step: int) -> bool:
-    """Store the flushed anchor, also when only this was missing; return whether nothing failed."""
+    """Store the flushed anchor in the last checkpoint; return False if saving failed.
+
+    A run that resumes after its last step comes here too, in case only this file was missing.
+    """
     if context.store is None:
         return True
-    if not context.store.has(last_step):  # resumed from a finished run elsewhere
+    if not context.store.has(last_step):  # resumed from a finished run in another directory
         return True
     path = checkpoint_path(context.store.directory, last_step)
     try:
@@ -256,7 +283,7 @@ def _save_final_anchor(context: RunContext, last_step: int) -> bool:
 
 
 def _sample(context: RunContext) -> None:
-    """Print what the anchor writes, where the configuration asks for it."""
+    """Print text generated from the anchor if the configuration asks for it."""
     monitor = context.config.monitor
     if not monitor.sample_tokens or context.groups.topology.pipeline > 1:
         return

@@ -1,7 +1,7 @@
-"""The command line: ``deepspeed launch/pretrain.py --config F [--set a.b=c ...] [--dry-run]``.
+"""`main`: the command line ``deepspeed launch/pretrain.py --config F [--set a.b=c] [--dry-run]``.
 
-Exit codes: 0 done; 2 bad input, nothing was started; 85 stopped on request with the state saved,
-start the same command again; anything else is a fault.
+Exit codes: 0 done; 2 bad input, nothing was trained; 85 stopped on request with the state saved,
+start the same command again; any other code is a fault.
 """
 
 import argparse
@@ -26,17 +26,17 @@ __all__ = ["main"]
 EXIT_DONE = 0
 EXIT_FAULT = 1
 EXIT_BAD_INPUT = 2
-EXIT_STOPPED = 85  # survives the launcher, and no shell or scheduler uses it
+EXIT_STOPPED = 85  # the launcher passes it on, and no shell or scheduler uses it
 
-_USUAL_ACCELERATORS = 8  # of one machine; more need a list of machines
+_USUAL_ACCELERATORS = 8  # per machine; the suggested command names a hostfile for more
 
-# The launcher ends all ranks when it sees the first one gone; the rank that explains must come
-# first.
+# The launcher ends all ranks once one has exited, so rank 0 must print its message before any other
+# rank exits.
 _LET_RANK_ZERO_SPEAK_SECONDS = 3.0
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the program and exit."""
+    """Run the program and exit with one of the exit codes above."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = _parse(given)
     with StopRequest() as stop:
@@ -66,7 +66,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="KEY=VALUE",
-        help="replace a key of the configuration, for instance inner.lr=0.01",
+        help="override a key of the configuration, for instance inner.lr=0.01",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="check everything, print the plan, start nothing"
@@ -74,7 +74,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--world-size",
         type=int,
-        help="ranks to plan for with --dry-run; default the smallest world",
+        help="number of ranks to plan for with --dry-run; by default the smallest that fits",
     )
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
@@ -91,7 +91,10 @@ def _print_plan(config: RunConfig, world_size: int | None) -> None:
 
 
 def _data_words(problems: Sequence[str]) -> str:
-    """Return what a plan says about the data: often made where the data is not."""
+    """Return the part of a plan about the data.
+
+    Problems do not fail a dry run, because plans are often made on a machine without the data.
+    """
     if not problems:
         return "data\n  no problem found"
     number = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
@@ -102,10 +105,10 @@ def _data_words(problems: Sequence[str]) -> str:
 def _fit_world(
     config: RunConfig, ranks: RankInfo, arguments: Sequence[str], config_path: str
 ) -> None:
-    """Return when the ranks that were started fit; start the missing ones; or explain.
+    """Return if the number of ranks fits the configuration; otherwise start the missing ranks.
 
     Raises:
-        TopologyError: The ranks do not factor, and starting others is not for this program to do.
+        TopologyError: The number of ranks does not fit, and the launcher has to start others.
     """
     try:
         check(config, topology_of(config, ranks.world_size))
@@ -119,8 +122,8 @@ def _fit_world(
             raise TopologyError(_how_to_start(config, reason, str(error), arguments)) from error
     check(config, smallest_topology(config))
     sys.stdout.write(
-        f"{config_path} needs {needed} ranks ({smallest_topology(config)}) and one was started; "
-        f"there is no accelerator here, so {needed} CPU ranks are started now.\n"
+        f"{config_path} needs {needed} ranks ({smallest_topology(config)}), but one was started. "
+        f"There is no accelerator here, so {needed} CPU ranks are started now.\n"
     )
     from megatron_muloco.training.launch import relaunch
 
@@ -128,7 +131,7 @@ def _fit_world(
 
 
 def _why_not_here(config: RunConfig) -> str:
-    """Return why the missing ranks of a config are not started by this process, or nothing."""
+    """Return why this process does not start the missing ranks itself, else ``""``."""
     from megatron_muloco.training.launch import machine_memory, why_not_on_cpus
 
     if _accelerators():
@@ -138,7 +141,7 @@ def _why_not_here(config: RunConfig) -> str:
 
 
 def _how_to_start(config: RunConfig, reason: str, error: str, arguments: Sequence[str]) -> str:
-    """Return the message of a refusal: the plan, and the command for enough accelerators."""
+    """Return an error message with the plan and the command that starts enough ranks."""
     from megatron_muloco.planning.report import render_plan
 
     needed = smallest_topology(config).world_size
@@ -157,7 +160,7 @@ def _accelerators() -> int:
 
 
 def _check_inputs(config: RunConfig) -> None:
-    """Raise one ConfigError with everything that is wrong with the files the run names."""
+    """Raise one ConfigError with all problems of the data and tokenizer files."""
     from megatron_muloco.data.checks import check_run_data
 
     problems = check_run_data(config)
@@ -166,15 +169,18 @@ def _check_inputs(config: RunConfig) -> None:
 
 
 def _train(config: RunConfig, stop: StopRequest) -> int:
-    """Train and return the exit code. After an error ranks may disagree: no more collectives."""
+    """Train and return the exit code.
+
+    After an error the ranks may be at different points, so no collective is called any more.
+    """
     silence_known_warnings()
     from megatron_muloco.training.loop import Outcome, run
 
     exit_codes = {
         Outcome.DONE: EXIT_DONE,
         Outcome.STOPPED: EXIT_STOPPED,
-        Outcome.UNSAVED: EXIT_FAULT,  # to start again would begin from nothing
-        Outcome.SAVE_FAILED: EXIT_FAULT,  # to start again would fail again
+        Outcome.UNSAVED: EXIT_FAULT,  # restarting would train from the beginning
+        Outcome.SAVE_FAILED: EXIT_FAULT,  # restarting would fail again
     }
     try:
         return exit_codes[run(config, stop)]
@@ -183,16 +189,16 @@ def _train(config: RunConfig, stop: StopRequest) -> int:
     except MulocoError as error:
         traceback.print_exc()
         sys.stderr.write(f"\n{type(error).__name__}: {error}\n")
-    except Exception:  # noqa: BLE001 - the process ends here, whatever it was
+    except Exception:  # noqa: BLE001 - the process ends here, whatever the error
         traceback.print_exc()
     return EXIT_FAULT
 
 
 def _refuse(error: ConfigError) -> int:
-    """Print what is wrong and return the exit code.
+    """Print the problems and return the exit code.
 
-    One rank speaks for all. The others leave later, and speak only if no launcher ended them until
-    then: what is wrong may be wrong on their machine alone.
+    Rank 0 prints first. Other ranks wait; the launcher usually ends them meanwhile. A rank that is
+    still alive prints too, because the problem may exist on its machine only.
     """
     rank = _rank()
     if rank:
@@ -208,15 +214,15 @@ def _refuse(error: ConfigError) -> int:
 def _rank() -> int:
     try:
         return discover_ranks(os.environ).rank
-    except ConfigError:  # then this is what is being reported
+    except ConfigError:  # this error is the one that is being reported
         return 0
 
 
 def _leave(code: int) -> NoReturn:
     """End the process without interpreter teardown.
 
-    Teardown may wait for peers after an error, and a second signal during it would replace the
-    code.
+    Teardown of process groups may wait for other ranks after an error, and a second signal during
+    it would replace the exit code.
     """
     sys.stdout.flush()
     sys.stderr.flush()

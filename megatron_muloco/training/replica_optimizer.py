@@ -1,10 +1,13 @@
 """`ReplicaOptimizer`: a Megatron optimizer whose step also makes the outer steps that are due.
 
-It delegates to Megatron's optimizer and never lives inside it: the inner step and its skip decision
-come first, then the outer step writes masters and publishes them, before the next forward pass::
+It wraps Megatron's optimizer and is not a part of it. The inner step and its skip decision come
+first. Then the outer step writes master weights and copies them to the model parameters, before the
+next forward pass::
 
     step()  =  inner_step()                clip, skip if not finite, update theta_k
                outer_step()                launch and apply what the schedule says
+
+`OuterChecks` compares the replicas after outer steps.
 """
 
 import math
@@ -32,20 +35,19 @@ from megatron_muloco.runtime.megatron import MasterView
 __all__ = ["InnerReport", "OuterChecks", "ReplicaOptimizer"]
 
 
-# ------------------------------------------------------------------------------------------
-# Are replicas the same where they have to be? Asked after outer steps, never between them.
-
-
 class OuterChecks:
-    """Compares anchors over replicas, and in debug mode duplicates inside them.
+    """Checks after outer steps that all replicas hold the same anchor.
+
+    In debug mode it also compares the replicated parameters within this replica. Between outer
+    steps nothing is checked, because replicas differ there.
 
     Args:
-        anchors: Of this rank's shards; the live tensors.
-        duplicates: Of this rank's masters.
+        anchors: Anchor of this rank's shards, by name; the tensors that the outer step updates.
+        duplicates: Broadcast of the replicated parameters, which can compare them.
         group: The outer group.
-        device: What the group's backend sends from.
+        device: Device of the tensors that the group's backend sends.
         interval: Rounds between comparisons of the anchors; 0 is off.
-        debug: Compare anchors and duplicates after every outer step instead.
+        debug: Compare anchors and replicated parameters after every outer step.
     """
 
     def __init__(
@@ -63,15 +65,17 @@ class OuterChecks:
         self._interval, self._debug = interval, debug
 
     def after(self, report: OuterReport) -> None:
-        """Compare what is due after an outer step.
+        """Make the comparisons that are due after an outer step.
 
         Raises:
-            SyncError: Names the first differing parameter, the round and the ranks.
+            SyncError: Replicas differ; the message names the first differing parameter, the round
+                and the ranks.
 
-        Collectives: 8 bytes a parameter over the outer group where a comparison is due; in debug
-        mode also the duplicates over their ranks. Every rank calls it after every outer step.
+        Collectives: 8 bytes per parameter over the outer group when a comparison is due; in debug
+        mode also a comparison of replicated parameters over the ranks that hold them. Every rank
+        calls it after every outer step.
         """
-        # Each fragment is launched once a round; the first one stands for its round.
+        # Each fragment is applied once per round, so fragment 0 is due once per round, too.
         in_turn = any(
             self._interval and part.fragment == 0 and part.round_index % self._interval == 0
             for part in report.applied
@@ -82,7 +86,7 @@ class OuterChecks:
             self._duplicates.check(report.round_index)
 
     def at_the_end(self, report: OuterReport) -> None:
-        """Compare once more after the flush, also in runs that are shorter than the interval."""
+        """Compare after the flush, so that runs shorter than the interval are checked once."""
         if self._interval or self._debug:
             self._compare_anchors(report.round_index)
         if self._debug:
@@ -94,18 +98,15 @@ class OuterChecks:
         )
 
 
-# ------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class InnerReport:
-    """What one inner step did on this replica.
+    """The result of one inner step of this replica.
 
     Attributes:
-        step: The inner step, 1-based; skipped steps count.
+        step: Number of the inner step, counted from 1; skipped steps count.
         grad_norm: Global gradient norm of the replica before clipping.
         lr: Learning rate of the step.
-        skipped: The norm was not finite and nothing was updated.
+        skipped: Whether the norm was not finite, so that nothing was updated.
     """
 
     step: int
@@ -115,21 +116,20 @@ class InnerReport:
 
 
 class ReplicaOptimizer:
-    """Inner and outer steps of one rank behind Megatron's optimizer interface.
+    """Inner and outer steps of one rank, with the interface of Megatron's optimizers.
 
-    Attributes that it does not have itself (``param_groups``, ``zero_grad``,
-    ``chained_optimizers``, checkpoint calls) are those of the optimizer it was built around.
-    Learning rate and weight decay of every inner step are set here from the configuration, so no
-    parameter scheduler is needed beside it.
+    Other attributes (``param_groups``, ``zero_grad``, ``chained_optimizers``, checkpoint calls) are
+    forwarded to the wrapped optimizer. The wrapper sets learning rate and weight decay of every
+    inner step from the configuration, so the loop needs no parameter scheduler.
 
     Args:
-        optimizer: What Megatron built; its distributed optimizer holds ``inner``.
-        view: Masters of this rank.
-        inner: The bound inner optimizer.
+        optimizer: The optimizer that Megatron built; its distributed optimizer holds ``inner``.
+        view: Master weights of this rank.
+        inner: The inner optimizer, bound to this rank's shards.
         synchronizer: The outer step; ``None`` for plain data parallelism.
-        checks: What compares replicas after outer steps; with a synchronizer only.
-        config: The run.
-        derived: What follows from it in this world.
+        checks: Comparison of replicas after outer steps; ``None`` without a synchronizer.
+        config: The configuration of the run.
+        derived: Values that follow from the configuration and the number of ranks.
     """
 
     def __init__(
@@ -157,23 +157,24 @@ class ReplicaOptimizer:
 
     @property
     def schedule(self) -> SyncSchedule | None:
-        """When outer steps are due; ``None`` for plain data parallelism."""
+        """The schedule of outer steps; ``None`` for plain data parallelism."""
         return None if self.synchronizer is None else self.synchronizer.schedule
 
     def waits_after(self, step: int) -> bool:
-        """Whether this replica may wait for others after inner step ``step``.
+        """Return whether this replica may wait for other replicas after inner step ``step``.
 
-        A launch counts too: whatever waits for the whole device afterwards waits for its peers.
+        A launch counts as well as an apply: it only enqueues a collective, but any later
+        synchronisation with the device waits for that collective, and so for the other replicas.
         """
         schedule = self.schedule
         return schedule is not None and bool(schedule.events(step))
 
     def __getattr__(self, name: str) -> Any:
-        """Answer for the optimizer underneath."""
+        """Return an attribute of the wrapped optimizer."""
         return getattr(self.__dict__["_optimizer"], name)
 
     def step(self) -> tuple[bool, float, int | None]:
-        """Make one inner step and the outer steps due after it.
+        """Make one inner step and the outer steps that are due after it.
 
         Returns:
             Megatron's triple: whether parameters were updated, the gradient norm before clipping,
@@ -187,10 +188,11 @@ class ReplicaOptimizer:
 
     @torch.no_grad()
     def inner_step(self) -> InnerReport:
-        """Clip, and update this replica's parameters unless its gradient norm is not finite.
+        """Clip gradients and update this replica's parameters; skip if the norm is not finite.
 
-        The norm is the replica's, so all its ranks skip together; a skipped step changes no moment
-        and no parameter, and counts, so that replicas stay in step.
+        The norm is over the whole replica, so all its ranks skip together. A skipped step changes
+        no moment and no parameter. It counts as a step, so that the schedules of all replicas stay
+        aligned.
 
         Collectives: gradient statistics over the replica, the inner optimizer's exchange over the
         stage group, parameter all-gather over dp x cp.
@@ -199,6 +201,8 @@ class ReplicaOptimizer:
             self._check_start()
         self.steps += 1
         lr = self._set_hyperparameters(self.steps)
+        # The parts of Megatron's own `step`, so that the skip decision is made between the gradient
+        # norm and the update.
         optimizer = self._distributed
         optimizer.prepare_grads()
         clip = optimizer.config.clip_grad
@@ -214,14 +218,13 @@ class ReplicaOptimizer:
 
     @torch.no_grad()
     def outer_step(self, line_values: Tensor | None = None) -> OuterReport | None:
-        """Make the outer steps due after the last inner step; ``None`` when nothing was due.
-
-        A replica found non-finite has taken the anchor; its moments are forgotten with it.
+        """Make the outer steps that are due after the last inner step; ``None`` if none was due.
 
         Args:
-            line_values: fp32 numbers to send to the other replicas; the same count at every call.
+            line_values: Metrics of this replica to send with a launch, fp32; the same number of
+                values in every call.
 
-        Collectives: over outer groups and replicas when something is due, none otherwise.
+        Collectives: over outer groups and replicas when an outer step is due, none otherwise.
         """
         if self.synchronizer is None:
             return None
@@ -231,13 +234,18 @@ class ReplicaOptimizer:
         )
         if self.last_outer is not None:
             if self.last_outer.restarted_from_anchor:
+                # The replica was not finite and its parameters are now the anchor's. Its moments
+                # come from the non-finite trajectory.
                 self.inner.zero_moments()
             if self._checks is not None:
                 self._checks.after(self.last_outer)
         return self.last_outer
 
     def flush(self) -> OuterReport | None:
-        """Bring all replicas together after the last inner step of the run."""
+        """Average all replicas after the last inner step; return ``None`` without an outer step.
+
+        Collectives: over outer groups and replicas; every rank of every replica calls it once.
+        """
         if self.synchronizer is None:
             return None
         report = self.synchronizer.flush()
@@ -246,22 +254,24 @@ class ReplicaOptimizer:
         return report
 
     def _check_start(self) -> None:
-        """Refuse weights that were loaded after the anchor was taken from the masters.
+        """Check that no weights were loaded after the anchor was copied from the masters.
 
         Raises:
-            RuntimeMismatch: The first pseudogradient would be the difference of two models.
+            RuntimeMismatch: Masters and anchor differ, so the first pseudogradient would be the
+                difference of two models.
         """
         anchors = {} if self.synchronizer is None else self.synchronizer.anchors()
         for name, anchor in anchors.items():
             master = self.view.masters[name].to(anchor.device)
+            # Compared as bits, so that NaN equals NaN and 0.0 differs from -0.0.
             if not torch.equal(anchor.view(torch.int32), master.view(torch.int32)):
                 raise RuntimeMismatch(
                     f"{name} changed between wrap_optimizer and the first step, so the anchor "
-                    "holds other values than the model. Load weights before wrap_optimizer."
+                    "differs from the model. Load weights before wrap_optimizer."
                 )
 
     def _set_hyperparameters(self, step: int) -> float:
-        """Write learning rate and weight decay of ``step`` into every parameter group."""
+        """Set learning rate and weight decay of ``step`` in all groups; return the rate."""
         lr = learning_rate(self._config.inner, self.derived.train_iters, step)
         for group in self.inner.param_groups:
             group["lr"] = lr * group["lr_mult"]

@@ -1,4 +1,4 @@
-"""Joins a job: process groups, one configuration everywhere, and random numbers."""
+"""`initialize_replicas`: joins the job, builds process groups, checks and seeds all ranks."""
 
 from datetime import timedelta
 from typing import Any
@@ -21,19 +21,21 @@ __all__ = ["initialize_replicas", "seed_ranks"]
 def initialize_replicas(config: RunConfig) -> Groups:
     """Join the job and return this rank's groups; Megatron's ``parallel_state`` mirrors them.
 
-    Starts ``deepspeed.comm`` unless torch.distributed is already initialised, installs the CPU seam
-    where there is no accelerator, builds every process group, checks that all ranks have the same
-    configuration, and seeds Megatron's random number trackers.
+    It starts ``deepspeed.comm`` unless torch.distributed is already initialised, installs the CPU
+    seam where there is no accelerator, builds all process groups, checks that all ranks have the
+    same configuration, and seeds Megatron's random number trackers.
 
     Args:
-        config: The run; its parallel section must fit the number of ranks.
+        config: The configuration of the run; its parallel sizes must fit the number of ranks.
 
     Raises:
-        TopologyError: The ranks do not factor; names the whole product.
-        ConfigError: The configuration does not fit this world, or ranks have different ones.
+        TopologyError: The parallel sizes do not divide the number of ranks.
+        ConfigError: The configuration does not fit the number of ranks, or ranks have different
+            configurations.
         RuntimeMismatch: ``parallel_state`` is already initialised.
 
-    Collectives: every rank of the job calls it at the same point.
+    Collectives: creation of all groups and one object gather over the job; every rank of the job
+    calls it at the same point.
     """
     require_unset()
     timeout = timedelta(minutes=config.training.distributed_timeout_minutes)
@@ -49,23 +51,26 @@ def initialize_replicas(config: RunConfig) -> Groups:
 
 
 def _require_one_config(config: RunConfig) -> None:
-    """Raise on every rank when a rank was given another configuration than rank 0."""
+    """Raise ConfigError on every rank if a rank's configuration differs from rank 0's.
+
+    Collectives: one object gather over the job.
+    """
     dumps: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(dumps, config.model_dump(mode="json"))
     for rank, dump in enumerate(dumps):
         if dump != dumps[0]:
             sections = [name for name in dump if dump[name] != dumps[0].get(name)]
             raise ConfigError(
-                f"rank {rank} has another configuration than rank 0, in {', '.join(sections)}; "
-                "every rank must read the same file with the same --set values"
+                f"rank {rank} has a different configuration from rank 0 in {', '.join(sections)}. "
+                "Every rank must read the same file with the same --set values."
             )
 
 
 def seed_ranks(seed: int, groups: Groups) -> None:
     """Seed torch and Megatron's trackers.
 
-    All replicas draw alike: the initial weights must agree, and nothing in this model draws later
-    (there is no dropout).
+    All replicas get the same seeds, because their initial weights must be equal. Nothing in the
+    model draws random numbers after that (there is no dropout).
     """
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(

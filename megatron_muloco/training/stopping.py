@@ -1,17 +1,22 @@
-"""At which step does everybody stop?
+"""`StopRequest` receives stop signals; `StopAgreement` finds the step after which all stop.
 
-Signals reach ranks at different moments, and replicas are at different steps between two outer
-steps. No collective may cross replicas there, so they agree through the job's rendezvous store:
+Signals reach ranks at different moments, and between two outer steps replicas are at different
+inner steps. A collective over replicas would hang there, so their leaders agree through the job's
+rendezvous store:
 
-1. A replica that wants to stop raises ``requested``. All replicas look at it once a step.
-2. Each then posts the last step it has finished and waits for the others to post.
-3. Everybody stops after the largest posted step + 1: the extra step is the one in which a leader's
-   decision travels to the other ranks of its replica.
+1. The leader of a replica that was asked to stop sets ``requested``. All leaders read it once per
+   inner step.
+2. Each leader then posts the last step that its replica has finished, and waits for all posts.
+3. All replicas stop after the largest posted step + 1. In the extra step the leader's decision
+   reaches the other ranks of its replica, with the all-reduce of the loss.
 
-Waiting must not hang a replica that others wait for in an outer step. So a replica announces the
-step of an outer step before it enters it, and a waiting replica that sees such an announcement
-ahead of itself trains on until it has passed that outer step, and posts again there. Nobody can be
-further ahead than that outer step, so all see the same largest post.
+Deadlock to avoid: replica A waits for the post of B, while B waits for A in an outer step. So a
+leader announces an outer step before its replica enters it. A waiting leader that sees an
+announcement ahead of its own step trains on, and posts again after the next step. No replica can
+pass an outer step that another has not reached, so all leaders see the same largest post::
+
+    A    step 5, post 5; B announced 8: train on   6   7   8 == outer step == post 8, stop after 9
+    B    step 8, announce 8, wait for A ................. 8 == outer step == post 8, stop after 9
 """
 
 import signal
@@ -22,29 +27,29 @@ from typing import Protocol
 __all__ = ["StopAgreement", "StopRequest", "Store"]
 
 _POLL_SECONDS = 0.02
-_PREFIX = "muloco-stop"  # every start of a job has a store of its own
+_PREFIX = "muloco-stop"  # keys are never deleted; every start of a job has a new store
 
 
 class Store(Protocol):
-    """The part of a torch rendezvous store that is used."""
+    """The methods of a torch rendezvous store that `StopAgreement` uses."""
 
     def set(self, key: str, value: str) -> object:
         """Write ``value``."""
 
     def get(self, key: str) -> bytes:
-        """Return a value that exists."""
+        """Return the value of an existing key."""
 
     def check(self, keys: list[str]) -> bool:
-        """Whether all ``keys`` exist, without waiting."""
+        """Return whether all ``keys`` exist, without waiting for them."""
 
 
 class StopAgreement:
-    """One replica leader's view of the agreement.
+    """The agreement on a stop step, as seen by the leader of one replica.
 
     Args:
-        store: Seen by the leaders of all replicas.
-        replica: This replica's index.
-        num_replicas: K.
+        store: Rendezvous store that the leaders of all replicas share.
+        replica: Index of this replica.
+        num_replicas: K, the number of replicas.
     """
 
     def __init__(self, store: Store, *, replica: int, num_replicas: int) -> None:
@@ -57,49 +62,52 @@ class StopAgreement:
         self._store.set(f"{_PREFIX}/requested", "1")
 
     def announce(self, step: int) -> None:
-        """Say that this replica is about to wait for all others, after inner step ``step``."""
+        """Announce that this replica is about to wait for all others, after inner step ``step``."""
         self._store.set(f"{_PREFIX}/meeting/{self._replica}", str(step))
 
     def decide(self, step: int) -> int | None:
         """Return the step after which to stop, or ``None`` to train on.
 
-        Called between steps, after inner step ``step`` and its outer steps. Waits while a decision
-        is near and nobody waits for this replica.
+        Called between steps, after inner step ``step`` and its outer steps. After a request it
+        waits until all replicas have posted, unless another replica waits for this one.
         """
         if not self._store.check([f"{_PREFIX}/requested"]):
             return None
         self._store.set(f"{_PREFIX}/reached/{self._replica}", str(step))
         while True:
-            # Meetings first: a replica that has decided may announce the next one at any moment,
-            # but then everybody has posted, and the posts read after its announcement say so.
+            # Announcements must be read before posts. In the other order, with A and B at step 7:
+            # A reads the posts and misses B's; B posts 7, decides on 8 and announces an outer step
+            # at 8; A reads that announcement and trains on, posts 8 and decides on 9, while B stops
+            # after 8. In this order, an announcement by a replica that has decided is always
+            # followed by a read that finds all posts.
             awaited = any((ahead or 0) > step for ahead in self._numbers("meeting"))
             reached = [post for post in self._numbers("reached") if post is not None]
             if len(reached) == len(self._replicas):
                 return max(reached) + 1
             if awaited:
+                # Another replica waits in an outer step. It can post only after this one joins it.
                 return None
             time.sleep(_POLL_SECONDS)
 
     def _numbers(self, kind: str) -> list[int | None]:
-        """Return the number of each replica under ``kind``; ``None`` where there is none yet."""
+        """Return the number of each replica under ``kind``; ``None`` where there is none."""
         return [self._number(f"{_PREFIX}/{kind}/{replica}") for replica in self._replicas]
 
     def _number(self, key: str) -> int | None:
         return int(self._store.get(key)) if self._store.check([key]) else None
 
 
-# ------------------------------------------------------------------------------------------
-# A request to stop, from SLURM (SIGUSR1 before the time limit) or an operator (SIGTERM).
-
+# ---- stop signals: SIGUSR1 from SLURM before the time limit, SIGTERM from an operator ----
 
 _SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
 
 class StopRequest:
-    """Remembers that a stop signal arrived; the loop acts on it between steps.
+    """Records that a stop signal arrived; the training loop acts on it between steps.
 
-    A context manager: handlers are installed on entry and restored on exit. Signals may come twice
-    (the launcher forwards what the scheduler already delivered to every rank).
+    A context manager that installs the signal handlers on entry and restores the previous ones on
+    exit. A signal may arrive twice, because the launcher forwards signals that the scheduler has
+    already sent to every rank.
     """
 
     def __init__(self) -> None:

@@ -194,4 +194,4 @@ def _with_its_own_seed(config: RunConfig) -> str:
 def test_every_rank_must_have_the_same_configuration() -> None:
     config = tiny_config(parallel={"num_replicas": 2})
     for message in run_ranks(_with_its_own_seed, 2, config):
-        assert "rank 1 has another configuration than rank 0, in training" in message
+        assert "rank 1 has a different configuration from rank 0 in training" in message

@@ -99,7 +99,7 @@ def test_a_missing_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "\n# only a comment\n", "{}"])
 def test_an_empty_file(tmp_path: Path, text: str) -> None:
-    assert "run.yaml: empty. A config needs the sections" in problems_of(
+    assert "run.yaml: the file is empty. A config needs the sections" in problems_of(
         write(tmp_path, "run.yaml", text)
     )
 
@@ -107,7 +107,7 @@ def test_an_empty_file(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize(("text", "kind"), [("- 1\n- 2\n", "list"), ("hello", "str"), ("3", "int")])
 def test_a_file_that_is_not_a_mapping(tmp_path: Path, text: str, kind: str) -> None:
     message = problems_of(write(tmp_path, "run.yaml", text))
-    assert f"run.yaml:1  a {kind} instead of sections" in message
+    assert f"run.yaml:1  the file holds a {kind}, not sections" in message
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_broken_yaml_is_named_by_line(tmp_path: Path, text: str, line: int) -> N
 def test_a_file_that_is_not_text(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_bytes(b"\xff\xfe\x00")
-    assert "run.yaml: not text in UTF-8" in problems_of(path)
+    assert "run.yaml: not a UTF-8 text file" in problems_of(path)
     path.write_bytes(b"a: \x00")
     assert "run.yaml  not valid YAML" in problems_of(path)
 
@@ -141,12 +141,12 @@ def test_a_key_repeated_on_one_line_is_not_sent_to_itself(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("text", ["a: &x {b: 1}\nc: {<<: *x}\n", "? [1, 2]\n: 3\n"])
 def test_keys_are_plain_words(tmp_path: Path, text: str) -> None:
-    assert "keys are plain words here" in problems_of(write(tmp_path, "run.yaml", text))
+    assert "a key must be a plain word" in problems_of(write(tmp_path, "run.yaml", text))
 
 
 def test_an_alias_that_contains_itself(tmp_path: Path) -> None:
     path = write(tmp_path, "run.yaml", "a: &x\n  b: *x\n")
-    assert "a.b: an alias that contains itself" in problems_of(path)
+    assert "a.b: this alias contains itself" in problems_of(path)
 
 
 def test_unreadable_values_are_named(tmp_path: Path) -> None:

@@ -189,7 +189,7 @@ def test_the_plan_shows_the_code_and_what_it_costs() -> None:
     for words in (
         "statistical  2 bits; a table per row",
         "but norms fp32, embedding 8 bits",
-        "0.9  what this replica's code loses, and the code of the mean it owns",
+        "0.9  compression error of this replica and of the means it owns",
         "fp32, error feedback",
         "to 1 other replica, statistical, 2 bits\n",
         "what fp32 all-reduces would send",
@@ -200,8 +200,8 @@ def test_the_plan_shows_the_code_and_what_it_costs() -> None:
         assert words not in plain
     sparse = ["outer.compression.kind=topk", "outer.compression.density=0.01"]
     text = render_plan(load_config(CPU, [*sparse, "outer.compression.error_feedback=false"]))
-    assert "1 %; the largest of every 4096 values, fp32, and their places" in text
-    assert "none  what a code loses is lost" in text
+    assert "1 %; the largest of every 4096 values, fp32, and their indices" in text
+    assert "none  compression errors are dropped" in text
     assert "residuals" not in text
 
 
