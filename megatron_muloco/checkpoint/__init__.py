@@ -1,1 +1,1 @@
-"""State on disk: one directory per checkpoint, in model space, published atomically."""
+"""Checkpoints: one directory each, stored in model space and published atomically."""

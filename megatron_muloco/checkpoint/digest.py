@@ -1,8 +1,8 @@
-"""A 64-bit digest of a set of named fp32 tensors that does not depend on how they are cut.
+"""64-bit digest of named fp32 tensors that does not depend on how they are sharded.
 
-Every element contributes ``mix(name, index in the whole parameter, bits)`` and the contributions
-are added modulo 2**64, so the order does not matter and partial sums of any cut add up to the same
-number. It tells equal from unequal after a change of layout; it is not meant to resist an
+Every element contributes ``mix(name, index in the whole parameter, bits)``, and the contributions
+are added modulo 2**64. Addition commutes, so the partial sums of any layout add up to the same
+number. The digest detects differences, also after a change of layout. It does not resist an
 adversary.
 
 Source: the mixing function is the finaliser of SplitMix64 (Steele, Lea, Flood, "Fast splittable
@@ -25,6 +25,7 @@ _CHUNK = 1 << 20
 
 
 def _signed(value: int) -> int:
+    """Return the int64 with the bits of an unsigned value; torch has no uint64 arithmetic."""
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
@@ -46,10 +47,10 @@ def model_digests(
     Args:
         kinds: Kind -> parameter name -> this rank's flat fp32 values; the same kinds on every rank
             of the replica.
-        shards: What this rank holds; duplicates are left out here.
-        tensor_rank: This rank's place among the tensor-parallel ranks.
+        shards: This rank's shards. Those of a replicated parameter count on its primary rank only.
+        tensor_rank: This rank's index among the tensor-parallel ranks.
         tensor_size: Number of tensor-parallel ranks.
-        all_reduce: Adds an int64 tensor up over all ranks of the replica, in place.
+        all_reduce: Function that sums an int64 tensor over all ranks of the replica, in place.
 
     Collectives: ``all_reduce`` once, 8 bytes a kind; every rank of the replica must call it.
     """
@@ -75,7 +76,7 @@ def render(total: int) -> str:
 def digest_sum(
     pieces: Iterable[tuple[Shard, Tensor]], *, tensor_rank: int, tensor_size: int
 ) -> Tensor:
-    """Return this rank's part of the digest: one int64 number, wrapping, on the host."""
+    """Return this rank's part of the digest: one int64 number modulo 2**64, on the host."""
     total = torch.zeros(1, dtype=torch.int64)
     for shard, values in pieces:
         if shard.param.duplicate:
@@ -83,6 +84,8 @@ def digest_sum(
         assert values.dtype == torch.float32, f"{shard.name} is {values.dtype}"
         cut = Cut(shard.param, tensor_rank, tensor_size)
         name = _name_hash(shard.name)
+        # In chunks, because an index and a hash of 8 bytes each per element of a whole embedding
+        # would not fit beside it.
         for first in range(0, shard.numel, _CHUNK):
             chunk = values.detach().view(-1)[first : first + _CHUNK]
             local = torch.arange(first, first + chunk.numel(), device=chunk.device) + shard.start
@@ -92,6 +95,8 @@ def digest_sum(
 
 def whole_index(cut: Cut, local: Tensor) -> Tensor:
     """Return the flat index in the whole parameter of flat indices into this rank's piece."""
+    # Seen from the cut dimension a flat index is (outer, along, inner). Only ``along`` changes: the
+    # local one becomes (block, offset), and slice ``index`` of that block starts further in.
     shape = cut.param.local_shape
     inner = 1
     for size in shape[cut.dim + 1 :]:
@@ -110,6 +115,8 @@ def _name_hash(name: str) -> int:
 
 
 def _contribution(name: int, index: Tensor, values: Tensor) -> Tensor:
+    # The index is mixed before the bits come in; a plain sum of the two would let a change of one
+    # cancel a change of the other.
     bits = values.contiguous().view(torch.int32).to(torch.int64)
     return _mix(_mix(index * _GOLDEN + name) ^ bits)
 
@@ -121,5 +128,5 @@ def _mix(z: Tensor) -> Tensor:
 
 
 def _shifted(z: Tensor, bits: int) -> Tensor:
-    """Shift right with zeros from the left; torch's own shift repeats the sign."""
+    """Shift right and fill with zeros; torch's shift of an int64 repeats the sign bit."""
     return (z >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,4 +1,9 @@
-"""From live state to a finished temporary directory."""
+"""Conversion between the live state of a run and the contents of one checkpoint directory.
+
+Saving describes the live tensors as Megatron's `ShardedTensor`s and the plain values as one
+`Description`. Loading reads all of it, checks it against the digests, and only then overwrites the
+live state. Where directories are, and when a new one becomes visible, is `store`'s part.
+"""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -53,11 +58,18 @@ __all__ = [
     "write_description",
 ]
 
-Kinds = Mapping[str, Mapping[str, Tensor]]
+Kinds = Mapping[str, Mapping[str, Tensor]]  # key prefix -> parameter name -> flat shard
+Wanted = Mapping[str, Sequence[str]]  # key prefix -> parameter names
+Pieces = dict[str, dict[str, Tensor]]  # as Kinds, read from a checkpoint
+
+_REMEDY = "Resume from an older checkpoint (checkpoint.resume: <directory>)."
+
+
+# ---- saving --------------------------------------------------------------------------------
 
 
 def run_kinds(state: RunState, *, with_masters: bool) -> Kinds:
-    """Return the tensors of a training checkpoint, by key prefix and name; live ones, as shards."""
+    """Return the tensors of a training checkpoint: this rank's live shards by prefix and name."""
     replica = state.groups.coords.replica
     kinds: dict[str, Mapping[str, Tensor]] = {}
     if state.synchronizer is None:
@@ -75,7 +87,8 @@ def run_kinds(state: RunState, *, with_masters: bool) -> Kinds:
 def sharded_kinds(state: RunState, kinds: Kinds, space: ModelSpace) -> Iterator[ShardedTensor]:
     """Yield what this rank writes of ``kinds``: shared ones on replica 0, others on their replica.
 
-    Collectives: every rank of a replica exhausts it at the same point.
+    Collectives: `ModelSpace.names` and `ModelSpace.gather` of each kind. Every rank of a replica
+    must exhaust it at the same point.
     """
     if state.groups.coords.replica > 0:
         kinds = {kind: tensors for kind, tensors in kinds.items() if not is_shared(kind)}
@@ -83,23 +96,27 @@ def sharded_kinds(state: RunState, kinds: Kinds, space: ModelSpace) -> Iterator[
 
 
 def sharded_rng() -> Iterator[ShardedTensor]:
-    """Yield the states of this rank's random number generators."""
+    """Yield the states of this rank's random number generators. No collectives."""
     rank = torch.distributed.get_rank()
     for name, tensor in rng_tensors().items():
         yield ShardedTensor.from_rank_offsets(rng_key(rank, name), tensor)
 
 
 def _tensors_of(kinds: Kinds, space: ModelSpace) -> Iterator[ShardedTensor]:
-    """Yield the pieces that this rank holds of every parameter that it speaks for."""
+    """Yield the pieces that this rank owns of every primary parameter."""
     names = space.names(kinds)
     for kind, tensors in kinds.items():
+        # Exactly one rank may write an element: that of a replicated parameter is its primary rank.
         primary = [name for name in names[kind] if not space.cut(name).param.duplicate]
         for name, piece in space.gather(tensors, primary).items():
             yield from sharded_tensors(f"{kind}.{name}", space.cut(name), piece)
 
 
 def digests_of(groups: Groups, shards: Sequence[Shard], kinds: Kinds) -> dict[str, str]:
-    """Return the digest of each kind. Collectives: 8 bytes a kind over the replica."""
+    """Return the digest of each kind.
+
+    Collectives: one all-reduce over the replica, 8 bytes a kind; all its ranks call it.
+    """
     device = training_device()
 
     def all_reduce(total: Tensor) -> None:
@@ -117,15 +134,17 @@ def digests_of(groups: Groups, shards: Sequence[Shard], kinds: Kinds) -> dict[st
 
 
 def masters_differ(state: RunState) -> bool:
-    """Whether any master anywhere differs from the anchor in any bit.
+    """Whether any master on any rank differs from the anchor in any bit.
 
-    Collectives: one number over the job.
+    Right after an apply with mixing weight 0 none does, and the checkpoint stores the anchor alone.
+
+    Collectives: one flag from every rank of the job; every rank calls it.
     """
     if state.synchronizer is None:
         return False
     differs = any(
         not torch.equal(
-            anchor.view(torch.int32),
+            anchor.view(torch.int32),  # bits: -0.0 differs from 0.0, and a NaN equals itself
             state.view.masters[name].detach().to(anchor.device).view(torch.int32),
         )
         for name, anchor in state.anchors().items()
@@ -138,7 +157,7 @@ def masters_differ(state: RunState) -> bool:
 def describe(state: RunState, kinds: Kinds, *, step: int, has_masters: bool) -> Description:
     """Return the plain part of a checkpoint of ``kinds``, complete on every rank.
 
-    Collectives: digests over the replica, one small object from every rank of the job.
+    Collectives: the digests over the replica, then one small object from every rank of the job.
 
     Raises:
         SyncError: Replicas disagree about what they share.
@@ -181,6 +200,7 @@ def _check_shared(kinds: Iterable[str], by_replica: Sequence[Mapping[str, str]])
 
 def write_description(directory: Path, description: Description) -> None:
     """Write everything but the tensors. One rank of the job calls it, after the tensors."""
+    # STATE_FILE comes last: `layout.is_complete` takes a directory that has it for a whole one.
     write_file(
         directory / CONFIG_FILE, yaml.safe_dump(description.config, sort_keys=False, width=100)
     )
@@ -195,31 +215,25 @@ def _versions() -> dict[str, str]:
     for package in ("megatron_muloco", "megatron-core", "torch"):
         try:
             found[package] = version(package)
-        except PackageNotFoundError:  # run from a source tree
+        except PackageNotFoundError:  # the package runs from a source tree
             found[package] = "unknown"
     return found
 
 
-# ------------------------------------------------------------------------------------------
-# From a checkpoint directory back into live state.
-
-
-Wanted = Mapping[str, Sequence[str]]
-Pieces = dict[str, dict[str, Tensor]]
-
-_REMEDY = "Resume from an older checkpoint (checkpoint.resume: <directory>)."
+# ---- loading -------------------------------------------------------------------------------
 
 
 def load_run(path: Path, into: RunState, space: ModelSpace) -> Description:
-    """Overwrite the live state by that of a training checkpoint; return its description.
+    """Overwrite the live state with that of a training checkpoint; return its description.
 
-    Nothing is overwritten before everything was read and its digests were found right.
+    Nothing is overwritten before everything has been read and its digests have been verified.
 
     Raises:
-        CheckpointError: The checkpoint is damaged, foreign, of another format, or of a run that
-            this one cannot go on from; the same on all ranks.
+        CheckpointError: The checkpoint is damaged, was written by another program or in another
+            format, or belongs to a run that this one cannot continue; the same on all ranks.
 
-    Collectives: every rank of the job calls it.
+    Collectives: `ModelSpace` over dp x cp, digests over the replica, error agreement and parameter
+    publication; every rank of the job calls it.
     """
     with everywhere(f"the checkpoint {path} cannot be read", _REMEDY):
         description = read_description(path)
@@ -231,6 +245,8 @@ def load_run(path: Path, into: RunState, space: ModelSpace) -> Description:
     found = digests_of(into.groups, into.view.shards, pieces)
     _check_digests(path, found, own["digests"])
     _apply(description, pieces, into)
+    # Generator states belong to ranks. In another layout rank r does other work, so every rank
+    # keeps the generators that it was started with.
     if description.topology == asdict(into.groups.topology):
         _load_rng(path, stored)
     into.scalars.clear()
@@ -244,13 +260,13 @@ def load_anchor(
 ) -> Description:
     """Set masters and model parameters to the anchor of a checkpoint of any number of replicas.
 
-    For evaluation and export: inner and outer optimizer keep what they have.
+    For evaluation and export. The states of the inner and outer optimizer are not changed.
 
     Args:
         path: A training checkpoint.
         groups: This rank's groups.
         view: Masters of this rank.
-        space: Of the same shards.
+        space: Model space of the same shards.
         flushed: Take the anchor after the final flush where the checkpoint has one.
 
     Raises:
@@ -277,13 +293,13 @@ def _check_config(path: Path, description: Description, into: RunState) -> None:
         listed = "".join(f"\n  {line}" for line in changed)
         raise CheckpointError(
             f"{path} was saved by a run with another configuration:{listed}\n"
-            "Going on would mix two runs. Give these keys their old values, or start anew with "
-            "checkpoint.resume: none and another checkpoint.dir."
+            "Continuing would mix two runs. Give these keys their old values, or start a new run "
+            "with checkpoint.resume: none and another checkpoint.dir."
         )
 
 
 def _stored(path: Path) -> frozenset[str]:
-    """Return the keys of a checkpoint after a look at the sizes of its files."""
+    """Return the keys of a checkpoint, after rank 0 has checked the sizes of its files."""
     if torch.distributed.get_rank() == 0 and (problems := missing_bytes(path)):
         raise CheckpointError(
             f"the checkpoint {path} is incomplete: {'; '.join(problems[:4])}"
@@ -295,7 +311,10 @@ def _stored(path: Path) -> frozenset[str]:
 def _wanted(
     description: Description, stored: frozenset[str], into: RunState, space: ModelSpace
 ) -> dict[str, list[str]]:
-    """Return key prefix -> names to read, the same on all dp x cp ranks, which all call it."""
+    """Return key prefix -> names to read, the same on all dp x cp ranks.
+
+    Collectives: `ModelSpace.names`; every rank of the group calls it.
+    """
     replica = into.groups.coords.replica
     infos = into.view.infos
     primary = [name for name, info in infos.items() if not info.duplicate]
@@ -305,13 +324,18 @@ def _wanted(
         wanted[f"replica_{replica}.inner.{moment}"] = names
     for kind in into.synchronizer.kinds() if into.synchronizer else ():
         prefix = outer_key(kind, replica)
+        # Where no masters are stored, the anchor is in `wanted` already, and with every name: also
+        # a rank that is not primary needs the masters of its replicated parameters.
         if prefix != masters:
             wanted[prefix] = [name for name in primary if f"{prefix}.{name}" in stored]
     return wanted
 
 
 def _read(path: Path, wanted: Wanted, space: ModelSpace) -> Pieces:
-    """Return key prefix -> name -> this rank's flat shard."""
+    """Return key prefix -> name -> this rank's flat shard.
+
+    Collectives: agreement on errors over the job, then `ModelSpace.scatter` of each prefix.
+    """
     held: Pieces = {}
     tensors = []
     for prefix, names in wanted.items():
@@ -354,13 +378,18 @@ def _check_digests(path: Path, found: Mapping[str, str], saved: Mapping[str, str
     for kind, digest in found.items():
         if digest != saved.get(kind, render(0)):  # a kind without tensors was not saved
             raise CheckpointError(
-                f"{path}: the {kind} tensors that were read have digest {digest}, those that were "
-                f"saved {saved.get(kind)}, so some file has changed since. {_REMEDY}"
+                f"{path}: the {kind} tensors that were read have digest {digest}, but those that "
+                f"were saved have {saved.get(kind)}, so a file has changed since. {_REMEDY}"
             )
 
 
 def _load_rng(path: Path, stored: frozenset[str]) -> None:
-    """Restore this rank's generators, where they are of the kinds that were saved."""
+    """Restore this rank's generators if the checkpoint has all of their states.
+
+    It has not when a run on CPUs resumes on GPUs, or the other way round.
+
+    Collectives: agreement on errors over the job; every rank calls it.
+    """
     states = {name: torch.empty_like(state) for name, state in rng_tensors().items()}
     keys = {rng_key(torch.distributed.get_rank(), name): state for name, state in states.items()}
     with everywhere(f"the random number states in {path} cannot be read", _REMEDY):

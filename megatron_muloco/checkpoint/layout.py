@@ -1,13 +1,16 @@
-"""What a checkpoint directory looks like, and how one becomes visible. No torch.
+"""Names of the files and directories of checkpoints, and the order in which they appear.
+
+::
 
     DIR/latest_checkpointed_iteration.txt     the step to resume from; replaced last
     DIR/iter_0000100/                         one published checkpoint
     DIR/.tmp-iter_0000200/                    being written, or left by a killed save
     DIR/.old-iter_0000100/                    set aside while a new save takes its place
 
-A checkpoint is written under its temporary name, renamed, and only then named by the latest file,
-so that a kill at any moment leaves the previous one whole and named. One run at a time writes to a
-directory.
+A checkpoint is written under its temporary name and synced, then renamed, and only then does the
+latest file name it. So a kill or a power failure at any moment leaves the previous checkpoint
+complete and named. Only one run at a time may write to a directory. Only rank 0 calls the functions
+here; they use neither torch nor collectives.
 """
 
 import os
@@ -59,7 +62,7 @@ class Found:
     Attributes:
         path: Its directory.
         step: The inner step after which it was saved.
-        note: What the user should know about the choice, or an empty string.
+        note: Message to the user about an unexpected choice, or an empty string.
     """
 
     path: Path
@@ -88,10 +91,10 @@ def is_complete(path: Path) -> bool:
 
 
 def resolve(path: Path) -> Path:
-    """Return ``path`` if it is a checkpoint, the latest one in it if it is a directory of them.
+    """Return ``path`` if it is a checkpoint, or the latest checkpoint inside it.
 
     Raises:
-        CheckpointError: There is nothing at ``path``, or nothing that this package wrote.
+        CheckpointError: ``path`` does not exist, or holds nothing that this package wrote.
     """
     if not path.is_dir():
         raise CheckpointError(
@@ -110,11 +113,14 @@ def resolve(path: Path) -> Path:
 
 
 def find_latest(directory: Path) -> Found | None:
-    """Return the checkpoint to resume from, ``None`` where no run has saved anything yet.
+    """Return the checkpoint to resume from, or ``None`` if no run has saved anything yet.
+
+    That is the one that the latest file names. If it is missing or incomplete, it is the newest
+    complete one, with a note.
 
     Raises:
-        CheckpointError: There are checkpoints, but none that can be loaded: starting from scratch
-            beside them would be a surprise.
+        CheckpointError: There are checkpoints, but none can be loaded. Starting from scratch beside
+            them would look like a resume and lose the run.
     """
     published = _published(directory)
     whole = {step: path for step, path in published.items() if is_complete(path)}
@@ -124,12 +130,14 @@ def find_latest(directory: Path) -> Found | None:
     if not published and named is None and not problem:
         return None
     if not whole:
+        # What is there instead: incomplete directories, which the message lists, or without any
+        # directory a latest file that is damaged or names a step.
         seen = problem or f"{LATEST_FILE} names step {named}" if not published else "it has only "
         raise CheckpointError(
             f"{directory} holds no complete checkpoint of this package (an iter_* directory with "
             f"{STATE_FILE}): {seen}{', '.join(path.name for path in published.values())}. A run "
-            "does not start over beside it; point checkpoint.resume at another directory, or "
-            "checkpoint.dir at an empty one."
+            "does not start from scratch beside it; set checkpoint.resume to another directory, or "
+            "checkpoint.dir to an empty one."
         )
     step = max(whole)
     lost = f"step {named}, which {LATEST_FILE} names, is not there"
@@ -139,13 +147,15 @@ def find_latest(directory: Path) -> Found | None:
 
 
 def begin(path: Path) -> Path:
-    """Create the empty temporary directory of ``path``; remove what killed saves have left.
+    """Create the empty temporary directory of ``path`` and remove what killed saves have left.
 
     Returns:
         The temporary directory.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for entry in path.parent.iterdir():
+        # A save that was killed inside `publish` leaves ``.old-X``. It may be the only copy of X,
+        # so it goes only when X is there again and complete.
         superseded = entry.name.startswith(_ASIDE) and is_complete(_real(entry))
         if superseded or entry.name.startswith(_TEMPORARY):
             _remove(entry)
@@ -155,20 +165,28 @@ def begin(path: Path) -> Path:
 
 
 def publish(path: Path) -> None:
-    """Give a finished temporary directory its name; an older one of that name is replaced."""
+    """Rename a finished temporary directory to ``path``, replacing an older one of that name.
+
+    A directory cannot be renamed onto another that is not empty, so the old one is set aside first.
+    If a kill separates the two renames, readers find the old one under its ``.old-`` name
+    (`_published`).
+    """
     temporary = temporary_path(path)
+    # The names of the files must be on disk before the directory gets its final name; their
+    # contents were synced as they were written.
     sync_directory(temporary)
     aside = path.with_name(_ASIDE + path.name)
     if is_complete(path):
         discard(aside)
         path.rename(aside)
-    discard(path)
+    discard(path)  # an incomplete one, of a copy that was cut short
     temporary.rename(path)
+    # Makes both renames durable before `set_latest` names the result.
     sync_directory(path.parent)
 
 
 def set_latest(directory: Path, step: int) -> None:
-    """Name the checkpoint to resume from, atomically."""
+    """Make the latest file name ``step``, atomically: readers see the old or the new step."""
     temporary = directory / f"{_TEMPORARY}{LATEST_FILE}"
     write_file(temporary, f"{step}\n")
     temporary.replace(directory / LATEST_FILE)
@@ -178,13 +196,17 @@ def set_latest(directory: Path, step: int) -> None:
 def prune(directory: Path, *, step: int, keep: int) -> list[Path]:
     """Delete all but the ``keep`` newest checkpoints up to ``step``; return what was deleted.
 
-    Later ones, of a run that was continued from an earlier step, stay until that step is reached.
+    Later checkpoints stay until their step is reached again: they belong to a run that was resumed
+    from an earlier step.
     """
+    # `publish` has put the new checkpoint in place and `set_latest` names it, so the copy that was
+    # set aside is no longer needed.
     discard(directory / f"{_ASIDE}{checkpoint_path(directory, step).name}")
     past = sorted(s for s in _published(directory) if s <= step)
     superseded = [checkpoint_path(directory, s) for s in past[:-keep]]
     for path in superseded:
-        # Away by one rename first: a half-deleted directory must not look like a checkpoint.
+        # Rename first: a kill during the deletion must not leave half a directory that looks like a
+        # checkpoint. The next `begin` removes the rest.
         doomed = temporary_path(path)
         path.rename(doomed)
         _remove(doomed)
@@ -198,12 +220,12 @@ def discard(path: Path) -> None:
 
 
 def abandon(temporary: Path) -> None:
-    """Delete what a failed save has written, as far as possible: a full disk needs the space."""
+    """Delete what a failed save has written, ignoring errors: the disk may be full."""
     shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_file(path: Path, text: str) -> None:
-    """Write a small file through to the disk."""
+    """Write a small file and fsync it."""
     with path.open("w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()
@@ -211,7 +233,7 @@ def write_file(path: Path, text: str) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Write a directory's own entries through to the disk."""
+    """Fsync a directory, so that the names in it survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -220,7 +242,7 @@ def sync_directory(path: Path) -> None:
 
 
 def _published(directory: Path) -> dict[int, Path]:
-    """Return step -> directory; one set aside counts while nothing has taken its place."""
+    """Return step -> directory; a directory set aside counts until its name is taken again."""
     entries: Iterable[Path] = directory.iterdir() if directory.is_dir() else ()
     found: dict[int, Path] = {}
     for entry in sorted(entries):  # ".old-iter_" sorts before "iter_", which wins

@@ -1,12 +1,16 @@
-"""Between flat shards scattered over data-parallel ranks and whole tensor-parallel pieces.
+"""`ModelSpace` turns the flat shards of data-parallel ranks into whole pieces, and back.
 
-Each parameter of a pipeline stage has one *holder* among the dp x cp ranks. To save, the shards of
-a parameter travel to its holder, which writes the whole piece; to load, the holder reads it and
-the shards travel back. Holders share the elements evenly, so no rank needs memory for more than
-its share, and no element is written or read twice in a replica::
+A checkpoint is stored in model space: it does not depend on how data parallelism cut the masters.
+Each parameter of a pipeline stage has one *owner* among the dp x cp ranks. To save, the shards of a
+parameter are sent to its owner, which writes the whole tensor-parallel piece. To load, the owner
+reads the piece and sends the shards back. The owners divide the elements evenly, so no rank needs
+memory for more than its share, and a replica writes and reads each element once::
 
-    dp 0  [aaa|bb]        gather       holder of a: dp 0   [aaaaaa]
-    dp 1  [aaa|bbbb]   ------------>   holder of b: dp 1   [bbbbbb]
+    dp 0  [aaa|bb]        gather       owner of a: dp 0   [aaaaaa]
+    dp 1  [aaa|bbbb]   ------------>   owner of b: dp 1   [bbbbbb]
+
+`Cut` is the other half: where a tensor-parallel piece lies in the whole parameter. It is arithmetic
+on shapes, and the digest uses it too.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -23,27 +27,26 @@ from megatron_muloco.params import ParamInfo, Shard
 
 __all__ = ["Cut", "ModelSpace", "sharded_tensors"]
 
-
-# ------------------------------------------------------------------------------------------
-# Where a tensor-parallel piece lies in the whole parameter. No torch: arithmetic on shapes.
-#
-# Megatron cuts a parameter along one dimension into equal slices, one for each tensor-parallel
-# rank. The fused MLP input is the exception: gate and up are cut separately and every rank stacks
-# its two slices::
-#
-#     whole   | gate 0 | gate 1 | up 0 | up 1 |        rank 0 holds | gate 0 | up 0 |
-#
-# The fused q, k and v need no rule: a rank holds whole query groups, which follow each other in the
-# whole.
+# Elements of the parameters that travel together: at most 256 MiB of fp32 each way at a rank.
+_BATCH_NUMEL = 1 << 26
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """One rank's piece of one parameter.
+    """The place of one rank's tensor-parallel piece in the whole parameter.
+
+    Megatron cuts a parameter along one dimension into equal slices, one per tensor-parallel rank.
+    The fused MLP input is the exception: gate and up are cut separately, and every rank stacks its
+    two slices::
+
+        whole   | gate 0 | gate 1 | up 0 | up 1 |        rank 0 holds | gate 0 | up 0 |
+
+    The fused q, k and v need no rule of their own: a rank holds whole query groups, and those are
+    adjacent in the whole parameter.
 
     Attributes:
         param: The parameter as this rank holds it.
-        tensor_rank: This rank's place among the tensor-parallel ranks.
+        tensor_rank: This rank's index among the tensor-parallel ranks.
         tensor_size: Number of tensor-parallel ranks.
     """
 
@@ -53,22 +56,22 @@ class Cut:
 
     @property
     def dim(self) -> int:
-        """Dimension that is cut; 0 where nothing is."""
+        """Dimension that is cut; 0 for a replicated parameter."""
         return self.param.partition_dim or 0
 
     @property
     def slices(self) -> int:
-        """Slices of each block; 1 where every rank holds the whole parameter."""
+        """Slices of each block; 1 for a replicated parameter."""
         return 1 if self.param.partition_dim is None else self.tensor_size
 
     @property
     def index(self) -> int:
-        """Which slice of each block this rank holds."""
+        """Index of this rank's slice in each block."""
         return 0 if self.param.partition_dim is None else self.tensor_rank
 
     @property
     def blocks(self) -> int:
-        """Blocks along ``dim`` that are cut separately and stacked by every rank."""
+        """Number of blocks along ``dim`` that are cut separately; every rank stacks its slices."""
         return 2 if self.param.name.endswith(".mlp.linear_fc1.weight") else 1
 
     @property
@@ -84,25 +87,20 @@ class Cut:
         return tuple(shape)
 
 
-# ------------------------------------------------------------------------------------------
-
-# Elements of the parameters that travel together: at most 256 MiB of fp32 each way at a rank.
-_BATCH_NUMEL = 1 << 26
-
-
 class ModelSpace:
-    """Moves this rank's shards to the holders of their parameters and back.
+    """Moves this rank's shards to the owners of their parameters, and back.
 
-    Invariant: all dp x cp ranks have the same parameters, in the same order, and the same holders.
+    Invariant: all dp x cp ranks know the same parameters, in the same order, with the same owners.
 
     Args:
         groups: This rank's groups.
         infos: Every parameter of this stage, in the order of the stage.
-        shards: This rank's pieces of them.
-        device: What the group's backend sends from.
+        shards: This rank's shards of them.
+        device: The device that the group's backend sends from.
 
-    Collectives: construction gathers every rank's ranges over dp x cp; `names`, `gather` and
-    `scatter` are called by all of these ranks, in the same order with the same names.
+    Collectives: construction gathers every rank's ranges over dp x cp (one small object per rank).
+    All ranks of that group call `names`, `gather` and `scatter` in the same order, with the same
+    names.
     """
 
     def __init__(
@@ -121,17 +119,19 @@ class ModelSpace:
         self._holders = _assign_holders(infos, self._exchange.size)
 
     def cut(self, name: str) -> Cut:
-        """Return where this rank's piece of a parameter lies in the whole."""
+        """Return the place of this rank's piece in the whole parameter."""
         return Cut(self._infos[name], self._tensor_rank, self._topology.tensor)
 
     def holds(self, name: str) -> bool:
-        """Whether this rank reads and writes the parameter for its dp x cp ranks."""
+        """Whether this rank is the parameter's owner: it reads and writes the whole piece."""
         return self._holders[name] == self._exchange.rank
 
     def names(self, kinds: Mapping[str, Collection[str]]) -> dict[str, list[str]]:
         """Return, for each kind of tensor, the names that any dp x cp rank has, in stage order.
 
-        A rank that holds nothing of a parameter cannot know otherwise that the others have it.
+        A rank without a shard of a parameter cannot know otherwise that other ranks have one.
+
+        Collectives: one small object per rank over dp x cp; every rank of the group calls it.
         """
         everywhere = self._from_all({kind: sorted(names) for kind, names in kinds.items()})
         return {
@@ -140,17 +140,23 @@ class ModelSpace:
         }
 
     def gather(self, pieces: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
-        """Return the whole pieces that this rank holds, of their local shape, in host memory.
+        """Return the whole pieces that this rank owns, in their local shape, in host memory.
 
         Args:
-            pieces: This rank's flat fp32 shards of ``names``.
-            names: The same on all ranks.
+            pieces: This rank's flat fp32 shards, by name.
+            names: Parameters to gather; the same on all ranks.
+
+        Collectives: one all-to-all over dp x cp per batch of parameters, 4 bytes an element; every
+        rank of the group calls it, also with no shard of any of ``names``.
         """
         whole: dict[str, Tensor] = {}
+        # Batches bound the send and receive buffers. Every rank derives the same batches from the
+        # same names, so the all-to-alls pair up although each rank sends other parameters.
         for batch in self._batches(names):
             leaving = [
                 pieces[name].detach().view(-1).to(self._device) for name in self._sent(batch)
             ]
+            # A rank may have no shard in this batch; torch.cat needs at least one tensor.
             empty = torch.empty(0, dtype=torch.float32, device=self._device)
             arrived = self._exchanged(
                 torch.cat([empty, *leaving]),
@@ -167,11 +173,13 @@ class ModelSpace:
         return {name: tensor.view(self._infos[name].local_shape) for name, tensor in whole.items()}
 
     def scatter(self, whole: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
-        """Return this rank's flat shards in host memory; `gather` backwards.
+        """Return this rank's flat shards in host memory: the inverse of `gather`.
 
         Args:
-            whole: The pieces that this rank holds.
-            names: The same on all ranks.
+            whole: The whole pieces that this rank owns, by name.
+            names: Parameters to scatter; the same on all ranks.
+
+        Collectives: as `gather`.
         """
         pieces: dict[str, Tensor] = {}
         for batch in self._batches(names):
@@ -184,12 +192,13 @@ class ModelSpace:
                 send_splits=self._held_counts(batch),
                 receive_splits=self._sent_counts(batch),
             )
+            # `gather` sent the shards in this order, grouped by owner, so they return in it.
             mine = self._sent(batch)
             lengths = [_length(self._own[name]) for name in mine]
             pieces.update(zip(mine, arrived.split(lengths), strict=True) if mine else ())
         return pieces
 
-    # ---- parts ------------------------------------------------------------------------------
+    # ---- layout of the buffers --------------------------------------------------------------
 
     @property
     def _own(self) -> dict[str, tuple[int, int]]:
@@ -219,19 +228,19 @@ class ModelSpace:
         return received.cpu()
 
     def _sent(self, batch: Sequence[str]) -> list[str]:
-        """Return the parameters of which this rank has a shard, by holder."""
+        """Return the parameters of which this rank has a shard, grouped by owner."""
         mine = [name for name in batch if name in self._own]
-        return sorted(mine, key=lambda name: self._holders[name])  # stable: holder, then batch
+        return sorted(mine, key=lambda name: self._holders[name])  # stable: owner, then batch order
 
     def _sent_counts(self, batch: Sequence[str]) -> list[int]:
-        """Elements of this rank's shards by holder."""
+        """Return the elements of this rank's shards, per owner."""
         counts = [0] * self._exchange.size
         for name in batch:
             counts[self._holders[name]] += _length(self._own.get(name))
         return counts
 
     def _held_counts(self, batch: Sequence[str]) -> list[int]:
-        """Elements of the parameters held here, by the rank that has them."""
+        """Return the elements of the parameters owned here, per rank that has the shards."""
         return [
             sum(_length(ranges.get(name)) for name in batch if self.holds(name))
             for ranges in self._ranges
@@ -240,8 +249,10 @@ class ModelSpace:
     def _held_places(
         self, batch: Sequence[str], held: Mapping[str, Tensor], buffer: Tensor
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (range of a held tensor, its place in the buffer), in the order of the buffer."""
+        """Yield (range of an owned tensor, its place in the buffer), in the buffer's order."""
         offset = 0
+        # The buffer is ordered by sending rank, then by batch: what all_to_all_single delivers when
+        # every rank packs its shards as `_sent` orders them.
         for ranges in self._ranges:
             for name in batch:
                 if name in ranges and self.holds(name):
@@ -251,12 +262,12 @@ class ModelSpace:
 
 
 def sharded_tensors(key: str, cut: Cut, piece: Tensor) -> list[ShardedTensor]:
-    """Describe to Megatron which slab of the whole tensor ``key`` a tensor-parallel piece is.
+    """Return Megatron's description of a tensor-parallel piece as slabs of the tensor ``key``.
 
     Args:
         key: Name in the checkpoint.
-        cut: Where the piece lies.
-        piece: The piece, of its local shape; the result has views of it.
+        cut: The place of the piece.
+        piece: The piece, in its local shape; the result holds views of it.
     """
     if cut.slices == 1:
         return [ShardedTensor.from_rank_offsets(key, piece)]
@@ -273,7 +284,10 @@ def _length(place: tuple[int, int] | None) -> int:
 
 
 def _assign_holders(infos: Mapping[str, ParamInfo], ranks: int) -> dict[str, int]:
-    """Give every parameter to the rank with the fewest elements so far, largest first."""
+    """Give every parameter to the rank with the fewest elements so far, largest first.
+
+    Deterministic, because every rank computes it alone: equal sizes are ordered by name.
+    """
     loads = [0] * ranks
     holders: dict[str, int] = {}
     for name in sorted(infos, key=lambda n: (-infos[n].numel, n)):

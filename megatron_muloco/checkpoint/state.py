@@ -1,4 +1,4 @@
-"""What a run gives to a checkpoint and takes from it, and the plain numbers that describe it.
+"""Contents of a checkpoint: `RunState` (live), `Description` (plain values) and the tensor keys.
 
 Two kinds of tensors are stored, each under ``<prefix>.<model-wide parameter name>``:
 
@@ -6,6 +6,11 @@ Two kinds of tensors are stored, each under ``<prefix>.<model-wide parameter nam
   ``outer.momentum``, ``outer.mean`` (fragments in flight), ``outer.owner_residual`` (f);
 - *per replica*, under ``replica_<r>.``: ``master`` (unless all masters equal the anchor),
   ``inner.<moment>``, ``outer.at_launch``, ``outer.residual`` (e).
+
+The last part decides which configuration may resume a checkpoint. Keys that determine the meaning
+of the saved tensors, or which samples come next, must keep their values. All others (learning
+rates, schedules, lengths, intervals, paths, the layout of a replica) may change, and the run
+continues from the same state with the new values.
 """
 
 import json
@@ -66,17 +71,17 @@ class Masters(Protocol):
 
 @dataclass
 class RunState:
-    """Everything that a checkpoint holds of a run, as the live objects that own it.
+    """Live objects whose state makes up a checkpoint.
 
     Attributes:
         groups: This rank's groups.
         view: Masters of this rank.
         inner: The bound inner optimizer.
-        synchronizer: The outer step; ``None`` for plain data parallelism, where masters are the
+        synchronizer: The outer step; ``None`` for plain data parallelism, where the masters are the
             anchor.
-        config: The run.
-        scalars: Plain numbers, texts, lists and dicts of the training run, equal on all ranks, for
-            instance consumed samples; replaced on load.
+        config: The run's configuration.
+        scalars: Plain numbers, texts, lists and dicts of the training run, equal on all ranks, such
+            as the consumed samples; replaced on load.
     """
 
     groups: Groups
@@ -97,18 +102,18 @@ class RunState:
 
 @dataclass(frozen=True)
 class Description:
-    """The file that says what a checkpoint is; readable by people and without torch.
+    """Content of the JSON file that describes a checkpoint; readable without torch.
 
     Attributes:
-        format: Version of the layout.
-        step: Inner steps made.
+        format: Version of the checkpoint format.
+        step: Number of inner steps made.
         topology: Sizes of the axes of the world that saved it.
-        anchor_digest: See `megatron_muloco.checkpoint.digest`.
-        versions: Package name to version of what wrote it; for people.
+        anchor_digest: Digest of the anchor (`megatron_muloco.checkpoint.digest`).
+        versions: Package name -> version that wrote it; information for people.
         has_masters: Whether masters are stored, because they differ from the anchor.
-        scalars: The training run's plain values.
-        replicas: For each replica ``digests`` of its tensors by key prefix, ``inner_step`` (steps
-            since its moments were zero) and the plain values of its ``synchronizer``.
+        scalars: Plain values of the training run (`RunState.scalars`).
+        replicas: For each replica the ``digests`` of its tensors by key prefix, its ``inner_step``
+            (steps since its moments were zero) and the plain values of its ``synchronizer``.
         config: The resolved configuration.
     """
 
@@ -141,11 +146,11 @@ def read_description(path: Path) -> Description:
         what = (
             "is a checkpoint of another program (Megatron's format without our state)"
             if foreign
-            else "is no checkpoint"
+            else "is not a checkpoint"
         )
         raise CheckpointError(
-            f"{path} {what}: it has no {STATE_FILE}, so there is no optimizer or outer state to go "
-            "on from. Resume from a checkpoint that this package wrote."
+            f"{path} {what}: it has no {STATE_FILE}, so it holds no optimizer or outer state to "
+            "resume. Use a checkpoint that this package wrote."
         )
     try:
         tree = json.loads(file.read_text(encoding="utf-8"))
@@ -155,10 +160,10 @@ def read_description(path: Path) -> Description:
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(
             f"{file} is damaged ({type(error).__name__}: {error}), so the checkpoint cannot be "
-            "understood. Resume from an older one (checkpoint.resume: <directory>)."
+            "read. Resume from an older one (checkpoint.resume: <directory>)."
         ) from error
     raise CheckpointError(
-        f"{file} has format {version}, and this version of the package knows format {FORMAT} only. "
+        f"{file} has format {version}, but this version of the package reads format {FORMAT} only. "
         "Load it with the version that wrote it: "
         f"{', '.join(f'{k} {v}' for k, v in tree.get('versions', {}).items()) or 'unknown'}."
     )
@@ -175,7 +180,7 @@ def is_shared(prefix: str) -> bool:
 
 
 def rng_key(rank: int, name: str) -> str:
-    """Return the key of a generator's state; states of CPU and GPU runs are not interchangeable."""
+    """Return the key of a generator's state; CPU and GPU runs cannot exchange states."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return f"rng.{device}.rank_{rank}.{name}"
 
@@ -201,35 +206,29 @@ def set_rng_tensors(states: Mapping[str, Tensor]) -> None:
     )
 
 
-# ------------------------------------------------------------------------------------------
-# Which configuration a checkpoint may be resumed with. No torch.
-#
-# What decides the meaning of the saved tensors, or which samples come next, must be what it was.
-# All else (learning rates, schedules, lengths, intervals, paths, the layout of a replica) may
-# change; the run then goes on from the same state with the new values.
-
+# ---- which configuration may resume a checkpoint --------------------------------------------
 
 # Key or section -> why it cannot change. A section stands for all keys in it.
 FIXED_KEYS: dict[str, str] = {
     "model": "the stored tensors are those of this model",
     "parallel.num_replicas": "changing the number of replicas is not available yet",
-    "data.seed": "it orders the samples, and some would come twice and others never",
-    "data.tokenizer_type": "token numbers would mean other text",
-    "training.global_batch_size": "the place in the data is counted in steps of this size",
+    "data.seed": "it orders the samples, so some would repeat and others never come",
+    "data.tokenizer_type": "token ids would mean other text",
+    "training.global_batch_size": "the position in the data is counted in steps of this size",
     "inner.kind": "the stored moments belong to this optimizer",
     "outer.kind": "the stored outer state belongs to this optimizer",
-    "outer.sync_interval": "the stored round is cut by it",
-    "outer.fragments": "fragments are at different places of their intervals",
+    "outer.sync_interval": "it defines the round that the stored state is in",
+    "outer.fragments": "each fragment is at its own place in its interval",
     "outer.overlap_steps": "it decides which fragments are in flight",
 }
-# Either a number or a section; shown as one value.
+# Its value may be a number or a section, so it is compared and printed as one value.
 _WHOLE_KEYS = frozenset({"outer.sync_interval"})
-# Kinds of residuals of error feedback, for people.
+# Residuals of error feedback -> their names in messages.
 _RESIDUALS = {
-    "residual": "what the replicas' codes lost (e)",
-    "owner_residual": "what the code of the mean lost (f)",
+    "residual": "compression error of the pseudogradients (e)",
+    "owner_residual": "compression error of the mean (f)",
 }
-# Used once, before the first step.
+# Keys of the model section that have no effect after the first step.
 _FREE_KEYS = frozenset({"model.init", "model.init_method_std"})
 
 
@@ -238,7 +237,7 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[st
 
     Args:
         saved: Resolved configuration of the checkpoint, as nested plain values.
-        current: That of this run.
+        current: Resolved configuration of this run, likewise.
     """
     before, after = dict(_leaves(saved)), dict(_leaves(current))
     lines = []
@@ -250,7 +249,7 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[st
 
 
 def residual_changes(saved: Collection[str], current: Collection[str]) -> list[str]:
-    """Return a line for the residuals that begin anew, and one for those that nobody takes over.
+    """Return a line for the residuals that start from zero, and one for those that are dropped.
 
     Args:
         saved: Key prefixes of the tensors of one replica in the checkpoint.
@@ -260,7 +259,7 @@ def residual_changes(saved: Collection[str], current: Collection[str]) -> list[s
     has = {kind for kind in _RESIDUALS if kind in current}
     lines = []
     if has - had:
-        lines.append(f"error feedback: {_listed(has - had)}: zeros, the checkpoint has none")
+        lines.append(f"error feedback: {_listed(has - had)}: zero, the checkpoint has none")
     if had - has:
         lines.append(f"error feedback: {_listed(had - has)}: dropped, this run keeps none")
     return lines
@@ -271,7 +270,7 @@ def _listed(kinds: Collection[str]) -> str:
 
 
 def _reason(key: str) -> str | None:
-    """Return why a dotted key is fixed, ``None`` where it is free."""
+    """Return why a dotted key is fixed, or ``None`` if it may change."""
     if key in _FREE_KEYS:
         return None
     return next(

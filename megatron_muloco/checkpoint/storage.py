@@ -1,11 +1,11 @@
-"""Tensors to and from one directory in Megatron's torch_dist format.
+"""Reads and writes tensors in one directory in Megatron's torch_dist format.
 
-Megatron's own writer hands the work to forked processes and a spawned manager, for saving in the
-background. A save that training waits for needs neither, and they cost a second each, forbid
-daemonic ranks and want a main guard in the user's script. So the tensors are described by
-Megatron's `ShardedTensor` and written by the same planner, but in this process. The parts used
-here are the same in both supported Megatron versions, and so is the format: either reads what the
-other wrote.
+Megatron's own writer uses forked processes and a spawned manager, which let it save in the
+background. A save that training waits for needs neither. They cost a second each, do not work in
+daemonic ranks and require a main guard in the user's script. So Megatron's `ShardedTensor`
+describes the tensors and Megatron's planner plans the write, but this process does the writing. The
+parts of Megatron used here are the same in both supported versions, and so is the format: each
+version reads what the other wrote.
 """
 
 import os
@@ -47,22 +47,23 @@ def everywhere(what: str, remedy: str) -> Iterator[None]:
     """Turn a failure on any rank into the same `CheckpointError` on all ranks.
 
     Args:
-        what: Begins the message, for instance ``"the checkpoint X could not be written"``.
-        remedy: Ends it: what is still safe, and what to do.
+        what: First words of the message, such as ``"the checkpoint X could not be written"``.
+        remedy: Last sentence of the message: what is still safe, and what to do.
 
-    Collectives: gathers one short text from every rank of the job on the way out; the body's own
-    collectives must not be left out by the rank that fails in it (torch's checkpoint functions
-    agree about their failures themselves).
+    Collectives: gathers one short text from every rank of the job when the body ends, so every rank
+    must enter and leave it. The body may contain a collective only if a rank that fails there still
+    takes part in it; torch's checkpoint functions do, because they agree on failures themselves.
     """
     message: str | None = None
     try:
         yield
-    except CheckpointError as error:  # says everything already
+    except CheckpointError as error:  # its message is complete
         message = str(error)
-    except CheckpointException as error:  # torch: the failures of all ranks
+    except CheckpointException as error:  # torch's: it lists the failures of all ranks
         rank, (cause, _) = min(error.failures.items(), key=lambda item: item[0])
         message = f"{what}: rank {rank}: {_describe(cause)}. {remedy}"
-    # Reading a damaged file may raise anything; no rank may go on without the others.
+    # Reading a damaged file can raise anything. A rank that left here alone would make the others
+    # wait in the next collective until its time limit.
     except Exception as error:  # noqa: BLE001
         message = f"{what}: rank {torch.distributed.get_rank()}: {_describe(error)}. {remedy}"
     messages: list[Any] = [None] * torch.distributed.get_world_size()
@@ -73,11 +74,12 @@ def everywhere(what: str, remedy: str) -> Iterator[None]:
 
 
 def write_tensors(directory: Path, entries: Iterable[ShardedBase]) -> None:
-    """Write this rank's tensors and objects, and through to the disk.
+    """Write this rank's tensors and objects, and fsync them.
 
-    Every element of every key must be given by exactly one rank.
+    Exactly one rank must give each element of each key.
 
-    Collectives: torch's checkpoint planning over the whole job; every rank calls it.
+    Collectives: torch's checkpoint planning gathers and scatters small objects over the whole job;
+    every rank calls it.
     """
     by_key: dict[str, list[ShardedBase]] = defaultdict(list)
     for entry in entries:
@@ -91,11 +93,11 @@ def write_tensors(directory: Path, entries: Iterable[ShardedBase]) -> None:
 
 
 def read_tensors(directory: Path, tensors: Sequence[ShardedTensor]) -> None:
-    """Fill the given tensors, each a slab of a stored one. No collectives.
+    """Fill the given tensors, each a slab of a stored tensor. No collectives.
 
     Raises:
-        KeyError: Something is not in the checkpoint.
-        CheckpointingException: Megatron's, for another shape than the stored one.
+        KeyError: A key is not in the checkpoint.
+        CheckpointingException: Megatron's error for a shape that differs from the stored one.
     """
     if not tensors:
         return
@@ -108,6 +110,8 @@ def read_tensors(directory: Path, tensors: Sequence[ShardedTensor]) -> None:
         flatten_sharded_tensors=False,
     )
     with warnings.catch_warnings():
+        # torch warns about no_dist, which is on purpose: reading needs no coordination, and a rank
+        # that fails must not leave the others in a collective; `everywhere` agrees on failures.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         state_dict_loader.load(
             mcore_to_pyt_state_dict(by_key, is_loading=True),
@@ -121,8 +125,8 @@ def finish_directory(directory: Path, common: dict[str, Any]) -> None:
     """Write the small files that Megatron's loader expects. One rank calls it.
 
     Args:
-        directory: Where the tensors are.
-        common: Plain values; what Megatron calls the common state.
+        directory: Directory of the tensors.
+        common: Plain values that Megatron calls the common state.
     """
     torch.save(common, directory / COMMON_FILE)
     save_config(CheckpointingConfig("torch_dist", 1), str(directory))
@@ -138,9 +142,11 @@ def stored_keys(directory: Path) -> frozenset[str]:
 
 
 def missing_bytes(directory: Path) -> list[str]:
-    """Return what is wrong with the sizes of a checkpoint's files: one phrase a file."""
+    """Return a phrase for each file of a checkpoint that is missing or too short."""
     metadata = FileSystemReader(directory).read_metadata()
     needed: dict[str, int] = defaultdict(int)
+    # The index names every stored byte range. A file may be longer than its last range, never
+    # shorter.
     for place in metadata.storage_data.values():
         needed[place.relative_path] = max(needed[place.relative_path], place.offset + place.length)
     problems = []

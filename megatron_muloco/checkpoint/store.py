@@ -1,16 +1,21 @@
-"""The training program's view of checkpoints: where they are, save, load.
+"""`CheckpointStore` saves, finds and loads the checkpoints of one run.
+
+::
 
     store = CheckpointStore(Path(config.checkpoint.dir), groups, keep=config.checkpoint.keep)
     if (found := store.latest()) is not None:
         store.load(found.path, state)
     ...
     store.save(step, state)
-    ...                                  after the last inner step:
+    ...
+    # after the last inner step
     path = store.save(step, state)
     synchronizer.flush()
     store.save_final_anchor(path, state)
 
-Every method is a collective of the whole job: all ranks call it at the same point.
+Every method is a collective of the whole job: all ranks call it at the same point. Rank 0 alone
+looks at directories and renames them, and tells the others what it found, because network file
+systems may show different ranks different listings for a while.
 """
 
 from collections.abc import Callable, Iterable
@@ -44,13 +49,13 @@ __all__ = ["CheckpointStore", "write_published"]
 class CheckpointStore:
     """The checkpoints of one run in one directory that all ranks see.
 
-    Invariant: whatever is killed or fails, the checkpoint that the latest file names is whole, and
-    a failed save changes neither it nor the training state.
+    Invariant: the checkpoint that the latest file names is complete at any moment, also after a
+    kill. A save that fails changes neither that checkpoint nor the training state.
 
     Args:
-        directory: Where ``iter_*`` directories are; made by the first save.
+        directory: Directory of the ``iter_*`` directories; the first save creates it.
         groups: This rank's groups.
-        keep: Newest checkpoints to keep.
+        keep: Number of newest checkpoints to keep.
     """
 
     def __init__(self, directory: Path, groups: Groups, *, keep: int = 2) -> None:
@@ -62,6 +67,8 @@ class CheckpointStore:
 
         Raises:
             CheckpointError: There are checkpoints, but none of them can be resumed from.
+
+        Collectives: agreement on errors, then rank 0 broadcasts one small object to the job.
         """
         found: list[Found | None] = [None]
         with everywhere(f"{self.directory} cannot be read", "Check that all ranks may read it."):
@@ -71,7 +78,10 @@ class CheckpointStore:
         return found[0]
 
     def has(self, step: int) -> bool:
-        """Whether the checkpoint of ``step`` is published, as rank 0 sees it."""
+        """Whether the checkpoint of ``step`` is published, as rank 0 sees it.
+
+        Collectives: rank 0 broadcasts one flag to the job; every rank calls it.
+        """
         found = [_first_rank() and layout.checkpoint_path(self.directory, step).is_dir()]
         torch.distributed.broadcast_object_list(found, src=0)
         return found[0]
@@ -80,8 +90,10 @@ class CheckpointStore:
         """Publish a checkpoint of ``step`` and delete superseded ones; return its path.
 
         Raises:
-            CheckpointError: It could not be written; training may go on.
+            CheckpointError: It could not be written; training may continue.
             SyncError: Replicas disagree about what they share; nothing was written.
+
+        Collectives: those of `describe` and `write_published`; every rank of the job calls it.
         """
         path = layout.checkpoint_path(self.directory, step)
         has_masters = masters_differ(state)
@@ -93,19 +105,23 @@ class CheckpointStore:
             lambda temporary: write_description(temporary, description),
         )
         with everywhere(
-            f"the checkpoint {path} is whole, but {self.directory} could not be brought up to date",
+            f"the checkpoint {path} is complete, but {self.directory} could not be updated",
             f"Resume with checkpoint.resume: {path}, or free space and save again.",
         ):
             if _first_rank():
+                # In this order: a kill between the two leaves one checkpoint too many, the reverse
+                # could leave a latest file that names a deleted one.
                 layout.set_latest(self.directory, step)
                 layout.prune(self.directory, step=step, keep=self.keep)
         return path
 
     def save_final_anchor(self, path: Path, state: RunState) -> Path:
-        """Store the anchor as it is now, after the final flush, inside the checkpoint ``path``.
+        """Store the current anchor, after the final flush, inside the checkpoint ``path``.
 
         Raises:
             CheckpointError: It could not be written; the checkpoint is as before.
+
+        Collectives: as `save`.
         """
         kinds = {ANCHOR: state.anchors()}
         description = describe(state, kinds, step=layout.step_of(path), has_masters=False)
@@ -118,7 +134,7 @@ class CheckpointStore:
         return target
 
     def load(self, path: Path, into: RunState) -> Description:
-        """Overwrite the live state by that of a checkpoint; see `load_run`."""
+        """Overwrite the live state with that of a checkpoint; see `load_run`."""
         return load_run(_resolved(path), into, self._space(into.view))
 
     def load_anchor(self, path: Path, view: Masters, *, flushed: bool = True) -> Description:
@@ -133,43 +149,50 @@ class CheckpointStore:
 def write_published(
     path: Path, entries: Iterable[ShardedBase], describe_in: Callable[[Path], None]
 ) -> None:
-    """Write a directory under a temporary name and give it its own when it is complete.
+    """Write a directory under a temporary name and rename it when it is complete.
 
     Args:
-        path: The directory to appear; replaced if it exists.
-        entries: What this rank writes; exhausted inside, on all ranks at the same point.
-        describe_in: Writes the small files into the temporary directory; rank 0 calls it.
+        path: Final name of the directory; replaced if it exists.
+        entries: Tensors that this rank writes; exhausted inside, on all ranks at the same point.
+        describe_in: Function that writes the small files into the temporary directory; rank 0
+            calls it.
 
     Raises:
         CheckpointError: On every rank, if any of them failed; ``path`` is then as it was.
 
-    Collectives: every rank of the job calls it.
+    Collectives: those of ``entries``, torch's planning, and three agreements on errors; every rank
+    of the job calls it.
     """
     what = f"the checkpoint {path} could not be written"
     remedy = (
-        "Training state and earlier checkpoints are as they were. Free space or change "
-        "checkpoint.dir."
+        "Training state and earlier checkpoints are unchanged. Free space or change checkpoint.dir."
     )
     temporary = layout.temporary_path(path)
     try:
         with everywhere(what, remedy):
             if _first_rank():
                 layout.begin(path)
+        # Outside of `everywhere`: ``entries`` gathers over dp x cp, and a rank that failed inside
+        # would leave the others there. No rank writes before rank 0 has made the directory.
         collected = list(entries)
         with everywhere(what, remedy):
             write_tensors(temporary, collected)
         with everywhere(what, remedy):
             if _first_rank():
+                # Reached only if every rank has written and synced its tensors.
                 describe_in(temporary)
                 layout.publish(path)
-    except BaseException:
+    except BaseException:  # also a KeyboardInterrupt: a full disk needs the space back
         if _first_rank():
             layout.abandon(temporary)
         raise
 
 
 def _resolved(path: Path) -> Path:
-    """Return the checkpoint that ``path`` means, as rank 0 sees it: file systems may lag behind."""
+    """Return the checkpoint that ``path`` means, as rank 0 sees it.
+
+    Collectives: agreement on errors, then rank 0 broadcasts one path to the job.
+    """
     found: list[Path | None] = [None]
     with everywhere(f"{path} cannot be read", "Check that all ranks may read it."):
         if _first_rank():

@@ -1,5 +1,5 @@
-"""From text to microbatches: corpus, tokenizer, indexed datasets, and who reads which sample.
+"""Data from text to microbatches: tokenizer, indexed datasets, sample order and batches.
 
-Nothing is imported here on purpose: the sampler and the checks must stay free of torch, and the
-corpus and preparation code runs in worker processes that should start quickly.
+This file imports nothing on purpose: the sampler and the checks must stay free of torch, and the
+preparation code runs in worker processes that should start quickly.
 """

@@ -1,8 +1,8 @@
-"""Microbatches by step number: the sampler's indices looked up in a Megatron dataset.
+"""`BatchSource` returns microbatches by step number: the sampler's indices of a Megatron dataset.
 
-A `BatchSource` has no position. Step t gives the same tensors whenever it is asked, in any order
-and in any process, so resuming is asking for the next step. Samples come from memory-mapped files
-(a copy of ``seq_length`` tokens each), which needs no loader processes.
+A `BatchSource` has no position. Step t gives the same tensors in any order of calls and in any
+process, so resuming means asking for the next step. Samples come from memory-mapped files, at the
+cost of copying ``seq_length`` tokens each, so no loader processes are needed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,12 +15,12 @@ from megatron_muloco.data.sampler import BatchLayout
 
 __all__ = ["BatchSource", "SampleDataset", "collate", "document_ids"]
 
-# What Megatron's GPTDataset gives for each sample when it makes no attention mask.
+# Keys of a sample of Megatron's GPTDataset when it creates no attention mask.
 _KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 
 
 class SampleDataset(Protocol):
-    """Random access to samples: Megatron's GPTDataset or BlendedDataset, or a test's list."""
+    """Random access to samples, as Megatron's GPTDataset and BlendedDataset give it."""
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -36,12 +36,12 @@ class BatchSource:
 
     Args:
         dataset: Samples in their global order.
-        layout: How a step's samples are dealt out.
-        replica: This rank's replica. Held-out data is read by every replica alike: pass
+        layout: Division of a step's samples.
+        replica: This rank's replica. All replicas read the same held-out data: pass
             ``layout.held_out()`` and replica 0.
         dp_rank: This rank's data-parallel rank; ranks that differ only in tensor, pipeline or
             context position read the same samples.
-        steps: Steps that will be asked for; the dataset must be long enough.
+        steps: Number of steps that will be read; the dataset must be long enough.
     """
 
     def __init__(
@@ -84,15 +84,15 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
 
 
 def document_ids(tokens: Tensor, eod: int) -> Tensor:
-    """Return the running number of the document each position belongs to.
+    """Return for each position the index of its document.
 
-    The number of end-of-document ids *before* a position: such an id still belongs to the document
-    that it ends, and the next token starts a new one. Positions may attend to each other when their
-    numbers are equal.
+    That is the number of end-of-document ids *before* the position: such an id still belongs to the
+    document that it ends, and the next token starts a new one. Positions may attend to each other
+    if their indices are equal.
 
     Args:
         tokens: Token ids, [b, s].
-        eod: The id that ends documents.
+        eod: Id that ends a document.
 
     Returns:
         int64, [b, s], starting at 0 in each row.

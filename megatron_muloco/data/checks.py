@@ -1,4 +1,4 @@
-"""What is wrong with a run's data, found before anything is built; neither torch nor Megatron."""
+"""Checks of a run's data and tokenizer before anything is built; no torch, no Megatron."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 __all__ = ["check_data", "check_run_data", "check_sources"]
 
-# Tokenizers that can be opened without Megatron and the libraries behind it.
+# Tokenizers that can be loaded without Megatron and its libraries.
 _LIGHT_TOKENIZERS = frozenset({"sentencepiece", "byte-level"})
 
 
 def check_run_data(config: "RunConfig") -> list[str]:
-    """Return every problem of a run's data and tokenizer, with the place of its key."""
+    """Return every problem of a run's data and tokenizer, with the location of its key."""
     return check_data(
         config.data,
         model_vocab_size=config.model.vocab_size,
@@ -40,13 +40,14 @@ def check_data(
     seq_length: int = 0,
     where: Callable[[str], str] | None = None,
 ) -> list[str]:
-    """Return every problem of the data section as a sentence that says what to do.
+    """Return every problem of the data section, each a sentence that says what to do.
 
     Args:
-        data: The section of the config.
+        data: The config's data section.
         model_vocab_size: Rows of the embedding; a larger vocabulary is a problem.
-        seq_length: Tokens of a sample; a dataset must hold at least one.
-        where: Gives the ``file:line`` of a dotted key; without it, messages begin with the key.
+        seq_length: Tokens of a sample; a dataset must hold at least one sample.
+        where: Function that returns the ``file:line`` of a dotted key; without it, messages begin
+            with the key.
     """
     sources = _first_keys(data)
     problems = [
@@ -77,7 +78,7 @@ def check_data(
 
 
 def _first_keys(data: "DataConfig") -> dict[str, str]:
-    """Return path -> the first key that names it; each dataset is looked at once."""
+    """Return path -> the first key that names it, so that each dataset is checked once."""
     keys: dict[str, str] = {}
     for name, sources in (("train", data.train), ("valid", data.valid)):
         for index, source in enumerate(sources):
@@ -90,16 +91,16 @@ def _nowhere(key: str) -> str:
 
 
 def _located(problem: Problem, where: Callable[[str], str]) -> str:
-    """Return the message behind its place and key; some of the sentences name the key already."""
+    """Return the message after its location and key, which some of the sentences begin with."""
     text = problem.text.removeprefix(f"{problem.key}: ")
     return Problem(problem.key, text).format(where)
 
 
 def check_sources(prefixes: Sequence[str], seq_length: int = 0) -> list[str]:
-    """Return why any of these indexed datasets cannot be used; each prefix is looked at once.
+    """Return why any of these indexed datasets cannot be used; each prefix is checked once.
 
     Args:
-        prefixes: RoutingPlan without suffix.
+        prefixes: Paths without suffix.
         seq_length: When given, a dataset too short for one sample is a problem.
     """
     return [

@@ -1,10 +1,10 @@
-"""Train and held-out datasets, built by Megatron from weighted indexed datasets.
+"""`build_datasets` builds training and held-out datasets from weighted indexed datasets.
 
 Megatron draws samples of ``seq_length + 1`` tokens from the concatenated, shuffled documents and
-keeps its three index arrays in a cache. Two things are added here: the cache is kept apart by what
-the indexed files contain (Megatron's own key has their paths only, so a dataset that was prepared
-again would be read with the old index), and a single process can blend several sources, which
-0.16.1 does only where torch.distributed is initialised.
+caches its three index arrays. This module adds two things. The cache directory depends on the
+contents of the indexed files; Megatron's own key depends on their paths only, so it would read a
+dataset that was prepared again with the old index. And a single process can blend several sources,
+which Megatron 0.16.1 does only with torch.distributed initialised.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from megatron_muloco.errors import ConfigError
 
 __all__ = ["Datasets", "Source", "build_datasets"]
 
-# Bytes of an index that are hashed at either end; the lengths of the first and last documents.
+# Bytes hashed at each end of an index; they hold the lengths of the first and last documents.
 _HASHED_BYTES = 1024 * 1024
 
 
@@ -45,7 +45,12 @@ class Source(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Datasets:
-    """Samples in their global order; ``valid`` is ``None`` without held-out data."""
+    """Samples in their global order.
+
+    Attributes:
+        train: Training samples.
+        valid: Held-out samples; ``None`` without held-out data.
+    """
 
     train: SampleDataset
     valid: SampleDataset | None
@@ -62,9 +67,9 @@ def build_datasets(
     tokenizer: Tokenizer,
     cache_dir: str | None = None,
 ) -> Datasets:
-    """Return datasets of at least the asked numbers of samples.
+    """Return datasets of at least the requested numbers of samples.
 
-    Text is repeated, shuffled anew each time, where it holds fewer samples than asked.
+    A source with fewer samples is repeated, in a new order each time.
 
     Args:
         train: Sources to learn from, with their weights.
@@ -72,10 +77,10 @@ def build_datasets(
         train_samples: Samples of the whole run (steps times global batch).
         valid_samples: Samples of one evaluation.
         seq_length: Tokens of a sample.
-        seed: Decides the order; nothing else random is read.
+        seed: Seed of the order; the only source of randomness.
         tokenizer: From `tokenizer.load_tokenizer`.
-        cache_dir: Where index arrays are kept; beside the first source by default. All ranks must
-            see it.
+        cache_dir: Directory of the index arrays, which all ranks must see; beside the first source
+            by default.
 
     Raises:
         ConfigError: A source cannot be read or is shorter than one sample, or the cache cannot be
@@ -89,7 +94,7 @@ def build_datasets(
     if problems := check_sources([source.path for source in (*train, *held_out)], seq_length):
         raise ConfigError(problems)
     with warnings.catch_warnings():
-        # About optional GPU packages, and about pad ids, which whole samples never contain.
+        # About optional GPU packages, and about pad ids, which complete samples never contain.
         warnings.simplefilter("ignore", UserWarning)
         built = _build(train, held_out, train_samples, valid_samples, seq_length, seed, tokenizer,
                        _cache_directory([*train, *held_out], cache_dir))  # fmt: skip
@@ -139,7 +144,7 @@ def _build(
 
 
 def _blend(sources: Sequence[Source]) -> tuple[list[str], list[float] | None] | None:
-    """Return Megatron's form of a blend; a single source has no weight there."""
+    """Return Megatron's form of a blend, in which a single source has no weight."""
     if not sources:
         return None
     weights = [source.weight for source in sources] if len(sources) > 1 else None
@@ -147,9 +152,9 @@ def _blend(sources: Sequence[Source]) -> tuple[list[str], list[float] | None] | 
 
 
 def _cache_directory(sources: Sequence[Source], cache_dir: str | None) -> Path:
-    """Return a directory of its own for what the indexed files contain now.
+    """Return the cache directory for the current contents of the indexed files.
 
-    The index arrays depend on the documents' lengths only, which the ``.idx`` file lists.
+    Hashing the ``.idx`` files is enough: the index arrays depend on the documents' lengths only.
     """
     base = Path(cache_dir) if cache_dir else Path(sources[0].path).parent / "index_cache"
     key = 0
@@ -166,7 +171,7 @@ def _cache_directory(sources: Sequence[Source], cache_dir: str | None) -> Path:
 
 @contextlib.contextmanager
 def _one_rank_world() -> Iterator[None]:
-    """Be the only rank of a world while Megatron blends: 0.16.1 asks for its rank there."""
+    """Initialise a world of one rank while Megatron blends: 0.16.1 reads its rank there."""
     store = torch.distributed.HashStore()  # type: ignore[attr-defined]  # not in its __all__
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:

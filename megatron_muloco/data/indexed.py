@@ -1,15 +1,15 @@
-r"""Megatron's indexed datasets as files: names, header, sanity, and the manifest beside them.
+r"""Files of Megatron's indexed datasets: names, header, checks, and the manifest beside them.
 
-Megatron reads ``PREFIX.idx`` and ``PREFIX.bin`` and asserts when they are not what it expects.
-This module looks first, with numpy alone (no torch, no Megatron: start-up checks and ``--dry-run``
-take no time), and says what is wrong. The layout of the index, little endian::
+Megatron reads ``PREFIX.idx`` and ``PREFIX.bin`` and fails an assertion when they are not as
+expected. This module checks them before and says what is wrong. It uses numpy alone (no torch, no
+Megatron), so start-up checks and ``--dry-run`` are fast. The layout of the index, little endian::
 
     b"MMIDIDX\0\0" | version u64 = 1 | dtype code u8 | sequences S u64 | documents D u64
     | lengths i32[S] | byte offsets i64[S] | document ends i64[D]          (D counts a leading 0)
 
 Source: ``megatron/core/datasets/indexed_dataset.py``, the same in 0.16.1 and 0.19.2.
 
-``PREFIX.json`` is ours: what the tokens were made from and by which tokenizer. Datasets that were
+``PREFIX.json`` is this package's manifest: the inputs and the tokenizer of the dataset. Datasets
 prepared by other tools have none and are read all the same.
 """
 
@@ -52,22 +52,22 @@ _PREPARE = "Run: python tools/prepare_data.py --input FILES --output-prefix {pre
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What `prepare_data` knows about a dataset.
+    """Inputs, tokenizer and counts of a dataset, as `megatron_muloco.data.prepare` records them.
 
     Attributes:
-        tokens: Token count, end-of-document ids included.
-        documents: Documents written.
+        tokens: Number of tokens, including end-of-document ids.
+        documents: Number of documents.
         text_bytes: UTF-8 bytes of their text.
-        skipped: Bad records left out on request.
-        empty: Records without text, which make no document.
+        skipped: Number of bad records that were left out.
+        empty: Number of records without text, which make no document.
         append_eod: Whether every document ends with ``eod``.
-        eod: The id that ends documents.
+        eod: Id that ends a document.
         dtype: numpy name of the stored token type.
-        tokenizer_type: As in the config.
-        tokenizer_digest: From `tokenizer.tokenizer_digest`.
-        vocab_size: Ids of the tokenizer.
+        tokenizer_type: Type of the tokenizer, as in the config.
+        tokenizer_digest: Digest of the tokenizer (`tokenizer.tokenizer_digest`).
+        vocab_size: Number of ids of the tokenizer.
         inputs: Path and size in bytes of every input, in order.
-        origin: Where the text came from, as the caller states it (versions, a content hash).
+        origin: Origin of the text as the caller states it (versions, a content hash).
     """
 
     tokens: int
@@ -87,7 +87,13 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True)
 class IndexedFiles:
-    """A dataset opened read-only: all tokens in file order and the length of each sequence."""
+    """A dataset opened read-only.
+
+    Attributes:
+        tokens: All tokens in file order.
+        lengths: Number of tokens of each sequence.
+        documents: Number of documents.
+    """
 
     tokens: npt.NDArray[Any]
     lengths: npt.NDArray[np.int32]
@@ -95,26 +101,26 @@ class IndexedFiles:
 
 
 def bin_path(prefix: str) -> Path:
-    """Return the file with the tokens."""
+    """Return the path of the tokens."""
     return Path(f"{prefix}.bin")
 
 
 def idx_path(prefix: str) -> Path:
-    """Return the file with the lengths; it exists only when the dataset is complete."""
+    """Return the path of the index; the file exists only if the dataset is complete."""
     return Path(f"{prefix}.idx")
 
 
 def manifest_path(prefix: str) -> Path:
-    """Return the file that says what the tokens are."""
+    """Return the path of the manifest."""
     return Path(f"{prefix}.json")
 
 
 def check_indexed(prefix: str, *, min_tokens: int = 1) -> list[str]:
-    """Return why a dataset cannot be used, as sentences that say what to do.
+    """Return why a dataset cannot be used, each reason a sentence that says what to do.
 
     Args:
         prefix: Path without suffix.
-        min_tokens: Tokens of the shortest dataset that gives a sample.
+        min_tokens: Number of tokens of the shortest dataset that contains a sample.
     """
     try:
         found = len(open_indexed(prefix).tokens)
@@ -132,7 +138,7 @@ def open_indexed(prefix: str) -> IndexedFiles:
     """Map a dataset into memory.
 
     Raises:
-        ConfigError: Files missing, of another kind, truncated, inconsistent or empty.
+        ConfigError: A file is missing, of another kind, truncated, inconsistent or empty.
     """
     for path in (idx_path(prefix), bin_path(prefix)):
         if not path.is_file():
@@ -153,10 +159,10 @@ def open_indexed(prefix: str) -> IndexedFiles:
 
 
 def read_manifest(prefix: str) -> Manifest | None:
-    """Return the manifest, or ``None`` where the dataset was prepared by another tool.
+    """Return the manifest, or ``None`` if another tool prepared the dataset.
 
     Raises:
-        ConfigError: The file is there but is not a manifest.
+        ConfigError: The file exists but is not a manifest.
     """
     path = manifest_path(prefix)
     if not path.is_file():
@@ -171,7 +177,7 @@ def read_manifest(prefix: str) -> Manifest | None:
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Write a manifest and wait until it is on disk."""
+    """Write a manifest and fsync it."""
     with path.open("w", encoding="utf-8") as file:
         json.dump(asdict(manifest), file, indent=1)
         file.write("\n")
@@ -181,10 +187,10 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
 
 @contextlib.contextmanager
 def partial_files(prefix: str) -> Iterator[tuple[Path, Path, Path]]:
-    """Give the temporary names of tokens, index and manifest, and remove what is left of them.
+    """Yield the temporary names of tokens, index and manifest; remove leftovers at the end.
 
-    The suffix comes last, so that no reader of ``*.idx`` takes them for a dataset. A killed process
-    leaves them behind; the next run with this prefix writes over them.
+    The temporary suffix comes last, so that a search for ``*.idx`` does not find them. A killed
+    process leaves them behind; the next run with this prefix overwrites them.
     """
     partials = (
         _partial(bin_path(prefix)),
@@ -199,11 +205,15 @@ def partial_files(prefix: str) -> Iterator[tuple[Path, Path, Path]]:
 
 
 def publish(prefix: str) -> None:
-    """Give the temporary files their names; the index is the last, and an old one goes first."""
+    """Rename the temporary files to their final names, the index last.
+
+    The index of an old dataset is deleted first. So at no moment does an index lie beside tokens
+    that it does not describe.
+    """
     for path in (bin_path(prefix), idx_path(prefix)):
         with _partial(path).open("rb") as file:
             os.fsync(file.fileno())
-    idx_path(prefix).unlink(missing_ok=True)  # from here on an old dataset is not complete either
+    idx_path(prefix).unlink(missing_ok=True)  # from here on the old dataset is incomplete
     for path in (bin_path(prefix), manifest_path(prefix), idx_path(prefix)):
         _partial(path).replace(path)
 
@@ -213,15 +223,15 @@ def _partial(path: Path) -> Path:
 
 
 def _read_header(prefix: str) -> tuple[type[np.generic], int, int]:
-    """Return (token type, sequences, document ends) of an index that has its full length."""
+    """Return (token type, sequences, document ends) of an index after checking its length."""
     path = idx_path(prefix)
     size = path.stat().st_size
     with path.open("rb") as file:
         header = file.read(_HEADER.size)
     if header[: len(_MAGIC)] != _MAGIC or len(header) < _HEADER.size:
         raise ConfigError(
-            f"dataset {prefix}: {path} does not start like a Megatron index, so it is another kind "
-            f"of file. " + _PREPARE.format(prefix=prefix)
+            f"dataset {prefix}: {path} does not start like a Megatron index, so it is a file of "
+            f"another kind. " + _PREPARE.format(prefix=prefix)
         )
     _, version, code, sequences, ends = _HEADER.unpack(header)
     if version != 1 or code not in _DTYPES:

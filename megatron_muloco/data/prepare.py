@@ -1,16 +1,21 @@
-"""Text files to a Megatron indexed dataset, with several processes and in one fixed order.
+"""`prepare` turns text files into a Megatron indexed dataset, with several processes.
 
 ::
 
     main process                    workers                       main process
     cut files into records  --->    decode, parse, tokenize  ---> append in order, publish
 
-Records are handed out in batches and results are taken back in the order they were handed out, so
-the files written do not depend on the number of workers. At most a few batches per worker are in
-flight, which bounds memory for inputs of any size.
+Inputs are plain text, JSON lines and their gzipped forms. Reading has two halves. `raw_records`
+cuts a file into byte records; that is cheap, so the main process does it for all files in order.
+`text_of` decodes one record, in a worker. A record knows its file and line, and every complaint
+about it names them.
 
-Files are written under temporary names and published at the end, the ``.idx`` last: a dataset that
-has an ``.idx`` is whole, whatever moment a run was killed at.
+Workers get records in batches, and results are appended in the order of submission, so the written
+files do not depend on the number of workers. At most a few batches per worker are in flight, which
+bounds memory for inputs of any size.
+
+Files are written under temporary names and published at the end, the ``.idx`` last. So a dataset
+with an ``.idx`` is complete, at whatever moment a run was killed.
 """
 
 import functools
@@ -56,14 +61,7 @@ __all__ = [
     "text_of",
 ]
 
-
-# ------------------------------------------------------------------------------------------
-# Documents out of text files, JSON lines and their gzipped forms.
-#
-# Reading is in two halves. `raw_records` cuts a file into byte records and is cheap, so the main
-# process does it for all files in order; `text_of` decodes one record and is what worker processes
-# do. A record knows its file and line, and everything wrong with it is said with that place.
-
+# ---- records of text files -----------------------------------------------------------------
 
 Layout = Literal["jsonl", "text", "paragraphs"]
 
@@ -84,7 +82,7 @@ class Record:
         path: File as the user named it.
         line: First line of the record, from 1.
         data: UTF-8 text, or one JSON object.
-        layout: How ``data`` is to be read.
+        layout: Layout of the file, which says how to read ``data``.
         consumed: Bytes of the (compressed) file read so far, for progress.
     """
 
@@ -96,13 +94,13 @@ class Record:
 
 
 def layout_of(path: str) -> Layout:
-    """Return how a file is read when the user did not say: by its name."""
+    """Return the layout that a file's name suggests."""
     suffixes = [suffix for suffix in Path(path).suffixes if suffix != ".gz"]
     return "jsonl" if suffixes and suffixes[-1] in _JSON_SUFFIXES else "text"
 
 
 def check_inputs(paths: list[str]) -> None:
-    """Raise one `ConfigError` naming every input that is not a readable, non-empty file."""
+    """Raise one `ConfigError` that names every input that is not a non-empty file."""
     problems = []
     for path in paths:
         if not Path(path).is_file():
@@ -119,7 +117,7 @@ def check_inputs(paths: list[str]) -> None:
 def raw_records(path: str, layout: Layout) -> Iterator[Record]:
     """Yield the records of one file in order.
 
-    Blank lines separate paragraphs and are nothing in JSON lines.
+    Blank lines separate paragraphs, and are ignored in JSON lines.
 
     Raises:
         ConfigError: The file cannot be read to its end (permissions, damaged gzip).
@@ -131,8 +129,8 @@ def raw_records(path: str, layout: Layout) -> Iterator[Record]:
             yield from _cut(path, layout, stream, file)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ConfigError(
-            f"input {path}: damaged gzip ({error}), so documents would be missing without notice. "
-            f"Fetch or compress the file again."
+            f"input {path}: damaged gzip ({error}), so documents would be missing silently. "
+            f"Download or compress the file again."
         ) from error
     except OSError as error:
         raise ConfigError(f"input {path}: cannot be read ({error}).") from error
@@ -142,7 +140,7 @@ def text_of(record: Record, json_key: str) -> str:
     """Return the text of a record.
 
     Args:
-        record: From `raw_records`.
+        record: Record from `raw_records`.
         json_key: Field of a JSON object that holds the text; unused for plain text.
 
     Raises:
@@ -173,7 +171,7 @@ def _field(record: Record, line: str, key: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         raise BadRecord(
-            f"{where}: {key!r} holds half a surrogate pair, which is no text"
+            f"{where}: {key!r} holds half a surrogate pair, which is not text"
         ) from error
     return text
 
@@ -199,29 +197,30 @@ def _cut(path: str, layout: Layout, stream: BinaryIO, file: BinaryIO) -> Iterato
         yield Record(path, number - len(pending) + 1, b"".join(pending), layout, file.tell())
 
 
-# ------------------------------------------------------------------------------------------
+# ---- tokenization and writing --------------------------------------------------------------
 
-# Text handed to a worker at once: tens of milliseconds of work, so pipes and pickling do not show.
+# Text per batch: tens of milliseconds of work, so the cost of pipes and pickling is negligible.
 _BATCH_BYTES = 256 * 1024
 
-# Batches in flight per worker: one being worked on, one waiting, one being collected.
+# Batches in flight per worker: one in work, one waiting, one being collected.
 _BATCHES_PER_WORKER = 3
 
 
 @dataclass(frozen=True, slots=True)
 class PrepareOptions:
-    """How text becomes tokens.
+    """Options of `prepare`.
 
     Attributes:
-        tokenizer_type: As in the config (``sentencepiece``, ``byte-level`` ...).
-        tokenizer_model: File of the tokenizer, ``None`` for ``byte-level``.
-        layout: ``None`` decides by file name: JSON lines or one document per file.
+        tokenizer_type: Type of the tokenizer, as in the config.
+        tokenizer_model: File of the tokenizer; ``None`` for ``byte-level``.
+        layout: Layout of all inputs; ``None`` chooses JSON lines or one document per file by name.
         json_key: Field of a JSON record that holds the text.
         append_eod: End every document with the tokenizer's end-of-document id.
         workers: Processes that tokenize; 1 does it in this process.
-        on_error: ``fail`` stops at the first bad record, ``skip`` counts and leaves them out.
+        on_error: ``fail`` stops at the first bad record; ``skip`` counts bad records and leaves
+            them out.
         overwrite: Replace an existing dataset.
-        origin: Stored in the manifest as it is.
+        origin: Copied to the manifest.
     """
 
     tokenizer_type: str
@@ -237,7 +236,7 @@ class PrepareOptions:
 
 @dataclass(slots=True)
 class _Batch:
-    """Tokens of some consecutive records; documents end where ``lengths`` say."""
+    """Tokens of consecutive records; ``lengths`` are those of their documents."""
 
     tokens: npt.NDArray[Any]
     lengths: list[int]
@@ -266,11 +265,11 @@ def prepare(
     """Write ``prefix.bin``, ``prefix.json`` and, last, ``prefix.idx``.
 
     Args:
-        inputs: Files, in the order their documents shall have.
+        inputs: Files, in the order of their documents in the dataset.
         prefix: Path of the dataset without suffix; its directory is created.
-        options: See `PrepareOptions`.
+        options: Tokenizer, layout and handling of bad records.
         progress: Called with (input bytes read, tokens written).
-        report_bad: Called with every bad record that is skipped.
+        report_bad: Called with the message about every bad record that is skipped.
 
     Raises:
         ConfigError: Bad input or tokenizer, or a dataset exists already.
@@ -366,7 +365,10 @@ def _batches(inputs: Sequence[str], layout: Layout | None) -> Iterator[tuple[int
 def _encode(
     records: Sequence[Record], options: PrepareOptions, dtype: type[np.integer[Any]]
 ) -> _Batch:
-    """Return the tokens of some records; bad ones are reported, not raised, to keep the order."""
+    """Return the tokens of some records.
+
+    Messages about bad records are returned, not raised, so that they are reported in input order.
+    """
     encoder = _encoder(options.tokenizer_type, options.tokenizer_model)
     texts: list[str] = []
     bad: list[str] = []
@@ -388,12 +390,12 @@ def _encode(
     return _Batch(flat, lengths, sum(len(text.encode()) for text in texts), empty, bad)
 
 
-# Loaded once in each process that tokenizes.
+# A tokenizer is loaded once in each process that uses it.
 _encoder = functools.lru_cache(maxsize=1)(load_encoder)
 
 
 def _end_with_parent() -> None:
-    """Let a worker leave when the main process dies: a killed one cannot tell its workers."""
+    """Make a worker exit when the main process dies: a killed process cannot stop its workers."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -441,9 +443,9 @@ def _manifest(
 
 
 def _indexed_format() -> Any:
-    """Return Megatron's module of the file format."""
+    """Return Megatron's module for indexed datasets; importing it takes seconds."""
     with warnings.catch_warnings():
-        # About optional GPU packages, which writing files has no use for.
+        # About optional GPU packages, which writing files does not need.
         warnings.simplefilter("ignore", UserWarning)
         from megatron.core.datasets import indexed_dataset
     return indexed_dataset

@@ -1,7 +1,7 @@
-"""Which sample every replica and rank reads at every step: one pure function, no state, no torch.
+"""`BatchLayout` maps step, replica, rank and microbatch to samples. No state, no torch.
 
-There is one global order of samples, and step t (from 1) consumes the next B of it, whatever the
-cut. For B = 8, two replicas, dp 2, micro-batch 1::
+There is one global order of samples, and step t (from 1) consumes the next B of it in any layout.
+For B = 8, two replicas, dp 2, micro-batch 1::
 
     step 3:  samples   16 17 | 18 19 | 20 21 | 22 23
              replica       0     0      1      1
@@ -22,11 +22,11 @@ __all__ = ["BatchLayout", "consumed_samples", "samples_of_step"]
 
 @dataclass(frozen=True, slots=True)
 class BatchLayout:
-    """How the samples of one step are dealt out.
+    """Division of the samples of one step over replicas, ranks and microbatches.
 
     Attributes:
         global_batch_size: Samples per inner step over all replicas (B).
-        num_replicas: K.
+        num_replicas: Number of replicas (K).
         data_parallel_size: Ranks of one replica that read different samples (dp).
         micro_batch_size: Samples of one forward pass.
     """
@@ -37,7 +37,7 @@ class BatchLayout:
     micro_batch_size: int
 
     def __post_init__(self) -> None:
-        """Refuse a batch that cannot be dealt out evenly."""
+        """Raise if the batch cannot be divided evenly."""
         sizes = (self.num_replicas, self.data_parallel_size, self.micro_batch_size)
         product = sizes[0] * sizes[1] * sizes[2]
         if min(*sizes, self.global_batch_size) < 1 or self.global_batch_size % product:
@@ -58,7 +58,7 @@ class BatchLayout:
         return replace(self, num_replicas=1)
 
     def indices(self, step: int, replica: int, dp_rank: int, microbatch: int) -> range:
-        """Return the places in the global order that one forward pass reads.
+        """Return the indices in the global order that one forward pass reads.
 
         Args:
             step: Inner step, from 1.
@@ -83,12 +83,12 @@ class BatchLayout:
 
 
 def samples_of_step(step: int, global_batch_size: int) -> range:
-    """Return the places in the global order that all ranks together read at a step (from 1)."""
+    """Return the indices in the global order that all ranks together read at a step (from 1)."""
     if step < 1:
         raise ValueError(f"step {step}: steps are counted from 1")
     return range((step - 1) * global_batch_size, step * global_batch_size)
 
 
 def consumed_samples(steps: int, global_batch_size: int) -> int:
-    """Return the samples that all replicas together have read after so many steps."""
+    """Return how many samples all replicas together have read after ``steps`` steps."""
     return steps * global_batch_size

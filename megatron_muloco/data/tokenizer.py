@@ -1,10 +1,15 @@
-"""Tokenizers by the name the config uses, in two forms.
+"""Loads the tokenizer that the config names, in two forms, and trains sentencepiece tokenizers.
 
-`load_encoder` is what preparing text needs: ids, vocabulary size, end-of-document id. For
-sentencepiece and bytes it imports neither torch nor Megatron, because every worker process would
-pay seconds for that. `load_tokenizer` is Megatron's own object, which its datasets ask for; both
-give the same ids. Only the ``from_pretrained`` spelling of Megatron is used: it is the one that
-0.16.1 and 0.19.x share.
+`load_encoder` returns what preparing text needs: ids, vocabulary size, end-of-document id. For
+sentencepiece and bytes it imports neither torch nor Megatron, which would cost every worker process
+seconds. `load_tokenizer` returns Megatron's own object, which Megatron's datasets require. Both
+give the same ids. Of Megatron's constructors only ``from_pretrained`` is used, because 0.16.1 and
+0.19.x share it.
+
+`train_tokenizer` trains a BPE tokenizer that loses nothing: decoding returns the exact text. For
+that it neither normalises nor adds a blank in front (``add_dummy_prefix=False``), and it falls back
+to bytes for characters outside the vocabulary. The one exception is U+2581, with which
+sentencepiece itself marks blanks.
 """
 
 import hashlib
@@ -34,14 +39,19 @@ TOKENIZER_TYPES = ("sentencepiece", "huggingface", "tiktoken", "byte-level")
 _BYTE_LEVEL_VOCAB_SIZE = 512
 _BYTE_LEVEL_EOD = 0
 
-# Files that decide what a Hugging Face tokenizer directory does.
+# Files that determine the ids of a Hugging Face tokenizer directory.
 _HUGGINGFACE_FILES = ("added_tokens.json", "merges.txt", "special_tokens_map.json", "spiece.model",
                       "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json",
                       "vocab.txt")  # fmt: skip
 
 
 class Encoder(Protocol):
-    """Text to ids, enough for preparing data."""
+    """Minimal tokenizer for preparing data.
+
+    Attributes:
+        vocab_size: Number of ids.
+        eod: Id that ends a document.
+    """
 
     vocab_size: int
     eod: int
@@ -56,7 +66,7 @@ class Tokenizer(Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """Ids are smaller than this."""
+        """Number of ids; every id is smaller."""
         ...
 
     @property
@@ -110,10 +120,10 @@ def check_vocab_size(tokenizer_vocab_size: int, model_vocab_size: int) -> list[s
 
 
 def tokenizer_digest(tokenizer_type: str, tokenizer_model: str | None) -> str:
-    """Return a hash of what decides the ids, to be compared between preparation and training.
+    """Return a hash of everything that determines the ids; training compares it with the data's.
 
-    The file for sentencepiece and tiktoken; the tokenizer files of a local Hugging Face directory;
-    the name alone for a hub name and for bytes.
+    It covers the file for sentencepiece and tiktoken, the tokenizer files of a local Hugging Face
+    directory, and only the name for a hub name and for bytes.
     """
     digest = hashlib.sha256(tokenizer_type.encode())
     if tokenizer_type == "byte-level" or tokenizer_model is None:
@@ -170,7 +180,7 @@ def load_tokenizer(
     metadata = {"library": tokenizer_type, "model_type": "gpt"}
     try:
         tokenizer: Tokenizer = MegatronTokenizer.from_pretrained(path, metadata_path=metadata)
-    # The libraries behind this raise whatever they like for a file that is not theirs.
+    # The libraries behind it raise errors of many types for a file of another kind.
     except Exception as error:
         raise ConfigError(_unreadable(tokenizer_type, tokenizer_model, error)) from error
     size = tokenizer.vocab_size
@@ -203,7 +213,7 @@ class _SentencePiece:
         except (OSError, RuntimeError) as error:
             raise ConfigError(_unreadable("sentencepiece", model, error)) from error
         self.vocab_size: int = self._processor.get_piece_size()
-        # Megatron's fallback too, for a model without a piece named for the purpose.
+        # As Megatron does for a model that has no piece named for the end of a document.
         self.eod: int = self._processor.eos_id()
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -236,24 +246,16 @@ def _unreadable(kind: str, model: str | None, error: Exception) -> str:
     )
 
 
-# ------------------------------------------------------------------------------------------
-# Training of a sentencepiece BPE tokenizer that loses nothing.
-#
-# Every text comes back exactly from its ids: no normalisation, no blank added in front
-# (``add_dummy_prefix=False``; with it, a Hugging Face export would differ on a third of the lines),
-# and bytes as a fallback for characters outside the vocabulary. The one exception is U+2581, which
-# sentencepiece itself uses for the blank. Training is deterministic: documents in the given order,
-# no sampling inside the trainer, and a model file without paths or dates.
-
+# ---- training ------------------------------------------------------------------------------
 
 # 256 bytes and the four control ids; characters and merges come on top.
 MIN_VOCAB_SIZE = 260
 
-# Control ids. unk, bos and eos are sentencepiece's defaults; a pad id of its own keeps Megatron's
+# Control ids. unk, bos and eos are sentencepiece's defaults. The separate pad id keeps Megatron's
 # datasets from treating a real token as padding.
 _UNK, _BOS, _EOS, _PAD = 0, 1, 2, 3
 
-# The trainer drops longer lines without failing, so they are cut before (4 bytes a character).
+# The trainer silently drops longer lines, so they are cut before (at most 4 bytes a character).
 _LONGEST_LINE = 4096
 _LONGEST_LINE_BYTES = 4 * _LONGEST_LINE
 
@@ -261,9 +263,12 @@ _LONGEST_LINE_BYTES = 4 * _LONGEST_LINE
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> bytes:
     """Return the model file of a BPE tokenizer trained on texts.
 
+    Training is deterministic: the trainer reads the documents in the given order and draws no
+    sample, and the model file contains no paths or dates.
+
     Args:
         texts: Documents in a fixed order; consumed once.
-        vocab_size: Ids in all, control ids and bytes included.
+        vocab_size: Total number of ids, including control ids and bytes.
 
     Raises:
         ConfigError: The size is impossible, or the texts have too few different words for it.
@@ -291,7 +296,8 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> bytes:
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
-            # Runs of blanks become tokens: indentation would otherwise cost one token a column.
+            # A dummy prefix would change a third of the lines in a Hugging Face export. Runs of
+            # blanks become tokens: indentation would otherwise cost one token a column.
             allow_whitespace_only_pieces=True,
             split_digits=True,
             unk_id=_UNK,
@@ -300,7 +306,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> bytes:
             pad_id=_PAD,
             max_sentence_length=_LONGEST_LINE_BYTES,
             shuffle_input_sentence=False,
-            # Written into the model file, so it must not follow the machine.
+            # Written into the model file, so it must not depend on the machine.
             num_threads=2,
             minloglevel=2,
         )
@@ -310,7 +316,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> bytes:
 
 
 class _Counted:
-    """Lines of texts, counted while they are read."""
+    """Iterable over the lines of texts that counts them while they are read."""
 
     def __init__(self, texts: Iterable[str]) -> None:
         self._texts = texts

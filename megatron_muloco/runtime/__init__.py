@@ -1,1 +1,1 @@
-"""What lies under the algorithm: accelerator seam, process start-up, Megatron adapter."""
+"""Process start-up, the CPU seam and the adapters to Megatron, below the algorithm."""

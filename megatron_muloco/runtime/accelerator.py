@@ -1,10 +1,10 @@
-"""The CPU seam: what lets an unmodified Megatron-core run on a machine without an accelerator.
+"""The CPU seam, which runs an unmodified Megatron-core on a machine without an accelerator.
 
-Megatron-core names the device "cuda" in about a hundred places. Where no accelerator exists this
-one file answers for it: a `TorchFunctionMode` sends tensors meant for "cuda" to the CPU, and a
-dozen functions of ``torch.cuda`` get CPU equivalents. It is installed explicitly, once per process,
-and never where CUDA is available. The mode is thread-local: a helper thread that runs Megatron code
-must enter its own (`CpuDeviceMode`).
+Megatron-core names the device "cuda" in about a hundred places. On a machine without CUDA,
+`enable_cpu_backend` replaces that device in one place: a `TorchFunctionMode` puts tensors meant for
+"cuda" on the CPU, and a dozen functions of ``torch.cuda`` get CPU equivalents. It is installed
+explicitly, once per process, and never where CUDA is available. The mode is thread-local: a helper
+thread that runs Megatron code must enter a mode of its own (`CpuDeviceMode`).
 """
 
 import warnings
@@ -28,7 +28,7 @@ def training_device() -> torch.device:
 
 
 def _on_cpu(target: object) -> object:
-    """Return the CPU where ``target`` names a CUDA device, else ``target`` itself."""
+    """Return the CPU if ``target`` names a CUDA device, else ``target`` itself."""
     if isinstance(target, str) and target.split(":")[0] == "cuda":
         return _CPU
     if isinstance(target, torch.device) and target.type == "cuda":
@@ -37,10 +37,10 @@ def _on_cpu(target: object) -> object:
 
 
 class CpuDeviceMode(TorchFunctionMode):
-    """Sends CUDA tensors to the CPU and lets CPU tensors answer to their CUDA type names.
+    """Puts CUDA tensors on the CPU and reports CUDA type names for CPU tensors.
 
-    Megatron's optimizers test ``param.type() == "torch.cuda.FloatTensor"``; without the second half
-    they would refuse every CPU parameter.
+    The type names are needed because Megatron's optimizers test
+    ``param.type() == "torch.cuda.FloatTensor"`` and would refuse every CPU parameter.
     """
 
     @override
@@ -64,7 +64,7 @@ class CpuDeviceMode(TorchFunctionMode):
 
 
 class _HostStream:
-    """Stands where Megatron asks for the current stream: on the CPU work is in program order."""
+    """Replacement for a CUDA stream; on the CPU, work runs in program order."""
 
     def wait_stream(self, stream: object) -> None:
         """Nothing to wait for."""
@@ -77,7 +77,7 @@ class _HostStream:
 
 
 def _ignore(*_args: object, **_kwargs: object) -> None:
-    """Take the place of a CUDA call that has no meaning on the CPU."""
+    """Replace a CUDA call that has no meaning on the CPU."""
 
 
 def _get_cpu_rng_state(*_args: object, **_kwargs: object) -> torch.Tensor:
@@ -89,18 +89,18 @@ def _set_cpu_rng_state(state: torch.Tensor, *_args: object, **_kwargs: object) -
 
 
 def enable_cpu_backend() -> None:
-    """Make Megatron-core run on the CPU of this process; a second call does nothing.
+    """Make Megatron-core run on the CPU in this process; a second call does nothing.
 
-    Call before Megatron modules are built, in the thread that trains (CPU autograd runs backward in
-    the calling thread, so it is covered).
+    Call it before Megatron modules are built, in the thread that trains. Backward is covered too,
+    because CPU autograd runs it in the calling thread.
 
     Raises:
         RuntimeMismatch: CUDA is available; redirecting it would silently train on the CPU.
     """
     if torch.cuda.is_available():
         raise RuntimeMismatch(
-            "the CPU backend was asked for on a machine with a CUDA accelerator; it would send "
-            "every tensor to the CPU. Hide the accelerator (CUDA_VISIBLE_DEVICES='') or do not "
+            "the CPU backend was requested on a machine with a CUDA accelerator; it would put "
+            "every tensor on the CPU. Hide the accelerator (CUDA_VISIBLE_DEVICES='') or do not "
             "enable it."
         )
     if getattr(torch.cuda.synchronize, "__name__", "") == _ignore.__name__:
@@ -125,5 +125,6 @@ def enable_cpu_backend() -> None:
 
     tensor_parallel_random._get_cuda_rng_state = _get_cpu_rng_state
     tensor_parallel_random._set_cuda_rng_state = _set_cpu_rng_state
-    # Megatron checks that nobody touched the CPU generator inside a CUDA fork; here they are one.
+    # Megatron checks that the CPU generator is unchanged inside a fork of the CUDA generator; here
+    # both are the same generator.
     warnings.filterwarnings("ignore", message="CPU RNG state changed within GPU RNG context")

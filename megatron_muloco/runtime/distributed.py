@@ -1,4 +1,8 @@
-"""Process start-up: DeepSpeed's accelerator and communication, without its CPU compile step."""
+"""Process start-up and shutdown: `start_distributed` initialises ``deepspeed.comm``.
+
+It also selects the accelerator, installs the CPU seam without one, and silences known warnings of
+other packages.
+"""
 
 import logging
 import os
@@ -13,22 +17,18 @@ from megatron_muloco.runtime.ranks import RankInfo, discover_ranks
 __all__ = ["shutdown", "silence_known_warnings", "start_distributed"]
 
 
-# ------------------------------------------------------------------------------------------
-# Warnings of other packages that say nothing to the user of this one; each with its reason.
-#
-# They would come from every rank, before the first line of a run. Only these are silenced, by their
-# text, so that a new one is seen.
-
-
+# Warnings of other packages that do not concern the user of this one, each with the reason. Every
+# rank would print them before the first line of a run. They are matched by text, so that a new
+# warning is still shown.
 _KNOWN: tuple[tuple[type[Warning], str], ...] = (
-    # Both are optional; the README says what they are for. Megatron says it in five modules.
+    # Both packages are optional (see the README). Megatron warns in five modules.
     (UserWarning, r"Transformer Engine and Apex are not installed\. Falling back to "),
     (UserWarning, r"Apex is not installed\. Falling back to Torch Norm"),
     # Megatron's default for a feature that is off here; its own later versions drop the value.
     (UserWarning, r"full scope is deprecated\. Use empty cuda_graph_"),
-    # The optimizer's shards are views of parameters; Megatron asks each for a gradient it has not.
+    # The optimizer's shards are views of parameters, which have no gradient when Megatron reads it.
     (UserWarning, r"The \.grad attribute of a Tensor that is not a leaf Tensor is being accessed"),
-    # Names that torch 2.13 is about to retire, called by DeepSpeed and Megatron; ranges are pinned.
+    # Names that torch 2.13 deprecates, called by DeepSpeed and Megatron; versions are pinned.
     (
         FutureWarning,
         r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated",
@@ -37,9 +37,9 @@ _KNOWN: tuple[tuple[type[Warning], str], ...] = (
     (DeprecationWarning, r"The following imports from `dynamic_context\.py` will be removed"),
 )
 
-# Logger and beginning of the message.
+# Logger and first words of the message.
 _KNOWN_LOGS: tuple[tuple[str, str], ...] = (
-    # Megatron 0.19 points to other classes; the ones used here are in both supported versions.
+    # Megatron 0.19 recommends other classes; the ones used here exist in both supported versions.
     ("megatron.core.models.gpt.gpt_model", "GPTModel IS DEPRECATED"),
     ("megatron.core.transformer.transformer_layer", "Rewrapping ModuleSpec"),
     ("megatron.core.distributed.distributed_data_parallel", "DistributedDataParallel: full_param_"),
@@ -60,30 +60,26 @@ class _Drop(logging.Filter):
 
 
 def silence_known_warnings() -> None:
-    """Ignore the warnings above for the rest of the process; best before Megatron is imported."""
+    """Ignore known warnings for the rest of the process; call it before importing Megatron."""
     for category, message in _KNOWN:
         warnings.filterwarnings("ignore", message=message, category=category)
     for name, beginning in _KNOWN_LOGS:
         logging.getLogger(name).addFilter(_Drop(beginning))  # an equal one is not added again
 
 
-# ------------------------------------------------------------------------------------------
-
-
 def start_distributed(*, timeout: timedelta) -> RankInfo:
-    """Join the job: discover the rank, pick the accelerator, initialise ``deepspeed.comm``.
+    """Join the job: find the rank, select the accelerator, initialise ``deepspeed.comm``.
 
-    Where torch.distributed is already initialised, its world is the job, and the environment and
-    the current device stay as they are.
-
-    Without an accelerator this also installs the CPU seam. Nothing is compiled: DeepSpeed would
-    build a shared-memory operator on its first CPU start (a minute or more, and a crash without a
-    compiler), which only serves inference.
-
-    Collectives: every rank of the job must call it; it meets at MASTER_ADDR:MASTER_PORT.
+    If torch.distributed is already initialised, its world is the job, and the environment and the
+    current device stay as they are. Without an accelerator this also installs the CPU seam.
 
     Args:
-        timeout: How long a collective of the default group may wait for its peers.
+        timeout: Time limit of collectives of the default group.
+
+    Returns:
+        This process's rank and the size of the job.
+
+    Collectives: a rendezvous at MASTER_ADDR:MASTER_PORT; every rank of the job must call it.
     """
     import torch
 
@@ -103,6 +99,8 @@ def start_distributed(*, timeout: timedelta) -> RankInfo:
     import deepspeed
     import deepspeed.ops
 
+    # DeepSpeed would compile a shared-memory operator on its first start on a CPU: a minute or
+    # more, and a crash without a compiler, for something that only inference uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if on_gpu and not joined:
         # A scheduler that binds one device to each task leaves only ordinal 0 visible.
@@ -123,7 +121,7 @@ def start_distributed(*, timeout: timedelta) -> RankInfo:
 
 
 def _ranks_of_default_group() -> RankInfo:
-    """Return this process's place in the group that the caller has initialised."""
+    """Return this process's rank in the default group that the caller has initialised."""
     import torch
 
     return RankInfo(
@@ -138,7 +136,10 @@ def _ranks_of_default_group() -> RankInfo:
 
 
 def _meet_alone(timeout: timedelta) -> None:
-    """Initialise a one-process group on a port that the operating system picks."""
+    """Initialise a one-process group on a port that the operating system picks.
+
+    A fixed port would collide with another single-process run on the same machine.
+    """
     import torch
 
     store = torch.distributed.TCPStore(  # type: ignore[attr-defined]  # not in its __all__
@@ -154,7 +155,12 @@ def _meet_alone(timeout: timedelta) -> None:
 
 
 def shutdown() -> None:
-    """Leave the job after a clean end. Every rank calls it; never on the way out of an error."""
+    """Leave the job after a clean end.
+
+    Never call it while an error propagates: the barrier would wait for ranks that have failed.
+
+    Collectives: a barrier over the job; every rank calls it.
+    """
     import torch
 
     if torch.distributed.is_initialized():

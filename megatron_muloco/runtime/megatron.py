@@ -1,7 +1,7 @@
-"""The adapter to Megatron's data-parallel wrapper and distributed optimizer.
+"""Adapter to Megatron's data-parallel wrapper and distributed optimizer.
 
-This is the only reader of their private attributes; both supported Megatron versions have the ones
-used here, and `MasterView` checks at start that what it found is a partition.
+No other module reads their private attributes. Both supported Megatron versions have the ones used
+here, and `MasterView` checks at start that the masters it finds partition every parameter.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -85,8 +85,8 @@ def build_distributed_optimizer(
     optimizer = DistributedOptimizer(
         inner,
         config,
-        None,
-        None,
+        None,  # grad_scaler: no fp16
+        None,  # init_state_fn: this package saves and loads the state
         model_chunks=[ddp],
         per_model_buffers={0: ddp.buffers},
         data_parallel_group=groups.pg.intra_dp_cp,
@@ -99,7 +99,7 @@ def build_distributed_optimizer(
 
 
 def keep_statistics_inside(optimizer: DistributedOptimizer, groups: Groups) -> None:
-    """Let the optimizer take gradient norms over its replica; by default it would take WORLD."""
+    """Make the optimizer compute gradient norms over its replica; its default is WORLD."""
     optimizer.grad_stats_parallel_group = groups.pg.intra_dist_opt
     optimizer.tp_group = groups.pg.tp
 
@@ -130,14 +130,17 @@ def find_distributed_optimizer(optimizer: Any) -> DistributedOptimizer:
 class MasterView:
     """The fp32 masters of this rank's shards, by model-wide parameter name.
 
-    Invariant: over the dp x cp ranks the shards of every parameter partition it (checked once), and
-    over all pipeline stages every trainable parameter appears.
+    Invariant: the shards on the dp x cp ranks partition every parameter (checked once), and every
+    trainable parameter appears on some pipeline stage.
 
     Attributes:
         shards: This rank's non-empty shards, in the order of the stage's parameters.
-        masters: Name -> flat fp32 tensor. With fp32 models these are views of the parameters.
-        infos: Every trainable parameter of this stage, also those of which this rank holds nothing.
+        masters: Name -> flat fp32 tensor. With an fp32 model these are views of the parameters.
+        raw_masters: The same tensors as Megatron's optimizer has them, not detached.
+        infos: Every trainable parameter of this stage, also those without a shard on this rank.
         optimizer: Megatron's distributed optimizer.
+
+    Collectives: construction gathers every rank's ranges over dp x cp; all its ranks construct it.
     """
 
     def __init__(
@@ -164,7 +167,7 @@ class MasterView:
         self._check_partition(groups)
 
     def _check_partition(self, groups: Groups) -> None:
-        """Every element of every parameter must have exactly one master in the dp x cp group."""
+        """Raise unless every element of every parameter has one master in the dp x cp group."""
         group = groups.pg.intra_dp_cp
         pieces: list[Any] = [None] * group.size()
         mine = {shard.name: (shard.start, shard.end) for shard in self.shards}
@@ -175,15 +178,14 @@ class MasterView:
             if [start for start, _ in ranges] != edges[:-1] or edges[-1] != info.numel:
                 raise RuntimeMismatch(
                     f"the masters of {name} do not cover its {info.numel} elements once: {ranges}. "
-                    "This Megatron version shards its optimizer in a way this package does not "
-                    "know."
+                    "This Megatron version shards its optimizer in a way that is not supported."
                 )
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Copy masters to model parameters and bring every rank's parameters up to date.
+        """Copy masters to model parameters and update the parameters of every rank.
 
-        Collectives: a parameter all-gather over dp x cp; with ``overlap_param_gather`` the next
+        Collectives: a parameter all-gather over dp x cp. With ``overlap_param_gather`` the next
         forward pass does it instead, except inside `gathered`. Every rank of the replica must call
         it.
         """
@@ -193,7 +195,11 @@ class MasterView:
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        """Gather parameters at once instead of on the next forward pass, complete on entry."""
+        """Make `publish` gather parameters at once instead of on the next forward pass.
+
+        Collectives: with ``overlap_param_gather``, a parameter all-gather over dp x cp on entry;
+        every rank of the replica must enter it.
+        """
         overlapped = not self._gather_now
         if overlapped:
             self._ddp.disable_forward_pre_hook(param_sync=True)
@@ -209,7 +215,9 @@ class MasterView:
 def _model_and_master(
     optimizer: DistributedOptimizer,
 ) -> Iterator[tuple[torch.nn.Parameter, Tensor]]:
-    """Yield each model parameter of which this rank holds a shard, with the shard's fp32 master."""
+    """Yield each model parameter with a shard on this rank, and that shard's fp32 master."""
+    # Megatron lists 16-bit parameters, whose masters are copies, and fp32 parameters, whose masters
+    # are views of them, separately.
     pairs = (
         (optimizer.model_float16_groups, optimizer.shard_fp32_from_float16_groups),
         (optimizer.model_fp32_groups, optimizer.shard_fp32_groups),

@@ -1,8 +1,8 @@
-"""Mirror of our process groups in Megatron's ``parallel_state`` module.
+"""Copy of this replica's process groups in the globals of Megatron's ``parallel_state``.
 
-Groups are passed explicitly everywhere. A few places inside Megatron still read the module's
-globals (the vocabulary-parallel cross entropy of 0.16, checkpoint helpers, scratch buffers); they
-must see the groups of *this replica*. This is the only file that writes those globals.
+This package passes groups explicitly. A few places in Megatron still read the globals (the
+vocabulary-parallel cross entropy of 0.16, checkpoint helpers, scratch buffers), and they must see
+the groups of *this replica*. No other module writes those globals.
 """
 
 import torch
@@ -31,7 +31,7 @@ _GROUPS = {
     "_INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP_WITH_GTP_REMAT": "intra_dp_cp",
     "_GTP_WEIGHT_REMAT_GROUP": "gtp_remat",
     "_EXPERT_GTP_WEIGHT_REMAT_GROUP": "expt_gtp_remat",
-    # Without context parallelism, the only case there is, tp x dp is tp x dp x cp.
+    # tp x dp equals tp x dp x cp, because context parallelism is not supported.
     "_TENSOR_AND_DATA_PARALLEL_GROUP": "tp_dp_cp",
     "_TENSOR_AND_DATA_PARALLEL_GROUP_WITH_CP": "tp_dp_cp",
     "_EXPERT_MODEL_PARALLEL_GROUP": "ep",
@@ -61,11 +61,11 @@ _RANK_LISTS = {
 
 
 def require_unset() -> None:
-    """Refuse to go on where this process already has Megatron groups.
+    """Raise if this process already has Megatron groups.
 
     Raises:
-        RuntimeMismatch: ``parallel_state`` holds groups: those of one model spanning all replicas,
-            or those of an earlier call.
+        RuntimeMismatch: ``parallel_state`` holds groups, either of one model that spans all
+            replicas or of an earlier call.
     """
     if parallel_state.model_parallel_is_initialized():
         raise RuntimeMismatch(
@@ -76,10 +76,10 @@ def require_unset() -> None:
 
 
 def mirror_groups(groups: Groups) -> None:
-    """Point Megatron's implicit readers at this replica's groups.
+    """Set Megatron's globals to this replica's groups. No collectives.
 
     Raises:
-        RuntimeMismatch: See `require_unset`.
+        RuntimeMismatch: As `require_unset`.
     """
     require_unset()
     for name, field in _GROUPS.items():
@@ -93,7 +93,7 @@ def mirror_groups(groups: Groups) -> None:
 
 
 def unmirror_groups() -> None:
-    """Forget the mirrored groups, so that another set can be mirrored in this process."""
+    """Clear Megatron's globals, so that this process can mirror other groups."""
     for name in (*_GROUPS, *_RANK_LISTS, "_GLOBAL_MEMORY_BUFFER"):
         if hasattr(parallel_state, name):
             setattr(parallel_state, name, None)

@@ -1,6 +1,6 @@
-"""Which rank am I? Launcher environment, then SLURM, then MPI, then a single process.
+"""Rank discovery from the environment: a launcher, else SLURM, else MPI, else a single process.
 
-No torch here: the answer is needed before anything heavy is imported.
+No torch here: the rank is needed before anything heavy is imported.
 """
 
 from collections.abc import Mapping
@@ -30,7 +30,17 @@ _DEFAULT_PORT = 29500
 
 @dataclass(frozen=True, slots=True)
 class RankInfo:
-    """This process's place in the job and where the job meets."""
+    """This process's rank and the address of the job's rendezvous.
+
+    Attributes:
+        source: Origin of the values: ``launcher``, ``slurm``, ``mpi``, ``single`` or ``torch``.
+        rank: Rank in the job.
+        world_size: Number of ranks in the job.
+        local_rank: Rank on this node.
+        local_world_size: Number of ranks on this node.
+        master_addr: Host of the rendezvous.
+        master_port: Port of the rendezvous; 0 where there is none.
+    """
 
     source: str
     rank: int
@@ -59,8 +69,8 @@ def discover_ranks(environ: Mapping[str, str]) -> RankInfo:
         environ: Usually ``os.environ``.
 
     Raises:
-        ConfigError: A source names a rank without a world size, or several ranks have nowhere to
-            meet (``MASTER_ADDR`` is missing), or a number is none.
+        ConfigError: A source gives a rank without a world size or outside of it, several ranks have
+            no ``MASTER_ADDR``, or a value is not a number.
     """
     for source, rank_key, world_key, local_key, local_world_keys in _SOURCES:
         if rank_key not in environ:
@@ -75,13 +85,13 @@ def discover_ranks(environ: Mapping[str, str]) -> RankInfo:
         rank, world_size = _whole(environ, rank_key), _whole(environ, world_key)
         if rank >= world_size:
             raise ConfigError(
-                f"{rank_key} is {rank}, which is no rank of {world_key} {world_size}; start the "
+                f"{rank_key} is {rank}, but {world_key} is {world_size}; start the "
                 "program through deepspeed, torchrun, srun or mpirun"
             )
         if world_size > 1 and "MASTER_ADDR" not in environ:
             raise ConfigError(
                 f"{world_size} ranks were started ({source}) but MASTER_ADDR is not set, so they "
-                "cannot meet; export MASTER_ADDR and MASTER_PORT of the first node"
+                "cannot connect; export MASTER_ADDR and MASTER_PORT of the first node"
             )
         local_world = next((environ[key] for key in local_world_keys if key in environ), "1")
         return RankInfo(
@@ -100,14 +110,14 @@ def _whole(environ: Mapping[str, str], name: str, default: int | None = None) ->
     """Return a variable as a number.
 
     Raises:
-        ConfigError: It is set to something else.
+        ConfigError: It is set to something else, or missing without a default.
     """
     text = environ.get(name)
     if text is None and default is not None:
         return default
     if text is None or not text.isdecimal():
         raise ConfigError(
-            f"the environment variable {name} is {text!r}, which is no whole number; it is set by "
-            "launchers and schedulers, so start the program through one of them or unset it"
+            f"the environment variable {name} is {text!r}, which is not a whole number; launchers "
+            "and schedulers set it, so start the program through one of them or unset it"
         )
     return int(text)

@@ -77,7 +77,7 @@ def test_a_full_disk_costs_one_checkpoint_and_nothing_else(tmp_path: Path) -> No
     for rank, message in zip((0, 1, 0, 0), messages[0], strict=True):
         assert f"{tmp_path / 'iter_0000002'} could not be written: rank {rank}:" in message
         assert "No space left on device" in message
-        assert "earlier checkpoints are as they were" in message
+        assert "earlier checkpoints are unchanged" in message
 
 
 def drift_apart(directory: Path) -> str:
@@ -165,7 +165,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "lost-file": (lambda p: (p / "__0_0.distcp").unlink(), "__0_0.distcp is missing"),
     "bad-index": (lambda p: (p / ".metadata").write_bytes(b"\x80"), "cannot be read: rank 0:"),
     "bad-state": (lambda p: (p / layout.STATE_FILE).write_text("{"), "muloco.json is damaged"),
-    "later-format": (later_format, "has format 7, and this version of the package knows format 1"),
+    "later-format": (later_format, "has format 7, but this version of the package reads format 1"),
     "foreign": (lambda p: (p / layout.STATE_FILE).unlink(), "is a checkpoint of another program"),
 }
 

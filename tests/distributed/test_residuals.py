@@ -226,13 +226,13 @@ CODES: dict[str, dict[str, Any]] = {
     "topk": {"kind": "topk", "density": 0.1, "block_size": 64},
 }
 # Saved with, resumed with, residuals taken over, what is said.
-E, F = "what the replicas' codes lost (e)", "what the code of the mean lost (f)"
+E, F = "compression error of the pseudogradients (e)", "compression error of the mean (f)"
 CHANGES = [
     ("linear", "linear", ("residual", "owner_residual"), []),
-    ("none", "linear", (), [f"error feedback: {E} and {F}: zeros, the checkpoint has none"]),
-    ("linear-without", "topk", (), [f"error feedback: {E}: zeros, the checkpoint has none"]),
+    ("none", "linear", (), [f"error feedback: {E} and {F}: zero, the checkpoint has none"]),
+    ("linear-without", "topk", (), [f"error feedback: {E}: zero, the checkpoint has none"]),
     ("linear", "topk", ("residual",), [f"error feedback: {F}: dropped, this run keeps none"]),
-    ("topk", "linear", ("residual",), [f"error feedback: {F}: zeros, the checkpoint has none"]),
+    ("topk", "linear", ("residual",), [f"error feedback: {F}: zero, the checkpoint has none"]),
     ("linear", "none", (), [f"error feedback: {E} and {F}: dropped, this run keeps none"]),
 ]
 

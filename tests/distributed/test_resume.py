@@ -109,8 +109,8 @@ def resume_with_a_code(prefix: str, directory: Path) -> str:
 def test_a_run_says_that_residuals_begin_with_zeros(prefix: str, tmp_path: Path) -> None:
     said, _ = run_ranks(resume_with_a_code, 2, prefix, tmp_path)
     expected = (
-        "error feedback: what the replicas' codes lost (e) and what the code of the mean lost (f): "
-        "zeros, the checkpoint has none"
+        "error feedback: compression error of the pseudogradients (e) and compression error of the "
+        "mean (f): zero, the checkpoint has none"
     )
     assert expected in " ".join(said.split())
 

@@ -130,7 +130,7 @@ def test_without_a_usable_latest_file_the_newest_complete_is_taken(
 
 def test_a_run_does_not_start_over_beside_checkpoints_it_cannot_use(tmp_path: Path) -> None:
     (tmp_path / "iter_0000030").mkdir()
-    with pytest.raises(CheckpointError, match=r"iter_0000030.*does not start over"):
+    with pytest.raises(CheckpointError, match=r"iter_0000030.*does not start from scratch"):
         find_latest(tmp_path)
 
 

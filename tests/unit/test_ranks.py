@@ -64,10 +64,10 @@ def test_what_is_found_can_be_read_again_by_torch_and_deepspeed(source: str) -> 
 BROKEN = {
     "no-world": ({"RANK": "0"}, "WORLD_SIZE is not"),
     "no-meeting": (LAUNCHER, "MASTER_ADDR is not set"),
-    "no-number": (LAUNCHER | MEETING | {"RANK": "zero"}, "RANK is 'zero', which is no whole"),
+    "no-number": (LAUNCHER | MEETING | {"RANK": "zero"}, "RANK is 'zero', which is not a whole"),
     "negative": (LAUNCHER | MEETING | {"WORLD_SIZE": "-1"}, "WORLD_SIZE is '-1'"),
     "no-port": (LAUNCHER | MEETING | {"MASTER_PORT": ""}, "MASTER_PORT is ''"),
-    "outside": (LAUNCHER | MEETING | {"RANK": "8"}, "RANK is 8, which is no rank of WORLD_SIZE 8"),
+    "outside": (LAUNCHER | MEETING | {"RANK": "8"}, "RANK is 8, but WORLD_SIZE is 8"),
 }
 
 
