@@ -77,7 +77,7 @@ class ShardExchange:
     the place from which it was taken.
 
     Attributes:
-        units: All matrices, in an order that is the same on every rank.
+        matrices: All matrices, in an order that is the same on every rank.
         rank: This rank's place in the group.
         owned: The matrices that this rank owns.
         planned_bytes: Bytes that one `transform` sends to *other* ranks.
@@ -85,7 +85,7 @@ class ShardExchange:
 
     def __init__(
         self,
-        units: Sequence[MuonMatrix],
+        matrices: Sequence[MuonMatrix],
         owners: Sequence[int],
         layout: Sequence[RankShards],
         *,
@@ -93,12 +93,12 @@ class ShardExchange:
         transport: Transport | None,
         wire_dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-        chunks: int = 1,
+        buckets: int = 1,
     ) -> None:
         """Build the route tables and allocate all memory.
 
         Args:
-            units: All matrices of the stage, in the same order on every rank.
+            matrices: All matrices of the stage, in the same order on every rank.
             owners: Group rank of each matrix's owner.
             layout: What each rank of the stage group holds, in group order.
             rank: This rank's place in the group.
@@ -106,7 +106,7 @@ class ShardExchange:
             wire_dtype: fp32 or bf16. A group of one rank rounds to it too, so that the result does
                 not depend on the layout.
             device: Device of shards and matrices.
-            chunks: Largest number of buckets. A group of one rank has one bucket: nothing is sent,
+            buckets: Largest number of buckets. A group of one rank has one bucket: nothing is sent,
                 and smaller batches would only be slower.
 
         Raises:
@@ -117,35 +117,36 @@ class ShardExchange:
             raise RuntimeMismatch(f"a stage group of {len(layout)} ranks needs an all-to-all")
         if wire_dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"matrices are sent as float32 or bfloat16, not {wire_dtype}")
-        check_coverage(units, layout)
-        self.units = tuple(units)
-        self.owned = tuple(unit for unit, owner in zip(units, owners, strict=True) if owner == rank)
+        check_coverage(matrices, layout)
+        self.matrices = tuple(matrices)
+        self.owned = tuple(
+            matrix for matrix, owner in zip(matrices, owners, strict=True) if owner == rank
+        )
         self.rank = rank
-        self._numel = _shard_sizes(self.units, layout[rank])
+        self._numel = _shard_sizes(self.matrices, layout[rank])
         self._pieces = {
             name: torch.empty(numel, dtype=torch.float32, device=device)
             for name, numel in self._numel.items()
         }
-        divided = divide(units, owners, chunks if len(layout) > 1 else 1)
-        members = [[units[i] for i in chunk] for chunk in divided]
+        divided = divide(matrices, owners, buckets if len(layout) > 1 else 1)
         # One scratch for all buckets: an owner computes one batch at a time, and `cut` has copied
         # its result out before the next batch is assembled.
-        own = [[units[i] for i in chunk if owners[i] == rank] for chunk in divided]
+        owned = [[matrices[i] for i in bucket if owners[i] == rank] for bucket in divided]
         scratch = torch.empty(
-            max(map(largest_batch, own), default=0), dtype=wire_dtype, device=device
+            max(map(largest_batch, owned), default=0), dtype=wire_dtype, device=device
         )
         self._scratch = scratch
         self._buckets = [
             ExchangeBucket(
-                chunk,
-                [owners[i] for i in indices],
+                [matrices[i] for i in bucket],
+                [owners[i] for i in bucket],
                 layout,
                 rank=rank,
                 transport=transport if len(layout) > 1 else None,
                 scratch=scratch,
                 pieces=self._pieces,
             )
-            for chunk, indices in zip(members, divided, strict=True)
+            for bucket in divided
         ]
         self.planned_bytes = sum(bucket.planned_bytes for bucket in self._buckets)
 
@@ -155,7 +156,7 @@ class ShardExchange:
         return tuple(self._numel)
 
     @property
-    def chunks(self) -> int:
+    def bucket_count(self) -> int:
         """Number of buckets."""
         return len(self._buckets)
 
@@ -203,8 +204,8 @@ class ShardExchange:
                 bucket.wait()
             for batch in bucket.batches:
                 with timer.phase("collect"):
-                    matrices = bucket.assemble(batch)
-                updates = function(batch.units, matrices)
+                    stacked = bucket.assemble(batch)
+                updates = function(batch.matrices, stacked)
                 with timer.phase("return"):
                     bucket.cut(batch, updates)
             with timer.phase("return"):
@@ -230,17 +231,17 @@ class ShardExchange:
                 )
 
 
-def _shard_sizes(units: Sequence[MuonMatrix], shards: RankShards) -> dict[str, int]:
+def _shard_sizes(matrices: Sequence[MuonMatrix], shards: RankShards) -> dict[str, int]:
     """Return the sizes of a rank's shards; raise unless the matrices contain all of them."""
     found: dict[str, int] = {}
-    for unit in units:
-        for route in matrix_routes(unit, shards):
-            found[unit.param] = found.get(unit.param, 0) + route.length
+    for matrix in matrices:
+        for route in matrix_routes(matrix, shards):
+            found[matrix.param] = found.get(matrix.param, 0) + route.length
     sizes = {
-        unit.param: end - start
-        for unit in units
-        if unit.param in shards.ranges
-        for start, end in [shards.ranges[unit.param]]
+        matrix.param: end - start
+        for matrix in matrices
+        if matrix.param in shards.ranges
+        for start, end in [shards.ranges[matrix.param]]
         if start < end
     }
     short = sorted(name for name, size in sizes.items() if found.get(name, 0) != size)
@@ -260,7 +261,7 @@ class Batch:
     """Owned matrices of one shape, which are orthogonalised together.
 
     Attributes:
-        units: The matrices.
+        matrices: The matrices.
         matrices: Their values, ``[matrices, rows, columns]``, in scratch memory that all batches of
             an exchange share.
         places: Source of each cell: the route and the rectangle of it.
@@ -270,8 +271,8 @@ class Batch:
             filled from the shards.
     """
 
-    units: tuple[MuonMatrix, ...]
-    matrices: Tensor
+    matrices: tuple[MuonMatrix, ...]
+    stacked: Tensor
     places: tuple[tuple[RangeRoute, Rectangle], ...]
     cells: tuple[Tensor, ...]
     runs: tuple[Tensor, ...]
@@ -290,7 +291,7 @@ class ExchangeBucket:
         bytes_sent: Bytes sent to other ranks over all calls so far.
 
     Args:
-        units: Matrices of the bucket, in the same order on every rank.
+        matrices: Matrices of the bucket, in the same order on every rank.
         owners: Group rank of each matrix's owner.
         layout: What each rank of the group holds.
         rank: This rank's place in the group.
@@ -303,7 +304,7 @@ class ExchangeBucket:
 
     def __init__(
         self,
-        units: Sequence[MuonMatrix],
+        matrices: Sequence[MuonMatrix],
         owners: Sequence[int],
         layout: Sequence[RankShards],
         *,
@@ -313,7 +314,7 @@ class ExchangeBucket:
         pieces: Mapping[str, Tensor],
     ) -> None:
         self._transport, self._rank = transport, rank
-        self._paths = paths = plan_routes(units, owners, layout, rank)
+        self._paths = paths = plan_routes(matrices, owners, layout, rank)
         self._pending: Pending | None = None
         self._shards: Mapping[str, Tensor] = {}
         self._pieces = _shard_runs(pieces, paths.shard_routes)
@@ -324,7 +325,7 @@ class ExchangeBucket:
         if transport is not None:
             self._shard_views = _consecutive(self._shard_side, paths.shard_routes)
             moved = _consecutive(self._owner_side, paths.owner_routes)
-        owned = [unit for unit, owner in zip(units, owners, strict=True) if owner == rank]
+        owned = [matrix for matrix, owner in zip(matrices, owners, strict=True) if owner == rank]
         runs = dict(zip(paths.owner_routes, moved, strict=True))
         self.batches = tuple(_batch(batch, runs, scratch) for batch in by_shape(owned))
         self.planned_bytes = paths.elements_sent(rank) * scratch.element_size()
@@ -368,13 +369,13 @@ class ExchangeBucket:
     def assemble(self, batch: Batch) -> Tensor:
         """Return the values of a batch, in scratch memory that the next batch overwrites."""
         _copy_all(batch.cells, batch.runs if self._transport else _place_runs(self._shards, batch))
-        return batch.matrices
+        return batch.stacked
 
     @staticmethod
     def cut(batch: Batch, updates: Tensor) -> None:
         """Round the updates of a batch to the wire dtype and copy them to the sending buffer."""
         # Through the scratch also in fp32: the cells are views of it, and ``updates`` may alias it.
-        batch.matrices.copy_(updates)
+        batch.stacked.copy_(updates)
         _copy_all(batch.runs, batch.cells)
 
     def unpack(self) -> None:
@@ -398,12 +399,12 @@ class ExchangeBucket:
 
 
 def _batch(
-    units: Sequence[MuonMatrix], runs: Mapping[RangeRoute, Tensor], scratch: Tensor
+    matrices: Sequence[MuonMatrix], runs: Mapping[RangeRoute, Tensor], scratch: Tensor
 ) -> Batch:
     """Return a batch whose values are at the beginning of the scratch memory."""
-    shape = (len(units), *units[0].shape)
-    matrices = scratch[: math.prod(shape)].view(shape)
-    index = {unit.name: i for i, unit in enumerate(units)}
+    shape = (len(matrices), *matrices[0].shape)
+    stacked = scratch[: math.prod(shape)].view(shape)
+    index = {matrix.name: i for i, matrix in enumerate(matrices)}
     placed = [
         (
             route,
@@ -413,15 +414,15 @@ def _batch(
             ),
         )
         for route, run in runs.items()
-        if route.unit.name in index
+        if route.matrix.name in index
         for rectangle in rectangles(route)
     ]
     return Batch(
-        units=tuple(units),
-        matrices=matrices,
+        matrices=tuple(matrices),
+        stacked=stacked,
         places=tuple((route, rectangle) for route, rectangle, _ in placed),
         cells=tuple(
-            matrices[index[route.unit.name], slice(*rectangle.rows), slice(*rectangle.columns)]
+            stacked[index[route.matrix.name], slice(*rectangle.rows), slice(*rectangle.columns)]
             for route, rectangle, _ in placed
         ),
         runs=tuple(run for _, _, run in placed),
@@ -436,7 +437,7 @@ def _consecutive(buffer: Tensor, routes: Sequence[RangeRoute]) -> list[Tensor]:
 def _shard_runs(shards: Mapping[str, Tensor], routes: Sequence[RangeRoute]) -> list[Tensor]:
     """Return the views of the shards that the routes describe."""
     return [
-        shards[s.unit.param].view(-1)[s.shard_offset : s.shard_offset + s.length] for s in routes
+        shards[s.matrix.param].view(-1)[s.shard_offset : s.shard_offset + s.length] for s in routes
     ]
 
 

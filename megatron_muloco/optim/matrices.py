@@ -87,7 +87,7 @@ def always_plain(rows: int, columns: int) -> NSImplementation:
 
 
 def newton_schulz_flops(
-    rows: int, columns: int, steps: int, form: NSImplementation = "plain"
+    rows: int, columns: int, steps: int, ns_impl: NSImplementation = "plain"
 ) -> int:
     """Return the FLOPs of ``steps`` quintic steps on one matrix.
 
@@ -102,10 +102,10 @@ def newton_schulz_flops(
     Sources: the products in `newton_schulz`, `_step_alone` and `_step_pair` of that module.
     """
     m, n = sorted((rows, columns))
-    if form == "plain":
+    if ns_impl == "plain":
         return steps * (4 * m * m * n + 2 * m * m * m)
     alone = 3 * m * m * n + m * m * m
-    if form == "triangle" or steps < 2:
+    if ns_impl == "triangle" or steps < 2:
         return steps * alone
     pairs, odd = divmod(steps - 1, 2)  # the first step is alone in any case
     return (1 + odd) * alone + pairs * (3 * m * m * n + 5 * m * m * m)
@@ -176,7 +176,7 @@ class MuonMatrix:
         partition_dim: Dimension split over tensor-parallel ranks.
         tensor_size: Number of tensor-parallel ranks.
         cost: FLOPs of its Newton-Schulz iteration.
-        form: Implementation of its Newton-Schulz iteration.
+        ns_impl: Implementation of its Newton-Schulz iteration.
         blocks: Number of equal groups of rows that are orthogonalised separately: the heads of q, k
             or v where they are split, else 1.
     """
@@ -189,7 +189,7 @@ class MuonMatrix:
     partition_dim: int
     tensor_size: int
     cost: int
-    form: NSImplementation = "plain"
+    ns_impl: NSImplementation = "plain"
     blocks: int = 1
 
     @property
@@ -247,7 +247,7 @@ def split(
     *,
     tensor_size: int,
     steps: int = 5,
-    choose_form: ChooseImplementation = always_plain,
+    choose_impl: ChooseImplementation = always_plain,
     split_heads: bool = False,
 ) -> tuple[MuonMatrix, ...]:
     """Return the matrices of a matrix parameter; together they contain each local row once.
@@ -257,7 +257,7 @@ def split(
         layer: Sizes over all tensor-parallel ranks.
         tensor_size: Number of tensor-parallel ranks.
         steps: Newton-Schulz steps, for the cost.
-        choose_form: Chooses the implementation of a matrix, for the cost.
+        choose_impl: Chooses the implementation of a matrix, for the cost.
         split_heads: Orthogonalise each head of q, k and v separately.
 
     Raises:
@@ -277,7 +277,7 @@ def split(
         dim = 0
     head = layer.kv_channels if split_heads and module == "linear_qkv" else None
     return tuple(
-        _unit(param, kind, r, dim, tensor_size, steps, choose_form, head)
+        _muon_matrix(param, kind, r, dim, tensor_size, steps, choose_impl, head)
         for kind, r in rows.items()
     )
 
@@ -301,14 +301,14 @@ def check_rows(param: ParamInfo, pieces: Iterable[tuple[Rows, ...]]) -> None:
         )
 
 
-def _unit(
+def _muon_matrix(
     param: ParamInfo,
     kind: str,
     rows: tuple[Rows, ...],
     dim: int,
     tensor_size: int,
     steps: int,
-    choose_form: ChooseImplementation,
+    choose_impl: ChooseImplementation,
     block_rows: int | None,
 ) -> MuonMatrix:
     local_rows = sum(end - start for start, end in rows)
@@ -317,7 +317,7 @@ def _unit(
     # of rows of the whole matrix are the heads.
     blocks = whole[0] // block_rows if block_rows else 1
     block = (whole[0] // blocks, whole[1])
-    form = choose_form(*block)
+    ns_impl = choose_impl(*block)
     return MuonMatrix(
         name=f"{param.name}::{kind}",
         param=param.name,
@@ -326,8 +326,8 @@ def _unit(
         local_columns=param.local_shape[1],
         partition_dim=dim,
         tensor_size=tensor_size,
-        cost=blocks * newton_schulz_flops(*block, steps, form),
-        form=form,
+        cost=blocks * newton_schulz_flops(*block, steps, ns_impl),
+        ns_impl=ns_impl,
         blocks=blocks,
     )
 

@@ -89,7 +89,7 @@ class MuonSettings:
     eps: float = NORM_EPSILON
     impl: Literal["auto"] | NSImplementation = "auto"
 
-    def form(self, rows: int, columns: int, device: torch.device) -> NSImplementation:
+    def implementation(self, rows: int, columns: int, device: torch.device) -> NSImplementation:
         """Return the implementation that `orthogonalise` runs for a shape on a device."""
         if self.impl == "auto":
             return choose(rows, columns, self.ns_dtype, device)
@@ -119,12 +119,12 @@ class BoundShard:
 
     name: str
     tensor: Tensor
-    matrix: bool
+    is_matrix: bool
 
     @property
     def exchanged(self) -> bool:
         """Whether it takes part in the exchange: a piece of a matrix that is not empty."""
-        return self.matrix and self.tensor.numel() > 0
+        return self.is_matrix and self.tensor.numel() > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +221,7 @@ class MuonAdamW(torch.optim.AdamW):
         # Allocated here and not in the first step, so that a checkpoint before the first step has
         # the same state names as a later one.
         for b in chain.from_iterable(bound):
-            keys = _MATRIX_STATE if b.matrix else _VECTOR_STATE
+            keys = _MATRIX_STATE if b.is_matrix else _VECTOR_STATE
             self.state[b.tensor] = {key: torch.zeros_like(b.tensor) for key in keys}
 
     @override
@@ -248,7 +248,7 @@ class MuonAdamW(torch.optim.AdamW):
         with self.timer.phase("adamw"):
             for group, bound in groups:
                 group["step"] += 1
-                self._step_vectors(group, [b.tensor for b in bound if not b.matrix])
+                self._step_vectors(group, [b.tensor for b in bound if not b.is_matrix])
         if self._exchange is not None:
             self._step_matrices(self._exchange)
 
@@ -280,23 +280,23 @@ class MuonAdamW(torch.optim.AdamW):
     def _step_matrices(self, exchange: ShardExchange) -> None:
         """Accumulate momentum, orthogonalise on the owners, decay weights and apply the updates."""
         sent_before = exchange.bytes_sent
-        matrices = [(group, [b for b in bound if b.exchanged]) for group, bound in self._groups()]
+        masters = [(group, [b for b in bound if b.exchanged]) for group, bound in self._groups()]
         done: list[MuonMatrix] = []
 
-        def update(units: tuple[MuonMatrix, ...], batch: Tensor) -> Tensor:
-            done.extend(units)
+        def update(matrices: tuple[MuonMatrix, ...], batch: Tensor) -> Tensor:
+            done.extend(matrices)
             with self.timer.phase("newton_schulz"):
-                rows, columns = units[0].block_shape
+                rows, columns = matrices[0].block_shape
                 factor = scale_factor(self.muon.scale_mode, rows, columns)
                 directions = self.orthogonalise(batch.view(-1, rows, columns))
                 return directions.reshape(batch.shape).float() * factor
 
         with self.timer.phase("collect"):
-            directions = self._accumulate([b for _, chosen in matrices for b in chosen])
+            directions = self._accumulate([b for _, chosen in masters for b in chosen])
         updates = exchange.transform(directions, update, self.timer)
-        self._check_done([unit.name for unit in done])
+        self._check_done([matrix.name for matrix in done])
         with self.timer.phase("return"):
-            for group, chosen in matrices:
+            for group, chosen in masters:
                 if chosen:
                     tensors = [b.tensor for b in chosen]
                     # Decay before the update, as AdamW does: the update itself is not decayed.
@@ -304,7 +304,7 @@ class MuonAdamW(torch.optim.AdamW):
                     steps = [updates[b.name] for b in chosen]
                     torch._foreach_add_(tensors, steps, alpha=-group["lr"])
         self.last_step = StepReport(
-            sum(unit.blocks for unit in done), exchange.bytes_sent - sent_before
+            sum(matrix.blocks for matrix in done), exchange.bytes_sent - sent_before
         )
 
     def _accumulate(self, bound: list[BoundShard]) -> dict[str, Tensor]:
@@ -349,7 +349,7 @@ class MuonAdamW(torch.optim.AdamW):
     @property
     def planned_calls(self) -> int:
         """Number of matrices that this rank orthogonalises in every step."""
-        return sum(unit.blocks for unit in self._exchange.owned) if self._exchange else 0
+        return sum(matrix.blocks for matrix in self._exchange.owned) if self._exchange else 0
 
     @property
     def balance(self) -> float:
@@ -509,9 +509,9 @@ def check_exchange(
         RuntimeMismatch: Matrices or shards are missing or unknown, or matrices are owned by another
             rank than planned.
     """
-    moved = [unit.name for unit in exchange.units] if exchange else []
-    missing, surplus = coverage(moved, [unit.name for unit in table.units])
-    owned = [unit.name for unit in exchange.owned] if exchange else []
+    moved = [matrix.name for matrix in exchange.matrices] if exchange else []
+    missing, surplus = coverage(moved, [matrix.name for matrix in table.matrices])
+    owned = [matrix.name for matrix in exchange.owned] if exchange else []
     planned = table.owned_by(exchange.rank) if exchange else ()
     absent, foreign = coverage(owned, planned)
     if missing or surplus or absent or foreign:

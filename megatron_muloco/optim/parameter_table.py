@@ -66,7 +66,7 @@ class ParameterRow:
         reason: Why it has that route.
         local_shape: Shape of a tensor-parallel rank's piece.
         shape: Shape over all tensor-parallel ranks.
-        units: Its separately orthogonalised matrices; none for a vector parameter.
+        matrices: Its separately orthogonalised matrices; none for a vector parameter.
         owners: Group rank of each matrix's owner.
         lr_mult: Factor on the learning rate.
         wd_mult: Factor on the weight decay.
@@ -78,7 +78,7 @@ class ParameterRow:
     reason: str
     local_shape: tuple[int, ...]
     shape: tuple[int, ...]
-    units: tuple[MuonMatrix, ...]
+    matrices: tuple[MuonMatrix, ...]
     owners: tuple[int, ...]
     lr_mult: float
     wd_mult: float
@@ -91,20 +91,20 @@ class ParameterTable:
 
     Attributes:
         rows: One for each parameter, in the order of the model.
-        assignment: Owners in the order of `units`, and the load of each rank of the stage group.
+        assignment: Owners in the order of `matrices`, and the load of each rank of the stage group.
     """
 
     rows: tuple[ParameterRow, ...]
     assignment: Assignment
 
     @property
-    def units(self) -> tuple[MuonMatrix, ...]:
+    def matrices(self) -> tuple[MuonMatrix, ...]:
         """All matrices, in the order of the rows."""
-        return tuple(unit for row in self.rows for unit in row.units)
+        return tuple(matrix for row in self.rows for matrix in row.matrices)
 
     @property
     def owners(self) -> tuple[int, ...]:
-        """Group rank of each matrix's owner, in the order of `units`."""
+        """Group rank of each matrix's owner, in the order of `matrices`."""
         return self.assignment.owners
 
     @property
@@ -115,7 +115,9 @@ class ParameterTable:
     def owned_by(self, rank: int) -> tuple[str, ...]:
         """Return the names of the matrices that a group rank orthogonalises in every step."""
         return tuple(
-            unit.name for unit, owner in zip(self.units, self.owners, strict=True) if owner == rank
+            matrix.name
+            for matrix, owner in zip(self.matrices, self.owners, strict=True)
+            if owner == rank
         )
 
     def render(self) -> str:
@@ -129,11 +131,11 @@ class ParameterTable:
         return "\n".join([*lines, self._totals()])
 
     def _totals(self) -> str:
-        matrices = [row for row in self.rows if row.route == "matrix"]
+        by_muon = [row for row in self.rows if row.route == "matrix"]
         loads = self.assignment.loads
         return (
-            f"{len(matrices)} matrix parameters with {len(self.units)} matrices, "
-            f"{len(self.rows) - len(matrices)} vector parameters; "
+            f"{len(by_muon)} matrix parameters with {len(self.matrices)} matrices, "
+            f"{len(self.rows) - len(by_muon)} vector parameters; "
             f"Newton-Schulz {sum(loads):.3e} FLOPs a step over {len(loads)} ranks, "
             f"balance (max/mean) {self.assignment.balance:.3f}"
         )
@@ -147,7 +149,7 @@ def build_parameter_table(
     tensor_size: int,
     group_size: int,
     num_ns_steps: int = 5,
-    choose_form: ChooseImplementation = always_plain,
+    choose_impl: ChooseImplementation = always_plain,
     split_heads: bool = False,
     multipliers: Mapping[str, tuple[float, float]] | None = None,
 ) -> ParameterTable:
@@ -161,7 +163,7 @@ def build_parameter_table(
         tensor_size: Number of tensor-parallel ranks.
         group_size: Number of ranks of the stage group (tp x cp x dp).
         num_ns_steps: Newton-Schulz steps, for the cost.
-        choose_form: Chooses the implementation of a matrix, for the cost.
+        choose_impl: Chooses the implementation of a matrix, for the cost.
         split_heads: Orthogonalise each head of q, k and v separately.
         multipliers: Factors on (learning rate, weight decay) of the parameters that have them.
 
@@ -184,18 +186,18 @@ def build_parameter_table(
             layer,
             tensor_size=tensor_size,
             steps=num_ns_steps,
-            choose_form=choose_form,
+            choose_impl=choose_impl,
             split_heads=split_heads,
         )
         if to == "matrix"
         else ()
         for param, (to, _) in zip(params, routed, strict=True)
     ]
-    assignment = assign([unit for units in split_up for unit in units], group_size)
+    assignment = assign([matrix for matrices in split_up for matrix in matrices], group_size)
     owners = iter(assignment.owners)
     total = sum(assignment.loads)
     rows = []
-    for param, (to, reason), units in zip(params, routed, split_up, strict=True):
+    for param, (to, reason), matrices in zip(params, routed, split_up, strict=True):
         lr_mult, wd_mult = (multipliers or {}).get(param.name, (1.0, 1.0))
         rows.append(
             ParameterRow(
@@ -204,11 +206,11 @@ def build_parameter_table(
                 reason=reason,
                 local_shape=param.local_shape,
                 shape=_full_shape(param, tensor_size),
-                units=units,
-                owners=tuple(next(owners) for _ in units),
+                matrices=matrices,
+                owners=tuple(next(owners) for _ in matrices),
                 lr_mult=lr_mult,
                 wd_mult=wd_mult,
-                cost_share=sum(unit.cost for unit in units) / total if total else 0.0,
+                cost_share=sum(matrix.cost for matrix in matrices) / total if total else 0.0,
             )
         )
     return ParameterTable(tuple(rows), assignment)
@@ -229,15 +231,15 @@ _HEADER = ("parameter", "route", "matrices, ns_impl @owner", "shape", "lr", "wd"
 
 
 def _cells(row: ParameterRow) -> tuple[str, ...]:
-    units = ", ".join(
-        f"{unit.kind} {_blocks(unit)} {unit.form} @{owner}"
-        for unit, owner in zip(row.units, row.owners, strict=True)
+    matrices = ", ".join(
+        f"{matrix.kind} {_blocks(matrix)} {matrix.ns_impl} @{owner}"
+        for matrix, owner in zip(row.matrices, row.owners, strict=True)
     )
     shape = " x ".join(str(size) for size in row.shape)
     return (
         row.name,
         row.route,
-        units or "-",
+        matrices or "-",
         shape,
         f"{row.lr_mult:g}",
         f"{row.wd_mult:g}",
@@ -246,10 +248,10 @@ def _cells(row: ParameterRow) -> tuple[str, ...]:
     )
 
 
-def _blocks(unit: MuonMatrix) -> str:
+def _blocks(matrix: MuonMatrix) -> str:
     """Return the shape of a block, and the number of blocks where there are several."""
-    rows, columns = unit.block_shape
-    return f"{unit.blocks} * " * (unit.blocks > 1) + f"[{rows} x {columns}]"
+    rows, columns = matrix.block_shape
+    return f"{matrix.blocks} * " * (matrix.blocks > 1) + f"[{rows} x {columns}]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,15 +270,15 @@ class ParameterReport:
 def parameter_report(stages: Sequence[ParameterTable]) -> ParameterReport:
     """Return the report of all pipeline stages, given in their order."""
     rows = [row for table in stages for row in table.rows]
-    matrices = [row for row in rows if row.route == "matrix"]
+    by_muon = [row for row in rows if row.route == "matrix"]
     summary = f"{len(rows)} by AdamW"
-    if matrices:
+    if by_muon:
         flops = sum(sum(table.assignment.loads) for table in stages)
         balances = [table.assignment.balance for table in stages]
         ranks = sum(len(table.assignment.loads) for table in stages)
         summary = (
-            f"{len(matrices)} by Muon with {sum(len(row.units) for row in matrices)} matrices, "
-            f"{len(rows) - len(matrices)} by AdamW; Newton-Schulz {flops:.3e} FLOPs a step over "
+            f"{len(by_muon)} by Muon with {sum(len(row.matrices) for row in by_muon)} matrices, "
+            f"{len(rows) - len(by_muon)} by AdamW; Newton-Schulz {flops:.3e} FLOPs a step over "
             f"{ranks} rank{'s' * (ranks > 1)}, balance (max/mean) {max(balances):.3f}"
         )
     parts = [
@@ -293,7 +295,7 @@ def parameter_report(stages: Sequence[ParameterTable]) -> ParameterReport:
 _MOST_SHARED_UNITS = 20
 
 
-def assign(units: Sequence[MuonMatrix], ranks: int) -> Assignment:
+def assign(matrices: Sequence[MuonMatrix], ranks: int) -> Assignment:
     """Choose the owner of each matrix among ``ranks`` ranks of a stage group.
 
     Longest processing time first: the costliest remaining matrix goes to the rank with the least
@@ -307,15 +309,15 @@ def assign(units: Sequence[MuonMatrix], ranks: int) -> Assignment:
     if ranks < 1:
         raise ValueError(f"matrices need at least one rank to own them, not {ranks}")
     queue = [(0, rank) for rank in range(ranks)]
-    costs = [unit.cost for unit in units]
+    costs = [matrix.cost for matrix in matrices]
     owned: list[list[int]] = [[] for _ in range(ranks)]
-    for index in sorted(range(len(units)), key=lambda i: (-costs[i], i)):
+    for index in sorted(range(len(matrices)), key=lambda i: (-costs[i], i)):
         load, rank = heapq.heappop(queue)
         owned[rank].append(index)
         heapq.heappush(queue, (load + costs[index], rank))
     loads = _refine(owned, costs)
     owners = {index: rank for rank, indices in enumerate(owned) for index in indices}
-    return Assignment(tuple(owners[index] for index in range(len(units))), tuple(loads))
+    return Assignment(tuple(owners[index] for index in range(len(matrices))), tuple(loads))
 
 
 def _refine(owned: list[list[int]], costs: Sequence[int]) -> list[int]:

@@ -55,15 +55,15 @@ class RangeRoute:
     """A range of elements that is contiguous in a shard and in a staged matrix.
 
     Attributes:
-        unit: The matrix.
+        matrix: The matrix.
         shard_offset: First element, counted from the start of the shard.
-        unit_offset: First element in the staged order of the matrix.
+        matrix_offset: First element in the staged order of the matrix.
         length: Number of elements.
     """
 
-    unit: MuonMatrix
+    matrix: MuonMatrix
     shard_offset: int
-    unit_offset: int
+    matrix_offset: int
     length: int
 
 
@@ -95,18 +95,20 @@ class RoutingPlan:
         return sum(sum(splits) - splits[rank] for splits in both)
 
 
-def matrix_routes(unit: MuonMatrix, shards: RankShards) -> tuple[RangeRoute, ...]:
+def matrix_routes(matrix: MuonMatrix, shards: RankShards) -> tuple[RangeRoute, ...]:
     """Return the routes of one matrix from one rank, ascending in the shard and in the matrix."""
-    if unit.param not in shards.ranges:
+    if matrix.param not in shards.ranges:
         return ()
-    start, end = shards.ranges[unit.param]
-    columns = unit.local_columns
-    staged = shards.tensor_rank * unit.local_shape[0] * columns
+    start, end = shards.ranges[matrix.param]
+    columns = matrix.local_columns
+    staged = shards.tensor_rank * matrix.local_shape[0] * columns
     found = []
-    for first, last in unit.local_rows:
+    for first, last in matrix.local_rows:
         low, high = max(start, first * columns), min(end, last * columns)
         if low < high:
-            found.append(RangeRoute(unit, low - start, staged + low - first * columns, high - low))
+            found.append(
+                RangeRoute(matrix, low - start, staged + low - first * columns, high - low)
+            )
         staged += (last - first) * columns
     return tuple(found)
 
@@ -137,10 +139,10 @@ def rectangles(route: RangeRoute) -> tuple[Rectangle, ...]:
     A route may begin and end inside a local row: it fills the rest of its first row, then whole
     local rows, then the beginning of its last row.
     """
-    unit = route.unit
-    rows, width = unit.local_shape
-    piece, first = divmod(route.unit_offset, rows * width)
-    top, left = (piece * rows, 0) if unit.partition_dim == 0 else (0, piece * width)
+    matrix = route.matrix
+    rows, width = matrix.local_shape
+    piece, first = divmod(route.matrix_offset, rows * width)
+    top, left = (piece * rows, 0) if matrix.partition_dim == 0 else (0, piece * width)
     found = []
     position, end = first, first + route.length
     while position < end:
@@ -158,45 +160,45 @@ def rectangles(route: RangeRoute) -> tuple[Rectangle, ...]:
     return tuple(found)
 
 
-def check_coverage(units: Sequence[MuonMatrix], layout: Sequence[RankShards]) -> None:
+def check_coverage(matrices: Sequence[MuonMatrix], layout: Sequence[RankShards]) -> None:
     """Raise unless every element of every matrix is held by exactly one rank.
 
     Args:
-        units: All matrices of the stage.
+        matrices: All matrices of the stage.
         layout: What each rank of the stage group holds, in group order.
 
     Raises:
         RuntimeMismatch: No rank holds some element, or two ranks do.
     """
-    for unit in units:
+    for matrix in matrices:
         runs = sorted(
-            (route.unit_offset, route.length, rank)
+            (route.matrix_offset, route.length, rank)
             for rank, shards in enumerate(layout)
-            for route in matrix_routes(unit, shards)
+            for route in matrix_routes(matrix, shards)
         )
         position = 0
         for offset, length, rank in runs:
             if offset != position:
-                _refuse(unit, position, offset, rank)
+                _refuse(matrix, position, offset, rank)
             position += length
-        if position != unit.numel:
-            _refuse(unit, position, unit.numel, None)
+        if position != matrix.numel:
+            _refuse(matrix, position, matrix.numel, None)
 
 
 def plan_routes(
-    units: Sequence[MuonMatrix], owners: Sequence[int], layout: Sequence[RankShards], rank: int
+    matrices: Sequence[MuonMatrix], owners: Sequence[int], layout: Sequence[RankShards], rank: int
 ) -> RoutingPlan:
     """Return the routes of one group rank, from each rank's shards to each matrix's owner.
 
     Args:
-        units: Matrices, in the same order on every rank.
+        matrices: Matrices, in the same order on every rank.
         owners: Group rank of each matrix's owner.
         layout: What each rank of the stage group holds, in group order.
         rank: The group rank.
     """
     by_owner: list[list[MuonMatrix]] = [[] for _ in layout]
-    for unit, owner in zip(units, owners, strict=True):
-        by_owner[owner].append(unit)
+    for matrix, owner in zip(matrices, owners, strict=True):
+        by_owner[owner].append(matrix)
     to_owner = [_routes_of(owned, layout[rank]) for owned in by_owner]
     from_holder = [_routes_of(by_owner[rank], shards) for shards in layout]
     return RoutingPlan(
@@ -207,15 +209,15 @@ def plan_routes(
     )
 
 
-def _routes_of(units: Sequence[MuonMatrix], shards: RankShards) -> list[RangeRoute]:
-    return [route for unit in units for route in matrix_routes(unit, shards)]
+def _routes_of(matrices: Sequence[MuonMatrix], shards: RankShards) -> list[RangeRoute]:
+    return [route for matrix in matrices for route in matrix_routes(matrix, shards)]
 
 
-def _refuse(unit: MuonMatrix, position: int, found: int, rank: int | None) -> None:
+def _refuse(matrix: MuonMatrix, position: int, found: int, rank: int | None) -> None:
     what = "is held twice" if found < position else "is held by no rank"
     where = "" if rank is None else f" (next piece: group rank {rank})"
     raise RuntimeMismatch(
-        f"element {min(position, found)} of {unit.numel} of {unit.name} {what} of the stage "
+        f"element {min(position, found)} of {matrix.numel} of {matrix.name} {what} of the stage "
         f"group{where}. Its update would be wrong on part of the matrix; the shards given do not "
         "describe this stage."
     )
@@ -225,47 +227,47 @@ def _refuse(unit: MuonMatrix, position: int, found: int, rank: int | None) -> No
 
 
 def divide(
-    units: Sequence[MuonMatrix], owners: Sequence[int], chunks: int
+    matrices: Sequence[MuonMatrix], owners: Sequence[int], buckets: int
 ) -> tuple[tuple[int, ...], ...]:
     """Distribute the matrices of a stage over the buckets of the exchange.
 
     Each owner's matrices are put in a row, equal shapes next to each other, and the row is cut into
-    ``chunks`` parts with about the same number of elements. So each bucket gives each owner about
+    ``buckets`` parts with about the same number of elements. So each bucket gives each owner about
     the same share of its own work, and batches of one shape mostly stay together. All ranks
     compute the same buckets.
 
     Args:
-        units: All matrices of a stage.
+        matrices: All matrices of a stage.
         owners: Group rank of each matrix's owner.
-        chunks: Largest number of buckets.
+        buckets: Largest number of buckets.
 
     Returns:
         For each bucket the indices of its matrices, ascending; buckets without matrices are left
         out.
     """
-    if chunks < 1:
-        raise ValueError(f"an exchange needs at least one bucket, not {chunks}")
-    members: list[list[int]] = [[] for _ in range(chunks)]
+    if buckets < 1:
+        raise ValueError(f"an exchange needs at least one bucket, not {buckets}")
+    members: list[list[int]] = [[] for _ in range(buckets)]
     for owner in sorted(set(owners)):
         owned = [index for index, other in enumerate(owners) if other == owner]
-        total, before = sum(units[index].numel for index in owned), 0
-        for index in sorted(owned, key=lambda i: (units[i].shape, units[i].blocks, i)):
-            # floor((before + numel / 2) / total * chunks), in integers: exact, so always less than
-            # `chunks` and the same on every rank.
-            middle = 2 * before + units[index].numel
-            members[middle * chunks // (2 * total)].append(index)
-            before += units[index].numel
-    return tuple(tuple(sorted(chunk)) for chunk in members if chunk)
+        total, before = sum(matrices[index].numel for index in owned), 0
+        for index in sorted(owned, key=lambda i: (matrices[i].shape, matrices[i].blocks, i)):
+            # floor((before + numel / 2) / total * buckets), in integers: exact, so always less than
+            # `buckets` and the same on every rank.
+            middle = 2 * before + matrices[index].numel
+            members[middle * buckets // (2 * total)].append(index)
+            before += matrices[index].numel
+    return tuple(tuple(sorted(bucket)) for bucket in members if bucket)
 
 
-def by_shape(units: Sequence[MuonMatrix]) -> list[list[MuonMatrix]]:
+def by_shape(matrices: Sequence[MuonMatrix]) -> list[list[MuonMatrix]]:
     """Return the batches that an owner computes: matrices of one shape and number of blocks."""
     batches: dict[tuple[tuple[int, int], int], list[MuonMatrix]] = {}
-    for unit in units:
-        batches.setdefault((unit.shape, unit.blocks), []).append(unit)
+    for matrix in matrices:
+        batches.setdefault((matrix.shape, matrix.blocks), []).append(matrix)
     return list(batches.values())
 
 
-def largest_batch(units: Sequence[MuonMatrix]) -> int:
+def largest_batch(matrices: Sequence[MuonMatrix]) -> int:
     """Return the number of elements of the largest batch that `by_shape` forms."""
-    return max((sum(unit.numel for unit in batch) for batch in by_shape(units)), default=0)
+    return max((sum(matrix.numel for matrix in batch) for batch in by_shape(matrices)), default=0)

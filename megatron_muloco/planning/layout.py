@@ -51,10 +51,10 @@ __all__ = [
     "by_fragment",
     "cut_buffer",
     "rank_shards",
+    "stage_matrices",
     "stage_parameters",
     "stage_shards",
     "stage_slices",
-    "stage_units",
 ]
 
 
@@ -269,7 +269,7 @@ def stage_slices(model: ModelConfig, topology: Topology) -> tuple[Slice, ...]:
 # Muon matrices of one pipeline stage.
 
 
-def stage_units(
+def stage_matrices(
     config: RunConfig, topology: Topology, *, accelerator: bool
 ) -> tuple[MuonMatrix, ...]:
     """Return the Muon matrices of a pipeline stage, as its parameter table has them.
@@ -293,21 +293,23 @@ def stage_units(
     )
     parameters = stage_parameters(model, topology, stage=0, tp_rank=0)
     return tuple(
-        unit
+        matrix
         for param in parameters  # the order of the modules breaks ties between owners
         if not is_vector(param)
-        for unit in split(
+        for matrix in split(
             param,
             shape,
             tensor_size=tensor,
             steps=muon.num_ns_steps,
             split_heads=muon.split_heads,
-            choose_form=partial(_form, config.inner, accelerator),
+            choose_impl=partial(_implementation, config.inner, accelerator),
         )
     )
 
 
-def _form(inner: MuonInner, accelerator: bool, rows: int, columns: int) -> NSImplementation:
+def _implementation(
+    inner: MuonInner, accelerator: bool, rows: int, columns: int
+) -> NSImplementation:
     if inner.muon.ns_impl != "auto":
         return inner.muon.ns_impl
     precise = inner.muon.compute_dtype(accelerator=accelerator) == "fp32"

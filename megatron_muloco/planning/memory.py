@@ -35,9 +35,9 @@ from megatron_muloco.planning.layout import (
     BYTES,
     Slice,
     by_fragment,
+    stage_matrices,
     stage_shards,
     stage_slices,
-    stage_units,
 )
 from megatron_muloco.planning.traffic import chunk_payloads, planned_on_accelerator
 from megatron_muloco.topology import Topology
@@ -280,17 +280,17 @@ def exchange_bytes(config: RunConfig, topology: Topology) -> int:
         return 0
     accelerator = planned_on_accelerator(config)
     wire = BYTES[config.inner.muon.wire_dtype(accelerator=accelerator)]
-    units = stage_units(config, topology, accelerator=accelerator)
+    matrices = stage_matrices(config, topology, accelerator=accelerator)
     ranks = topology.stage_size
-    held = -(-sum(unit.numel for unit in units) // ranks)
+    held = -(-sum(matrix.numel for matrix in matrices) // ranks)
     if ranks == 1:
-        return 4 * held + wire * largest_batch(units)
-    owners = assign(units, ranks).owners
-    chunks = divide(units, owners, config.inner.muon.exchange_chunks)
+        return 4 * held + wire * largest_batch(matrices)
+    owners = assign(matrices, ranks).owners
+    buckets = divide(matrices, owners, config.inner.muon.exchange_chunks)
     as_owner = 0
     for rank in range(ranks):
-        owned = [[units[i] for i in chunk if owners[i] == rank] for chunk in chunks]
-        received = sum(unit.numel for chunk in owned for unit in chunk)
+        owned = [[matrices[i] for i in bucket if owners[i] == rank] for bucket in buckets]
+        received = sum(matrix.numel for bucket in owned for matrix in bucket)
         as_owner = max(as_owner, received + max(map(largest_batch, owned), default=0))
     return (4 + wire) * held + wire * as_owner
 

@@ -281,7 +281,7 @@ def optimizer_config(config: RunConfig) -> OptimizerConfig:
 
 
 def parameter_table(view: MasterView, config: RunConfig, groups: Groups) -> ParameterTable:
-    """Return the table of this stage's parameters: route, units, owners, multipliers."""
+    """Return the table of this stage's parameters: route, matrices, owners, multipliers."""
     model, vector = config.model, config.inner.vector
     settings, _ = _muon_settings(config)
     topology = groups.topology
@@ -298,7 +298,9 @@ def parameter_table(view: MasterView, config: RunConfig, groups: Groups) -> Para
         group_size=groups.stage.size(),
         num_ns_steps=settings.num_ns_steps if settings else 0,
         split_heads=isinstance(config.inner, MuonInner) and config.inner.muon.split_heads,
-        choose_form=partial(settings.form, device=training_device()) if settings else always_plain,
+        choose_impl=partial(settings.implementation, device=training_device())
+        if settings
+        else always_plain,
         multipliers={
             name: (vector.lr_mult, vector.weight_decay_mult)
             for name, info in view.infos.items()
@@ -325,8 +327,8 @@ def _bound_inner(view: MasterView, config: RunConfig, groups: Groups) -> MuonAda
     for tensor, shard in pairs:
         # Not by add_param_group: fp32 masters are views of parameters, which torch would refuse.
         inner.param_groups[kinds.index(multipliers[shard.name])]["params"].append(tensor)
-    chunks = config.inner.muon.exchange_chunks if isinstance(config.inner, MuonInner) else 1
-    exchange = _exchange(view, table, groups, wire, chunks) if table.units else None
+    buckets = config.inner.muon.exchange_chunks if isinstance(config.inner, MuonInner) else 1
+    exchange = _exchange(view, table, groups, wire, buckets) if table.matrices else None
     inner.bind(pairs, table, exchange)
     return inner
 
@@ -357,7 +359,7 @@ def _exchange(
     table: ParameterTable,
     groups: Groups,
     wire_dtype: torch.dtype,
-    chunks: int,
+    buckets: int,
 ) -> ShardExchange:
     """Build the shards <-> owners exchange of this pipeline stage."""
     stage = groups.stage
@@ -368,12 +370,12 @@ def _exchange(
     layout: list[Any] = [None] * stage.size()
     torch.distributed.all_gather_object(layout, mine, group=stage)
     return ShardExchange(
-        table.units,
+        table.matrices,
         table.assignment.owners,
         layout,
         rank=stage.rank(),
         transport=AllToAll(stage) if stage.size() > 1 else None,
         wire_dtype=wire_dtype,
         device=training_device(),
-        chunks=chunks,
+        buckets=buckets,
     )

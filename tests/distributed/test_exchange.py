@@ -23,19 +23,19 @@ def negate(exchange: ShardExchange, shards: Seen) -> tuple[Seen, Seen]:
     """Return the matrices that this rank owns, and the pieces of the negated ones."""
     seen: Seen = {}
 
-    def function(units: tuple[MuonMatrix, ...], matrices: torch.Tensor) -> torch.Tensor:
-        seen.update({u.name: m.float() for u, m in zip(units, matrices.clone(), strict=True)})
-        return -matrices
+    def function(matrices: tuple[MuonMatrix, ...], stacked: torch.Tensor) -> torch.Tensor:
+        seen.update({u.name: m.float() for u, m in zip(matrices, stacked.clone(), strict=True)})
+        return -stacked
 
     return seen, exchange.transform(shards, function)
 
 
 def round_trip(
-    cuts: list[list[float]], owners: list[int], wire_dtype: torch.dtype, chunks: int
+    cuts: list[list[float]], owners: list[int], wire_dtype: torch.dtype, buckets: int
 ) -> int:
     tensor_size = len(cuts)
     params = matrix_params(LAYER, HIDDEN, tensor_size)
-    units = [u for p in params for u in split(p, LAYER, tensor_size=tensor_size)]
+    matrices = [u for p in params for u in split(p, LAYER, tensor_size=tensor_size)]
     layout = cut(params, tensor_size, cuts)
     pieces = {
         (p.name, t): integer_tensor(*p.local_shape, seed=10 * i + t)  # exact in bf16 too
@@ -45,19 +45,19 @@ def round_trip(
     transport = AllToAll(dist.group.WORLD)
     assert (transport.size, transport.rank) == (dist.get_world_size(), dist.get_rank())
     exchange = ShardExchange(
-        units,
+        matrices,
         owners,
         layout,
         rank=transport.rank,
         transport=transport,
         wire_dtype=wire_dtype,
-        chunks=chunks,
+        buckets=buckets,
     )
     for _ in range(2):
-        matrices, returned = negate(exchange, shards_of(pieces, layout[transport.rank]))
-        for unit, owner in zip(units, owners, strict=True):
+        stacked, returned = negate(exchange, shards_of(pieces, layout[transport.rank]))
+        for matrix, owner in zip(matrices, owners, strict=True):
             if owner == transport.rank:
-                assert_equal(matrices[unit.name], whole(unit, pieces), unit.name)
+                assert_equal(stacked[matrix.name], whole(matrix, pieces), matrix.name)
         expected = shards_of(pieces, layout[transport.rank])
         assert list(returned) == list(expected)
         for name, shard in expected.items():
@@ -66,7 +66,7 @@ def round_trip(
     return exchange.bytes_sent
 
 
-@pytest.mark.parametrize("chunks", [1, 3])
+@pytest.mark.parametrize("buckets", [1, 3])
 @pytest.mark.parametrize("wire_dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(
     ("cuts", "owners"),
@@ -78,9 +78,9 @@ def round_trip(
     ids=["cut-inside-rows", "one-owner", "ranks-without-elements"],
 )
 def test_matrices_arrive_and_come_back(
-    cuts: list[list[float]], owners: list[int], wire_dtype: torch.dtype, chunks: int
+    cuts: list[list[float]], owners: list[int], wire_dtype: torch.dtype, buckets: int
 ) -> None:
-    sent = run_ranks(round_trip, 4, cuts, owners, wire_dtype, chunks)
+    sent = run_ranks(round_trip, 4, cuts, owners, wire_dtype, buckets)
     assert sum(sent) > 0
 
 
@@ -90,13 +90,13 @@ def sub_group_round_trip() -> None:
     transport = AllToAll(groups[dist.get_rank() % 2])
     assert (transport.size, transport.rank) == (2, dist.get_rank() // 2)
     params = matrix_params(LAYER, HIDDEN, 1)
-    units = [u for p in params for u in split(p, LAYER, tensor_size=1)]
+    matrices = [u for p in params for u in split(p, LAYER, tensor_size=1)]
     layout: list[RankShards] = cut(params, 1, [[0.4]])
     pieces = {(p.name, 0): torch.full(p.local_shape, float(dist.get_rank() % 2)) for p in params}
-    exchange = ShardExchange(units, [0] * 7, layout, rank=transport.rank, transport=transport)
-    matrices, _ = negate(exchange, shards_of(pieces, layout[transport.rank]))
-    for matrix in matrices.values():
-        assert_equal(matrix, torch.full(matrix.shape, float(dist.get_rank() % 2)))
+    exchange = ShardExchange(matrices, [0] * 7, layout, rank=transport.rank, transport=transport)
+    stacked, _ = negate(exchange, shards_of(pieces, layout[transport.rank]))
+    for value in stacked.values():
+        assert_equal(value, torch.full(value.shape, float(dist.get_rank() % 2)))
 
 
 def test_stage_groups_do_not_mix() -> None:

@@ -21,8 +21,8 @@ from tests.support.tiny_models import finish_tiny, start_tiny, tiny_config
 STEPS, LR, WEIGHT_DECAY = 3, 0.1, 0.3
 TENSOR, DATA = 2, 2
 
-# Every unit is 12 x 12, 48 x 12 or 12 x 48: sqrt(rows / columns) is 1, 2 or 1/2, so that the scale
-# does not round wherever it is multiplied in.
+# Every matrix is 12 x 12, 48 x 12 or 12 x 48: sqrt(rows / columns) is 1, 2 or 1/2, so that the
+# scale does not round wherever it is multiplied in.
 MODEL = {
     "num_layers": 2,
     "hidden_size": 12,
@@ -40,9 +40,9 @@ INNER = {
 }
 
 
-def gradient(unit: MuonMatrix, step: int, dp: int) -> Tensor:
+def gradient(matrix: MuonMatrix, step: int, dp: int) -> Tensor:
     """Return what backward of data-parallel rank ``dp`` gives: integers, whose mean is exact."""
-    return updates.named_integers(unit, DATA * step + dp)
+    return updates.named_integers(matrix, DATA * step + dp)
 
 
 def train() -> tuple[Held, dict[str, Tensor]]:
@@ -70,7 +70,7 @@ def test_identity_muon_is_sgd_with_momentum_bit_for_bit() -> None:
     """At tp 2 x dp 2: reduce-scatter, shards, exchange, momentum, decay, scale and descent."""
     results = run_ranks(train, TENSOR * DATA)
     ranks = [held for held, _ in results]
-    masters, units = updates.whole_units(ranks), ranks[0].units
+    masters, matrices = updates.whole_matrices(ranks), ranks[0].matrices
     models = [  # of each data-parallel rank, which has gathered what the others updated
         {
             (name, held.tensor_rank): tensor
@@ -79,23 +79,23 @@ def test_identity_muon_is_sgd_with_momentum_bit_for_bit() -> None:
         }
         for dp in range(DATA)
     ]
-    assert len(units) == 7 * MODEL["num_layers"]
-    assert {unit.shape for unit in units} == {(12, 12), (48, 12), (12, 48)}
-    for unit in units:
-        theta = torch.nn.Parameter(updates.named_matrix(unit, -1))
-        scaled = LR * scale_factor("unit_rms_norm", *unit.shape)
+    assert len(matrices) == 7 * MODEL["num_layers"]
+    assert {matrix.shape for matrix in matrices} == {(12, 12), (48, 12), (12, 48)}
+    for matrix in matrices:
+        theta = torch.nn.Parameter(updates.named_matrix(matrix, -1))
+        scaled = LR * scale_factor("unit_rms_norm", *matrix.shape)
         sgd = torch.optim.SGD([theta], lr=scaled, momentum=0.9)
         for step in range(STEPS):
-            theta.grad = sum(gradient(unit, step, dp) for dp in range(DATA)) / DATA
+            theta.grad = sum(gradient(matrix, step, dp) for dp in range(DATA)) / DATA
             theta.data.mul_(1 - LR * WEIGHT_DECAY)
             sgd.step()
-        assert_equal(masters[unit.name], theta.data, unit.name)
+        assert_equal(masters[matrix.name], theta.data, matrix.name)
         for model in models:
-            assert_equal(whole(unit, model), theta.data, unit.name)
+            assert_equal(whole(matrix, model), theta.data, matrix.name)
 
 
 def refusals() -> dict[str, str]:
-    """Return what is said when one unit at a time is left out of what is exchanged."""
+    """Return what is said when one matrix at a time is left out of what is exchanged."""
     run = start_tiny(tiny_config(model=MODEL, inner=INNER, outer={"kind": "none"}))
     inner, view = run.optimizer.inner, run.optimizer.view
     pairs = [(view.raw_masters[shard.name], shard) for shard in view.shards]
@@ -103,12 +103,12 @@ def refusals() -> dict[str, str]:
     layout = [RankShards(0, ranges)]
 
     def bind_without(left_out: MuonMatrix) -> None:
-        units = [unit for unit in inner.table.units if unit != left_out]
-        exchange = ShardExchange(units, [0] * len(units), layout, rank=0, transport=None)
+        matrices = [matrix for matrix in inner.table.matrices if matrix != left_out]
+        exchange = ShardExchange(matrices, [0] * len(matrices), layout, rank=0, transport=None)
         inner.bind(pairs, inner.table, exchange)
 
     said = {}
-    for left_out in inner.table.units:
+    for left_out in inner.table.matrices:
         with pytest.raises(RuntimeMismatch) as refusal:
             bind_without(left_out)
         said[left_out.name] = str(refusal.value)

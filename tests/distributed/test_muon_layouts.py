@@ -47,7 +47,7 @@ def test_the_update_does_not_depend_on_the_layout(tensor_size: int, dp: int) -> 
     expected = train_in_threads(alone, 2, **OPTIONS)
     same_batches, _ = run(spread.owned_by_one(), 2, OPTIONS)
     balanced, reports = run(spread, 2, OPTIONS)
-    for mine, reference in zip(spread.table.units, alone.table.units, strict=True):
+    for mine, reference in zip(spread.table.matrices, alone.table.matrices, strict=True):
         theta = whole(reference, expected)
         assert_equal(whole(mine, same_batches), theta, mine.name)
         error = (whole(mine, balanced) - theta).norm() / theta.norm()
@@ -55,32 +55,32 @@ def test_the_update_does_not_depend_on_the_layout(tensor_size: int, dp: int) -> 
     assert_equal(same_batches[VECTOR, 0], expected[VECTOR, 0])
     calls = [report.newton_schulz_calls for report in reports]
     assert calls == [len(spread.table.owned_by(rank)) for rank in range(len(spread.layout))]
-    assert sum(calls) == 7  # no unit is computed twice
+    assert sum(calls) == 7  # no matrix is computed twice
 
 
 def test_muon_with_identity_is_sgd_with_momentum_bit_for_bit() -> None:
-    stage = Stage.even(SQUARE, 12, 2, 2)  # all units are square: scaled by 1
+    stage = Stage.even(SQUARE, 12, 2, 2)  # all matrices are square: scaled by 1
     trained, _ = run(stage, 3, OPTIONS | {"orthogonalise": identity})
-    for unit in stage.table.units:
-        theta = torch.nn.Parameter(whole(unit, stage.random(0)))
+    for matrix in stage.table.matrices:
+        theta = torch.nn.Parameter(whole(matrix, stage.random(0)))
         sgd = torch.optim.SGD([theta], lr=OPTIONS["lr"], momentum=0.9)
         for step in (1, 2, 3):
-            theta.grad = whole(unit, stage.random(step))
+            theta.grad = whole(matrix, stage.random(step))
             theta.data.mul_(1 - OPTIONS["lr"] * OPTIONS["weight_decay"])
             sgd.step()
-        assert_equal(whole(unit, trained), theta.data, unit.name)
+        assert_equal(whole(matrix, trained), theta.data, matrix.name)
 
 
-def test_chunks_do_not_change_what_is_computed() -> None:
+def test_buckets_do_not_change_what_is_computed() -> None:
     """Bit for bit where matrices are not mixed; batches of other sizes may sum in another order."""
     stage = Stage.even(GQA, HIDDEN, 2, 2)
     exact, exact_again = (
-        run(stage, 3, OPTIONS | {"orthogonalise": identity, "exchange_chunks": chunks})[0]
-        for chunks in (1, 3)
+        run(stage, 3, OPTIONS | {"orthogonalise": identity, "exchange_chunks": buckets})[0]
+        for buckets in (1, 3)
     )
     whole_batches, _ = run(stage, 2, OPTIONS)
-    chunked, _ = run(stage, 2, OPTIONS | {"exchange_chunks": 3})
-    for unit in stage.table.units:
-        assert_equal(whole(unit, exact_again), whole(unit, exact), unit.name)
-        theta = whole(unit, whole_batches)
-        assert (whole(unit, chunked) - theta).norm() / theta.norm() <= 1e-4, unit.name
+    bucketed, _ = run(stage, 2, OPTIONS | {"exchange_chunks": 3})
+    for matrix in stage.table.matrices:
+        assert_equal(whole(matrix, exact_again), whole(matrix, exact), matrix.name)
+        theta = whole(matrix, whole_batches)
+        assert (whole(matrix, bucketed) - theta).norm() / theta.norm() <= 1e-4, matrix.name

@@ -4,7 +4,7 @@ import pytest
 
 from megatron_muloco.optim.matrices import MuonMatrix
 from megatron_muloco.optim.parameter_table import ParameterReport
-from megatron_muloco.planning.layout import stage_units
+from megatron_muloco.planning.layout import stage_matrices
 from megatron_muloco.training.build import gather_report
 from tests.support.spawn import run_ranks
 from tests.support.tiny_models import MUON, finish_tiny, start_tiny, tiny_config
@@ -36,28 +36,28 @@ def test_every_rank_has_the_parameters_of_all_stages() -> None:
 CHOSEN = {**MUON, "muon": {"ns_impl": "triangle", "ns_dtype": "fp32", "split_heads": True}}
 
 
-def units_and_report(
+def matrices_and_report(
     inner: dict[str, object],
 ) -> tuple[tuple[MuonMatrix, ...], tuple[MuonMatrix, ...], ParameterReport, tuple[int, int]]:
-    """Return the units of stage 0 as planned and as trained, and the matrices of a step."""
+    """Return the matrices of stage 0 as planned and as trained, and the number of a step."""
     config = tiny_config(inner=inner, parallel={"tensor_model_parallel_size": 2})
     run = start_tiny(config)
     run.train(1)
     optimizer = run.optimizer.inner
-    planned = stage_units(config, run.groups.topology, accelerator=False)
+    planned = stage_matrices(config, run.groups.topology, accelerator=False)
     report = gather_report(optimizer.table, run.groups)
     calls = (optimizer.last_step.newton_schulz_calls, optimizer.planned_calls)
     finish_tiny()
-    return planned, optimizer.table.units, report, calls
+    return planned, optimizer.table.matrices, report, calls
 
 
 @pytest.mark.parametrize("inner", [MUON, CHOSEN], ids=["default", "chosen"])
-def test_the_form_and_the_heads_of_the_config_are_those_that_run_and_are_planned(
+def test_the_implementation_and_the_heads_of_the_config_are_those_that_run_and_are_planned(
     inner: dict[str, object],
 ) -> None:
-    ranks = run_ranks(units_and_report, 2, inner)
-    for planned, units, report, (calls, planned_calls) in ranks:
-        assert units == planned
+    ranks = run_ranks(matrices_and_report, 2, inner)
+    for planned, matrices, report, (calls, planned_calls) in ranks:
+        assert matrices == planned
         assert calls == planned_calls
         heads = "4 * [8 x 32] triangle" if inner is CHOSEN else "[32 x 32] plain"
         assert f"q {heads} @" in report.table

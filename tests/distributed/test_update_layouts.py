@@ -61,7 +61,7 @@ def one_update(layers: int, layout: Layout, bucket_size: int | None) -> dict[str
     batched = inner.orthogonalise
 
     def step() -> Held:
-        updates.set_masters(run, lambda unit: torch.zeros(unit.shape))
+        updates.set_masters(run, lambda matrix: torch.zeros(matrix.shape))
         updates.set_momentum(run, partial(updates.named_matrix, seed=0))
         updates.set_gradients(run, partial(updates.named_matrix, seed=1))
         run.optimizer.inner_step()
@@ -80,10 +80,10 @@ def one_update(layers: int, layout: Layout, bucket_size: int | None) -> dict[str
 def updates_of(
     layers: int, layout: Layout, bucket_size: int | None = None
 ) -> tuple[dict[str, dict[str, Tensor]], list[Held]]:
-    """Return whole updates by way of computing and unit, and what the ranks of the run held."""
+    """Return whole updates by way of computing and matrix, and what the ranks of the run held."""
     tp, pp, dp = layout
     ranks = run_ranks(partial(one_update, layers, layout, bucket_size), tp * pp * dp)
-    ways = {way: updates.whole_units(rank[way] for rank in ranks) for way in ranks[0]}
+    ways = {way: updates.whole_matrices(rank[way] for rank in ranks) for way in ranks[0]}
     return ways, [rank["balanced"] for rank in ranks]
 
 
@@ -93,11 +93,11 @@ def batched_alone(layers: int, pp: int) -> dict[str, Tensor]:
     return updates_of(layers, (1, pp, 1))[0]["same batches"]
 
 
-def by_definition(unit: MuonMatrix) -> Tensor:
+def by_definition(matrix: MuonMatrix) -> Tensor:
     """Return what one step does to a matrix that was zero."""
-    momentum = updates.named_matrix(unit, 0) * MOMENTUM + updates.named_matrix(unit, 1)
+    momentum = updates.named_matrix(matrix, 0) * MOMENTUM + updates.named_matrix(matrix, 1)
     direction = newton_schulz(momentum, dtype=torch.float32)
-    return -INNER["lr"] * (direction * scale_factor("unit_rms_norm", *unit.shape))
+    return -INNER["lr"] * (direction * scale_factor("unit_rms_norm", *matrix.shape))
 
 
 def assert_same_updates(
@@ -107,10 +107,10 @@ def assert_same_updates(
 
     A batch of another size may sum in another order, and five steps amplify that.
     """
-    units = {unit.name: unit for rank in ranks for unit in rank.units}
-    assert len(units) == 7 * layers
-    for name, unit in units.items():
-        expected = by_definition(unit)
+    matrices = {matrix.name: matrix for rank in ranks for matrix in rank.matrices}
+    assert len(matrices) == 7 * layers
+    for name, matrix in matrices.items():
+        expected = by_definition(matrix)
         assert_equal(ways["one by one"][name], expected, name)
         assert_equal(ways["same batches"][name], batched_alone(layers, stages)[name], name)
         for way in ("balanced", "same batches"):

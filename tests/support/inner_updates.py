@@ -1,7 +1,7 @@
 """Whole matrices in and out of a real replica: the same momentum in every layout, update by update.
 
-Every rank fills its local tensors from whole units that depend on a name alone, steps the real
-optimizer, and hands its flat shards back; the test puts whole units together again.
+Every rank fills its local tensors from whole matrices that depend on a name alone, steps the real
+optimizer, and hands its flat shards back; the test puts whole matrices together again.
 """
 
 import zlib
@@ -26,40 +26,40 @@ MakeMatrix = Callable[[MuonMatrix], Tensor]
 
 @dataclass(frozen=True)
 class Held:
-    """What one rank has: its units' descriptions and its flat shards."""
+    """What one rank has: its matrices' descriptions and its flat shards."""
 
     tensor_rank: int
-    units: tuple[MuonMatrix, ...]
+    matrices: tuple[MuonMatrix, ...]
     local_shapes: dict[str, tuple[int, ...]]
     shards: dict[str, tuple[int, Tensor]]
     planned_calls: int
 
     def cuts_inside_a_row(self) -> bool:
         """Whether a shard of a matrix begins within one of its rows."""
-        matrices = {unit.param for unit in self.units}
+        names = {matrix.param for matrix in self.matrices}
         return any(
             start % self.local_shapes[name][1]
             for name, (start, _) in self.shards.items()
-            if name in matrices
+            if name in names
         )
 
 
-def named_matrix(unit: MuonMatrix, seed: int) -> Tensor:
-    """Return a random matrix that depends on the unit's name and the seed alone."""
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{unit.name} {seed}".encode()))
-    return torch.randn(unit.shape, generator=generator)
+def named_matrix(matrix: MuonMatrix, seed: int) -> Tensor:
+    """Return a random matrix that depends on the matrix's name and the seed alone."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{matrix.name} {seed}".encode()))
+    return torch.randn(matrix.shape, generator=generator)
 
 
-def named_integers(unit: MuonMatrix, seed: int) -> Tensor:
-    """Return whole numbers up to 8 that depend on the unit's name and the seed alone."""
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{unit.name} {seed}".encode()))
-    return torch.randint(-8, 9, unit.shape, generator=generator).float()
+def named_integers(matrix: MuonMatrix, seed: int) -> Tensor:
+    """Return whole numbers up to 8 that depend on the matrix's name and the seed alone."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{matrix.name} {seed}".encode()))
+    return torch.randint(-8, 9, matrix.shape, generator=generator).float()
 
 
 def local_pieces(run: TinyRun, make: MakeMatrix) -> dict[str, Tensor]:
     """Return this rank's local tensors of every matrix parameter of its stage."""
-    units = run.optimizer.inner.table.units
-    pieces = scatter({unit.name: make(unit) for unit in units}, units)
+    matrices = run.optimizer.inner.table.matrices
+    pieces = scatter({matrix.name: make(matrix) for matrix in matrices}, matrices)
     rank = run.groups.coords.tp
     return {name: piece for (name, t), piece in pieces.items() if t == rank}
 
@@ -95,12 +95,12 @@ def set_gradients(run: TinyRun, make: MakeMatrix) -> None:
 
 
 def give_all_to_one(run: TinyRun) -> None:
-    """Bind the inner optimizer anew, every unit of the stage on its first rank, in one chunk.
+    """Bind the inner optimizer anew, every matrix of the stage on its first rank, in one bucket.
 
     So the batches are those of a stage that has one rank.
     """
     inner, view, stage = run.optimizer.inner, run.optimizer.view, run.groups.stage
-    everything = Assignment((0,) * len(inner.table.units), (1,) + (0,) * (stage.size() - 1))
+    everything = Assignment((0,) * len(inner.table.matrices), (1,) + (0,) * (stage.size() - 1))
     table = replace(inner.table, assignment=everything)
     ranges = {shard.name: (shard.start, shard.end) for shard in view.shards}
     layout: list[Any] = [None] * stage.size()
@@ -108,7 +108,7 @@ def give_all_to_one(run: TinyRun) -> None:
         layout, RankShards(run.groups.coords.tp, ranges), group=stage
     )
     exchange = ShardExchange(
-        table.units,
+        table.matrices,
         table.owners,
         layout,
         rank=stage.rank(),
@@ -122,21 +122,21 @@ def held(run: TinyRun) -> Held:
     inner, view = run.optimizer.inner, run.optimizer.view
     return Held(
         run.groups.coords.tp,
-        inner.table.units,
+        inner.table.matrices,
         {name: info.local_shape for name, info in view.infos.items()},
         run.masters(),
         inner.planned_calls,
     )
 
 
-def whole_units(ranks: Iterable[Held]) -> dict[str, Tensor]:
-    """Return every unit of the model, put together from the shards of all ranks."""
+def whole_matrices(ranks: Iterable[Held]) -> dict[str, Tensor]:
+    """Return every matrix of the model, put together from the shards of all ranks."""
     pieces: Pieces = {}
-    units: dict[str, MuonMatrix] = {}
+    matrices: dict[str, MuonMatrix] = {}
     for rank in ranks:
-        units |= {unit.name: unit for unit in rank.units}
+        matrices |= {matrix.name: matrix for matrix in rank.matrices}
         for name, (start, flat) in rank.shards.items():
             missing = torch.full(rank.local_shapes[name], torch.nan)
             piece = pieces.setdefault((name, rank.tensor_rank), missing)
             piece.view(-1)[start : start + flat.numel()] = flat
-    return {name: whole(unit, pieces) for name, unit in units.items()}
+    return {name: whole(matrix, pieces) for name, matrix in matrices.items()}

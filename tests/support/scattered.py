@@ -135,29 +135,29 @@ def shards_of(pieces: Pieces, shards: RankShards) -> dict[str, Tensor]:
     }
 
 
-def whole(unit: MuonMatrix, pieces: Pieces) -> Tensor:
-    """Assemble a unit the obvious way: rows of each tensor rank's piece, then concatenated."""
+def whole(matrix: MuonMatrix, pieces: Pieces) -> Tensor:
+    """Assemble a matrix the obvious way: rows of each tensor rank's piece, then concatenated."""
     return torch.cat(
         [
-            torch.cat([pieces[unit.param, t][a:b] for a, b in unit.local_rows])
-            for t in range(unit.tensor_size)
+            torch.cat([pieces[matrix.param, t][a:b] for a, b in matrix.local_rows])
+            for t in range(matrix.tensor_size)
         ],
-        dim=unit.partition_dim,
+        dim=matrix.partition_dim,
     )
 
 
-def scatter(matrices: dict[str, Tensor], units: Sequence[MuonMatrix]) -> Pieces:
-    """Return the tensor ranks' pieces of whole units; undoes `whole`."""
+def scatter(values: dict[str, Tensor], matrices: Sequence[MuonMatrix]) -> Pieces:
+    """Return the tensor ranks' pieces of whole matrices; undoes `whole`."""
     pieces: Pieces = {}
-    for param in {unit.param: None for unit in units}:
-        mine = [unit for unit in units if unit.param == param]
-        rows = sum(unit.local_shape[0] for unit in mine)
+    for param in {matrix.param: None for matrix in matrices}:
+        mine = [matrix for matrix in matrices if matrix.param == param]
+        rows = sum(matrix.local_shape[0] for matrix in mine)
         for t in range(mine[0].tensor_size):
             piece = torch.empty(rows, mine[0].local_columns)
-            for unit in mine:
-                local = matrices[unit.name].chunk(unit.tensor_size, dim=unit.partition_dim)[t]
-                sizes = [b - a for a, b in unit.local_rows]
-                for (a, b), part in zip(unit.local_rows, local.split(sizes), strict=True):
+            for matrix in mine:
+                local = values[matrix.name].chunk(matrix.tensor_size, dim=matrix.partition_dim)[t]
+                sizes = [b - a for a, b in matrix.local_rows]
+                for (a, b), part in zip(matrix.local_rows, local.split(sizes), strict=True):
                     piece[a:b] = part
             pieces[param, t] = piece
     return pieces
@@ -206,9 +206,9 @@ class Stage:
         return cls(layer, hidden, tensor_size, layout, table)
 
     def owned_by_one(self) -> "Stage":
-        """The same with every unit on rank 0, so that batches are the same for every layout."""
-        units = self.table.units
-        everything = Assignment((0,) * len(units), (1,) + (0,) * (len(self.layout) - 1))
+        """The same with every matrix on rank 0, so that batches are the same for every layout."""
+        matrices = self.table.matrices
+        everything = Assignment((0,) * len(matrices), (1,) + (0,) * (len(self.layout) - 1))
         return replace(self, table=replace(self.table, assignment=everything))
 
     @property
@@ -217,12 +217,12 @@ class Stage:
         return {param.name: param for param in params}
 
     def random(self, seed: int) -> Pieces:
-        """Return pieces whose whole units and norm depend on the seed alone, not on the layout."""
+        """Return pieces whose whole matrices and norm depend on the seed, not on the layout."""
         generator = torch.Generator().manual_seed(seed)
-        units = {u.name: torch.randn(u.shape, generator=generator) for u in self.table.units}
+        matrices = {u.name: torch.randn(u.shape, generator=generator) for u in self.table.matrices}
         norm = torch.randn(5, generator=generator)
         norms = {(VECTOR, t): norm.clone() for t in range(self.tensor_size)}
-        return scatter(units, self.table.units) | norms
+        return scatter(matrices, self.table.matrices) | norms
 
     def optimizer(
         self,
@@ -239,14 +239,14 @@ class Stage:
         optimizer.param_groups = [optimizer.param_groups[0] | {"params": list(masters.values())}]
         optimizer.load_state_dict(optimizer.state_dict())
         exchange = None
-        if self.table.units:
+        if self.table.matrices:
             exchange = ShardExchange(
-                self.table.units,
+                self.table.matrices,
                 self.table.owners,
                 self.layout,
                 rank=rank,
                 transport=transport,
-                chunks=exchange_chunks,
+                buckets=exchange_chunks,
             )
         shards = [
             (tensor, Shard(self.params[name], *self.layout[rank].ranges[name]))

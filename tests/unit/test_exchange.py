@@ -41,13 +41,13 @@ def scattered_layers(
         tensor_size * draw(st.integers(1, 5)),
     )
     params = matrix_params(layer, draw(st.integers(1, 7)), tensor_size)
-    units = [u for p in params for u in split(p, layer, tensor_size=tensor_size)]
+    matrices = [u for p in params for u in split(p, layer, tensor_size=tensor_size)]
     dp = draw(st.integers(1, 4))
     fractions = st.lists(st.floats(0, 1), min_size=dp - 1, max_size=dp - 1)
     cuts = [draw(fractions) for _ in range(tensor_size)]
     layout = cut([norm_param(), *params], tensor_size, cuts)
-    owners = [draw(st.integers(0, len(layout) - 1)) for _ in units]
-    return params, units, layout, owners
+    owners = [draw(st.integers(0, len(layout) - 1)) for _ in matrices]
+    return params, matrices, layout, owners
 
 
 Seen = dict[str, Tensor]
@@ -56,40 +56,40 @@ Seen = dict[str, Tensor]
 def doubling(seen: Seen) -> Transform:
     """Return a transform that notes the matrices it is given and doubles them."""
 
-    def double(units: tuple[MuonMatrix, ...], matrices: Tensor) -> Tensor:
-        seen.update({u.name: m.clone() for u, m in zip(units, matrices, strict=True)})
-        return 2 * matrices.float()
+    def double(matrices: tuple[MuonMatrix, ...], stacked: Tensor) -> Tensor:
+        seen.update({u.name: m.clone() for u, m in zip(matrices, stacked, strict=True)})
+        return 2 * stacked.float()
 
     return double
 
 
 @given(scattered_layers(), st.integers(1, 4))
 def test_owners_see_whole_matrices_and_shards_come_back(
-    case: tuple[list[ParamInfo], list[MuonMatrix], list[RankShards], list[int]], chunks: int
+    case: tuple[list[ParamInfo], list[MuonMatrix], list[RankShards], list[int]], buckets: int
 ) -> None:
-    params, units, layout, owners = case
+    params, matrices, layout, owners = case
     pieces = {
         (param.name, t): integer_tensor(*param.local_shape, seed=17 * i + t, low=-999, high=999)
         for i, param in enumerate(params)
-        for t in range(units[0].tensor_size)
+        for t in range(matrices[0].tensor_size)
     }
     mailbox = Mailbox(len(layout))
 
     def one_rank(rank: int) -> tuple[Seen, dict[str, Tensor], ShardExchange]:
         exchange = ShardExchange(
-            units, owners, layout, rank=rank, transport=mailbox.transport(rank), chunks=chunks
+            matrices, owners, layout, rank=rank, transport=mailbox.transport(rank), buckets=buckets
         )
         seen: Seen = {}
         returned = exchange.transform(shards_of(pieces, layout[rank]), doubling(seen))
         return seen, returned, exchange
 
     results = mailbox.run(one_rank, len(layout))
-    assert len({exchange.chunks for _, _, exchange in results}) == 1
-    collected = {name: matrix for matrices, _, _ in results for name, matrix in matrices.items()}
-    assert sum(len(matrices) for matrices, _, _ in results) == len(units) == len(collected)
-    for unit, owner in zip(units, owners, strict=True):
-        assert unit.name in results[owner][0]
-        assert_equal(collected[unit.name], whole(unit, pieces), unit.name)
+    assert len({exchange.bucket_count for _, _, exchange in results}) == 1
+    collected = {name: value for stacked, _, _ in results for name, value in stacked.items()}
+    assert sum(len(stacked) for stacked, _, _ in results) == len(matrices) == len(collected)
+    for matrix, owner in zip(matrices, owners, strict=True):
+        assert matrix.name in results[owner][0]
+        assert_equal(collected[matrix.name], whole(matrix, pieces), matrix.name)
     for rank, (_, returned, exchange) in enumerate(results):
         expected = shards_of(pieces, layout[rank])
         assert sorted(returned) == sorted(expected)
@@ -102,28 +102,28 @@ def test_owners_see_whole_matrices_and_shards_come_back(
 def test_what_is_sent_is_what_is_received(
     case: tuple[list[ParamInfo], list[MuonMatrix], list[RankShards], list[int]],
 ) -> None:
-    _, units, layout, owners = case
-    paths = [plan_routes(units, owners, layout, rank) for rank in range(len(layout))]
+    _, matrices, layout, owners = case
+    paths = [plan_routes(matrices, owners, layout, rank) for rank in range(len(layout))]
     for sender, sent in enumerate(paths):
         for receiver, received in enumerate(paths):
             assert sent.shard_splits[receiver] == received.owner_splits[sender]
-    assert sum(sum(p.shard_splits) for p in paths) == sum(unit.numel for unit in units)
+    assert sum(sum(p.shard_splits) for p in paths) == sum(matrix.numel for matrix in matrices)
 
 
 def tiny_case(ranks: int = 2) -> tuple[list[MuonMatrix], list[RankShards]]:
     layer = LayerShape(2, 2, 1, 2)
     params = matrix_params(layer, 2, 1)
-    units = [u for p in params for u in split(p, layer, tensor_size=1)]
-    return units, cut_evenly([norm_param(), *params], 1, ranks)
+    matrices = [u for p in params for u in split(p, layer, tensor_size=1)]
+    return matrices, cut_evenly([norm_param(), *params], 1, ranks)
 
 
 def test_bytes_are_those_that_leave_a_rank() -> None:
-    units, layout = tiny_case()
-    owners = [0] * len(units)  # rank 1 sends all it holds, and gets all of it back from rank 0
+    matrices, layout = tiny_case()
+    owners = [0] * len(matrices)  # rank 1 sends all it holds, and gets all of it back from rank 0
     held = sum(end - start for name, (start, end) in layout[1].ranges.items() if name != VECTOR)
     exchanges = [
         ShardExchange(
-            units, owners, layout, rank=r, transport=NoTransport(), wire_dtype=torch.bfloat16
+            matrices, owners, layout, rank=r, transport=NoTransport(), wire_dtype=torch.bfloat16
         )
         for r in (0, 1)
     ]
@@ -133,36 +133,38 @@ def test_bytes_are_those_that_leave_a_rank() -> None:
 def test_a_group_of_one_rank_needs_no_transport_but_rounds_like_the_others() -> None:
     layer = LayerShape(2, 1, 3, 4)
     params = matrix_params(layer, 5, 1)
-    units = [u for p in params for u in split(p, layer, tensor_size=1)]
+    matrices = [u for p in params for u in split(p, layer, tensor_size=1)]
     layout = [RankShards(0, {p.name: (0, p.numel) for p in params})]
     exchange = ShardExchange(
-        units, [0] * len(units), layout, rank=0, transport=None, wire_dtype=torch.bfloat16
+        matrices, [0] * len(matrices), layout, rank=0, transport=None, wire_dtype=torch.bfloat16
     )
     shards = {p.name: torch.randn(p.numel) for p in params}
-    returned = exchange.transform(shards, lambda _, matrices: matrices)
+    returned = exchange.transform(shards, lambda _, stacked: stacked)
     for name, shard in shards.items():
         assert_equal(returned[name], shard.bfloat16().float())
     assert exchange.bytes_sent == exchange.planned_bytes == 0
 
 
 @given(scattered_layers(), st.integers(1, 5))
-def test_chunks_contain_each_unit_once_and_share_every_owners_work(
-    case: tuple[list[ParamInfo], list[MuonMatrix], list[RankShards], list[int]], chunks: int
+def test_buckets_contain_each_matrix_once_and_share_every_owners_work(
+    case: tuple[list[ParamInfo], list[MuonMatrix], list[RankShards], list[int]], buckets: int
 ) -> None:
-    _, units, layout, owners = case
-    divided = divide(units, owners, chunks)
-    assert len(divided) <= chunks
-    assert sorted(index for chunk in divided for index in chunk) == list(range(len(units)))
-    assert all(chunk and list(chunk) == sorted(chunk) for chunk in divided)
+    _, matrices, layout, owners = case
+    divided = divide(matrices, owners, buckets)
+    assert len(divided) <= buckets
+    assert sorted(index for bucket in divided for index in bucket) == list(range(len(matrices)))
+    assert all(bucket and list(bucket) == sorted(bucket) for bucket in divided)
     for owner in range(len(layout)):
-        sizes = [unit.numel for unit, other in zip(units, owners, strict=True) if other == owner]
-        for chunk in divided:
-            share = sum(units[index].numel for index in chunk if owners[index] == owner)
-            # Cut at the middle of a unit: at most half of one too many at either end.
-            assert share <= sum(sizes) / chunks + max(sizes, default=0)
+        sizes = [
+            matrix.numel for matrix, other in zip(matrices, owners, strict=True) if other == owner
+        ]
+        for bucket in divided:
+            share = sum(matrices[index].numel for index in bucket if owners[index] == owner)
+            # Cut at the middle of a matrix: at most half of one too many at either end.
+            assert share <= sum(sizes) / buckets + max(sizes, default=0)
 
 
-def test_one_chunk_less_than_one_is_refused() -> None:
+def test_less_than_one_bucket_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one bucket"):
         divide([], [], 0)
 
@@ -170,13 +172,13 @@ def test_one_chunk_less_than_one_is_refused() -> None:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_memory_is_allocated_once(ranks: int) -> None:
     """Neither buffers nor results move between calls: no allocation is left behind by a step."""
-    units, layout = tiny_case(ranks)
-    owners = assign(units, ranks).owners
+    matrices, layout = tiny_case(ranks)
+    owners = assign(matrices, ranks).owners
     mailbox = Mailbox(ranks)
 
     def one_rank(rank: int) -> list[set[int]]:
         exchange = ShardExchange(
-            units, owners, layout, rank=rank, transport=mailbox.transport(rank), chunks=3
+            matrices, owners, layout, rank=rank, transport=mailbox.transport(rank), buckets=3
         )
         seen: list[set[int]] = []
         for _ in range(3):
@@ -185,10 +187,10 @@ def test_memory_is_allocated_once(ranks: int) -> None:
             places: set[int] = set()
 
             def note(
-                _: tuple[MuonMatrix, ...], matrices: Tensor, places: set[int] = places
+                _: tuple[MuonMatrix, ...], stacked: Tensor, places: set[int] = places
             ) -> Tensor:
-                places.add(matrices.data_ptr())
-                return matrices
+                places.add(stacked.data_ptr())
+                return stacked
 
             returned = exchange.transform(shards, note)
             seen.append(places | {piece.data_ptr() for piece in returned.values()})
@@ -199,16 +201,16 @@ def test_memory_is_allocated_once(ranks: int) -> None:
 
 
 def test_elements_held_by_nobody_or_twice_are_refused() -> None:
-    units, layout = tiny_case()
+    matrices, layout = tiny_case()
     with pytest.raises(RuntimeMismatch, match="is held by no rank"):
-        check_coverage(units, layout[:1])
+        check_coverage(matrices, layout[:1])
     with pytest.raises(RuntimeMismatch, match="is held twice"):
-        check_coverage(units, [*layout, layout[1]])
+        check_coverage(matrices, [*layout, layout[1]])
     halved = replace(layout[1], ranges=dict(list(layout[1].ranges.items())[1:]))
     with pytest.raises(RuntimeMismatch, match="is held by no rank"):
         ShardExchange(
-            units,
-            [0] * len(units),
+            matrices,
+            [0] * len(matrices),
             [layout[0], halved],
             rank=0,
             transport=NoTransport(),
@@ -216,8 +218,8 @@ def test_elements_held_by_nobody_or_twice_are_refused() -> None:
 
 
 def test_an_exchange_of_only_some_units_of_a_parameter_is_refused() -> None:
-    units, layout = tiny_case()
-    without_k = [unit for unit in units if unit.kind != "k"]
+    matrices, layout = tiny_case()
+    without_k = [matrix for matrix in matrices if matrix.kind != "k"]
     with pytest.raises(RuntimeMismatch, match=r"only part of the shards of .*linear_qkv"):
         ShardExchange(
             without_k,
@@ -229,18 +231,18 @@ def test_an_exchange_of_only_some_units_of_a_parameter_is_refused() -> None:
 
 
 def test_tensors_that_were_not_planned_are_refused() -> None:
-    units, layout = tiny_case()
-    owners = assign(units, 2).owners
-    exchange = ShardExchange(units, owners, layout, rank=0, transport=NoTransport())
+    matrices, layout = tiny_case()
+    owners = assign(matrices, 2).owners
+    exchange = ShardExchange(matrices, owners, layout, rank=0, transport=NoTransport())
     with pytest.raises(RuntimeMismatch, match=r"unknown \['other'\]"):
         exchange.transform({"other": torch.zeros(1)}, doubling({}))
     with pytest.raises(RuntimeMismatch, match="planned were"):
         exchange.transform({n: torch.zeros(1) for n in exchange.shard_names}, doubling({}))
     with pytest.raises(RuntimeMismatch, match="needs an all-to-all"):
-        ShardExchange(units, owners, layout, rank=0, transport=None)
+        ShardExchange(matrices, owners, layout, rank=0, transport=None)
     with pytest.raises(ValueError, match="float32 or bfloat16"):
         ShardExchange(
-            units,
+            matrices,
             owners,
             layout,
             rank=0,

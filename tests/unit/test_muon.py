@@ -25,7 +25,7 @@ from tests.support.scattered import (
 from tests.support.tensors import assert_equal
 
 GQA = LayerShape(8, 4, 3, 20)  # no matrix is square: q [24 x 7], k and v [12 x 7], gate [20 x 7]
-SQUARE = LayerShape(4, 4, 3, 12)  # with hidden 12 every unit is square and scaled by 1
+SQUARE = LayerShape(4, 4, 3, 12)  # with hidden 12 every matrix is square and scaled by 1
 HIDDEN = 7
 FP32 = MuonSettings(ns_dtype=torch.float32)
 LAYOUTS = [(1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2), (2, 3), (4, 1), (4, 2)]
@@ -35,11 +35,11 @@ OPTIONS: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.3}
 def plain_muon(stage: Stage, steps: int, *, lr: float, weight_decay: float) -> dict[str, Tensor]:
     """Muon on whole matrices in one process, as the paper writes it."""
     trained = {}
-    for unit in stage.table.units:
-        theta = whole(unit, stage.random(0))
+    for matrix in stage.table.matrices:
+        theta = whole(matrix, stage.random(0))
         M = torch.zeros_like(theta)
         for t in range(1, steps + 1):
-            M = 0.9 * M + whole(unit, stage.random(t))
+            M = 0.9 * M + whole(matrix, stage.random(t))
             U, S, Vh = torch.linalg.svd(M.double(), full_matrices=False)
             s = S / (S.norm() + 1e-8)
             for a, b, c in QUINTIC:
@@ -47,7 +47,7 @@ def plain_muon(stage: Stage, steps: int, *, lr: float, weight_decay: float) -> d
             fan_out, fan_in = theta.shape
             update = (fan_out / fan_in) ** 0.5 * (U * s) @ Vh
             theta = (1 - lr * weight_decay) * theta - lr * update.float()
-        trained[unit.name] = theta
+        trained[matrix.name] = theta
     return trained
 
 
@@ -69,9 +69,9 @@ def test_agrees_with_plain_muon_on_every_layout(tensor_size: int, dp: int) -> No
     stage = Stage.even(GQA, HIDDEN, tensor_size, dp)
     trained = train_in_threads(stage, 3, muon=FP32, **OPTIONS)
     expected = plain_muon(stage, 3, **OPTIONS)
-    for unit in stage.table.units:
+    for matrix in stage.table.matrices:
         # Newton-Schulz is within 1e-4 of the polynomial; parameters are larger than updates.
-        assert relative_error(whole(unit, trained), expected[unit.name]) <= 1e-4, unit.name
+        assert relative_error(whole(matrix, trained), expected[matrix.name]) <= 1e-4, matrix.name
 
 
 @pytest.mark.parametrize(("tensor_size", "dp"), LAYOUTS)
@@ -82,7 +82,7 @@ def test_the_update_does_not_depend_on_the_layout(tensor_size: int, dp: int) -> 
     same_batches = train_in_threads(spread.owned_by_one(), 2, **OPTIONS)
     balanced = train_in_threads(spread, 2, muon=FP32, **OPTIONS)
     expected_fp32 = train_in_threads(alone, 2, muon=FP32, **OPTIONS)
-    for mine, reference in zip(spread.table.units, alone.table.units, strict=True):
+    for mine, reference in zip(spread.table.matrices, alone.table.matrices, strict=True):
         assert_equal(whole(mine, same_batches), whole(reference, expected), mine.name)
         error = relative_error(whole(mine, balanced), whole(reference, expected_fp32))
         assert error <= 1e-4, mine.name
@@ -93,14 +93,14 @@ def test_the_update_does_not_depend_on_the_layout(tensor_size: int, dp: int) -> 
 def test_muon_with_identity_is_sgd_with_momentum_bit_for_bit(tensor_size: int, dp: int) -> None:
     stage = Stage.even(SQUARE, 12, tensor_size, dp)
     trained = train_in_threads(stage, 3, orthogonalise=lambda batch: batch, **OPTIONS)
-    for unit in stage.table.units:
-        theta = torch.nn.Parameter(whole(unit, stage.random(0)))
+    for matrix in stage.table.matrices:
+        theta = torch.nn.Parameter(whole(matrix, stage.random(0)))
         sgd = torch.optim.SGD([theta], lr=OPTIONS["lr"], momentum=0.9)
         for step in (1, 2, 3):
-            theta.grad = whole(unit, stage.random(step))
+            theta.grad = whole(matrix, stage.random(step))
             theta.data.mul_(1 - OPTIONS["lr"] * OPTIONS["weight_decay"])
             sgd.step()
-        assert_equal(whole(unit, trained), theta.data, unit.name)
+        assert_equal(whole(matrix, trained), theta.data, matrix.name)
 
 
 @pytest.mark.parametrize("accumulation", ["heavy_ball", "ema"])
@@ -111,14 +111,14 @@ def test_momentum_variants(accumulation: Literal["heavy_ball", "ema"], nesterov:
     options = {"lr": 1.0, "weight_decay": 0.0, "muon": settings}
     trained = train_in_threads(stage, 2, orthogonalise=lambda batch: batch, **options)
     fresh = 0.5 if accumulation == "ema" else 1.0
-    for unit in stage.table.units:
-        theta, M = whole(unit, stage.random(0)), torch.tensor(0.0)
+    for matrix in stage.table.matrices:
+        theta, M = whole(matrix, stage.random(0)), torch.tensor(0.0)
         for step in (1, 2):
-            G = fresh * whole(unit, stage.random(step))
+            G = fresh * whole(matrix, stage.random(step))
             M = 0.5 * M + G
             theta = theta - (0.5 * M + G if nesterov else M)
         # Factors 0.5 and 1 are exact, so only the order of two additions could differ: it does not.
-        assert_equal(whole(unit, trained), theta, unit.name)
+        assert_equal(whole(matrix, trained), theta, matrix.name)
 
 
 def test_settings_reach_newton_schulz_and_the_scale() -> None:
@@ -127,12 +127,12 @@ def test_settings_reach_newton_schulz_and_the_scale() -> None:
         num_ns_steps=3, coefficient_type="simple", scale_mode="match_rms", ns_dtype=torch.float32
     )
     trained = train_in_threads(stage, 1, lr=1.0, muon=settings)
-    for unit in stage.table.units:
-        G = whole(unit, stage.random(1))
+    for matrix in stage.table.matrices:
+        G = whole(matrix, stage.random(1))
         update = newton_schulz(G, steps=3, coefficients="simple", dtype=torch.float32)
-        update *= scale_factor("match_rms", *unit.shape)
-        expected = whole(unit, stage.random(0)) - update
-        assert relative_error(whole(unit, trained), expected) <= 1e-4
+        update *= scale_factor("match_rms", *matrix.shape)
+        expected = whole(matrix, stage.random(0)) - update
+        assert relative_error(whole(matrix, trained), expected) <= 1e-4
 
 
 @pytest.mark.parametrize(("tensor_size", "dp"), [(1, 1), (2, 3)])
@@ -184,15 +184,15 @@ def test_split_heads_are_matrices_of_their_own(tensor_size: int, dp: int) -> Non
     stage = Stage.even(GQA, HIDDEN, tensor_size, dp, split_heads=True)
     trained = train_in_threads(stage, 1, lr=1.0, muon=FP32)
     heads = {"q": 8, "k": 4, "v": 4}
-    for unit in stage.table.units:
-        assert unit.blocks == heads.get(unit.kind, 1)
-        G = whole(unit, stage.random(1))
+    for matrix in stage.table.matrices:
+        assert matrix.blocks == heads.get(matrix.kind, 1)
+        G = whole(matrix, stage.random(1))
         updates = []
-        for matrix in G.chunk(unit.blocks):
-            update = newton_schulz(matrix, dtype=torch.float32)
-            updates.append(update * scale_factor("unit_rms_norm", *matrix.shape))
-        expected = whole(unit, stage.random(0)) - torch.cat(updates)
-        assert relative_error(whole(unit, trained), expected) <= 1e-4, unit.name
+        for head in G.chunk(matrix.blocks):
+            update = newton_schulz(head, dtype=torch.float32)
+            updates.append(update * scale_factor("unit_rms_norm", *head.shape))
+        expected = whole(matrix, stage.random(0)) - torch.cat(updates)
+        assert relative_error(whole(matrix, trained), expected) <= 1e-4, matrix.name
 
 
 def test_every_head_is_counted() -> None:
@@ -207,17 +207,17 @@ def test_every_head_is_counted() -> None:
 
 
 def test_what_is_said_of_a_form_is_what_runs() -> None:
-    # In bf16 the symmetric forms refuse, so a step says which form it was given.
+    # In bf16 `triangle` and `gram` raise, so a step shows which one it was given.
     batch, cpu = torch.ones(1, 2, 3), torch.device("cpu")
     forms: tuple[NSImplementation, ...] = ("triangle", "gram")
     for impl in forms:
         forced = MuonSettings(impl=impl, ns_dtype=torch.bfloat16)
-        assert forced.form(2, 3, cpu) == impl
+        assert forced.implementation(2, 3, cpu) == impl
         with pytest.raises(ValueError, match=f"impl '{impl}' iterates in fp32"):
             forced.orthogonalise(batch)
-    assert FP32.form(512, 512, cpu) == "triangle"
-    assert FP32.form(512, 1024, cpu) == FP32.form(1024, 512, cpu) == "gram"
-    assert MuonSettings().form(512, 1024, cpu) == "plain"
+    assert FP32.implementation(512, 512, cpu) == "triangle"
+    assert FP32.implementation(512, 1024, cpu) == FP32.implementation(1024, 512, cpu) == "gram"
+    assert MuonSettings().implementation(512, 1024, cpu) == "plain"
     assert MuonSettings().orthogonalise(batch).isfinite().all()
 
 
@@ -257,7 +257,7 @@ def test_named_state_round_trips_into_an_equal_continuation() -> None:
         key: {name: t.clone() for name, t in named.items()}
         for key, named in first.named_state().items()
     }
-    assert set(state["momentum_buffer"]) == {row.name for row in stage.table.rows if row.units}
+    assert set(state["momentum_buffer"]) == {row.name for row in stage.table.rows if row.matrices}
     assert set(state["exp_avg"]) == set(state["exp_avg_sq"]) == {VECTOR}
     second, copies, _ = lone_optimizer()
     for name, master in masters.items():
@@ -335,15 +335,15 @@ def test_a_unit_taken_out_of_the_plan_makes_bind_refuse(kind: str, where: str) -
     stage = Stage.even(GQA, HIDDEN, 1, 1)
     masters = shards_of(stage.random(0), stage.layout[0])
     optimizer = MuonAdamW([{"params": list(masters.values())}], lr=0.1)
-    units = stage.table.units
-    fewer = tuple(unit for unit in units if unit.kind != kind)
+    matrices = stage.table.matrices
+    fewer = tuple(matrix for matrix in matrices if matrix.kind != kind)
     rows = tuple(
-        replace(row, units=tuple(unit for unit in row.units if unit.kind != kind))
+        replace(row, matrices=tuple(matrix for matrix in row.matrices if matrix.kind != kind))
         for row in stage.table.rows
     )
     smaller = ParameterTable(rows, Assignment((0,) * len(fewer), (1,)))
     moved, table = (
-        units if where == "table" else fewer,
+        matrices if where == "table" else fewer,
         stage.table if where == "exchange" else smaller,
     )
     shards = [
@@ -392,7 +392,7 @@ def test_a_unit_that_is_not_orthogonalised_makes_the_step_refuse() -> None:
 def test_tensors_and_shards_must_fit() -> None:
     stage = Stage.even(GQA, HIDDEN, 1, 1)
     norm = stage.params[VECTOR]
-    table = replace(stage.table, rows=tuple(r for r in stage.table.rows if not r.units))
+    table = replace(stage.table, rows=tuple(r for r in stage.table.rows if not r.matrices))
     tensor, stray = torch.zeros(5), torch.zeros(5)
     cases = [
         ([tensor], [], "has no shard"),

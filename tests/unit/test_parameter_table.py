@@ -1,4 +1,4 @@
-"""The parameter table: every parameter once, with its route, units, owners and share of cost."""
+"""The parameter table: every parameter once, with its route, matrices, owners and share of cost."""
 
 import sys
 from dataclasses import replace
@@ -46,19 +46,19 @@ def table_of(tensor_size: int, group_size: int, **options: object) -> ParameterT
 def test_each_parameter_has_one_row_and_each_unit_one_owner() -> None:
     table = table_of(2, 6)
     assert [row.name for row in table.rows] == [param.name for param in stage_params(2)]
-    assert len(table.units) == len(table.owners) == 2 * 7
+    assert len(table.matrices) == len(table.owners) == 2 * 7
     owned = [name for rank in range(6) for name in table.owned_by(rank)]
-    assert sorted(owned) == sorted(unit.name for unit in table.units)
+    assert sorted(owned) == sorted(matrix.name for matrix in table.matrices)
     for row in table.rows:
-        assert bool(row.units) == (row.route == "matrix")
-        assert len(row.owners) == len(row.units)
+        assert bool(row.matrices) == (row.route == "matrix")
+        assert len(row.owners) == len(row.matrices)
         assert row.reason
 
 
 def test_costs_add_up() -> None:
     table = table_of(2, 4)
     assert sum(row.cost_share for row in table.rows) == pytest.approx(1.0)
-    assert sum(table.assignment.loads) == sum(unit.cost for unit in table.units)
+    assert sum(table.assignment.loads) == sum(matrix.cost for matrix in table.matrices)
     assert table.assignment.balance >= 1.0
 
 
@@ -66,14 +66,16 @@ def test_costs_add_up() -> None:
 def test_whole_shapes_and_costs_do_not_depend_on_the_tensor_size(tensor_size: int) -> None:
     table, reference = table_of(tensor_size, 4), table_of(1, 4)
     assert [row.shape for row in table.rows] == [row.shape for row in reference.rows]
-    assert [unit.cost for unit in table.units] == [unit.cost for unit in reference.units]
+    assert [matrix.cost for matrix in table.matrices] == [
+        matrix.cost for matrix in reference.matrices
+    ]
     assert table.owners == reference.owners
 
 
 def test_kind_adamw_routes_everything_to_adamw() -> None:
     table = table_of(1, 2, kind="adamw")
     assert set(table.routes.values()) == {"vector"}
-    assert table.units == ()
+    assert table.matrices == ()
     assert table.owned_by(0) == ()
     assert "0 matrix parameters with 0 matrices, 11 vector parameters" in table.render()
 
@@ -112,7 +114,7 @@ def test_an_unknown_matrix_is_refused_with_muon_and_accepted_with_adamw() -> Non
     options = {"tensor_size": 1, "group_size": 1}
     with pytest.raises(RuntimeMismatch, match="router"):
         build_parameter_table([router], LAYER, kind="muon", **options)
-    assert build_parameter_table([router], LAYER, kind="adamw", **options).units == ()
+    assert build_parameter_table([router], LAYER, kind="adamw", **options).matrices == ()
 
 
 @pytest.mark.parametrize(

@@ -225,7 +225,7 @@ def test_exchange_memory_is_that_of_the_exchange(
     from megatron_muloco.optim.exchange import ShardExchange
     from megatron_muloco.optim.parameter_table import assign
     from megatron_muloco.params import ParamInfo
-    from megatron_muloco.planning.layout import stage_units
+    from megatron_muloco.planning.layout import stage_matrices
     from megatron_muloco.planning.memory import exchange_bytes
     from tests.support.scattered import NoTransport, cut_evenly
 
@@ -237,24 +237,24 @@ def test_exchange_memory_is_that_of_the_exchange(
         f"inner.muon.exchange_dtype={wire}",
     )
     topology = Topology(1, tensor, pipeline, data)
-    units = stage_units(config, topology, accelerator=False)
-    rows = {unit.param: 0 for unit in units}
-    for unit in units:
-        rows[unit.param] += unit.local_shape[0]
+    matrices = stage_matrices(config, topology, accelerator=False)
+    rows = {matrix.param: 0 for matrix in matrices}
+    for matrix in matrices:
+        rows[matrix.param] += matrix.local_shape[0]
     params = [
-        ParamInfo(name, (rows[name], unit.local_columns), unit.partition_dim, False)
-        for name, unit in {unit.param: unit for unit in units}.items()
+        ParamInfo(name, (rows[name], matrix.local_columns), matrix.partition_dim, False)
+        for name, matrix in {matrix.param: matrix for matrix in matrices}.items()
     ]
     layout = cut_evenly(params, tensor, data)
     kept = [
         ShardExchange(
-            units,
-            assign(units, len(layout)).owners,
+            matrices,
+            assign(matrices, len(layout)).owners,
             layout,
             rank=rank,
             transport=NoTransport(),
             wire_dtype=torch.float32 if wire == "fp32" else torch.bfloat16,
-            chunks=4,
+            buckets=4,
         ).buffer_bytes
         for rank in range(len(layout))
     ]

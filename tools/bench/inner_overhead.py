@@ -93,15 +93,15 @@ class CountedWork:
         bytes: Read and written per step.
     """
 
-    def __init__(self, units: Sequence[Any], ns_steps: int) -> None:
+    def __init__(self, matrices: Sequence[Any], ns_steps: int) -> None:
         import torch
 
         self._steps = ns_steps
-        self._shapes = Counter((min(u.shape), max(u.shape)) for u in units)
+        self._shapes = Counter((min(u.shape), max(u.shape)) for u in matrices)
         self.flops = sum(
             count * ns_steps * (4 * m * m * n + 2 * m**3) for (m, n), count in self._shapes.items()
         )
-        self.numel = sum(u.numel for u in units)
+        self.numel = sum(u.numel for u in matrices)
         self.bytes = 4 * self.numel * sum(WORDS.values())
         self._copies = (torch.randn(self.numel), torch.empty(self.numel))
 
@@ -143,7 +143,7 @@ def build(config_path: str, steps: int) -> tuple[dict[str, Step], CountedWork, s
             unmirror_groups()  # one rank: the groups of both trainers are alike
         trainers[kind] = build_run(load_config(config_path, (*OVERRIDES, length, *keys)))
     muon = trainers["muon"]
-    work = CountedWork(muon.optimizer.inner.table.units, muon.config.inner.muon.num_ns_steps)
+    work = CountedWork(muon.optimizer.inner.table.matrices, muon.config.inner.muon.num_ns_steps)
     model, batch = muon.config.model, muon.config.training.global_batch_size
     description = (
         f"{muon.derived.parameters.total / 1e6:.2f}M parameters, {work.numel / 1e6:.2f}M of them "

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """How even the work of Newton-Schulz is over the ranks of a stage, against the exact optimum.
 
-Pure arithmetic: the units of one pipeline stage of a config, assigned as in training, for several
-layouts. With at most two different costs the optimum is exact; with more, a lower bound.
+Pure arithmetic: the matrices of one pipeline stage of a config, assigned as in training, for
+several layouts. With at most two different costs the optimum is exact; with more, a lower bound.
 
     python tools/bench/muon_balance.py [--write docs/performance/muon_balance.md]
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megatron_muloco.config import RunConfig, load_config
 from megatron_muloco.optim.parameter_table import assign
-from megatron_muloco.planning.layout import stage_units
+from megatron_muloco.planning.layout import stage_matrices
 from megatron_muloco.topology import Topology
 
 LAYOUTS = ((4, 16, 1, 1.06), (4, 8, 2, 1.06), (4, 16, 2, 1.17), (4, 8, 1, None), (1, 8, 1, None))
@@ -31,7 +31,7 @@ class Row:
 
     Attributes:
         layout: In words.
-        units: Units of a stage.
+        matrices: Units of a stage.
         ranks: Ranks of a stage.
         balance: Largest over mean load as assigned.
         optimum: Largest over mean load of the best assignment, or a lower bound of it.
@@ -40,7 +40,7 @@ class Row:
     """
 
     layout: str
-    units: int
+    matrices: int
     ranks: int
     balance: float
     optimum: float
@@ -71,12 +71,12 @@ def main() -> int:
 
 def measure(config: RunConfig, tensor: int, data: int, pipeline: int, allowed: float | None) -> Row:
     """Return how one layout is balanced and how it could be."""
-    units = stage_units(config, Topology(1, tensor, pipeline, data), accelerator=True)
-    assignment = assign(units, tensor * data)
-    best, exact = optimum([unit.cost for unit in units], tensor * data)
+    matrices = stage_matrices(config, Topology(1, tensor, pipeline, data), accelerator=True)
+    assignment = assign(matrices, tensor * data)
+    best, exact = optimum([matrix.cost for matrix in matrices], tensor * data)
     return Row(
         layout=f"tp {tensor} · dp {data} · pp {pipeline}",
-        units=len(units),
+        matrices=len(matrices),
         ranks=tensor * data,
         balance=assignment.balance,
         optimum=best * tensor * data / sum(assignment.loads),
@@ -106,9 +106,9 @@ def optimum(costs: Sequence[int], ranks: int) -> tuple[int, bool]:
 
 
 def fits(limit: int, large: int, many: int, small: int, few: int, ranks: int) -> bool:
-    """Return whether units of two costs fit on the ranks with no load over ``limit``.
+    """Return whether matrices of two costs fit on the ranks with no load over ``limit``.
 
-    ``most[a]`` is how many small units the ranks so far can take beside ``a`` large ones.
+    ``most[a]`` is how many small matrices the ranks so far can take beside ``a`` large ones.
     """
     each = [(limit - a * large) // small for a in range(min(many, limit // large) + 1)]
     most = [0] + [-1] * many
@@ -132,19 +132,20 @@ def report(rows: Sequence[Row], config: str) -> str:
     lines = [
         "# Balance of Newton-Schulz over the ranks of a stage",
         "",
-        f"Units of one pipeline stage of `{config}`, assigned by counted FLOPs, heaviest first,",
+        f"Matrices of one pipeline stage of `{config}`, assigned by counted FLOPs, heaviest first,",
         "then refined by pairs of ranks (`optim/parameter_table.py`), against the best there",
-        "is: matrices are not divided, so few units a rank cannot reach the mean. It is exact",
-        "where units have at most two different costs; otherwise it is the larger of mean load and",
-        "largest unit, which no assignment beats. Written by `python tools/bench/muon_balance.py`.",
+        "is: matrices are not divided, so few matrices a rank cannot reach the mean. It is exact",
+        "where matrices have at most two different costs; otherwise it is the larger of mean load",
+        "and largest matrix, which no assignment beats. Written by",
+        "`python tools/bench/muon_balance.py`.",
         "",
-        "| layout | units | ranks | largest/mean | optimum | over the optimum | allowed |",
+        "| layout | matrices | ranks | largest/mean | optimum | over the optimum | allowed |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         allowed = "-" if row.allowed is None else f"{row.allowed:.2f}"
         lines.append(
-            f"| {row.layout} | {row.units} | {row.ranks} | {row.balance:.4f} | "
+            f"| {row.layout} | {row.matrices} | {row.ranks} | {row.balance:.4f} | "
             f"{row.optimum:.4f}{'' if row.exact else ' (bound)'} | "
             f"{row.balance / row.optimum - 1:.1%} | {allowed} |"
         )

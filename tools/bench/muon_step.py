@@ -33,12 +33,12 @@ from megatron_muloco.optim.matrices import LayerShape, MuonMatrix
 from megatron_muloco.optim.muon import MuonAdamW, MuonSettings
 from megatron_muloco.optim.newton_schulz import scale_factor
 from megatron_muloco.optim.parameter_table import ParameterTable, build_parameter_table
-from megatron_muloco.optim.routing import RankShards, blocks, matrix_routes
+from megatron_muloco.optim.routing import RankShards, matrix_routes, rectangles
 from megatron_muloco.params import ParamInfo, Shard
 
 TENSOR, DATA = 2, 2
 RANKS = TENSOR * DATA
-CHUNKS = 4
+BUCKETS = 4
 LR, WEIGHT_DECAY, MOMENTUM = 0.01, 0.1, 0.9
 BAR = 2.5
 SHARE_BAR = 0.9
@@ -96,7 +96,7 @@ def measure(rank: int, directory: str, width: int, vocabulary: int, pairs: int) 
 
     stage = build_stage(width, vocabulary)
     ours, ours_masters, bytes_sent = our_form(stage, rank, AllToAll(dist.group.WORLD))
-    duplicated, masters, shares = duplicated_form(stage, rank)
+    duplicated, masters, shares = duplicated_muon(stage, rank)
     forms: dict[str, Callable[[], None]] = {"ours": ours, "duplicated": duplicated}
     seconds: dict[str, list[float]] = {name: [] for name in forms}
     walls: dict[str, list[float]] = {name: [] for name in forms}
@@ -122,7 +122,7 @@ def measure(rank: int, directory: str, width: int, vocabulary: int, pairs: int) 
         "error": error,
         "bytes": bytes_sent(),
         "loads": stage.table.assignment.loads,
-        "units": len(stage.table.units),
+        "matrices": len(stage.table.matrices),
     }
     torch.save(result, Path(directory) / f"{rank}.pt")
     dist.destroy_process_group()
@@ -149,7 +149,7 @@ def build_stage(width: int, vocabulary: int) -> Stage:
         kind="muon",
         tensor_size=TENSOR,
         group_size=RANKS,
-        choose_form=partial(SETTINGS.form, device=torch.device("cpu")),
+        choose_impl=partial(SETTINGS.implementation, device=torch.device("cpu")),
     )
     total = sum(param.numel for param in params.values())
     layout = []
@@ -181,12 +181,12 @@ def our_form(
         [{"params": list(masters.values())}], lr=LR, weight_decay=WEIGHT_DECAY, muon=SETTINGS
     )
     exchange = ShardExchange(
-        stage.table.units,
+        stage.table.matrices,
         stage.table.owners,
         stage.layout,
         rank=rank,
         transport=transport,
-        chunks=CHUNKS,
+        buckets=BUCKETS,
     )
     ranges = stage.layout[rank].ranges
     pairs = [(t, Shard(stage.params[name], *ranges[name])) for name, t in masters.items()]
@@ -196,16 +196,16 @@ def our_form(
     return optimizer.step, masters, lambda: optimizer.last_step.bytes_sent
 
 
-def duplicated_form(
+def duplicated_muon(
     stage: Stage, rank: int
 ) -> tuple[Callable[[], None], dict[str, Tensor], list[float]]:
-    """Return a step in which every rank computes every unit, its masters, and what NS takes of it.
+    """Return a step in which every rank computes every matrix, its masters, and the share of NS.
 
     Vector parameters are stepped by an optimizer of this package that has only them.
     """
     masters, gradients = random_shards(stage, rank, 0), random_shards(stage, rank, 1)
-    matrices = [row.name for row in stage.table.rows if row.units and row.name in masters]
-    M = {name: torch.zeros_like(masters[name]) for name in matrices}
+    names = [row.name for row in stage.table.rows if row.matrices and row.name in masters]
+    M = {name: torch.zeros_like(masters[name]) for name in names}
     vectors = [masters[name] for name in masters if name not in M]
     adamw = torch.optim.AdamW(
         vectors, lr=LR, betas=(0.9, 0.99), weight_decay=WEIGHT_DECAY, foreach=True
@@ -214,8 +214,8 @@ def duplicated_form(
         if name not in M:
             master.grad = gradients[name]
     by_shape: dict[tuple[int, int], list[MuonMatrix]] = {}
-    for unit in stage.table.units:
-        by_shape.setdefault(unit.shape, []).append(unit)
+    for matrix in stage.table.matrices:
+        by_shape.setdefault(matrix.shape, []).append(matrix)
     sizes = [
         sum(b - a for n, (a, b) in shards.ranges.items() if stage.table.routes[n] == "matrix")
         for shards in stage.layout
@@ -233,15 +233,15 @@ def duplicated_form(
         dist.all_gather(gathered, own)
         orthogonalising = 0.0
         updates = {name: torch.empty_like(master) for name, master in M.items()}
-        for shape, units in by_shape.items():
-            batch = torch.empty(len(units), *shape)
-            for unit, matrix in zip(units, batch, strict=True):
-                move(stage, unit, matrix, gathered, sizes)
+        for shape, matrices in by_shape.items():
+            batch = torch.empty(len(matrices), *shape)
+            for matrix, value in zip(matrices, batch, strict=True):
+                move(stage, matrix, value, gathered, sizes)
             before = time.process_time()
             directions = SETTINGS.orthogonalise(batch) * scale_factor("unit_rms_norm", *shape)
             orthogonalising += time.process_time() - before
-            for unit, direction in zip(units, directions, strict=True):
-                take(stage, rank, unit, direction, updates)
+            for matrix, direction in zip(matrices, directions, strict=True):
+                take(stage, rank, matrix, direction, updates)
         for name, update in updates.items():
             masters[name].mul_(1 - LR * WEIGHT_DECAY).add_(update, alpha=-LR)
         shares.append(orthogonalising / (time.process_time() - began))
@@ -250,7 +250,7 @@ def duplicated_form(
 
 
 def move(
-    stage: Stage, unit: MuonMatrix, matrix: Tensor, gathered: list[Tensor], sizes: list[int]
+    stage: Stage, matrix: MuonMatrix, value: Tensor, gathered: list[Tensor], sizes: list[int]
 ) -> None:
     """Fill a whole matrix from every rank's gathered shards."""
     for shards, flat in zip(stage.layout, gathered, strict=True):
@@ -258,24 +258,24 @@ def move(
         for name, (a, b) in shards.ranges.items():
             if stage.table.routes[name] == "vector":
                 continue
-            if name == unit.param:
-                for segment in matrix_routes(unit, shards):
-                    for block in blocks(segment):
-                        at = start + segment.shard_offset + block.start
+            if name == matrix.param:
+                for route in matrix_routes(matrix, shards):
+                    for block in rectangles(route):
+                        at = start + route.shard_offset + block.start
                         run = flat[at : at + math.prod(block.shape)].view(block.shape)
-                        matrix[slice(*block.rows), slice(*block.columns)] = run
+                        value[slice(*block.rows), slice(*block.columns)] = run
             start += b - a
 
 
 def take(
-    stage: Stage, rank: int, unit: MuonMatrix, direction: Tensor, updates: dict[str, Tensor]
+    stage: Stage, rank: int, matrix: MuonMatrix, direction: Tensor, updates: dict[str, Tensor]
 ) -> None:
     """Keep this rank's pieces of a whole update."""
-    for segment in matrix_routes(unit, stage.layout[rank]):
-        for block in blocks(segment):
-            at = segment.shard_offset + block.start
+    for route in matrix_routes(matrix, stage.layout[rank]):
+        for block in rectangles(route):
+            at = route.shard_offset + block.start
             part = direction[slice(*block.rows), slice(*block.columns)].reshape(-1)
-            updates[unit.param][at : at + part.numel()] = part
+            updates[matrix.param][at : at + part.numel()] = part
 
 
 SETTINGS = MuonSettings(momentum=MOMENTUM, ns_dtype=torch.float32)
@@ -294,7 +294,7 @@ def report(ranks: list[dict[str, Any]], options: argparse.Namespace) -> tuple[st
     ratio = sum(cpu["duplicated"]) / sum(cpu["ours"])
     share = sum(r["share"] for r in ranks) / RANKS
     error, loads = max(r["error"] for r in ranks), ranks[0]["loads"]
-    units = ranks[0]["units"]
+    matrices = ranks[0]["matrices"]
     passed = ratio >= BAR and share >= SHARE_BAR and error <= TOLERANCE
     mean = {name: sum(values) / len(values) for name, values in cpu.items()}
     floor = share * mean["duplicated"] / RANKS
@@ -303,10 +303,10 @@ def report(ranks: list[dict[str, Any]], options: argparse.Namespace) -> tuple[st
         "# The inner optimizer's step, each matrix computed once",
         "",
         f"tp {TENSOR} · dp {DATA} on {RANKS} gloo ranks of one thread each; one decoder layer of",
-        f"width {options.width} (FFN {options.width * 11 // 4}, {units} units), embedding",
+        f"width {options.width} (FFN {options.width * 11 // 4}, {matrices} matrices), embedding",
         f"and head of {options.vocabulary} rows; fp32, five steps of the same Newton-Schulz;",
-        f"shards travel in {CHUNKS} chunks. *Duplicated*: every rank gathers all shards and",
-        "orthogonalises every unit. CPU seconds are those of all ranks together, per step.",
+        f"shards travel in {BUCKETS} buckets. *Duplicated*: every rank gathers all shards and",
+        "orthogonalises every matrix. CPU seconds are those of all ranks together, per step.",
         "",
         "| | CPU s a step | wall s a step |",
         "|---|---|---|",
@@ -316,7 +316,7 @@ def report(ranks: list[dict[str, Any]], options: argparse.Namespace) -> tuple[st
         "",
         f"- Single pairs: {', '.join(f'{r:.2f}' for r in ratios)} (bar: {BAR}).",
         f"- Newton-Schulz is {share:.1%} of the duplicated form's CPU time (bar: {SHARE_BAR:.0%}).",
-        f"- Floor: {RANKS} ranks cannot do less than every unit once, a ratio of {RANKS}. In CPU",
+        f"- Floor: {RANKS} ranks cannot do less than every matrix once, a ratio of {RANKS}. In CPU",
         f"  time that is 1/{RANKS} of the duplicated form's Newton-Schulz, {floor:.2f} s a step. "
         "Ours",
         f"  takes {mean['ours'] / floor:.2f} times that, with AdamW, momentum and moving shards.",

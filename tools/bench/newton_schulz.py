@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Newton-Schulz per transformer layer against its plain five-step form, side by side.
 
-A layer has four square units and three of ratio 2.75 (gate, up, down). Every round runs both forms
-of each shape and one plain matrix product, in random order, on fp32 matrices. Samples are kept in
-a file, so that several short runs add up; the page is made of all of them.
+A layer has four square matrices and three of ratio 2.75 (gate, up, down). Every round runs both
+forms of each shape and one plain matrix product, in random order, on fp32 matrices. Samples are
+kept in a file, so that several short runs add up; the page is made of all of them.
 
     python tools/bench/newton_schulz.py --width 1024 --seconds 120 --samples runs/ns.json
     python tools/bench/newton_schulz.py --samples runs/ns.json --write docs/performance/...
@@ -49,7 +49,7 @@ Clocks = tuple[float, float]
 
 
 def shapes(width: int) -> dict[str, tuple[int, int]]:
-    """Return the shape of each kind of unit."""
+    """Return the shape of each kind of matrix."""
     longer = int(RATIO * width)
     return {"square": (width, width), "tall": (longer, width), "wide": (width, longer)}
 

@@ -42,8 +42,8 @@ def local_pieces(name: str, layer: LayerShape, tensor_size: int) -> tuple[ParamI
         pieces = tuple(torch.cat([gate, up]) for gate, up in zip(gates, ups, strict=True))
         assert pieces[0].shape[0] == 2 * ffn // tensor_size
     else:
-        (matrix,) = whole.values()
-        pieces = matrix.chunk(tensor_size, dim=1)
+        (tensor,) = whole.values()
+        pieces = tensor.chunk(tensor_size, dim=1)
     dim = 0 if name in (QKV, FC1) else 1
     return ParamInfo(name, tuple(pieces[0].shape), dim, False), list(pieces)
 
@@ -68,31 +68,31 @@ def whole_matrices(name: str, layer: LayerShape) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", [QKV, PROJ, FC1, FC2])
 def test_units_are_the_separate_matrices(name: str, layer: LayerShape, tensor_size: int) -> None:
     param, pieces = local_pieces(name, layer, tensor_size)
-    units = split(param, layer, tensor_size=tensor_size)
+    matrices = split(param, layer, tensor_size=tensor_size)
     expected = whole_matrices(name, layer)
-    assert [unit.kind for unit in units] == list(expected)
-    for unit in units:
-        per_rank = [torch.cat([piece[a:b] for a, b in unit.local_rows]) for piece in pieces]
-        whole = torch.cat(per_rank, dim=unit.partition_dim)
-        assert unit.shape == tuple(whole.shape)
-        assert torch.equal(whole, expected[unit.kind])
-        assert unit.name == f"{name}::{unit.kind}"
+    assert [matrix.kind for matrix in matrices] == list(expected)
+    for matrix in matrices:
+        per_rank = [torch.cat([piece[a:b] for a, b in matrix.local_rows]) for piece in pieces]
+        whole = torch.cat(per_rank, dim=matrix.partition_dim)
+        assert matrix.shape == tuple(whole.shape)
+        assert torch.equal(whole, expected[matrix.kind])
+        assert matrix.name == f"{name}::{matrix.kind}"
 
 
 @pytest.mark.parametrize("tensor_size", [1, 2, 4])
 @pytest.mark.parametrize("name", [QKV, PROJ, FC1, FC2])
 def test_units_partition_the_rows(name: str, tensor_size: int) -> None:
     param, _ = local_pieces(name, GQA, tensor_size)
-    units = split(param, GQA, tensor_size=tensor_size)
-    rows = [row for unit in units for a, b in unit.local_rows for row in range(a, b)]
+    matrices = split(param, GQA, tensor_size=tensor_size)
+    rows = [row for matrix in matrices for a, b in matrix.local_rows for row in range(a, b)]
     assert sorted(rows) == list(range(param.local_shape[0]))
-    assert sum(unit.numel for unit in units) == param.numel * tensor_size
+    assert sum(matrix.numel for matrix in matrices) == param.numel * tensor_size
 
 
 def test_a_parameter_without_partition_dim_is_whole_on_one_tensor_rank_only() -> None:
     param = ParamInfo(PROJ, (6, 12), None, False)
-    (unit,) = split(param, MHA, tensor_size=1)
-    assert unit.shape == (6, 12)
+    (matrix,) = split(param, MHA, tensor_size=1)
+    assert matrix.shape == (6, 12)
     with pytest.raises(RuntimeMismatch, match="the same on all 2 tensor-parallel ranks"):
         split(param, MHA, tensor_size=2)
 
@@ -171,29 +171,29 @@ def test_cost_of_the_symmetric_forms() -> None:
 def test_a_unit_is_as_dear_as_the_form_that_its_shape_gets() -> None:
     param, _ = local_pieces(QKV, GQA, 2)
     q, k, v = split(
-        param, GQA, tensor_size=2, choose_form=lambda m, n: "gram" if m > n else "triangle"
+        param, GQA, tensor_size=2, choose_impl=lambda m, n: "gram" if m > n else "triangle"
     )
-    assert (q.shape, q.form, q.cost) == ((24, 6), "gram", newton_schulz_flops(24, 6, 5, "gram"))
-    assert k.form == v.form == "gram"
+    assert (q.shape, q.ns_impl, q.cost) == ((24, 6), "gram", newton_schulz_flops(24, 6, 5, "gram"))
+    assert k.ns_impl == v.ns_impl == "gram"
     (proj,) = split(
         ParamInfo(PROJ, (6, 12), 1, False),
         GQA,
         tensor_size=2,
         steps=3,
-        choose_form=lambda m, n: "gram" if m > n else "triangle",
+        choose_impl=lambda m, n: "gram" if m > n else "triangle",
     )
-    assert (proj.form, proj.cost) == ("triangle", newton_schulz_flops(6, 24, 3, "triangle"))
+    assert (proj.ns_impl, proj.cost) == ("triangle", newton_schulz_flops(6, 24, 3, "triangle"))
 
 
 def test_heads_cost_as_much_as_so_many_small_matrices() -> None:
     param, _ = local_pieces(QKV, GQA, 2)
     q, k, v = split(param, GQA, tensor_size=2, split_heads=True)
     assert (q.blocks, k.blocks, v.blocks) == (8, 4, 4)
-    for unit in (q, k, v):
-        assert unit.block_shape == (GQA.kv_channels, HIDDEN)
-        assert unit.cost == unit.blocks * newton_schulz_flops(GQA.kv_channels, HIDDEN, 5)
-    assert [unit.shape for unit in (q, k, v)] == [
-        unit.shape for unit in split(param, GQA, tensor_size=2)
+    for matrix in (q, k, v):
+        assert matrix.block_shape == (GQA.kv_channels, HIDDEN)
+        assert matrix.cost == matrix.blocks * newton_schulz_flops(GQA.kv_channels, HIDDEN, 5)
+    assert [matrix.shape for matrix in (q, k, v)] == [
+        matrix.shape for matrix in split(param, GQA, tensor_size=2)
     ]
     (proj,) = split(ParamInfo(PROJ, (6, 12), 1, False), GQA, tensor_size=2, split_heads=True)
     assert proj.blocks == 1
@@ -202,8 +202,8 @@ def test_heads_cost_as_much_as_so_many_small_matrices() -> None:
 def test_heads_are_not_batched_with_whole_matrices() -> None:
     # With as many heads as groups and width 12, q, k, v and proj have one shape.
     params = [ParamInfo(QKV, (36, 12), 0, False), ParamInfo(PROJ, (12, 12), 1, False)]
-    units = [u for p in params for u in split(p, MHA, tensor_size=1, split_heads=True)]
-    assert [[unit.kind for unit in batch] for batch in by_shape(units)] == [
+    matrices = [u for p in params for u in split(p, MHA, tensor_size=1, split_heads=True)]
+    assert [[matrix.kind for matrix in batch] for batch in by_shape(matrices)] == [
         ["q", "k", "v"],
         ["proj"],
     ]
@@ -231,7 +231,7 @@ def test_assignment_is_whole_and_repeatable(costs: list[int], ranks: int) -> Non
     for cost, owner in zip(costs, assignment.owners, strict=True):
         loads[owner] += cost
     assert assignment.loads == tuple(loads)
-    # Every greedy schedule is within one unit of the mean, and refining lowers the largest load.
+    # Every greedy schedule is within one matrix of the mean, and refining lowers the largest load.
     assert max(loads) <= sum(costs) / ranks + max(costs, default=0)
 
 
