@@ -377,27 +377,27 @@ def _problem(detail: ErrorDetails, unknown_names: list[str]) -> Problem:
 def _wrong_value(detail: ErrorDetails, location: Location) -> str:
     """Return the first line of a message about a value of the wrong type or out of range."""
     kind, value, ctx = detail["type"], detail["input"], detail.get("ctx", {})
-    shown = _shown(value)
+    text = _yaml_text(value)
     if kind in ("model_type", "model_attributes_type"):
         sections = section_types(location.info.annotation) if location.info else ()
         keys = [name for section in sections for name in section.model_fields]
         return (
-            f"{shown} is not a section. The section has the keys {', '.join(dict.fromkeys(keys))}."
+            f"{text} is not a section. The section has the keys {', '.join(dict.fromkeys(keys))}."
         )
     if kind == "literal_error":
         choices = get_args(location.info.annotation) if location.info else ()
-        return f"{shown} is not one of {', '.join(str(choice) for choice in choices)}."
+        return f"{text} is not one of {', '.join(str(choice) for choice in choices)}."
     if kind in _TYPE_WORDS:
-        return f"{shown} is not {_TYPE_WORDS[kind]}."
+        return f"{text} is not {_TYPE_WORDS[kind]}."
     if kind in _BOUND_WORDS:
         name, words = _BOUND_WORDS[kind]
-        return f"{shown} is out of range: it must be {words} {ctx[name]}."
+        return f"{text} is out of range: it must be {words} {ctx[name]}."
     if kind in ("too_short", "string_too_short"):
-        return f"{shown} is empty."
-    return f"{shown}: {detail['msg']}."
+        return f"{text} is empty."
+    return f"{text}: {detail['msg']}."
 
 
-def _shown(value: Any) -> str:
+def _yaml_text(value: Any) -> str:
     """Return a value as written in YAML, shortened to 60 characters."""
     text = str(value).lower() if isinstance(value, bool) else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -36,7 +36,7 @@ from megatron_muloco.topology import Topology
 __all__ = [
     "RULES",
     "Rule",
-    "apply_rule_is_one",
+    "additive_apply_overlaps",
     "batch_divides",
     "block_size_has_blocks",
     "check",
@@ -48,7 +48,7 @@ __all__ = [
     "head_width_is_even",
     "heads_divide",
     "layers_divide",
-    "norm_band_is_a_band",
+    "norm_ratio_is_above_one",
     "overlap_is_shorter_than_the_spacing",
     "rounds_of_schedules_ascend",
     "run_has_a_round",
@@ -131,7 +131,7 @@ def overlap_is_shorter_than_the_spacing(
         )
 
 
-def apply_rule_is_one(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
+def additive_apply_overlaps(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
     """Require overlap for ``apply: additive``, and no mixing weight beside it."""
     if isinstance(config.outer, NoOuter) or config.outer.apply != "additive":
         return
@@ -153,36 +153,39 @@ def exceptions_fit_the_compression(
     config: RunConfig, topology: Topology | None
 ) -> Iterator[Problem]:
     """Allow a number of bits as an exception only for kinds that have ``bits``."""
-    code = _code(config)
-    if not isinstance(code, E3M0Compression | TopKCompression):
+    compression = _compression(config)
+    if not isinstance(compression, E3M0Compression | TopKCompression):
         return
-    for key, bits in code.exceptions:
+    for key, bits in compression.exceptions:
         if bits not in (None, "none"):
             yield Problem(
                 f"outer.compression.exceptions.{key}",
-                f"{bits}, but kind {code.kind} has no choice of bits.\nUse none to send these "
-                "parameters in fp32, or kind linear or statistical.",
+                f"{bits}, but kind {compression.kind} has no choice of bits.\n"
+                "Use none to send these parameters in fp32, or kind linear or statistical.",
             )
 
 
 def block_size_has_blocks(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
     """Allow ``block_size`` of quantizers only with granularity block."""
-    code = _code(config)
-    if isinstance(code, NoCompression | TopKCompression) or code.granularity == "block":
+    compression = _compression(config)
+    if (
+        isinstance(compression, NoCompression | TopKCompression)
+        or compression.granularity == "block"
+    ):
         return
-    if code.block_size is not None:
+    if compression.block_size is not None:
         yield Problem(
             "outer.compression.block_size",
-            f"{code.block_size} has no effect with granularity {code.granularity}.\nRemove it or "
-            "set outer.compression.granularity: block.",
+            f"{compression.block_size} has no effect with granularity {compression.granularity}.\n"
+            "Remove it or set outer.compression.granularity: block.",
         )
 
 
-def _code(config: RunConfig) -> CompressionConfig:
+def _compression(config: RunConfig) -> CompressionConfig:
     return NoCompression() if isinstance(config.outer, NoOuter) else config.outer.compression
 
 
-def norm_band_is_a_band(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
+def norm_ratio_is_above_one(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
     """Require a ratio of the guard above 1, or 0 for off."""
     if isinstance(config.outer, NoOuter):
         return
@@ -505,9 +508,7 @@ def precision_of_gradients_fits(config: RunConfig, topology: Topology | None) ->
         )
 
 
-def symmetric_forms_have_precision(
-    config: RunConfig, topology: Topology | None
-) -> Iterator[Problem]:
+def gram_matrices_have_precision(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
     """Require fp32 for Gram matrices, which lose small singular values in bf16."""
     inner = config.inner
     if not isinstance(inner, MuonInner) or inner.muon.ns_impl not in ("triangle", "gram"):
@@ -543,8 +544,8 @@ RULES: tuple[Rule, ...] = (
     fragments_have_layers,
     exceptions_fit_the_compression,
     block_size_has_blocks,
-    apply_rule_is_one,
-    norm_band_is_a_band,
+    additive_apply_overlaps,
+    norm_ratio_is_above_one,
     overlap_is_shorter_than_the_spacing,
     rounds_of_schedules_ascend,
     run_has_a_round,
@@ -554,7 +555,7 @@ RULES: tuple[Rule, ...] = (
     tokenizer_is_named,
     saving_has_a_place,
     resuming_has_a_place,
-    symmetric_forms_have_precision,
+    gram_matrices_have_precision,
     precision_of_gradients_fits,
     profile_has_a_window,
     supported,

@@ -6,7 +6,7 @@ It predicts, without building the model, what Megatron and this package will do 
   order decides everything that is laid end to end: gradient buffer, fragments, chunks.
 - `stage_shards`: the flat ranges whose fp32 masters each data-parallel rank holds.
 - `stage_slices`: numbers of elements by kind.
-- `stage_units`: the Muon matrices of a stage.
+- `stage_matrices`: the Muon matrices of a stage.
 
 Megatron lays the parameters of a stage end to end in a buffer, the last one first. It cuts the
 buffer into buckets, and every bucket into equal slices, one for each dp x cp rank::

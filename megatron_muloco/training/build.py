@@ -54,9 +54,9 @@ def gather_report(table: ParameterTable, groups: Groups) -> ParameterReport:
     if groups.topology.pipeline == 1:
         return parameter_report([table])
     coords = groups.coords
-    speaks = coords.tp == coords.cp == coords.dp == 0
+    is_primary = coords.tp == coords.cp == coords.dp == 0
     gathered: list[Any] = [None] * groups.topology.replica_size
-    mine = (coords.pp, table) if speaks else None
+    mine = (coords.pp, table) if is_primary else None
     torch.distributed.all_gather_object(gathered, mine, group=groups.replica)
     stages = dict(entry for entry in gathered if entry is not None)
     return parameter_report([stages[stage] for stage in sorted(stages)])
@@ -118,10 +118,10 @@ def build_run(config: RunConfig) -> RunContext:
         config.data.tokenizer_model,
         model_vocab_size=config.model.vocab_size,
     )
-    train_data, valid_data = _data(config, derived, groups, tokenizer)
-    model = _model(config, groups)
+    train_data, valid_data = _build_data(config, derived, groups, tokenizer)
+    model = _build_model(config, groups)
     optimizer = build_replica_optimizer(model, config, groups)
-    probe = _probe(optimizer)
+    probe = _build_probe(optimizer)
     state = RunState(groups, optimizer.view, optimizer.inner, optimizer.synchronizer, config)
     store = None
     if config.checkpoint.dir is not None:
@@ -173,7 +173,7 @@ def build_run(config: RunConfig) -> RunContext:
     )
 
 
-def _model(config: RunConfig, groups: Groups) -> DistributedDataParallel:
+def _build_model(config: RunConfig, groups: Groups) -> DistributedDataParallel:
     training = config.training
     return wrap_data_parallel(
         build_model(config, groups),
@@ -184,7 +184,7 @@ def _model(config: RunConfig, groups: Groups) -> DistributedDataParallel:
     )
 
 
-def _data(
+def _build_data(
     config: RunConfig, derived: Derived, groups: Groups, tokenizer: Tokenizer
 ) -> tuple[BatchSource, BatchSource | None]:
     """Return this rank's training data, and its held-out data where the run evaluates."""
@@ -218,7 +218,7 @@ def _data(
     )
 
 
-def _probe(optimizer: ReplicaOptimizer) -> OrthogonalisationProbe | None:
+def _build_probe(optimizer: ReplicaOptimizer) -> OrthogonalisationProbe | None:
     """Wrap the orthogonaliser in a probe; return ``None`` if this stage has no Muon matrices."""
     inner = optimizer.inner
     if not inner.has_matrices:
@@ -260,8 +260,8 @@ def _resume(
             f"{last}. Set training.train_iters to at least {step}."
         )
     optimizer.steps = step
-    said = [note, *_residual_changes(description, state)]
-    return step, "\n".join([*said, f"resumed from {path} after inner step {step}"]).strip()
+    notes = [note, *_residual_changes(description, state)]
+    return step, "\n".join([*notes, f"resumed from {path} after inner step {step}"]).strip()
 
 
 def _residual_changes(description: Description, state: RunState) -> list[str]:

@@ -168,8 +168,8 @@ def evaluate(
             ),
             start=torch.zeros((), device=forward.device),
         )
-    speaks = groups.on_last_stage and groups.coords.tp == 0 and groups.coords.cp == 0
-    sums = (total if speaks else torch.zeros_like(total)).double()
+    is_primary = groups.on_last_stage and groups.coords.tp == 0 and groups.coords.cp == 0
+    sums = (total if is_primary else torch.zeros_like(total)).double()
     torch.distributed.all_reduce(sums, group=groups.replica)
     return float(sums) / (groups.topology.data * count * steps)
 

@@ -80,13 +80,13 @@ def relaunch(ranks: int, arguments: Sequence[str], environ: Mapping[str, str]) -
     # CPU time from the other ranks.
     environment.setdefault("OMP_WAIT_POLICY", "passive")
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    command = launcher_command(ranks, _held_port(), os.path.abspath(sys.argv[0]), arguments)
+    command = launcher_command(ranks, _reserved_port(), os.path.abspath(sys.argv[0]), arguments)
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(command[0], command, environment)
 
 
-def _held_port() -> int:
+def _reserved_port() -> int:
     """Return a port that no other process gets while the launcher runs.
 
     A port that was found free and released could be taken before rank 0 listens on it. So the

@@ -119,10 +119,10 @@ def _share(
     Collectives: one all-reduce of 24 bytes (three fp64 numbers) over the replica.
     """
     groups = context.groups
-    speaks = groups.on_last_stage and groups.coords.tp == 0 and groups.coords.cp == 0
+    is_primary = groups.on_last_stage and groups.coords.tp == 0 and groups.coords.cp == 0
     leads = groups.is_leader and stop_after is not None
     shared = torch.zeros(3, dtype=torch.float64, device=loss.device)
-    if speaks:
+    if is_primary:
         shared[0] = loss / groups.topology.data
     shared[1] = float(stop_requested)
     shared[2] = float(stop_after or 0) if leads else 0.0
@@ -143,18 +143,18 @@ def outer_step(context: RunContext, step: int) -> OuterReport | None:
     report = context.optimizer.outer_step(line_values)
     if report is not None:
         context.monitor.outer_step(report)
-        _tell_left_out(context, report)
+        _report_excluded(context, report)
     return report
 
 
-def _tell_left_out(context: RunContext, report: OuterReport) -> None:
+def _report_excluded(context: RunContext, report: OuterReport) -> None:
     """Print which replicas were excluded from a mean; all replicas know the same weights."""
     for part in report.applied:
-        left_out = [replica for replica, weight in enumerate(part.weights.tolist()) if not weight]
-        if left_out:
+        excluded = [replica for replica, weight in enumerate(part.weights.tolist()) if not weight]
+        if excluded:
             consequence = "; NO REPLICA IS LEFT, the anchor did not change" if report.alarm else ""
             context.monitor.say(
-                f"outer step after iteration {report.step}: replicas {left_out} have weight 0 in "
+                f"outer step after iteration {report.step}: replicas {excluded} have weight 0 in "
                 f"fragment {part.fragment} (excluded by the guard, or trained on no tokens)"
                 f"{consequence}"
             )

@@ -32,7 +32,7 @@ _USUAL_ACCELERATORS = 8  # per machine; the suggested command names a hostfile f
 
 # The launcher ends all ranks once one has exited, so rank 0 must print its message before any other
 # rank exits.
-_LET_RANK_ZERO_SPEAK_SECONDS = 3.0
+_RANK_ZERO_FIRST_SECONDS = 3.0
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -49,8 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             _check_inputs(config)
             _fit_world(config, ranks, given, options.config)
         except ConfigError as error:
-            sys.exit(_refuse(error))
-        _leave(_train(config, stop))
+            sys.exit(_report_problems(error))
+        _exit_now(_train(config, stop))
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -87,10 +87,10 @@ def _print_plan(config: RunConfig, world_size: int | None) -> None:
     topology = None if world_size is None else topology_of(config, world_size)
     check(config, topology or smallest_topology(config))
     if _rank() == 0:
-        write_out(f"{render_plan(config, topology)}\n{_data_words(check_run_data(config))}\n")
+        write_out(f"{render_plan(config, topology)}\n{_data_report(check_run_data(config))}\n")
 
 
-def _data_words(problems: Sequence[str]) -> str:
+def _data_report(problems: Sequence[str]) -> str:
     """Return the part of a plan about the data.
 
     Problems do not fail a dry run, because plans are often made on a machine without the data.
@@ -185,7 +185,7 @@ def _train(config: RunConfig, stop: StopRequest) -> int:
     try:
         return exit_codes[run(config, stop)]
     except ConfigError as error:
-        return _refuse(error)
+        return _report_problems(error)
     except MulocoError as error:
         traceback.print_exc()
         sys.stderr.write(f"\n{type(error).__name__}: {error}\n")
@@ -194,7 +194,7 @@ def _train(config: RunConfig, stop: StopRequest) -> int:
     return EXIT_FAULT
 
 
-def _refuse(error: ConfigError) -> int:
+def _report_problems(error: ConfigError) -> int:
     """Print the problems and return the exit code.
 
     Rank 0 prints first. Other ranks wait; the launcher usually ends them meanwhile. A rank that is
@@ -202,7 +202,7 @@ def _refuse(error: ConfigError) -> int:
     """
     rank = _rank()
     if rank:
-        time.sleep(_LET_RANK_ZERO_SPEAK_SECONDS)
+        time.sleep(_RANK_ZERO_FIRST_SECONDS)
     count = len(error.problems)
     at = f" on rank {rank}" if rank else ""
     sys.stderr.write(f"{count} problem{'s' if count > 1 else ''} in the input{at}:\n")
@@ -218,7 +218,7 @@ def _rank() -> int:
         return 0
 
 
-def _leave(code: int) -> NoReturn:
+def _exit_now(code: int) -> NoReturn:
     """End the process without interpreter teardown.
 
     Teardown of process groups may wait for other ranks after an error, and a second signal during

@@ -75,14 +75,14 @@ RULE_CASES: dict[str, tuple[list[str], list[str]]] = {
         ["outer.compression={kind: linear, bits: 4, block_size: 64}"],
         ["outer.compression.block_size: 64 has no effect with granularity tensor"],
     ),
-    "apply_rule_is_one": (
+    "additive_apply_overlaps": (
         ["outer.apply=additive", "outer.mixing_weight=0.5"],
         [
             "outer.apply: additive, but overlap_steps is 0",
             "outer.mixing_weight: 0.5 has no effect with apply additive",
         ],
     ),
-    "norm_band_is_a_band": (
+    "norm_ratio_is_above_one": (
         ["outer.guard.max_norm_ratio=1"],
         ["outer.guard.max_norm_ratio: 1 excludes norms on both sides of the median"],
     ),
@@ -138,7 +138,7 @@ RULE_CASES: dict[str, tuple[list[str], list[str]]] = {
             "monitor.profile.steps: [20, 10], but monitor.dir is not set.",
         ],
     ),
-    "symmetric_forms_have_precision": (
+    "gram_matrices_have_precision": (
         ["inner.muon.ns_impl=gram", "inner.muon.ns_dtype=bf16"],
         ["inner.muon.ns_impl: gram, but ns_dtype is bf16;", "auto or plain, or ns_dtype: fp32"],
     ),
