@@ -336,17 +336,17 @@ def _read(path: Path, wanted: Wanted, space: ModelSpace) -> Pieces:
 
     Collectives: agreement on errors over the job, then `ModelSpace.scatter` of each prefix.
     """
-    held: Pieces = {}
+    owned: Pieces = {}
     tensors = []
     for prefix, names in wanted.items():
-        held[prefix] = {}
-        for name in filter(space.holds, names):
+        owned[prefix] = {}
+        for name in filter(space.owns, names):
             cut = space.cut(name)
-            held[prefix][name] = torch.empty(cut.param.local_shape, dtype=torch.float32)
-            tensors += sharded_tensors(f"{prefix}.{name}", cut, held[prefix][name])
+            owned[prefix][name] = torch.empty(cut.param.local_shape, dtype=torch.float32)
+            tensors += sharded_tensors(f"{prefix}.{name}", cut, owned[prefix][name])
     with everywhere(f"the checkpoint {path} cannot be read", _REMEDY):
         read_tensors(path, tensors)
-    return {prefix: space.scatter(held[prefix], names) for prefix, names in wanted.items()}
+    return {prefix: space.scatter(owned[prefix], names) for prefix, names in wanted.items()}
 
 
 def _apply(description: Description, pieces: Pieces, into: RunState) -> None:

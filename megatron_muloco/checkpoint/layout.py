@@ -130,14 +130,12 @@ def find_latest(directory: Path) -> Found | None:
     if not published and named is None and not problem:
         return None
     if not whole:
-        # What is there instead: incomplete directories, which the message lists, or without any
-        # directory a latest file that is damaged or names a step.
-        seen = problem or f"{LATEST_FILE} names step {named}" if not published else "it has only "
+        names = ", ".join(path.name for path in published.values())
+        seen = f"it has only {names}" if names else problem or f"{LATEST_FILE} names step {named}"
         raise CheckpointError(
             f"{directory} holds no complete checkpoint of this package (an iter_* directory with "
-            f"{STATE_FILE}): {seen}{', '.join(path.name for path in published.values())}. A run "
-            "does not start from scratch beside it; set checkpoint.resume to another directory, or "
-            "checkpoint.dir to an empty one."
+            f"{STATE_FILE}): {seen}. A run does not start from scratch beside it; set "
+            "checkpoint.resume to another directory, or checkpoint.dir to an empty one."
         )
     step = max(whole)
     lost = f"step {named}, which {LATEST_FILE} names, is not there"

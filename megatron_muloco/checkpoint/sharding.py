@@ -116,15 +116,15 @@ class ModelSpace:
         self._topology, self._tensor_rank = groups.topology, groups.coords.tp
         mine = {shard.name: (shard.start, shard.end) for shard in shards}
         self._ranges: list[dict[str, tuple[int, int]]] = self._from_all(mine)
-        self._holders = _assign_holders(infos, self._exchange.size)
+        self._owners = _assign_owners(infos, self._exchange.size)
 
     def cut(self, name: str) -> Cut:
         """Return the place of this rank's piece in the whole parameter."""
         return Cut(self._infos[name], self._tensor_rank, self._topology.tensor)
 
-    def holds(self, name: str) -> bool:
+    def owns(self, name: str) -> bool:
         """Whether this rank is the parameter's owner: it reads and writes the whole piece."""
-        return self._holders[name] == self._exchange.rank
+        return self._owners[name] == self._exchange.rank
 
     def names(self, kinds: Mapping[str, Collection[str]]) -> dict[str, list[str]]:
         """Return, for each kind of tensor, the names that any dp x cp rank has, in stage order.
@@ -161,15 +161,15 @@ class ModelSpace:
             arrived = self._exchanged(
                 torch.cat([empty, *leaving]),
                 send_splits=self._sent_counts(batch),
-                receive_splits=self._held_counts(batch),
+                receive_splits=self._owned_counts(batch),
             )
-            held = {
+            owned = {
                 name: torch.empty(self._infos[name].numel, dtype=torch.float32)
-                for name in filter(self.holds, batch)
+                for name in filter(self.owns, batch)
             }
-            for place, piece in self._held_places(batch, held, arrived):
+            for place, piece in self._owned_places(batch, owned, arrived):
                 place.copy_(piece)
-            whole.update(held)
+            whole.update(owned)
         return {name: tensor.view(self._infos[name].local_shape) for name, tensor in whole.items()}
 
     def scatter(self, whole: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
@@ -183,25 +183,25 @@ class ModelSpace:
         """
         pieces: dict[str, Tensor] = {}
         for batch in self._batches(names):
-            held = {name: whole[name].reshape(-1) for name in filter(self.holds, batch)}
-            leaving = torch.empty(sum(self._held_counts(batch)), dtype=torch.float32)
-            for place, piece in self._held_places(batch, held, leaving):
+            owned = {name: whole[name].reshape(-1) for name in filter(self.owns, batch)}
+            leaving = torch.empty(sum(self._owned_counts(batch)), dtype=torch.float32)
+            for place, piece in self._owned_places(batch, owned, leaving):
                 piece.copy_(place)
             arrived = self._exchanged(
                 leaving.to(self._device),
-                send_splits=self._held_counts(batch),
+                send_splits=self._owned_counts(batch),
                 receive_splits=self._sent_counts(batch),
             )
             # `gather` sent the shards in this order, grouped by owner, so they return in it.
             mine = self._sent(batch)
-            lengths = [_length(self._own[name]) for name in mine]
+            lengths = [_length(self._own_ranges[name]) for name in mine]
             pieces.update(zip(mine, arrived.split(lengths), strict=True) if mine else ())
         return pieces
 
     # ---- layout of the buffers --------------------------------------------------------------
 
     @property
-    def _own(self) -> dict[str, tuple[int, int]]:
+    def _own_ranges(self) -> dict[str, tuple[int, int]]:
         return self._ranges[self._exchange.rank]
 
     def _from_all(self, value: dict[str, Any]) -> list[dict[str, Any]]:
@@ -229,25 +229,25 @@ class ModelSpace:
 
     def _sent(self, batch: Sequence[str]) -> list[str]:
         """Return the parameters of which this rank has a shard, grouped by owner."""
-        mine = [name for name in batch if name in self._own]
-        return sorted(mine, key=lambda name: self._holders[name])  # stable: owner, then batch order
+        mine = [name for name in batch if name in self._own_ranges]
+        return sorted(mine, key=lambda name: self._owners[name])  # stable: owner, then batch order
 
     def _sent_counts(self, batch: Sequence[str]) -> list[int]:
         """Return the elements of this rank's shards, per owner."""
         counts = [0] * self._exchange.size
         for name in batch:
-            counts[self._holders[name]] += _length(self._own.get(name))
+            counts[self._owners[name]] += _length(self._own_ranges.get(name))
         return counts
 
-    def _held_counts(self, batch: Sequence[str]) -> list[int]:
+    def _owned_counts(self, batch: Sequence[str]) -> list[int]:
         """Return the elements of the parameters owned here, per rank that has the shards."""
         return [
-            sum(_length(ranges.get(name)) for name in batch if self.holds(name))
+            sum(_length(ranges.get(name)) for name in batch if self.owns(name))
             for ranges in self._ranges
         ]
 
-    def _held_places(
-        self, batch: Sequence[str], held: Mapping[str, Tensor], buffer: Tensor
+    def _owned_places(
+        self, batch: Sequence[str], owned: Mapping[str, Tensor], buffer: Tensor
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (range of an owned tensor, its place in the buffer), in the buffer's order."""
         offset = 0
@@ -255,9 +255,9 @@ class ModelSpace:
         # every rank packs its shards as `_sent` orders them.
         for ranges in self._ranges:
             for name in batch:
-                if name in ranges and self.holds(name):
+                if name in ranges and self.owns(name):
                     start, end = ranges[name]
-                    yield held[name][start:end], buffer[offset : offset + end - start]
+                    yield owned[name][start:end], buffer[offset : offset + end - start]
                     offset += end - start
 
 
@@ -283,15 +283,15 @@ def _length(place: tuple[int, int] | None) -> int:
     return place[1] - place[0] if place else 0
 
 
-def _assign_holders(infos: Mapping[str, ParamInfo], ranks: int) -> dict[str, int]:
+def _assign_owners(infos: Mapping[str, ParamInfo], ranks: int) -> dict[str, int]:
     """Give every parameter to the rank with the fewest elements so far, largest first.
 
     Deterministic, because every rank computes it alone: equal sizes are ordered by name.
     """
     loads = [0] * ranks
-    holders: dict[str, int] = {}
+    owners: dict[str, int] = {}
     for name in sorted(infos, key=lambda n: (-infos[n].numel, n)):
-        holder = loads.index(min(loads))
-        holders[name] = holder
-        loads[holder] += infos[name].numel
-    return holders
+        owner = loads.index(min(loads))
+        owners[name] = owner
+        loads[owner] += infos[name].numel
+    return owners
