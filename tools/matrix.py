@@ -4,6 +4,9 @@
 
 Every method x replicas x (tp, pp, dp) x precision of `tests.support.matrix`, held to what
 `tests/distributed/test_cover.py` holds a cover to. Exits with 1 when a case fails.
+
+It imports `tests.support` because cases, checks and rank processes are those of that test: `make
+test` runs a pairwise cover of the list, and this program all of it.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The plan of a run as text: what ``--dry-run`` and `tools/plan.py` print."""
+"""The plan of a run as text: what ``--dry-run`` prints."""
 
 import os
 import sys

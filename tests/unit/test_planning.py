@@ -1,10 +1,6 @@
 """The plan's bytes add up, follow the sharding rules, and the report says what it assumes."""
 
 import itertools
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Literal
 
@@ -31,7 +27,6 @@ from megatron_muloco.planning.traffic import (
     outer_bytes,
 )
 from megatron_muloco.topology import Coords, Topology
-from tools import plan as plan_tool
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 CPU = CONFIGS / "cpu_k2.yaml"
@@ -453,42 +448,3 @@ def test_counts_are_readable(number: int, text: str) -> None:
 )
 def test_sizes_are_readable(number: float, text: str) -> None:
     assert human_bytes(number) == text
-
-
-def test_the_tool_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
-    overrides = ["--set", "training.micro_batch_size=1", "inner.lr=0.5", "--set", "training.seed=7"]
-    assert plan_tool.main(["--config", str(CPU), *overrides, "--world-size", "4"]) == 0
-    text = capsys.readouterr().out
-    assert "2 replicas x tp 1 x pp 1 x dp 2" in text
-    assert re.search(r"learning rate +0\.5 ", text)
-
-
-def test_the_tool_bears_a_reader_that_leaves() -> None:
-    read_end, write_end = os.pipe()
-    os.close(read_end)
-    command = [sys.executable, "-m", "tools.plan", "--config", str(CPU)]
-    try:
-        done = subprocess.run(
-            command, cwd=CONFIGS.parent, stdout=write_end, stderr=subprocess.PIPE, check=False
-        )
-    finally:
-        os.close(write_end)
-    assert (done.returncode, done.stderr) == (0, b"")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        (["--config", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
-        (["--config", str(CPU), "--world-size", "3"], "but there are 3."),
-        (["--config", str(CPU), "--world-size", "6"], "dp 3 x micro_batch_size 8 = 48"),
-        (["--config", str(CPU), "--set", "inner.lrr=3"], "Did you mean inner.lr?"),
-    ],
-)
-def test_the_tool_refuses_bad_input(
-    arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert plan_tool.main(arguments) == 2
-    captured = capsys.readouterr()
-    assert expected in captured.err
-    assert captured.out == ""

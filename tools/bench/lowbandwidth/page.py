@@ -56,7 +56,7 @@ def render(campaign: Campaign, found: Results, plot: str | None) -> str:
 
 _COLUMNS = (
     "Times are milliseconds an inner step. *planned*, *counted*: kB a step that one rank sends, by "
-    "the planner (`tools/plan.py`) and by the kernel's interface counters, which also count "
+    "the planner (`--dry-run`) and by the kernel's interface counters, which also count "
     "headers, acknowledgements and repeats, mean over the ranks; a round divided by its steps for "
     "the methods with replicas. *unshaped*: the step on links as fast as the machine. *compute*: "
     "the same with replicas; for data parallelism the unshaped step of the same inner optimizer "
