@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 
-# Before anything imports torch or DeepSpeed: the suite is the CPU path, one thread per process.
+# Before anything imports torch or DeepSpeed: the suite tests the CPU path, one thread per process.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # DeepSpeed's Muon, used as an oracle, compiles itself otherwise (half a minute on a CPU).
@@ -26,7 +26,7 @@ settings.load_profile("muloco")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Let tests of recorded numbers write them anew."""
+    """Add the option that rewrites recorded numbers."""
     parser.addoption(
         "--update-golden", action="store_true", help="write tests/golden/ instead of comparing"
     )

@@ -25,7 +25,7 @@ from megatron_muloco.config.outer import LinearCompression, LossyCompression, Ne
 from megatron_muloco.outer.guard import Guard
 from megatron_muloco.outer.reducer import Reducer
 from megatron_muloco.outer.reference import Parameters, Reference, Settings
-from tests.support.coded import reference_keys
+from tests.support.compressed import reference_keys
 from tests.support.replicas import Replica, synchronizer_of
 from tests.support.spawn import run_ranks
 from tests.support.tensors import assert_equal

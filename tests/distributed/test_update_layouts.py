@@ -71,7 +71,7 @@ def one_update(layers: int, layout: Layout, bucket_size: int | None) -> dict[str
     inner.orthogonalise = lambda batch: torch.stack([batched(M) for M in batch])
     found["one by one"] = step()
     inner.orthogonalise = batched
-    updates.give_all_to_one(run)
+    updates.assign_all_to_first(run)
     found["same batches"] = step()
     finish_tiny()
     return found

@@ -1,1 +1,1 @@
-"""What the tests stand on: ranks, tensors, faults, ports and a small SLURM."""
+"""Test support: rank processes, tensors, tiny models, faults, ports and a small SLURM."""

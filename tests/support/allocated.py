@@ -1,4 +1,4 @@
-"""How much memory operations allocate."""
+"""`AllocatedBytes`: counts the memory that tensor operations allocate."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,12 +10,12 @@ from torch.utils._pytree import tree_leaves
 
 
 class AllocatedBytes(TorchDispatchMode):
-    """Counts the bytes of tensors that operations make inside, while they live.
+    """Counts the bytes of tensors that are created inside the block, as long as they live.
 
-    What an operation needs within itself is not seen.
+    Memory that an operation allocates and frees internally is not counted.
 
     Attributes:
-        most: Bytes alive at once, at most.
+        most: Largest number of bytes that were alive at the same time.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class AllocatedBytes(TorchDispatchMode):
         args: Sequence[Any] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Run the operation and count what it made."""
+        """Run the operation and count the tensors it created."""
         before = {_key(leaf) for leaf in tree_leaves((args, kwargs)) if _is_tensor(leaf)}
         result = func(*args, **(kwargs or {}))
         self._alive = {

@@ -1,6 +1,6 @@
-"""A Megatron training loop that becomes K replicas by two calls, marked (1) and (2).
+"""A plain Megatron training loop that two calls, marked (1) and (2), turn into K replicas.
 
-Everything else is what such a loop holds anyway, written with Megatron's public functions.
+Everything else is ordinary Megatron code, written with its public functions.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,7 +30,7 @@ from megatron_muloco.model.layer_spec import decoder_block_spec
 
 @dataclass
 class BareRun:
-    """What is left of a run."""
+    """Results of a run on this rank."""
 
     groups: Any
     optimizer: Any
@@ -47,7 +47,7 @@ def train(
 ) -> BareRun:
     """Train this rank up to inner step ``steps``, with the outer steps due on the way.
 
-    With a directory it goes on from the newest checkpoint there, and leaves one at the end.
+    With a directory it resumes from the newest checkpoint there and saves one at the end.
     """
     groups = initialize_replicas(config)  # (1) instead of initialize_model_parallel
     batches = batches_for(groups)
@@ -103,14 +103,14 @@ def train(
     if store is not None:
         store.save(steps, state)  # every rank, after the same step, before the flush
     if steps == config.training.train_iters:
-        optimizer.flush()  # replicas meet once more after the last step
+        optimizer.flush()  # a last synchronization of all replicas
     return run
 
 
 def build_model(config: Any, pg: Any) -> GPTModel:
     """Build this rank's pipeline stage; any GPTModel of the sizes in ``config.model`` will do.
 
-    These are the ones of ``pretrain.py``, spelled out.
+    This one has the settings of ``pretrain.py``, spelled out.
     """
     sizes, parallel = config.model, config.parallel
     dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32

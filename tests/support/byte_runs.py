@@ -1,4 +1,4 @@
-"""Whole runs of the real program on bytes: a dataset in a moment, no tokenizer to train."""
+"""Whole runs of the real program on a byte-level dataset, which needs no trained tokenizer."""
 
 import json
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ def byte_dataset(directory: Path) -> str:
 
 
 def byte_sections(prefix: str) -> dict[str, dict[str, Any]]:
-    """Return the sections of a configuration that make a tiny model read the dataset."""
+    """Return the configuration sections with which a tiny model reads the dataset."""
     return {
         "model": dict(BYTE_MODEL),
         "data": {
@@ -56,7 +56,7 @@ def byte_config(prefix: str, **overrides: Mapping[str, Any]) -> RunConfig:
 
 @dataclass
 class Ended:
-    """What a run left in one rank."""
+    """Outcome of a run on one rank."""
 
     outcome: str
     first_step: int
@@ -64,7 +64,7 @@ class Ended:
     tensors: dict[str, torch.Tensor]
 
     def assert_same(self, other: "Ended") -> None:
-        """Fail unless both ended with the same bits, and had the same losses where both trained."""
+        """Fail unless both runs ended with the same bits and agree on losses of common steps."""
         assert self.tensors.keys() == other.tensors.keys()
         for name, tensor in self.tensors.items():
             assert_equal(tensor, other.tensors[name], name)
@@ -74,11 +74,12 @@ class Ended:
 
 
 def run_here(config: RunConfig, *, around: Any = None) -> Ended:
-    """Train in this rank to the end or to a stop; leave the worker ready for another run.
+    """Train on this rank to the end or to a stop, and leave the worker ready for another run.
 
     Args:
         config: The run.
-        around: Called with the context; returns a context manager (a fault) to train in.
+        around: Called with the run context; returns a context manager (a fault) that surrounds
+            the training.
     """
     from contextlib import nullcontext
 

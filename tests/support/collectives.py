@@ -1,4 +1,7 @@
-"""Counts collectives by the ranks that take part, below every library: on the process group."""
+"""`counted_collectives`: counts collectives by the ranks that take part.
+
+The calls are counted on `ProcessGroup` itself, below torch, DeepSpeed and Megatron.
+"""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -34,8 +37,8 @@ _METHODS = (
 def counted_collectives() -> Iterator[Counter[tuple[int, ...]]]:
     """Yield a counter of calls by their group's global ranks; groups of one rank do not count."""
     calls: Counter[tuple[int, ...]] = Counter()
-    # From the class's dictionary: what getattr returns would no longer bind to a group when put
-    # back.
+    # Read from the class's dictionary: the object that getattr returns would not bind to a group
+    # any more once it is put back.
     originals = {name: vars(ProcessGroup)[name] for name in _METHODS if name in vars(ProcessGroup)}
 
     def counting(name: str) -> Any:

@@ -1,7 +1,7 @@
-"""Faults for rank functions, read as a sentence: ``with fail_call(reducer, "launch", number=3):``.
+"""Faults for rank functions, for example ``with fail_call(reducer, "launch", number=3):``.
 
-Each context manager replaces one method of one object for its length. They are meant to be entered
-inside a rank function, on the rank that should suffer.
+Each context manager replaces one method of one object while its block runs. Enter it inside a rank
+function, on the rank that should fail.
 """
 
 import os
@@ -14,7 +14,7 @@ from typing import Any
 
 @contextmanager
 def fail_call(owner: Any, method: str, *, number: int, error: BaseException) -> Iterator[None]:
-    """Raise ``error`` instead of doing the ``number``-th call (from 1) of ``owner.method``."""
+    """Raise ``error`` in place of the ``number``-th call (from 1) of ``owner.method``."""
 
     def fail() -> None:
         raise error
@@ -32,7 +32,7 @@ def kill_at_call(owner: Any, method: str, *, number: int) -> Iterator[None]:
 
 @contextmanager
 def delay_call(owner: Any, method: str, *, number: int, seconds: float) -> Iterator[None]:
-    """Make this rank the straggler at the ``number``-th call."""
+    """Delay this rank by ``seconds`` before the ``number``-th call."""
     with _before_call(owner, method, number, lambda: time.sleep(seconds)):
         yield
 

@@ -1,7 +1,7 @@
-"""Whole matrices in and out of a real replica: the same momentum in every layout, update by update.
+"""Compares Muon updates of a real replica across layouts, matrix by matrix.
 
-Every rank fills its local tensors from whole matrices that depend on a name alone, steps the real
-optimizer, and hands its flat shards back; the test puts whole matrices together again.
+Every rank fills its local tensors from whole Muon matrices that depend on a name alone, steps the
+real optimizer, and returns its flat shards. The test assembles the whole matrices again.
 """
 
 import zlib
@@ -26,7 +26,7 @@ MakeMatrix = Callable[[MuonMatrix], Tensor]
 
 @dataclass(frozen=True)
 class Held:
-    """What one rank has: its matrices' descriptions and its flat shards."""
+    """The Muon matrices and the flat shards of one rank."""
 
     tensor_rank: int
     matrices: tuple[MuonMatrix, ...]
@@ -86,7 +86,7 @@ def _fill(run: TinyRun, tensors: Mapping[str, Tensor], make: MakeMatrix) -> None
 
 @torch.no_grad()
 def set_gradients(run: TinyRun, make: MakeMatrix) -> None:
-    """Overwrite the gradients that backward would have left in Megatron's buffers; others are 0."""
+    """Overwrite the gradients of matrices in Megatron's buffers; all other gradients are 0."""
     run.model.zero_grad_buffer()
     pieces = local_pieces(run, make)
     for name, parameter in named_parameters(run.model.module):
@@ -94,10 +94,10 @@ def set_gradients(run: TinyRun, make: MakeMatrix) -> None:
             parameter.main_grad.copy_(pieces[name])
 
 
-def give_all_to_one(run: TinyRun) -> None:
-    """Bind the inner optimizer anew, every matrix of the stage on its first rank, in one bucket.
+def assign_all_to_first(run: TinyRun) -> None:
+    """Bind the inner optimizer again with the stage's first rank as owner of every matrix.
 
-    So the batches are those of a stage that has one rank.
+    There is one bucket, so the batches are those of a stage that has one rank.
     """
     inner, view, stage = run.optimizer.inner, run.optimizer.view, run.groups.stage
     everything = Assignment((0,) * len(inner.table.matrices), (1,) + (0,) * (stage.size() - 1))
@@ -118,7 +118,7 @@ def give_all_to_one(run: TinyRun) -> None:
 
 
 def held(run: TinyRun) -> Held:
-    """Return what this rank has now."""
+    """Return the matrices and shards that this rank has now."""
     inner, view = run.optimizer.inner, run.optimizer.view
     return Held(
         run.groups.coords.tp,

@@ -1,8 +1,8 @@
-"""The test matrix: every method, number of replicas, layout and precision; and a small cover of it.
+"""Test matrix: every method, number of replicas, layout and precision; and a pairwise cover of it.
 
-A case trains a tiny model for two rounds and is held to what must be true of every layout: losses
-are those of the same method on one rank a replica, with the same samples, and all copies of a
-parameter end as the same bits.
+A case trains a tiny model for two rounds. In every layout, its losses must be those of the same
+method on the same samples with one rank a replica, and all copies of a parameter must end with the
+same bits.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from tests.support.tiny_models import ADAMW, MUON, NESTEROV, finish_tiny, start_
 
 __all__ = ["Case", "Outcome", "check", "matrix", "pairwise_cover", "run_case"]
 
-STEPS = 4  # two rounds of two steps: the second trains on what the first outer step has written
+STEPS = 4  # two rounds of two steps: the second trains on the result of the first outer step
 LAYOUTS = ((1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1))  # tp, pp, dp
 WIDTHS = (1, 2, 4)
 PRECISIONS = ("fp32", "bf16")
@@ -38,7 +38,7 @@ TOLERANCE = {"fp32": 16 * 88 * 2.0**-24, "bf16": 9 * 2.0**-9}
 
 @dataclass(frozen=True, order=True)
 class Case:
-    """One run: a baseline has one replica."""
+    """One run of the matrix. A baseline has one replica."""
 
     method: str
     num_replicas: int
@@ -62,7 +62,7 @@ class Case:
 
     @property
     def factors(self) -> frozenset[tuple[str, Any]]:
-        """What a pairwise cover combines. The width of a baseline is its data parallelism."""
+        """Factors that a pairwise cover combines. A baseline's width is its data parallelism."""
         width, data = (self.data, 1) if self.is_baseline else (self.num_replicas, self.data)
         layout = (self.tensor, self.pipeline, data)
         values = {"width": width, "layout": layout, "precision": self.precision}
@@ -70,7 +70,7 @@ class Case:
 
     @property
     def reference(self) -> "Case":
-        """The same method on the same samples, one rank a replica."""
+        """The case with the same method and samples, and one rank a replica."""
         return replace(self, tensor=1, pipeline=1, data=1)
 
     @property
@@ -90,7 +90,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a rank reports: its place, its replica's losses, and a digest of each parameter."""
+    """Report of a rank: its coordinates, its replica's losses, a digest of each parameter."""
 
     coords: tuple[int, ...]
     losses: list[float]
@@ -116,10 +116,10 @@ def matrix() -> list[Case]:
 
 
 def pairwise_cover(max_world: int) -> list[Case]:
-    """Return few cases that hold every pair of factors that any case of that size holds.
+    """Return a few cases that contain every pair of factors of all cases of at most that size.
 
-    Greedy: always the case with the most pairs that are missing; among equals the smallest world,
-    and fp32, where the tolerance is tight.
+    The choice is greedy: the case with the most missing pairs comes next; among equal ones the
+    smallest world, then fp32, whose tolerance is tighter.
     """
     cases = sorted((c for c in matrix() if c.world_size <= max_world), key=_by_size)
     pairs = {case: set(combinations(sorted(case.factors, key=str), 2)) for case in cases}
@@ -153,12 +153,16 @@ def _train(case: Case) -> Outcome:
 
 @cache
 def reference_losses(case: Case) -> dict[int, list[float]]:
-    """Return the losses of each replica of a (1, 1, 1) run; trained once a session."""
+    """Return the losses of each replica of a (1, 1, 1) run, trained once a session."""
     return {outcome.coords[0]: outcome.losses for outcome in run_case(case)}
 
 
 def check(case: Case, outcomes: list[Outcome]) -> float:
-    """Raise AssertionError unless the outcomes hold; return the largest relative difference."""
+    """Check a case's outcomes and return the largest relative difference of losses.
+
+    Raises:
+        AssertionError: A loss or a copy of a parameter is not what it has to be.
+    """
     references = (
         {outcome.coords[0]: outcome.losses for outcome in outcomes}
         if case == case.reference

@@ -1,12 +1,12 @@
-"""A real SLURM on this machine for the length of a test: several slurmd, each with fake GPUs.
+"""`MiniSlurm`: a real SLURM on this machine while a test runs: several slurmd with fake GPUs.
 
     with MiniSlurm(nodes=4, gpus_per_node=8) as slurm:
         job = slurm.submit("launch/slurm/pretrain.sbatch", "configs/15b_k16.yaml")
 
-Debian's slurmd can play several nodes on one host (``-N name``, one port each), and a GPU is
-whatever file the configuration names, so one directory holds a whole cluster. Nothing of an
-installed SLURM's own configuration is read. Ports are held while the cluster lives, so several
-clusters can live beside each other; all processes end with the block, and with this process.
+Debian's slurmd can act as several nodes of one host (``-N name``, one port each), and a GPU is
+whatever file the configuration names, so one directory holds a whole cluster. The configuration of
+an installed SLURM is not read. Ports stay reserved while the cluster runs, so several clusters can
+run at the same time. All processes end with the block, and with this process.
 """
 
 import os
@@ -25,7 +25,7 @@ from tests.support.ports import held_ports
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "setpriv")
 START_TIMEOUT_S = 30.0
-CPUS_PER_NODE = 16  # as configured, not as found: SLURM only counts them
+CPUS_PER_NODE = 16  # as configured, not as detected: SLURM only counts them
 
 
 def why_unavailable() -> str | None:
@@ -39,7 +39,7 @@ def why_unavailable() -> str | None:
 
 
 class MiniSlurm:
-    """A cluster of ``nodes`` nodes n1, n2, ...; up inside the ``with`` block."""
+    """Cluster of the nodes n1, n2, ..., which runs inside the ``with`` block."""
 
     def __init__(self, *, nodes: int, gpus_per_node: int) -> None:
         self._nodes = nodes
@@ -48,7 +48,7 @@ class MiniSlurm:
         self._directory = Path()
 
     def __enter__(self) -> Self:
-        with ExitStack() as stack:  # undone here if the start fails half-way
+        with ExitStack() as stack:  # undoes a start that fails half-way
             # Not pytest's own directory: munge refuses a socket below one that others cannot enter.
             self._directory = Path(tempfile.mkdtemp(prefix="minislurm-"))
             stack.callback(shutil.rmtree, self._directory, ignore_errors=True)
@@ -64,7 +64,7 @@ class MiniSlurm:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Environment of a user of this cluster, without traces of any other."""
+        """Environment of a user of this cluster, without variables of another SLURM."""
         clean = {
             name: value
             for name, value in os.environ.items()
@@ -109,7 +109,7 @@ class MiniSlurm:
             time.sleep(0.5)
 
     def idle(self) -> bool:
-        """Return whether no node runs or finishes anything."""
+        """Return whether all nodes are idle."""
         return self.run("sinfo", "-h", "-t", "idle", "-o", "%D").stdout.strip() == str(self._nodes)
 
     def _write_files(self, ports: Sequence[int]) -> None:
@@ -217,7 +217,7 @@ PartitionName=debug Nodes=ALL Default=YES MaxTime=2-00:00:00 State=UP
 
 
 def _find(program: str) -> str | None:
-    """Look also where Debian keeps daemons, which is not on every PATH."""
+    """Return a program's path, also from where Debian keeps daemons, often not on PATH."""
     return shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
 
 

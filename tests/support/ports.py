@@ -1,4 +1,4 @@
-"""Free ports for programs that must be told one on their command line."""
+"""Reserved free ports for programs that take a port on their command line."""
 
 import socket
 from collections.abc import Iterator
@@ -7,11 +7,11 @@ from contextlib import ExitStack, contextmanager
 
 @contextmanager
 def held_ports(count: int) -> Iterator[list[int]]:
-    """Yield ports of 127.0.0.1 that no other program is given while the block runs.
+    """Yield ports of 127.0.0.1 that the system gives to no other program while the block runs.
 
     They stay bound, without listening, with SO_REUSEADDR: Linux then lets a server that sets the
-    same option (all that these tests start do) listen on them, but gives them to nobody who asks
-    for a free port. Probing and releasing would leave a gap in which another run can take them.
+    same option (all that these tests start do) listen on them, but does not choose them as free
+    ports. Probing and releasing would leave a gap in which another run can get them.
     """
     with ExitStack() as stack:
         ports = []

@@ -1,8 +1,8 @@
-"""The process behind one rank of `tests.support.spawn.run_ranks`: wait for a call, run it, tidy up.
+"""Worker process of one rank of `tests.support.spawn.run_ranks`.
 
-A worker is started once and serves many calls, because importing torch and DeepSpeed costs seconds.
-It must therefore leave nothing behind: after each call the process group, DeepSpeed's copy of it,
-Megatron's module-level state, the environment and the signal handlers are as they were before.
+A worker is started once and serves many calls, because importing torch and DeepSpeed takes seconds.
+After each call the process group, DeepSpeed's copy of it, Megatron's module-level state, the
+environment and the signal handlers are therefore restored.
 
 Nothing heavy is imported at the top: the environment has to be set before torch loads.
 """
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 # One thread per rank: two ranks a core is already the usual load of this suite. No accelerator:
-# these ranks are the CPU path, also on a machine that has one.
+# these ranks test the CPU path, also on a machine with an accelerator.
 WORKER_ENV = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 # Rank functions may install handlers for USR1 and TERM, which the product uses.
@@ -47,7 +47,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Report:
-    """How a rank's call ended; ``failed_at`` orders failures over processes (system clock)."""
+    """Outcome of a rank's call; ``failed_at`` orders failures over processes (system clock)."""
 
     value: bytes = b""
     failure: str | None = None
@@ -104,7 +104,7 @@ def _describe(error: BaseException) -> str:
 
 
 def _enter(call: Call, undo: ExitStack) -> None:
-    """Give this process its rank; every change is pushed on ``undo`` with its reversal."""
+    """Initialise this process as a rank; push the reversal of every change on ``undo``."""
     import deepspeed
     import torch
     import torch.distributed as dist
@@ -123,9 +123,9 @@ def _enter(call: Call, undo: ExitStack) -> None:
         MASTER_PORT=str(call.store_port),
     )
     undo.callback(torch.set_default_dtype, torch.get_default_dtype())
-    torch.manual_seed(0)  # a warm worker must not hand one test's generator state to the next
-    # A little less than the caller's patience, so that a lost peer is reported by the rank that
-    # waits for it, with its line, before the caller gives up.
+    torch.manual_seed(0)  # generator state must not leak from one test into the next
+    # A little less than the caller's time limit, so that the rank that waits for a lost peer
+    # reports it, with the line of its code, before the caller gives up.
     timeout = timedelta(seconds=max(1.0, call.timeout_s * 0.9))
     store = dist.TCPStore("127.0.0.1", call.store_port, is_master=False, timeout=timeout)
     undo.callback(_leave)
@@ -151,7 +151,7 @@ def _keep_environment(undo: ExitStack) -> None:
 
 
 def _leave() -> None:
-    """Forget every group: Megatron's first, since its teardown asks torch about them."""
+    """Destroy every group: Megatron's first, since its teardown asks torch about them."""
     import torch.distributed as dist
 
     for module_name, function_name in (
@@ -164,6 +164,6 @@ def _leave() -> None:
             teardown()
     if dist.is_initialized():
         dist.destroy_process_group()
-    # deepspeed.comm keeps the destroyed group as its current backend and would go on using it.
+    # deepspeed.comm keeps the destroyed group as its current backend and would use it again.
     deepspeed_comm: Any = sys.modules["deepspeed.comm.comm"]
     deepspeed_comm.cdb = None

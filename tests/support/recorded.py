@@ -1,8 +1,8 @@
-"""A run through the real stack, recorded so that the reference can repeat it.
+"""Records a run of the real program and repeats it with the reference, bit for bit.
 
-The reference does not train. Its inner steps replay what the inner optimizer of each replica did to
-the masters, after checking that it started from the same bits: so every outer step, every merge and
-the flush in between have to agree bit for bit. Each position of the replicas is one reference.
+The reference does not train. Its inner steps replay the recorded changes of each replica's masters,
+after checking that they start from the same bits. So every outer step, every merge and the flush
+between them have to agree bit for bit. Each position of the replicas is one reference.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from megatron_muloco.comm.chunking import row_places
 from megatron_muloco.config import RunConfig
 from megatron_muloco.outer.fragments import FragmentPlan
 from megatron_muloco.outer.reference import Parameters, Reference, Settings
-from tests.support.coded import reference_keys
+from tests.support.compressed import reference_keys
 from tests.support.tensors import assert_equal
 from tests.support.tiny_models import finish_tiny, start_tiny
 
@@ -21,7 +21,7 @@ Moves = list[tuple[Parameters, Parameters]]
 
 
 def recorded(config: RunConfig) -> dict[str, Any]:
-    """Train to the end and flush; return what the inner optimizer did and where it all ended."""
+    """Train to the end and flush; return the inner steps, the anchors and the final state."""
     run = start_tiny(config)
     owned = [s.name for s in run.optimizer.view.shards if not s.param.duplicate]
     masters, moves, anchors = run.optimizer.view.masters, [], []
@@ -61,7 +61,7 @@ def recorded(config: RunConfig) -> dict[str, Any]:
 
 
 def _replay(moves: Moves) -> Any:
-    """Return an inner step that does what was recorded, from where it was recorded."""
+    """Return an inner step that replays a recording, after checking where it starts."""
 
     def step(local: Parameters, t: int) -> None:
         before, after = moves[t - 1]
@@ -98,6 +98,7 @@ def reference_of(config: RunConfig, members: list[dict[str, Any]]) -> Reference:
 
 
 def assert_is_the_reference(config: RunConfig, ranks: list[dict[str, Any]]) -> None:
+    """Fail unless the recordings of all ranks are what the reference computes."""
     replicas = config.parallel.num_replicas
     size = len(ranks) // replicas
     for position in range(size):

@@ -1,8 +1,8 @@
 """K replicas as threads of one process: the synchronizer without processes or collectives.
 
-Each thread owns a `Synchronizer` over whole tensors; `Exchange` stands for the network. It keeps
-what every replica launched and adds it up in replica order, as the reference does, so results can
-be compared bit for bit, also on numbers that are not integers.
+Each thread has a `Synchronizer` over whole tensors, and `Exchange` replaces the network. It adds up
+launches in replica order, as the reference does, so results can be compared bit for bit, also on
+numbers that are not integers.
 """
 
 import threading
@@ -48,7 +48,7 @@ class Ticket:
 
 
 class Exchange:
-    """The network between K replicas of this process."""
+    """Network between the K replicas of this process."""
 
     def __init__(self, num_replicas: int) -> None:
         self.num_replicas = num_replicas
@@ -127,13 +127,13 @@ class ExchangeReducer:
 
 @dataclass
 class Replica:
-    """One replica of a test: its parameters, and how often they were published."""
+    """One replica of a test: its parameters, and the number of times they were published."""
 
     parameters: Parameters
     published: int = 0
 
     def port(self) -> ReplicaPort:
-        """Return the access of a replica that is a single rank."""
+        """Return the port of a replica that is a single rank."""
 
         def publish() -> None:
             self.published += 1
@@ -155,7 +155,7 @@ def whole_shard(name: str, tensor: Tensor, *, duplicate: bool = False) -> Shard:
 
 
 def merge_rule(settings: Settings) -> MergeRule:
-    """Return the rule that the reference's settings describe."""
+    """Return the merge rule of the reference's settings."""
     return Additive() if settings.additive else Mix(settings.mixing_weight)
 
 
@@ -169,7 +169,7 @@ def synchronizer_of(
     guard: Guard | None = None,
     **options: Any,
 ) -> Synchronizer:
-    """Return the synchronizer that should do what the reference does with ``settings``."""
+    """Return the synchronizer that has to agree with the reference with ``settings``."""
     return Synchronizer(
         port,
         FragmentPlan(tuple(tuple(group) for group in settings.fragments)),

@@ -1,4 +1,7 @@
-"""A tiny decoder layer, scattered over tensor and data ranks the way Megatron scatters it."""
+"""A tiny decoder layer, sharded over tensor and data ranks as Megatron shards it.
+
+`Mailbox` replaces the all-to-all by threads of one process.
+"""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +32,7 @@ VECTOR = PREFIX + "input_layernorm.weight"
 
 
 class Mailbox:
-    """An all-to-all between threads; one `transport` a rank."""
+    """All-to-all between threads, with one `transport` a rank."""
 
     def __init__(self, size: int) -> None:
         self._barrier = Barrier(size, timeout=20)
@@ -52,7 +55,7 @@ class Mailbox:
 
 @dataclass(frozen=True)
 class MailboxTransport:
-    """One rank's side of a mailbox. Nothing moves before `wait`, as late as it could be."""
+    """One rank's side of a mailbox. Nothing is copied before `wait`, the latest point allowed."""
 
     mailbox: Mailbox
     rank: int
@@ -81,7 +84,7 @@ class Delivery:
 
 
 class NoTransport:
-    """Moves nothing; for exchanges that are only planned."""
+    """Transport of exchanges that are only planned: it refuses to start."""
 
     def start(self, *args: Any, **kwargs: Any) -> Any:
         raise AssertionError("planned only")
@@ -174,7 +177,7 @@ def gather(layout: Sequence[RankShards], held: Sequence[dict[str, Tensor]], like
 
 @dataclass(frozen=True)
 class Stage:
-    """One pipeline stage: a decoder layer and a norm, over a layout."""
+    """One pipeline stage: a decoder layer and a norm, sharded over a layout."""
 
     layer: LayerShape
     hidden: int
@@ -233,7 +236,7 @@ class Stage:
         exchange_chunks: int = 1,
         **options: Any,
     ) -> MuonAdamW:
-        """Return a bound optimizer, built in the steps in which Megatron's builds it."""
+        """Return a bound optimizer, built in the same steps as Megatron builds it."""
         model = [torch.nn.Parameter(torch.zeros(p.local_shape)) for p in self.params.values()]
         optimizer = MuonAdamW([{"params": model}], **options)
         optimizer.param_groups = [optimizer.param_groups[0] | {"params": list(masters.values())}]
@@ -257,7 +260,7 @@ class Stage:
 
 
 def train(stage: Stage, rank: int, transport: Transport | None, steps: int, **options: Any) -> Run:
-    """Run some steps of one rank on gradients that depend on the step alone."""
+    """Make ``steps`` steps on one rank with gradients that depend on the step alone."""
     masters = shards_of(stage.random(0), stage.layout[rank])
     optimizer = stage.optimizer(rank, masters, transport, **options)
     for step in range(1, steps + 1):

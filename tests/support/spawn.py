@@ -1,4 +1,4 @@
-"""Run a function on several ranks from an ordinary test: ``run_ranks(fn, world_size, *args)``.
+"""Runs a function on several ranks from an ordinary test: ``run_ranks(fn, world_size, *args)``.
 
     def reduce_my_rank(scale: int) -> float:          # module level: it is pickled by reference
         total = torch.tensor(float(dist.get_rank() * scale))
@@ -10,9 +10,9 @@
 
 Ranks are processes of a pool that lives as long as the test session: started by ``spawn`` when
 first needed, kept warm, replaced when they fail. In each, ``torch.distributed`` and
-``deepspeed.comm`` are initialised on gloo for the length of one call. Functions are found again by
-module and name, so they live in a test module (``tests`` is a package and the repository root is on
-``sys.path``); ``functools.partial`` of such a function works too, a lambda does not.
+``deepspeed.comm`` are initialised on gloo for one call. Functions are pickled by module and name,
+so they belong at the top level of a test module (``tests`` is a package and the repository root is
+on ``sys.path``); ``functools.partial`` of such a function works too, a lambda does not.
 """
 
 import itertools
@@ -40,7 +40,7 @@ class RankFailure(AssertionError):
 
 
 class Worker:
-    """One process of the pool. It is idle when it has said ``ready`` and nothing was sent since."""
+    """One process of the pool. It is idle after it sent ``ready``, until a call is sent to it."""
 
     def __init__(self, stack_dir: Path, number: int) -> None:
         context = multiprocessing.get_context("spawn")
@@ -54,7 +54,7 @@ class Worker:
         theirs.close()
 
     def wait_until_ready(self, timeout_s: float) -> bool:
-        """Return whether the worker announced, within the limit, that it can take a call."""
+        """Return whether the worker became ready for a call within the limit."""
         try:
             return self.connection.poll(timeout_s) and self.connection.recv_bytes() == b"ready"
         except (EOFError, OSError):
@@ -75,7 +75,7 @@ class Worker:
 
 
 class Pool:
-    """Warm workers and the rendezvous store that they meet at."""
+    """Warm workers and the rendezvous store of their process groups."""
 
     def __init__(self) -> None:
         from torch.distributed import TCPStore
@@ -83,7 +83,7 @@ class Pool:
         self._directory = tempfile.TemporaryDirectory(prefix="ranks-")
         self._workers: list[Worker] = []
         self._numbers = itertools.count()
-        # Port 0: the operating system picks a free port and the store holds it from then on.
+        # Port 0: the operating system picks a free port, and the store keeps it.
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._calls = itertools.count()
 

@@ -1,4 +1,4 @@
-"""Comparisons and inputs for tests: exact where arithmetic is exact, explained where it is not."""
+"""Inputs and comparisons of tensors for tests: exact, or within bounds that are explained."""
 
 import torch
 from torch import Tensor

@@ -57,7 +57,7 @@ def tiny_config(**overrides: Any) -> RunConfig:
 
 
 def made_up_tokens(sample: int, length: int, vocabulary: int) -> torch.Tensor:
-    """Return sample ``sample``: the same tokens wherever and whenever it is asked for."""
+    """Return the tokens of sample ``sample``, the same on every rank and in every call."""
     generator = torch.Generator().manual_seed(1000 + sample)
     return torch.randint(0, vocabulary, (length,), generator=generator)
 
@@ -85,7 +85,7 @@ def same_for_all_replicas(step: int, groups: Groups, config: RunConfig) -> list[
 
 @dataclass
 class TinyRun:
-    """A training run in one rank; `train` may be called again to go on."""
+    """Training run on one rank; call `train` again to train on."""
 
     config: RunConfig
     groups: Groups
@@ -97,7 +97,7 @@ class TinyRun:
     grad_norms: list[float] = field(default_factory=list)
 
     def train(self, steps: int) -> "TinyRun":
-        """Make ``steps`` inner steps with the outer steps due after them."""
+        """Make ``steps`` inner steps, with the outer steps that are due."""
         for _ in range(steps):
             self.model.zero_grad_buffer()
             self.optimizer.zero_grad()
@@ -177,5 +177,5 @@ def start_tiny(
 
 
 def finish_tiny() -> None:
-    """Forget the groups, so that the next test in this warm worker can build others."""
+    """Remove the mirrored groups, so that the next test in this warm worker can build others."""
     unmirror_groups()

@@ -1,4 +1,4 @@
-"""What a code of the config is to the reference: a function of values, and its units."""
+"""Translates a ``compression`` section into the codec and coding units of the reference."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,22 +15,22 @@ __all__ = ["reference_keys"]
 
 
 def reference_keys(
-    code: LossyCompression | NoCompression,
+    compression: LossyCompression | NoCompression,
     rows: RowPlaces,
     fragments: Sequence[Mapping[str, int]],
     num_replicas: int,
 ) -> dict[str, Any]:
-    """Return the keys of `Settings` that say what a code does.
+    """Return the keys of `Settings` that describe the compression.
 
     Args:
-        code: From the config.
-        rows: Of the tensors at one position.
+        compression: The section of the configuration.
+        rows: Row widths and places of the tensors at one position.
         fragments: Sizes of these tensors, fragment by fragment.
         num_replicas: K.
     """
-    if isinstance(code, NoCompression):
+    if isinstance(compression, NoCompression):
         return {}
-    codec_of = codec_lookup(code)
+    codec_of = codec_lookup(compression)
 
     def round_trip(name: str, start: int, values: Tensor) -> Tensor:
         width, first = rows.get(name, (0, 0))
@@ -39,7 +39,7 @@ def reference_keys(
         codec_of(name).decode(codec_of(name).encode(values, unit), unit, out)
         return out
 
-    gathered = isinstance(code, TopKCompression)
+    gathered = isinstance(compression, TopKCompression)
     units: dict[str, list[tuple[int, int]]] = {}
     for sizes in fragments:
         for pieces in chunk_pieces(list(sizes.items()), 1 if gathered else num_replicas, rows):
@@ -49,6 +49,6 @@ def reference_keys(
         "codec": round_trip,
         "coding_units": units,
         "encode_mean": not gathered,
-        "error_feedback": code.error_feedback,
-        "error_decay": code.error_decay,
+        "error_feedback": compression.error_feedback,
+        "error_decay": compression.error_decay,
     }
