@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""The whole inner optimizer step, each matrix computed once, against the duplicated form.
+"""Times the whole inner optimizer step, each matrix computed once, against duplicated work.
 
 Four gloo ranks, tp 2 x dp 2, hold the shards of one decoder layer, an embedding and a head.
 *Ours* is `MuonAdamW.step`. *Duplicated* is what a plain data- and tensor-parallel Muon does: every
@@ -47,12 +47,12 @@ TOLERANCE = 1e-4  # of an update, relative Frobenius: batches of other sizes sum
 
 @dataclass(frozen=True)
 class Stage:
-    """One pipeline stage and how it is scattered.
+    """One pipeline stage and its shards.
 
     Attributes:
-        params: In the order of the model.
-        table: The same for every rank.
-        layout: What each rank holds.
+        params: Parameters in the order of the model.
+        table: Parameter table, the same for every rank.
+        layout: Ranges that each rank holds.
     """
 
     params: dict[str, ParamInfo]
@@ -95,17 +95,17 @@ def measure(rank: int, directory: str, width: int, vocabulary: int, pairs: int) 
     from megatron_muloco.comm.collectives import AllToAll
 
     stage = build_stage(width, vocabulary)
-    ours, ours_masters, bytes_sent = our_form(stage, rank, AllToAll(dist.group.WORLD))
-    duplicated, masters, shares = duplicated_muon(stage, rank)
-    forms: dict[str, Callable[[], None]] = {"ours": ours, "duplicated": duplicated}
-    seconds: dict[str, list[float]] = {name: [] for name in forms}
-    walls: dict[str, list[float]] = {name: [] for name in forms}
+    ours, ours_masters, bytes_sent = our_step(stage, rank, AllToAll(dist.group.WORLD))
+    duplicated, masters, shares = duplicated_step(stage, rank)
+    steps: dict[str, Callable[[], None]] = {"ours": ours, "duplicated": duplicated}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    walls: dict[str, list[float]] = {name: [] for name in steps}
     order = random.Random(0)  # the same on all ranks
     for pair in range(pairs + 1):  # the first one warms up
-        for name in order.sample(sorted(forms), 2):
+        for name in order.sample(sorted(steps), 2):
             dist.barrier()
             began, cpu = time.perf_counter(), time.process_time()
-            forms[name]()
+            steps[name]()
             spent = time.process_time() - cpu
             dist.barrier()
             if pair:
@@ -166,13 +166,13 @@ def build_stage(width: int, vocabulary: int) -> Stage:
 
 
 def random_shards(stage: Stage, rank: int, seed: int) -> dict[str, Tensor]:
-    """Return this rank's shards of random tensors; the two forms get the same."""
+    """Return this rank's shards of random tensors; both steps get the same."""
     generator = torch.Generator().manual_seed(RANKS * seed + rank)
     ranges = stage.layout[rank].ranges
     return {n: torch.randn(b - a, generator=generator) for n, (a, b) in ranges.items()}
 
 
-def our_form(
+def our_step(
     stage: Stage, rank: int, transport: Any
 ) -> tuple[Callable[[], None], dict[str, Tensor], Callable[[], int]]:
     """Return a step of this package's optimizer, its masters, and the bytes of its last step."""
@@ -196,12 +196,12 @@ def our_form(
     return optimizer.step, masters, lambda: optimizer.last_step.bytes_sent
 
 
-def duplicated_muon(
+def duplicated_step(
     stage: Stage, rank: int
 ) -> tuple[Callable[[], None], dict[str, Tensor], list[float]]:
-    """Return a step in which every rank computes every matrix, its masters, and the share of NS.
+    """Return a step in which every rank computes all matrices, its masters, and the share of NS.
 
-    Vector parameters are stepped by an optimizer of this package that has only them.
+    Vector parameters are updated by an AdamW of torch that has only them.
     """
     masters, gradients = random_shards(stage, rank, 0), random_shards(stage, rank, 1)
     names = [row.name for row in stage.table.rows if row.matrices and row.name in masters]
@@ -236,12 +236,12 @@ def duplicated_muon(
         for shape, matrices in by_shape.items():
             batch = torch.empty(len(matrices), *shape)
             for matrix, value in zip(matrices, batch, strict=True):
-                move(stage, matrix, value, gathered, sizes)
+                assemble(stage, matrix, value, gathered, sizes)
             before = time.process_time()
             directions = SETTINGS.orthogonalise(batch) * scale_factor("unit_rms_norm", *shape)
             orthogonalising += time.process_time() - before
             for matrix, direction in zip(matrices, directions, strict=True):
-                take(stage, rank, matrix, direction, updates)
+                keep(stage, rank, matrix, direction, updates)
         for name, update in updates.items():
             masters[name].mul_(1 - LR * WEIGHT_DECAY).add_(update, alpha=-LR)
         shares.append(orthogonalising / (time.process_time() - began))
@@ -249,7 +249,7 @@ def duplicated_muon(
     return step, masters, shares
 
 
-def move(
+def assemble(
     stage: Stage, matrix: MuonMatrix, value: Tensor, gathered: list[Tensor], sizes: list[int]
 ) -> None:
     """Fill a whole matrix from every rank's gathered shards."""
@@ -267,7 +267,7 @@ def move(
             start += b - a
 
 
-def take(
+def keep(
     stage: Stage, rank: int, matrix: MuonMatrix, direction: Tensor, updates: dict[str, Tensor]
 ) -> None:
     """Keep this rank's pieces of a whole update."""
@@ -305,8 +305,8 @@ def report(ranks: list[dict[str, Any]], options: argparse.Namespace) -> tuple[st
         f"tp {TENSOR} · dp {DATA} on {RANKS} gloo ranks of one thread each; one decoder layer of",
         f"width {options.width} (FFN {options.width * 11 // 4}, {matrices} matrices), embedding",
         f"and head of {options.vocabulary} rows; fp32, five steps of the same Newton-Schulz;",
-        f"shards travel in {BUCKETS} buckets. *Duplicated*: every rank gathers all shards and",
-        "orthogonalises every matrix. CPU seconds are those of all ranks together, per step.",
+        f"shards are exchanged in {BUCKETS} buckets. *Duplicated*: every rank gathers all shards",
+        "and orthogonalises every matrix. CPU seconds are those of all ranks together, per step.",
         "",
         "| | CPU s a step | wall s a step |",
         "|---|---|---|",
@@ -315,15 +315,15 @@ def report(ranks: list[dict[str, Any]], options: argparse.Namespace) -> tuple[st
         f"| duplicated / ours | **{ratio:.2f}** | {walls['duplicated'] / walls['ours']:.2f} |",
         "",
         f"- Single pairs: {', '.join(f'{r:.2f}' for r in ratios)} (bar: {BAR}).",
-        f"- Newton-Schulz is {share:.1%} of the duplicated form's CPU time (bar: {SHARE_BAR:.0%}).",
+        f"- Newton-Schulz is {share:.1%} of the CPU time of *duplicated* (bar: {SHARE_BAR:.0%}).",
         f"- Floor: {RANKS} ranks cannot do less than every matrix once, a ratio of {RANKS}. In CPU",
-        f"  time that is 1/{RANKS} of the duplicated form's Newton-Schulz, {floor:.2f} s a step. "
+        f"  time that is 1/{RANKS} of the Newton-Schulz of *duplicated*, {floor:.2f} s a step. "
         "Ours",
         f"  takes {mean['ours'] / floor:.2f} times that, with AdamW, momentum and moving shards.",
         f"  A ratio above {RANKS} is not fewer FLOPs: on shared cores the CPU time of the same "
         "work",
         "  varies, as the single pairs do.",
-        f"- Largest relative difference of the parameters of the two forms: {error:.1e}",
+        f"- Largest relative difference of the parameters after both steps: {error:.1e}",
         f"  (allowed: {TOLERANCE:.0e}).",
         f"- Balance of counted FLOPs, largest over mean: {max(loads) * RANKS / sum(loads):.3f}. It",
         "  bounds the wall time with a core for each rank; CPU time does not depend on it.",
