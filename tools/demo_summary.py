@@ -1,4 +1,4 @@
-"""What a run learned, from its event files: python -m tools.demo_summary --config F."""
+"""Summary of what a run learned, from its event files: python -m tools.demo_summary --config F."""
 
 import argparse
 import statistics

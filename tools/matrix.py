@@ -53,7 +53,7 @@ replica, over steps and replicas; empty where the case is that reference.
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the page."""
+    """One line of the result table."""
 
     cells: tuple[object, ...]
     failure: str
@@ -100,7 +100,7 @@ def _row(case: "Case") -> Row:
         loss = f"{sum(last.values()) / len(last):.6f}"
         worst = check(case, outcomes)
         difference = "" if case == case.reference else f"{worst:.1e}"
-    except AssertionError as error:  # also a rank that died
+    except AssertionError as error:  # also raised for a rank that died
         failure = " ".join(str(error).split())[:300].replace("|", "/")
     sizes = (case.num_replicas, case.tensor, case.pipeline, case.data)
     return Row((case.method, *sizes, case.precision, case.world_size, loss, difference), failure)

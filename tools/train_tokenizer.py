@@ -77,7 +77,7 @@ def _texts(arguments: argparse.Namespace) -> Iterator[str]:
                 except BadRecord as error:
                     raise ConfigError(f"{error}. Repair it or leave the file out.") from error
                 bar.update(before + record.consumed - bar.n)
-                # A checksum decides alike in every run, whatever the order of the files.
+                # A checksum makes the same choice in every run, whatever the order of the files.
                 if zlib.crc32(text.encode()) < arguments.sample_fraction * 2**32:
                     yield text
             before += Path(path).stat().st_size

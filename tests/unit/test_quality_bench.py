@@ -61,7 +61,7 @@ def test_variants_differ_from_their_baseline_in_what_their_name_says() -> None:
 
 
 def test_overlap_waits_neither_for_nothing_nor_for_the_next_launch() -> None:
-    for name in ("overlap-mix", "overlap-additive", "thin-link"):
+    for name in ("overlap-mix", "overlap-additive", "low-bandwidth"):
         outer = load_config(runs.CONFIG, VARIANTS[name]).outer
         assert outer.fragments.count >= 3
         assert 0 < outer.overlap_steps < outer.sync_interval // outer.fragments.count
@@ -162,14 +162,14 @@ def test_a_run_is_stored_once_and_found_again(
             writer.add_scalar("muloco/wire_bytes", 50, 60)
 
     monkeypatch.setattr(runs, "_run_ranks", pretend)
-    arguments = ["--out", str(tmp_path), "--variants", "thin-link", "--seeds", "1", "2"]
+    arguments = ["--out", str(tmp_path), "--variants", "low-bandwidth", "--seeds", "1", "2"]
     for _ in range(2):
         assert command.main(arguments) == 0
     assert len(started) == 2
-    stored = runs.read_result(tmp_path, "thin-link", 2, VARIANTS["thin-link"])
+    stored = runs.read_result(tmp_path, "low-bandwidth", 2, VARIANTS["low-bandwidth"])
     assert stored is not None
     assert (stored.iterations, stored.loss, stored.bytes_sent) == (480, 4.5, 150)
-    assert "thin-link" in capsys.readouterr().out
+    assert "low-bandwidth" in capsys.readouterr().out
 
 
 def test_a_run_of_other_settings_is_refused(tmp_path: Path) -> None:

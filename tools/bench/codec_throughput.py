@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""What codecs cost on one core: each against torch.clone, and an outer step against its round.
+"""Cost of codecs on one core: each against torch.clone, and an outer step against its round.
 
 Every repetition encodes and decodes the same buffer with every codec and clones it, in random
-order, so that whatever else the machine does falls on all of them. Then steps of the demo model
+order, so that other load on the machine affects all of them. Then steps of the demo model
 alternate with all the coding that a rank does in an outer step among two replicas.
 
     python tools/bench/codec_throughput.py [--write docs/performance/codec_throughput.md]
@@ -177,7 +177,7 @@ def table(count: int, seconds: dict[str, np.ndarray]) -> list[str]:
 
 
 def round_table(seconds: dict[str, np.ndarray], parameters: int) -> list[str]:
-    """Return what an outer step's coding is of a round."""
+    """Return the share of a round that an outer step's coding takes."""
     coding, step = seconds["coding"], seconds["step"]
     share = coding / (SYNC_INTERVAL * step) * 100
     met = "met" if np.median(share) <= BAR * 100 else "missed"

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""What Muon adds to a whole training step, against AdamW on every parameter and a floor.
+"""Overhead of Muon in a whole training step, against AdamW on every parameter and a floor.
 
-Two trainers of this program in one process, on one rank: one with Muon, one with AdamW, the same
+Two runs of this program in one process, on one rank: one with Muon, one with AdamW, the same
 model and samples. Their steps alternate in random order, and each pair also measures the rate of
 matrix products at the shapes of the model and the rate of copies. The floor is
 
@@ -85,12 +85,12 @@ class Floor:
 
 
 class CountedWork:
-    """What Muon computes and moves in a step, counted, and how long that takes here at best.
+    """Counted work of Muon in a step, and the time it takes on this machine at best.
 
     Attributes:
-        flops: Of Newton-Schulz.
+        flops: FLOPs of Newton-Schulz per step.
         numel: Elements of all matrices.
-        bytes: Read and written per step.
+        bytes: Bytes read and written per step.
     """
 
     def __init__(self, matrices: Sequence[Any], ns_steps: int) -> None:
@@ -131,25 +131,25 @@ class CountedWork:
 
 
 def build(config_path: str, steps: int) -> tuple[dict[str, Step], CountedWork, str]:
-    """Return both trainers' steps, what Muon must do beside AdamW's, and what they train."""
+    """Return both runs' steps, the work that Muon adds to AdamW's, and what they train."""
     from megatron_muloco.config import load_config
     from megatron_muloco.runtime.parallel_state import unmirror_groups
     from megatron_muloco.training.build import build_run
 
     length = f"training.train_iters={steps}"
-    trainers = {}
+    runs = {}
     for kind, keys in INNER.items():
-        if trainers:
-            unmirror_groups()  # one rank: the groups of both trainers are alike
-        trainers[kind] = build_run(load_config(config_path, (*OVERRIDES, length, *keys)))
-    muon = trainers["muon"]
+        if runs:
+            unmirror_groups()  # one rank: the groups of both runs are alike
+        runs[kind] = build_run(load_config(config_path, (*OVERRIDES, length, *keys)))
+    muon = runs["muon"]
     work = CountedWork(muon.optimizer.inner.table.matrices, muon.config.inner.muon.num_ns_steps)
     model, batch = muon.config.model, muon.config.training.global_batch_size
     description = (
         f"{muon.derived.parameters.total / 1e6:.2f}M parameters, {work.numel / 1e6:.2f}M of them "
         f"in matrices, {batch} x {model.seq_length} tokens a step, fp32, one rank, no outer step"
     )
-    return {kind: step_of(context) for kind, context in trainers.items()}, work, description
+    return {kind: step_of(context) for kind, context in runs.items()}, work, description
 
 
 def step_of(context: Any) -> Step:

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Trains over thin links: one network namespace a rank, joined by links shaped with tc.
+"""Trains over low-bandwidth links: one network namespace a rank, joined by links shaped with tc.
 
 Needs root (namespaces and shaping), iproute2, and the data of `make demo`. Phases, in this order;
-each keeps what it has found under ``--out`` and does not repeat it:
+each stores its results under ``--out`` and does not repeat them:
 
     train    every method once on unshaped links: held-out loss against steps
     measure  a few steps or rounds of each method at every rate: time, bytes

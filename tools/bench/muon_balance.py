@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""How even the work of Newton-Schulz is over the ranks of a stage, against the exact optimum.
+"""Balance of the Newton-Schulz work over the ranks of a stage, against the exact optimum.
 
 Pure arithmetic: the matrices of one pipeline stage of a config, assigned as in training, for
 several layouts. With at most two different costs the optimum is exact; with more, a lower bound.
@@ -30,8 +30,8 @@ class Row:
     """One layout's result.
 
     Attributes:
-        layout: In words.
-        matrices: Units of a stage.
+        layout: Layout in words.
+        matrices: Muon matrices of a stage.
         ranks: Ranks of a stage.
         balance: Largest over mean load as assigned.
         optimum: Largest over mean load of the best assignment, or a lower bound of it.
@@ -134,7 +134,7 @@ def report(rows: Sequence[Row], config: str) -> str:
         "",
         f"Matrices of one pipeline stage of `{config}`, assigned by counted FLOPs, heaviest first,",
         "then refined by pairs of ranks (`optim/parameter_table.py`), against the best there",
-        "is: matrices are not divided, so few matrices a rank cannot reach the mean. It is exact",
+        "is: matrices are not divided, so few of them a rank cannot reach the mean. It is exact",
         "where matrices have at most two different costs; otherwise it is the larger of mean load",
         "and largest matrix, which no assignment beats. Written by",
         "`python tools/bench/muon_balance.py`.",

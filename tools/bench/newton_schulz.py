@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Newton-Schulz per transformer layer against its plain five-step form, side by side.
+"""Times Newton-Schulz per transformer layer against its plain five steps, side by side.
 
 A layer has four square matrices and three of ratio 2.75 (gate, up, down). Every round runs both
-forms of each shape and one plain matrix product, in random order, on fp32 matrices. Samples are
+implementations of each shape and one plain matrix product, in random order, in fp32. Samples are
 kept in a file, so that several short runs add up; the page is made of all of them.
 
     python tools/bench/newton_schulz.py --width 1024 --seconds 120 --samples runs/ns.json
@@ -55,7 +55,7 @@ def shapes(width: int) -> dict[str, tuple[int, int]]:
 
 
 def plain(M: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The fixed baseline: this package's first version, on a batch of one."""
+    """Compute the fixed baseline: this package's first version, on a batch of one."""
     norm = torch.linalg.vector_norm(M, dim=(-2, -1), keepdim=True, dtype=torch.float64)
     X = (M.to(dtype) / (norm + NORM_EPSILON).to(dtype)).unsqueeze(0)
     tall = M.shape[-2] > M.shape[-1]
@@ -69,15 +69,15 @@ def plain(M: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def ours(M: Tensor) -> Tensor:
-    """What the optimizer runs on the CPU."""
+    """Compute what the optimizer runs on the CPU."""
     impl = choose(M.shape[0], M.shape[1], torch.float32, torch.device("cpu"))
     return newton_schulz(M, dtype=torch.float32, impl=impl)
 
 
-def flops(form: Callable[[Tensor], Tensor], shape: tuple[int, int]) -> float:
+def flops(orthogonalise: Callable[[Tensor], Tensor], shape: tuple[int, int]) -> float:
     """Count the FLOPs of the matrix products without executing them."""
     with FlopCounterMode(display=False) as counter:
-        form(torch.empty(shape, device="meta"))
+        orthogonalise(torch.empty(shape, device="meta"))
     return float(counter.get_total_flops())
 
 
@@ -105,11 +105,11 @@ def measure(width: int, seconds: float) -> dict[str, list[Clocks]]:
     return samples
 
 
-def error(shape: tuple[int, int], form: Callable[[Tensor], Tensor]) -> float:
-    """Relative Frobenius distance to the plain form in float64."""
+def error(shape: tuple[int, int], orthogonalise: Callable[[Tensor], Tensor]) -> float:
+    """Return the relative Frobenius distance to the plain implementation in float64."""
     M = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     exact = plain(M.double(), torch.float64)
-    return float((form(M).double() - exact).norm() / exact.norm())
+    return float((orthogonalise(M).double() - exact).norm() / exact.norm())
 
 
 def median_with_interval(ratios: np.ndarray) -> str:
@@ -129,15 +129,15 @@ def table(width: int, samples: dict[str, list[Clocks]]) -> list[str]:
     """Return the rows of one width: each shape, then the layer."""
     clocks = {name: np.array(values) for name, values in samples.items()}
     product_rate = 2 * width**3 / np.median(clocks["product"], axis=0)
-    rows, totals = [], {form: np.zeros_like(clocks["product"]) for form in ("plain", "ours")}
+    rows, totals = [], {which: np.zeros_like(clocks["product"]) for which in ("plain", "ours")}
     work = {"plain": 0.0, "ours": 0.0, "floor": 0.0}
     for kind, shape in shapes(width).items():
         impl = choose(*shape, torch.float32, torch.device("cpu"))
         counted = {"plain": flops(plain, shape), "ours": flops(ours, shape)}
         ideal = floor(*shape, impl) * width**3
-        for form in totals:
-            totals[form] += COUNTS[kind] * clocks[f"{kind} {form}"]
-            work[form] += COUNTS[kind] * counted[form]
+        for which in totals:
+            totals[which] += COUNTS[kind] * clocks[f"{kind} {which}"]
+            work[which] += COUNTS[kind] * counted[which]
         work["floor"] += COUNTS[kind] * ideal
         times = clocks[f"{kind} plain"], clocks[f"{kind} ours"]
         rows.append(row(f"{width}, {kind}, `{impl}`", *times, counted, ideal, product_rate))
@@ -157,8 +157,8 @@ def row(
     """Return one row; rates and the distance to the floor are by CPU time."""
     wall, cpu = (median_with_interval(base[:, i] / fast[:, i]) for i in (0, 1))
     base_rate, fast_rate = (
-        counted[form] / np.median(times[:, 1]) / product_rate[1]
-        for form, times in (("plain", base), ("ours", fast))
+        counted[which] / np.median(times[:, 1]) / product_rate[1]
+        for which, times in (("plain", base), ("ours", fast))
     )
     best = counted["plain"] / ideal
     reached = np.median(base[:, 1] / fast[:, 1]) / best
@@ -172,8 +172,8 @@ def report(recorded: dict[str, dict[str, list[Clocks]]], loads: list[float]) -> 
     """Return the measured part of the page."""
     version = commit()
     lines = [
-        "| width, shape, form | wall, plain / ours | CPU time, plain / ours | GFLOP, plain → ours "
-        "| rate / product's, plain → ours | floor | reached of floor |",
+        "| width, shape, implementation | wall, plain / ours | CPU time, plain / ours "
+        "| GFLOP, plain → ours | rate / product's, plain → ours | floor | reached of floor |",
         "|---|---|---|---|---|---|---|",
     ]
     for width, samples in sorted(recorded.items(), key=lambda item: int(item[0])):

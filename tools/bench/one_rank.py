@@ -1,4 +1,4 @@
-"""What the benchmarks of one rank share: the demo trained alone, and how medians are told."""
+"""Shared parts of the one-rank benchmarks: the demo as one rank, and median intervals."""
 
 import numpy as np
 

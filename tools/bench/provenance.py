@@ -1,4 +1,4 @@
-"""Which version of the program a measurement is of."""
+"""`commit`: the version of the program that a measurement belongs to."""
 
 import subprocess
 from pathlib import Path

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""What this program adds to an inner step: its own against a bare Megatron loop, side by side.
+"""Overhead of this program in an inner step, against a bare Megatron loop, side by side.
 
 Both train the same model on the same samples with AdamW inside Megatron's distributed optimizer,
 on one rank, without an outer step. The bare loop has Megatron's own optimizer, schedule and DDP,
 and nothing else. Steps alternate within one process, in random order inside each pair, so that
-whatever else the machine does falls on both.
+other load on the machine affects both.
 
     python tools/bench/step_overhead.py [--pairs 200] [--write docs/performance/step_overhead.md]
 """

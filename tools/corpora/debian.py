@@ -1,8 +1,8 @@
-"""Text out of unpacked Debian documentation packages: about 80 MB of English for longer CPU runs.
+"""Extracts text from unpacked Debian documentation packages: 80 MB of English for longer CPU runs.
 
 Four packages, chosen for size, licence and for being prose: the Python manual, the kernel's
 documentation, the GNU Collaborative International Dictionary of English and the WordNet glosses.
-Getting them is `tools/fetch_corpus.py`'s work; here is what happens to the files.
+`tools/fetch_corpus.py` downloads them; this module turns their files into documents.
 """
 
 import gzip

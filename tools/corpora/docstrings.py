@@ -1,7 +1,7 @@
-"""English text that is already on the machine: the docstrings of installed packages.
+"""Collects English text that is already on the machine: the docstrings of installed packages.
 
-The demo needs several megabytes of real prose without a download. The packages that training needs
-anyway carry it: their docstrings are read with `ast` (nothing is imported or run), cleaned and
+The demo needs several megabytes of real prose without a download. The packages that training
+requires contain it: their docstrings are read with `ast` (nothing is imported or run), cleaned and
 grouped into documents.
 
 A document is a run of neighbouring definitions of one module (functions, and classes with their

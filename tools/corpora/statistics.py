@@ -1,4 +1,4 @@
-"""What a model has to beat: cross-entropy of held-out text under the training text's unigrams."""
+"""Unigram baseline: cross-entropy of held-out text under the training text's token counts."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Names and command lines of a laboratory, as plain data: nothing here runs anything.
+"""Names and command lines of a laboratory, as plain data: this module runs nothing.
 
 One namespace is the hub and holds a bridge; one for each rank holds ``eth0``, whose other end is a
 port of that bridge. Both ends are shaped, so every rank has a full-duplex link of one rate::
@@ -48,8 +48,8 @@ class Names:
     """Namespaces of one laboratory, named after the process that owns it.
 
     Attributes:
-        pid: Of the owner.
-        started: Its start time in clock ticks since boot, so that a reused pid is not mistaken.
+        pid: Process id of the owner.
+        started: The owner's start time in clock ticks since boot, which tells a reused pid apart.
     """
 
     pid: int
@@ -67,11 +67,11 @@ class Names:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """What every rank's link is shaped to, in each direction.
+    """Shape of every rank's link, in each direction.
 
     Attributes:
         mbit: Rate in 10^6 bits of Ethernet frames a second; ``None`` leaves the link as it is.
-        delay_ms: Added between two ranks, one way.
+        delay_ms: Delay added between two ranks, one way.
         loss: Share of frames between two ranks that is dropped.
     """
 

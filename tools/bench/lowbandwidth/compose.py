@@ -20,10 +20,11 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What the byte model needs to know of a method.
+    """Quantities of a method that the byte model needs.
 
     Attributes:
-        bytes_per_step: That the busiest rank sends, by the planner; over a round for replicas.
+        bytes_per_step: Bytes that the busiest rank sends, by the planner; a round's mean for
+            replicas.
         steps_per_round: H, 1 for data parallelism.
     """
 
@@ -36,9 +37,9 @@ class Timing:
     """An inner step at one rate, outer steps included.
 
     Attributes:
-        compute: Seconds of it without the network.
-        wall: Seconds of it as measured.
-        floor: Seconds that the byte model allows at best.
+        compute: Seconds without the network.
+        wall: Seconds as measured.
+        floor: Smallest number of seconds that the byte model allows.
     """
 
     compute: float
@@ -60,9 +61,9 @@ def floor_seconds(compute: float, bytes_per_step: float, mbit: float | None) -> 
     """Return the byte model's step time: compute, then its bytes at the nominal rate, no headers.
 
     Args:
-        compute: Seconds.
-        bytes_per_step: Sent by one rank.
-        mbit: Of its link; ``None`` sends in no time.
+        compute: Seconds without the network.
+        bytes_per_step: Bytes sent by one rank.
+        mbit: Rate of its link; ``None`` sends in no time.
     """
     return compute + (0.0 if mbit is None else bytes_per_step * 8e-6 / mbit)
 

@@ -1,4 +1,4 @@
-"""Bytes that the kernel counted on the ranks' links, over time."""
+"""Bytes on the ranks' links over time, as the kernel counts them."""
 
 import threading
 import time

@@ -1,4 +1,4 @@
-"""A laboratory: built, shaped, and taken down again whatever happens."""
+"""`Lab`: network namespaces joined by shaped links, removed again whatever happens."""
 
 import atexit
 import ctypes
@@ -21,8 +21,8 @@ from .commands import (
 
 __all__ = ["Lab", "LabError", "die_with_parent", "started", "sweep", "why_not_here"]
 
-# Chosen: cubic is what most machines run; bbr models the bottleneck, and a token bucket misleads
-# it. A kernel may keep cubic from namespaces (tcp_allowed_congestion_control), but never reno.
+# Chosen: most machines run cubic; bbr models the bottleneck, and a token bucket misleads it. A
+# kernel may refuse cubic to namespaces (tcp_allowed_congestion_control), but never reno.
 _CONGESTION_CONTROL = ("cubic", "reno")
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -74,8 +74,8 @@ class Lab:
         link: How each link is shaped.
 
     Attributes:
-        impaired_by: What delays frames and loses some: ``netem``, else ``relay``, our own switch in
-            user space; nothing where the link asks for neither.
+        impaired_by: Program that delays and drops frames: ``netem``, else ``relay``, our own
+            switch in user space; nothing where the link has neither delay nor loss.
 
     Raises:
         LabError: On entering, where a command fails; nothing is left behind.

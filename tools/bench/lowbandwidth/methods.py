@@ -44,9 +44,9 @@ class Method:
     """One way of training.
 
     Attributes:
-        name: In file names and on the command line.
-        title: In tables.
-        changes: To the config, as ``key=value``.
+        name: Name in file names and on the command line.
+        title: Name in tables.
+        changes: Changes to the config, as ``key=value``.
     """
 
     name: str
@@ -121,13 +121,13 @@ METHODS = {method.name: method for method in (*TABLE, *OVERLAP)}
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How much is trained.
+    """Length of a training and its batch.
 
     Attributes:
         steps: Inner steps.
-        batch: Sequences of a step over all ranks.
+        batch: Sequences of a step, over all ranks.
         eval_interval: Steps between evaluations; 0 is off.
-        seed: Of weights and data.
+        seed: Seed of weights and data.
     """
 
     steps: int

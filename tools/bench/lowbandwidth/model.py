@@ -1,4 +1,4 @@
-"""What the program's own planner says of a method."""
+"""Bytes and parameters of a method, from the program's own planner."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""The result page."""
+"""Result page of a campaign, as Markdown with a plot."""
 
 import os
 import platform
@@ -37,7 +37,7 @@ def write_page(campaign: Campaign, path: Path | None, target: float | None) -> s
 
 def render(campaign: Campaign, found: Results, plot: str | None) -> str:
     """Return the page as Markdown."""
-    parts = ["# Training over thin links", _introduction(campaign, found)]
+    parts = ["# Training over low-bandwidth links", _introduction(campaign, found)]
     if plot is not None and any(found.rows.values()):
         parts.append(f"![loss against wall-clock, bytes sent, utilisation]({plot})")
     for rate, rows in found.rows.items():

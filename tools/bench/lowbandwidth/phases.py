@@ -1,6 +1,6 @@
-"""The campaign: which runs there are, and where their readings are kept.
+"""`Campaign`: the list of runs and the files of their readings.
 
-Every run leaves one file, so an interrupted campaign goes on where it was.
+Every run writes one file, so an interrupted campaign resumes where it stopped.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,22 +22,22 @@ _PROBES = 3  # chosen: a machine may be busy for a moment; three times in a row 
 
 @dataclass(frozen=True)
 class Campaign:
-    """What is compared.
+    """Settings of a comparison of methods.
 
     Attributes:
         out: Directory of readings, logs and event files.
-        methods: Names of those that run; empty for all.
-        rates: Of the table, in Mbit/s.
-        overlap_rate: Of the comparison of blocking and overlapped outer steps.
-        whole_rate: Of the run that is done wholly on shaped links.
-        seeds: The first is the table's, all are used to compare losses under overlap.
+        methods: Names of the methods that run; empty for all.
+        rates: Rates of the table, in Mbit/s.
+        overlap_rate: Rate of the comparison of blocking and overlapped outer steps.
+        whole_rate: Rate of the run that is done wholly on shaped links.
+        seeds: Seeds; the first is the table's, all are used to compare losses under overlap.
         steps: Inner steps of a training.
-        batch: Sequences of a step over all ranks.
-        dp_steps: Steps that are measured of data-parallel methods.
-        rounds: Rounds that are measured of the others.
+        batch: Sequences of a step, over all ranks.
+        dp_steps: Measured steps of data-parallel methods.
+        rounds: Measured rounds of the other methods.
         link: Delay and loss of every shaped link.
-        timeout: Seconds for one run.
-        commit: Of the program.
+        timeout: Time limit of one run, in seconds.
+        commit: Commit of the program.
     """
 
     out: Path
@@ -162,7 +162,7 @@ def _reading(
     window: Window,
     mbit: float | None,
 ) -> Reading:
-    """Return the stored reading of this very run, or make it."""
+    """Return the stored reading of this run, or make it."""
     directory = campaign.out / "runs" / path.parent.name / path.stem
     changes = overrides(method, sizes, str(directory / "events"))
     kept = load(path)
@@ -186,10 +186,10 @@ def _reading(
 
 
 def _checked(lab: Lab) -> Links:
-    """Return what every link achieves.
+    """Return the achieved rate of every link.
 
     Raises:
-        LabError: It is not what was asked for.
+        LabError: A rate is not as asked for.
     """
     for _ in range(_PROBES):
         achieved = [] if lab.link.mbit is None else probe(lab)

@@ -1,4 +1,4 @@
-"""The plot: loss against wall-clock, bytes sent, utilisation."""
+"""Plot of a campaign: loss against wall-clock, bytes sent, utilisation."""
 
 from collections.abc import Sequence
 from pathlib import Path

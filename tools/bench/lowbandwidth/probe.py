@@ -1,7 +1,7 @@
-"""What the links really do: transfers of our own seen by the kernel's counters, and echoes.
+"""Measures what the links achieve: test transfers, read from the kernel's counters, and echoes.
 
-Where frames are delayed or lost, TCP does not fill a link; there the transfers are datagrams. As a
-script it is one end of them: ``probe.py ROLE PORT`` or ``probe.py ROLE PORT HOST``.
+TCP does not fill a link that delays or loses frames, so there the transfers are datagrams. Run as a
+script, this file is one end of a transfer: ``probe.py ROLE PORT`` or ``probe.py ROLE PORT HOST``.
 """
 
 import contextlib
@@ -39,9 +39,9 @@ class Achieved:
     """Rate of one rank's link, in 10^6 bits of Ethernet frames a second.
 
     Attributes:
-        rank: Whose link.
-        up: Sent by the rank.
-        down: Received by it.
+        rank: Rank at the end of the link.
+        up: Rate sent by the rank.
+        down: Rate received by the rank.
     """
 
     rank: int
@@ -54,9 +54,9 @@ class Echoes:
     """Small datagrams from every rank to the next one and back, links otherwise idle.
 
     Attributes:
-        round_trip_ms: Rank -> the median.
-        sent: Datagrams in all.
-        lost: Of them, not come back.
+        round_trip_ms: Rank -> median round trip.
+        sent: Datagrams sent in all.
+        lost: Datagrams that did not come back.
     """
 
     round_trip_ms: list[float]

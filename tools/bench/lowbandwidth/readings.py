@@ -1,4 +1,4 @@
-"""What one run showed, as plain numbers that are stored and read again."""
+"""`Reading`: the measurements of one run, as plain numbers that are stored and loaded."""
 
 import json
 import re
@@ -35,17 +35,17 @@ class Window:
 
 @dataclass(frozen=True, kw_only=True)
 class Links:
-    """What a run's links were.
+    """Shape and measured rates of a run's links.
 
     Attributes:
         mbit: Nominal rate, ``None`` for unshaped ones.
-        delay_ms: Added between two ranks, one way.
+        delay_ms: Delay added between two ranks, one way.
         loss: Share of frames that is dropped between two ranks.
-        impaired_by: What delays and drops: ``netem``, ``relay``, or nothing.
+        impaired_by: Program that delays and drops frames: ``netem``, ``relay``, or nothing.
         achieved: Rank -> (up, down) as probed before the run, in Mbit/s.
         round_trip_ms: Rank -> median of echoes from the next rank, as probed before the run; empty
             without delay and loss.
-        congestion_control: Of TCP.
+        congestion_control: Congestion control of TCP.
     """
 
     mbit: float | None
@@ -67,16 +67,16 @@ class Reading(Links):
     """One run.
 
     Attributes:
-        method: Its name.
-        changes: To the config.
-        window: What is measured.
-        digest: Of the anchor at the end.
+        method: Name of the method.
+        changes: Changes to the config.
+        window: Measured part of the run.
+        digest: Digest of the anchor at the end.
         series: Name of a series -> its points: seconds of inner steps (``step_s``), milliseconds of
             rounds and of exposed communication, bytes in outer steps by rank 0, held-out loss.
         sent: Bytes that the kernel counted out of each rank within the window.
-        received: And into it.
-        seconds: Of the whole run, start-up included.
-        commit: Of the program.
+        received: Bytes that the kernel counted into each rank within the window.
+        seconds: Duration of the whole run, start-up included.
+        commit: Commit of the program.
     """
 
     method: str
@@ -139,8 +139,8 @@ def _events(directory: Path) -> tuple[dict[str, Points], dict[str, dict[int, flo
 def _when(times: Mapping[str, Mapping[int, float]], step: int) -> float:
     """Return when a round or, without rounds, an inner step ended.
 
-    The lines of inner steps wait for the outer step that carries them, so only ``muloco/round_ms``
-    is written at the moment that it speaks of; without replicas every line is.
+    The lines of inner steps wait for the outer step that sends their values, so only
+    ``muloco/round_ms`` is written when its round ends; without replicas every line is.
     """
     ends = times.get("muloco/round_ms") or times["iteration-time"]
     if step not in ends:

@@ -1,7 +1,7 @@
-"""A switch in user space that delays frames and loses some, for kernels without netem.
+"""Switch in user space that delays frames and drops some, for kernels without netem.
 
 It runs in the hub's namespace in place of the bridge, as ``relay.py DELAY_MS LOSS PORT...``, and
-says ``switching`` when it does. Rates stay with the kernel: both ends of every link are shaped.
+prints ``switching`` when it is ready. The kernel limits rates: both ends of every link are shaped.
 """
 
 import contextlib
@@ -38,9 +38,9 @@ class _Switch:
     """Learns which address is behind which port, and forwards each frame when its time has come.
 
     Args:
-        ports: Sockets bound to them.
-        delay_s: Between the arrival of a frame and its departure.
-        loss: Share of frames that are dropped, each by its own throw.
+        ports: Sockets that are bound to the ports.
+        delay_s: Time between the arrival of a frame and its departure.
+        loss: Share of frames that are dropped, drawn for each frame.
     """
 
     def __init__(self, ports: Sequence[socket.socket], delay_s: float, loss: float) -> None:

@@ -1,4 +1,4 @@
-"""Everything that a page shows, computed from the stored readings of a campaign."""
+"""`Results`: everything that a page shows, computed from the stored readings of a campaign."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,9 +24,9 @@ class Overlapped:
     """Outer steps of one method on the link of the overlap comparison.
 
     Attributes:
-        title: Of the method.
-        round_ms: Of a round.
-        exposed_ms: Of it, waiting.
+        title: Title of the method.
+        round_ms: Duration of a round.
+        exposed_ms: Part of a round in which training waits.
         losses: Seed -> last held-out loss.
         against_blocking: Mean paired relative difference of the losses, and half of its interval;
             ``None`` without pairs.
@@ -44,9 +44,9 @@ class WholeRun:
     """A training wholly on shaped links, against the composition of a short one.
 
     Attributes:
-        title: Of the method.
+        title: Title of the method.
         mbit: Rate.
-        measured: Seconds, of the rounds after the first.
+        measured: Seconds of the rounds after the first.
         composed: Seconds of as many steps of the short run.
         same_digest: Whether it learnt what the unshaped training learnt, bit for bit.
     """
@@ -60,15 +60,15 @@ class WholeRun:
 
 @dataclass(frozen=True)
 class Results:
-    """What the page shows.
+    """Contents of the page.
 
     Attributes:
-        target: Held-out loss.
+        target: Held-out loss to reach.
         curves: Method -> held-out loss against steps.
         rows: Rate -> rows, in the order of the methods.
-        overlapped: The first blocks; empty where phase overlap has not run.
-        whole: ``None`` where phase whole has not run.
-        readings: On unshaped links, and on those that are shaped as the campaign asks.
+        overlapped: Results of phase overlap, the blocking method first; empty where it has not run.
+        whole: Result of phase whole; ``None`` where it has not run.
+        readings: Readings on unshaped links and on links shaped as the campaign asks.
     """
 
     target: float | None
@@ -88,8 +88,8 @@ def results(campaign: Campaign, target: float | None) -> Results:
     """Return what the stored readings show; what is missing is left out.
 
     Args:
-        campaign: Where the readings are.
-        target: Held-out loss; ``None`` takes the largest last one, which every method reaches.
+        campaign: Settings and place of the readings.
+        target: Held-out loss to reach; ``None`` uses the largest last one, which all methods reach.
     """
     seed = campaign.seeds[0]
     trained = {m.name: load(campaign.trained(m, seed)) for m in TABLE}

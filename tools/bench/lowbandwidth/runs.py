@@ -26,10 +26,10 @@ class Run:
     """A finished run.
 
     Attributes:
-        console: What rank 0 said.
+        console: Console output of rank 0.
         events: Directory of its event files.
         samples: Rank -> the counters of its link over time.
-        seconds: From the first process to the last.
+        seconds: Time from the start of the first process to the end of the last.
     """
 
     console: str
@@ -44,14 +44,14 @@ def run_ranks(
     """Run ``launch/pretrain.py`` in every namespace until all ranks have ended.
 
     Args:
-        lab: Where.
+        lab: Laboratory to run in.
         config: YAML file.
         changes: ``key=value``; must set ``monitor.dir`` to ``directory / "events"``.
-        directory: For logs and events; what is in it is deleted.
-        timeout: Seconds.
+        directory: Directory of logs and events; its contents are deleted.
+        timeout: Time limit in seconds.
 
     Raises:
-        LabError: A rank failed, or the time is over; all ranks are gone then.
+        LabError: A rank failed, or the time is over; all ranks have ended by then.
     """
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Rows of the page, from readings."""
+"""Rows of the result table, computed from readings."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,16 +14,16 @@ class Row:
     """One method at one rate.
 
     Attributes:
-        name: Of the method.
-        title: Of the method.
+        name: Name of the method.
+        title: Title of the method.
         mbit: Rate.
-        timing: Of an inner step.
-        planned_bytes: That a rank sends in a step, by the planner.
-        counted_bytes: By the kernel: frames with headers, acknowledgements and repeats; the mean
-            over ranks.
+        timing: Times of an inner step.
+        planned_bytes: Bytes that a rank sends in a step, by the planner.
+        counted_bytes: Bytes by the kernel: frames with headers, acknowledgements and repeats; the
+            mean over ranks.
         unshaped: Seconds of a step on links as fast as the machine.
-        exposed_share: Of the wall-clock of a round; ``None`` for data parallelism.
-        steps: To the target; ``None`` where it is not reached or the method was not trained.
+        exposed_share: Exposed share of the wall-clock of a round; ``None`` for data parallelism.
+        steps: Steps to the target; ``None`` where it is not reached or the method was not trained.
     """
 
     name: str
@@ -61,15 +61,15 @@ def row(
     """Return the row of a reading on shaped links.
 
     Args:
-        title: Of the method.
-        reading: Of the method.
-        unshaped: The same run on unshaped links.
-        cost: By the planner.
+        title: Title of the method.
+        reading: Reading of the method.
+        unshaped: Reading of the same run on unshaped links.
+        cost: Bytes by the planner.
         compute: Seconds of a step without the network.
         validation: Held-out loss against steps of the method's training.
         target: Loss to reach.
-        link_alone: Take for a step ``compute`` and what the link adds to the unshaped step, where
-            this machine's own arithmetic is no part of the comparison.
+        link_alone: Count a step as ``compute`` plus what the link adds to the unshaped step, where
+            this machine's arithmetic must not enter the comparison.
     """
     assert reading.mbit is not None
     wall = step_seconds(reading, cost.steps_per_round)

@@ -1,4 +1,4 @@
-"""Quality on real text: thin-link outer steps against plain ones, over paired seeds.
+"""Quality on real text: low-bandwidth outer steps against plain ones, over paired seeds.
 
     python -m tools.demo_corpus
     python -m tools.bench.quality --out runs/quality

@@ -1,4 +1,4 @@
-"""The drawing of the result page: loss over H, and every comparison with its interval."""
+"""Drawing of the result page: loss over H, and every comparison with its interval."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ from tools.bench.quality.statistics import (
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
-    """Write a PNG of what is there; a variant that was not run leaves its place empty."""
+    """Write a PNG of the results; the place of a variant that was not run stays empty."""
     losses = losses_of(results)
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     FigureCanvasAgg(figure)

@@ -1,4 +1,4 @@
-"""Which runs there are, and which of them are held against each other.
+"""Grid of the campaign: the variants that run, and the comparisons between them.
 
 Every variant is `small.yaml` with a few keys replaced; a seed sets the initial weights and the
 order of samples. Runs of the same seed are paired: they start from the same weights and read the
@@ -33,7 +33,7 @@ _OVERLAP = (*_THREE, "outer.overlap_steps=5")
 
 
 class Rule(Enum):
-    """What a comparison claims about a variant's loss relative to its baseline's."""
+    """Claim of a comparison about a variant's loss relative to its baseline's."""
 
     EQUAL = "equal"
     NO_WORSE = "no worse"
@@ -43,16 +43,16 @@ class Rule(Enum):
 
 @dataclass(frozen=True)
 class Comparison:
-    """A variant, the one it is held against, and the claim."""
+    """A variant, its baseline, and the claim."""
 
     variant: str
     baseline: str
     rule: Rule
 
 
-def _code(kind: str, bits: int, *, feedback: bool = True) -> tuple[str, ...]:
-    code = f"kind: {kind}, bits: {bits}, granularity: tensor, error_feedback: {feedback!s}"
-    return (f"outer.compression={{{code.lower()}}}",)
+def _compressed(kind: str, bits: int, *, feedback: bool = True) -> tuple[str, ...]:
+    keys = f"kind: {kind}, bits: {bits}, granularity: tensor, error_feedback: {feedback!s}"
+    return (f"outer.compression={{{keys.lower()}}}",)
 
 
 def _with_intervals() -> dict[str, tuple[str, ...]]:
@@ -68,20 +68,20 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     BLOCKING: _THREE,
     "overlap-mix": (*_OVERLAP, "outer.mixing_weight=0.5"),
     "overlap-additive": (*_OVERLAP, "outer.apply=additive"),
-    "linear-4": _code("linear", 4),
-    "statistical-4": _code("statistical", 4),
-    "statistical-2": _code("statistical", 2),
-    "linear-2": _code("linear", 2),
-    "linear-2-without": _code("linear", 2, feedback=False),
-    "statistical-2-without": _code("statistical", 2, feedback=False),
-    "thin-link": (*_OVERLAP, "outer.mixing_weight=0.5", *_code("statistical", 2)),
+    "linear-4": _compressed("linear", 4),
+    "statistical-4": _compressed("statistical", 4),
+    "statistical-2": _compressed("statistical", 2),
+    "linear-2": _compressed("linear", 2),
+    "linear-2-without": _compressed("linear", 2, feedback=False),
+    "statistical-2-without": _compressed("statistical", 2, feedback=False),
+    "low-bandwidth": (*_OVERLAP, "outer.mixing_weight=0.5", *_compressed("statistical", 2)),
     **_with_intervals(),
 }
 """Name -> keys replaced in `small.yaml`, in the order in which they are run.
 
-``-2`` and ``-4`` are bits, with error feedback unless ``-without``; ``thin-link`` is everything at
-once: two bits with error feedback, three fragments, overlap with mixing. ``-h`` is the length of a
-round in the sweep, whose runs are longer.
+``-2`` and ``-4`` are bits, with error feedback unless ``-without``. ``low-bandwidth`` is everything
+at once: two bits with error feedback, three fragments, overlap with mixing. ``-h`` is the length of
+a round in the sweep, whose runs are longer.
 """
 
 COMPARISONS = (
@@ -99,7 +99,7 @@ COMPARISONS = (
     Comparison("overlap-additive", BLOCKING, Rule.NO_WORSE),
     Comparison("overlap-mix", PLAIN, Rule.SHOWN),
     Comparison("overlap-additive", PLAIN, Rule.SHOWN),
-    Comparison("thin-link", PLAIN, Rule.SHOWN),
+    Comparison("low-bandwidth", PLAIN, Rule.SHOWN),
 )
 
 

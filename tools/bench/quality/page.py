@@ -1,4 +1,4 @@
-"""The result page, made of whatever runs are there."""
+"""Result page of the campaign, computed from the runs that have finished."""
 
 import platform
 from collections.abc import Sequence

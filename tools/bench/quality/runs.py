@@ -1,8 +1,8 @@
-"""Runs the real program, one variant and seed at a time, and keeps one JSON file a run.
+"""Runs the real program for one variant and seed at a time, and stores one JSON file a run.
 
 Two ranks are started, one thread each, with the variables that a launcher sets. A run whose file
-exists is not repeated, so an interrupted campaign goes on where it was; a file made with other
-settings is refused instead of being mixed in.
+exists is not repeated, so an interrupted campaign resumes where it stopped. A file made with other
+settings is refused.
 """
 
 import json
@@ -37,15 +37,15 @@ class Result:
 
     Attributes:
         variant: Name in the grid.
-        seed: Of weights and of the order of samples.
+        seed: Seed of weights and of the order of samples.
         settings: Keys replaced, as given to the program.
-        config_digest: Of the file whose keys were replaced.
+        config_digest: Digest of the file whose keys were replaced.
         iterations: Inner step of the last evaluation.
         loss: Held-out loss of the anchor at that step, nats per token.
-        initial_loss: The same before the first step.
-        bytes_sent: By the writing rank in all outer steps; ``None`` where it was not written.
+        initial_loss: Held-out loss before the first step.
+        bytes_sent: Bytes sent by the writing rank in all outer steps; ``None`` where not written.
         seconds: Wall time of the run with its start.
-        commit: Of the program; with ``+`` where the program differed from it.
+        commit: Commit of the program; with ``+`` where the program differed from it.
     """
 
     variant: str
@@ -61,7 +61,7 @@ class Result:
 
 
 def config_digest() -> str:
-    """Return what tells two versions of the base configuration apart, comments aside."""
+    """Return a digest of the base configuration; comments do not change it."""
     values = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
     return sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -171,7 +171,7 @@ def _run_ranks(settings: Sequence[str], directory: Path) -> None:
 
 
 def be_rank(rank: int, port: int, log: str, arguments: Sequence[str]) -> None:
-    """Be one rank of the program in this process; everything it says goes to ``log``."""
+    """Run one rank of the program in this process, with all its output in ``log``."""
     with open(log, "wb") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())

@@ -1,4 +1,4 @@
-"""Paired differences over seeds, their intervals, and what may be said from them."""
+"""Paired differences over seeds, their intervals, and the verdicts on claims."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,9 +22,9 @@ class Interval:
     """A mean over seeds with its t-interval, in the unit of the samples.
 
     Attributes:
-        mean: Of the samples.
-        half_width: Of the interval at `CONFIDENCE`; ``nan`` with fewer than two samples.
-        count: Samples.
+        mean: Mean of the samples.
+        half_width: Half width at `CONFIDENCE`; ``nan`` with fewer than two samples.
+        count: Number of samples.
     """
 
     mean: float
@@ -62,7 +62,7 @@ def percent_differences(losses: Losses, variant: str, baseline: str) -> dict[int
 
 
 def verdict(rule: Rule, difference: Interval) -> str:
-    """Return what the claim comes to, ``-`` where there was none.
+    """Return the verdict on a claim, ``-`` where there was none.
 
     ``equal`` and ``no worse`` go by the mean alone, against `EQUAL_PERCENT`; ``better`` is shown
     only where the whole interval is below zero.
