@@ -6,6 +6,7 @@
 #   make test-312     a named subset on Python 3.12 and the newest Megatron-core
 #   make test-matrix  every method x K x layout x precision: long
 #   make unit|dist|e2e   one tier
+#   make docs         build the documentation site into build/docs; warnings are errors
 #   make fmt|lint|types  one check;   make check: what has to pass before a change is proposed
 #   make clean        remove caches and build products; the environments stay
 
@@ -17,6 +18,7 @@ PYTEST_ARGS ?=
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 STAMP312 := .venv312/.installed
+STAMP_DOCS := .venv-docs/.installed
 PINS := setup.py requirements/make_venv.sh
 # Run on 3.12 as well: everything that touches Megatron-core or depends on the Python version. The
 # command line is left to 3.11; it reaches the same code.
@@ -28,7 +30,7 @@ CPU := DS_ACCELERATOR=cpu OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive}
 # The launcher's own default, 29500, collides with any other run on the machine.
 FREE_PORT := $(PY) -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
 
-.PHONY: venv demo test test-312 test-matrix unit dist e2e fmt lint types check clean
+.PHONY: venv demo test test-312 test-matrix unit dist e2e docs fmt lint types check clean
 .DEFAULT_GOAL := test
 
 venv: $(STAMP)
@@ -39,6 +41,11 @@ $(STAMP): $(PINS) requirements/cpu-py311.txt requirements/cpu-py312.txt
 
 $(STAMP312): $(PINS) requirements/cpu-py312.txt
 	@requirements/make_venv.sh .venv312 "$$(requirements/find_python312.sh)"
+	@touch $@
+
+# An environment of its own: the demo's corpus is made of what is installed in $(VENV).
+$(STAMP_DOCS): requirements/make_venv.sh requirements/docs.txt
+	@requirements/make_venv.sh .venv-docs $(PYTHON) requirements/docs.txt
 	@touch $@
 
 demo: $(STAMP)
@@ -71,6 +78,9 @@ dist: $(STAMP)
 e2e: $(STAMP)
 	$(PY) -m pytest -q -m "not slow" tests/e2e $(PYTEST_ARGS)
 
+docs: $(STAMP_DOCS)
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict
+
 fmt: $(STAMP)
 	$(PY) -m ruff check --fix-only -q .
 	$(PY) -m ruff format -q .
@@ -82,7 +92,7 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(PY) -m mypy
 
-check: lint types test test-312
+check: lint types docs test test-312
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
