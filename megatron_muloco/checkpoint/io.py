@@ -40,6 +40,7 @@ from megatron_muloco.checkpoint.storage import (
     read_tensors,
     stored_keys,
 )
+from megatron_muloco.comm.agreement import gather_objects, sum_over
 from megatron_muloco.comm.groups import Groups
 from megatron_muloco.errors import CheckpointError, SyncError
 from megatron_muloco.params import Shard
@@ -120,9 +121,7 @@ def digests_of(groups: Groups, shards: Sequence[Shard], kinds: Kinds) -> dict[st
     device = training_device()
 
     def all_reduce(total: Tensor) -> None:
-        moved = total.to(device)
-        torch.distributed.all_reduce(moved, group=groups.replica)
-        total.copy_(moved)
+        total.copy_(sum_over(groups.replica, total.to(device)))
 
     return model_digests(
         kinds,
@@ -149,9 +148,7 @@ def masters_differ(state: RunState) -> bool:
         )
         for name, anchor in state.anchors().items()
     )
-    flags: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(flags, differs)
-    return any(flags)
+    return any(gather_objects(None, differs))
 
 
 def describe(state: RunState, kinds: Kinds, *, step: int, has_masters: bool) -> Description:
@@ -170,9 +167,8 @@ def describe(state: RunState, kinds: Kinds, *, step: int, has_masters: bool) -> 
     }
     if state.synchronizer is not None:
         own["synchronizer"] = state.synchronizer.scalars()
-    everywhere: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everywhere, own if groups.is_leader else None)
-    replicas = [entry for entry in everywhere if entry is not None]
+    by_rank = gather_objects(None, own if groups.is_leader else None)
+    replicas = [entry for entry in by_rank if entry is not None]
     _check_shared(filter(is_shared, kinds), [replica["digests"] for replica in replicas])
     return Description(
         format=FORMAT,

@@ -15,12 +15,12 @@ on shapes, and the digest uses it too.
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from torch import Tensor
 
+from megatron_muloco.comm.agreement import gather_objects
 from megatron_muloco.comm.collectives import AllToAll
 from megatron_muloco.comm.groups import Groups
 from megatron_muloco.params import ParamInfo, Shard
@@ -115,7 +115,7 @@ class ModelSpace:
         self._infos, self._device = infos, device
         self._topology, self._tensor_rank = groups.topology, groups.coords.tp
         mine = {shard.name: (shard.start, shard.end) for shard in shards}
-        self._ranges: list[dict[str, tuple[int, int]]] = self._from_all(mine)
+        self._ranges: list[dict[str, tuple[int, int]]] = gather_objects(self._group, mine)
         self._owners = _assign_owners(infos, self._exchange.size)
 
     def cut(self, name: str) -> Cut:
@@ -133,7 +133,8 @@ class ModelSpace:
 
         Collectives: one small object per rank over dp x cp; every rank of the group calls it.
         """
-        everywhere = self._from_all({kind: sorted(names) for kind, names in kinds.items()})
+        mine = {kind: sorted(names) for kind, names in kinds.items()}
+        everywhere = gather_objects(self._group, mine)
         return {
             kind: [name for name in self._infos if any(name in rank[kind] for rank in everywhere)]
             for kind in kinds
@@ -203,11 +204,6 @@ class ModelSpace:
     @property
     def _own_ranges(self) -> dict[str, tuple[int, int]]:
         return self._ranges[self._exchange.rank]
-
-    def _from_all(self, value: dict[str, Any]) -> list[dict[str, Any]]:
-        gathered: list[dict[str, Any]] = [{}] * self._exchange.size
-        torch.distributed.all_gather_object(gathered, value, group=self._group)
-        return gathered
 
     def _batches(self, names: Sequence[str]) -> Iterator[list[str]]:
         batch: list[str] = []

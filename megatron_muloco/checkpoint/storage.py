@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 
 from megatron_muloco.checkpoint.layout import COMMON_FILE, sync_directory
+from megatron_muloco.comm.agreement import gather_objects
 from megatron_muloco.errors import CheckpointError
 
 __all__ = [
@@ -66,9 +67,7 @@ def everywhere(what: str, remedy: str) -> Iterator[None]:
     # wait in the next collective until its time limit.
     except Exception as error:  # noqa: BLE001
         message = f"{what}: rank {torch.distributed.get_rank()}: {_describe(error)}. {remedy}"
-    messages: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(messages, message)
-    first = next((text for text in messages if text is not None), None)
+    first = next((text for text in gather_objects(None, message) if text is not None), None)
     if first is not None:
         raise CheckpointError(first)
 

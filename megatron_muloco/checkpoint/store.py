@@ -40,6 +40,7 @@ from megatron_muloco.checkpoint.layout import Found
 from megatron_muloco.checkpoint.sharding import ModelSpace
 from megatron_muloco.checkpoint.state import ANCHOR, Description, Masters, RunState
 from megatron_muloco.checkpoint.storage import everywhere, write_tensors
+from megatron_muloco.comm.agreement import broadcast_object
 from megatron_muloco.comm.groups import Groups
 from megatron_muloco.runtime.accelerator import training_device
 
@@ -70,21 +71,20 @@ class CheckpointStore:
 
         Collectives: agreement on errors, then rank 0 broadcasts one small object to the job.
         """
-        found: list[Found | None] = [None]
+        found: Found | None = None
         with everywhere(f"{self.directory} cannot be read", "Check that all ranks may read it."):
             if _first_rank():
-                found[0] = layout.find_latest(self.directory)
-        torch.distributed.broadcast_object_list(found, src=0)
-        return found[0]
+                found = layout.find_latest(self.directory)
+        return broadcast_object(found)
 
     def has(self, step: int) -> bool:
         """Whether the checkpoint of ``step`` is published, as rank 0 sees it.
 
         Collectives: rank 0 broadcasts one flag to the job; every rank calls it.
         """
-        found = [_first_rank() and layout.checkpoint_path(self.directory, step).is_dir()]
-        torch.distributed.broadcast_object_list(found, src=0)
-        return found[0]
+        return broadcast_object(
+            _first_rank() and layout.checkpoint_path(self.directory, step).is_dir()
+        )
 
     def save(self, step: int, state: RunState) -> Path:
         """Publish a checkpoint of ``step`` and delete superseded ones; return its path.
@@ -193,13 +193,11 @@ def _resolved(path: Path) -> Path:
 
     Collectives: agreement on errors, then rank 0 broadcasts one path to the job.
     """
-    found: list[Path | None] = [None]
+    found = path
     with everywhere(f"{path} cannot be read", "Check that all ranks may read it."):
         if _first_rank():
-            found[0] = layout.resolve(path)
-    torch.distributed.broadcast_object_list(found, src=0)
-    assert found[0] is not None
-    return found[0]
+            found = layout.resolve(path)
+    return broadcast_object(found)
 
 
 def _first_rank() -> bool:

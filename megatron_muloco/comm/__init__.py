@@ -1,4 +1,6 @@
-"""Communication: process groups, collectives, reducers over replicas, and consistency checks.
+"""Process groups and collectives: no other package calls a collective itself.
 
-Everything between replicas goes through ``deepspeed.comm``.
+Pseudogradients and the inner optimizer's exchange go through ``deepspeed.comm``, objects and sums
+for control through ``torch.distributed``. Megatron and torch's checkpoint planner make collectives
+of their own.
 """

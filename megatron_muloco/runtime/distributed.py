@@ -163,6 +163,8 @@ def shutdown() -> None:
     """
     import torch
 
+    from megatron_muloco.comm.agreement import barrier
+
     if torch.distributed.is_initialized():
-        torch.distributed.barrier()
+        barrier()
         torch.distributed.destroy_process_group()

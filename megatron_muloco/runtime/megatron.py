@@ -18,6 +18,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from torch import Tensor
 
+from megatron_muloco.comm.agreement import gather_objects
 from megatron_muloco.comm.groups import Groups
 from megatron_muloco.errors import RuntimeMismatch
 from megatron_muloco.model.names import describe_parameters
@@ -168,10 +169,8 @@ class MasterView:
 
     def _check_partition(self, groups: Groups) -> None:
         """Raise unless every element of every parameter has one master in the dp x cp group."""
-        group = groups.pg.intra_dp_cp
-        pieces: list[Any] = [None] * group.size()
         mine = {shard.name: (shard.start, shard.end) for shard in self.shards}
-        torch.distributed.all_gather_object(pieces, mine, group=group)
+        pieces = gather_objects(groups.pg.intra_dp_cp, mine)
         for name, info in self.infos.items():
             ranges = sorted(piece[name] for piece in pieces if name in piece)
             edges = [0, *(end for _, end in ranges)]

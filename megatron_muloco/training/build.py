@@ -13,6 +13,7 @@ from megatron.core.distributed import DistributedDataParallel
 
 from megatron_muloco.checkpoint.state import Description, RunState, residual_changes
 from megatron_muloco.checkpoint.store import CheckpointStore
+from megatron_muloco.comm.agreement import gather_objects, job_store
 from megatron_muloco.comm.groups import Groups
 from megatron_muloco.config import RunConfig
 from megatron_muloco.config.derived import Derived, derive
@@ -55,9 +56,7 @@ def gather_report(table: ParameterTable, groups: Groups) -> ParameterReport:
         return parameter_report([table])
     coords = groups.coords
     is_primary = coords.tp == coords.cp == coords.dp == 0
-    gathered: list[Any] = [None] * groups.topology.replica_size
-    mine = (coords.pp, table) if is_primary else None
-    torch.distributed.all_gather_object(gathered, mine, group=groups.replica)
+    gathered = gather_objects(groups.replica, (coords.pp, table) if is_primary else None)
     stages = dict(entry for entry in gathered if entry is not None)
     return parameter_report([stages[stage] for stage in sorted(stages)])
 
@@ -165,7 +164,7 @@ def build_run(config: RunConfig) -> RunContext:
         store=store,
         state=state,
         agreement=StopAgreement(
-            torch.distributed.distributed_c10d._get_default_store(),
+            job_store(),
             replica=groups.coords.replica,
             num_replicas=groups.topology.num_replicas,
         ),

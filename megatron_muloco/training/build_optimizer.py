@@ -14,6 +14,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 
+from megatron_muloco.comm.agreement import gather_objects
 from megatron_muloco.comm.background import BackgroundReducer
 from megatron_muloco.comm.chunking import row_places
 from megatron_muloco.comm.collectives import AllToAll
@@ -367,12 +368,10 @@ def _exchange(
         tensor_rank=groups.coords.tp,
         ranges={shard.name: (shard.start, shard.end) for shard in view.shards},
     )
-    layout: list[Any] = [None] * stage.size()
-    torch.distributed.all_gather_object(layout, mine, group=stage)
     return ShardExchange(
         table.matrices,
         table.assignment.owners,
-        layout,
+        gather_objects(stage, mine),
         rank=stage.rank(),
         transport=AllToAll(stage) if stage.size() > 1 else None,
         wire_dtype=wire_dtype,

@@ -17,6 +17,7 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
+from megatron_muloco.comm.agreement import sum_over
 from megatron_muloco.comm.groups import Groups
 from megatron_muloco.data.batches import BatchSource, document_ids
 from megatron_muloco.model.attention import document_mask
@@ -170,8 +171,7 @@ def evaluate(
         )
     is_primary = groups.on_last_stage and groups.coords.tp == 0 and groups.coords.cp == 0
     sums = (total if is_primary else torch.zeros_like(total)).double()
-    torch.distributed.all_reduce(sums, group=groups.replica)
-    return float(sums) / (groups.topology.data * count * steps)
+    return float(sum_over(groups.replica, sums)) / (groups.topology.data * count * steps)
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ import torch
 from megatron_muloco.checkpoint.io import digests_of
 from megatron_muloco.checkpoint.layout import checkpoint_path
 from megatron_muloco.checkpoint.state import ANCHOR
+from megatron_muloco.comm.agreement import sum_over
 from megatron_muloco.config import RunConfig
 from megatron_muloco.errors import CheckpointError
 from megatron_muloco.monitor.monitor import Value
@@ -127,7 +128,7 @@ def _share(
     shared[1] = float(stop_requested)
     shared[2] = float(stop_after or 0) if leads else 0.0
     if groups.topology.replica_size > 1:
-        torch.distributed.all_reduce(shared, group=groups.replica)
+        shared = sum_over(groups.replica, shared)
     _, requests, agreed = shared.tolist()
     return shared[0], requests > 0, int(agreed) or None
 

@@ -1,11 +1,11 @@
 """`initialize_replicas`: joins the job, builds process groups, checks and seeds all ranks."""
 
 from datetime import timedelta
-from typing import Any
 
 import torch
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+from megatron_muloco.comm.agreement import gather_objects
 from megatron_muloco.comm.groups import Groups, build_groups
 from megatron_muloco.config import RunConfig
 from megatron_muloco.config.derived import topology_of
@@ -55,8 +55,7 @@ def _require_one_config(config: RunConfig) -> None:
 
     Collectives: one object gather over the job.
     """
-    dumps: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(dumps, config.model_dump(mode="json"))
+    dumps = gather_objects(None, config.model_dump(mode="json"))
     for rank, dump in enumerate(dumps):
         if dump != dumps[0]:
             sections = [name for name in dump if dump[name] != dumps[0].get(name)]

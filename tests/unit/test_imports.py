@@ -1,4 +1,4 @@
-"""Imports go downward, and what plans a run does not load torch."""
+"""Imports go downward, collectives are called in one package, planning does not load torch."""
 
 import ast
 import subprocess
@@ -32,6 +32,18 @@ LEVELS = {
     "cli": 3,
 }
 
+# Names of torch.distributed that do not communicate. `checkpoint` reads and writes files, and its
+# planner makes collectives of its own.
+LOCAL_NAMES = frozenset(
+    {"ProcessGroup", "checkpoint", "get_process_group_ranks", "get_rank", "get_world_size"}
+    | {"is_initialized"}
+)
+# Who may create and destroy the default group, and with what.
+INITIALISERS = {
+    "runtime/distributed.py": {"TCPStore", "destroy_process_group", "init_process_group"},
+    "data/datasets.py": {"HashStore", "destroy_process_group", "init_process_group"},
+}
+
 TORCH_FREE = (
     "megatron_muloco.config",
     "megatron_muloco.topology",
@@ -61,6 +73,38 @@ def imported(path: Path) -> list[str]:
     return names
 
 
+def distributed_names(path: Path) -> set[str]:
+    """Return the names of ``torch.distributed`` and ``deepspeed.comm`` that a file uses."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    aliases: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                first = alias.name.split(".")[0]
+                aliases[alias.asname or first] = alias.name if alias.asname else first
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                aliases[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+    used = {dotted(node, aliases) for node in ast.walk(tree)} | set(aliases.values())
+    packages = ("torch.distributed.", "deepspeed.comm.")
+    return {
+        name.removeprefix(package).split(".")[0]
+        for name in used
+        for package in packages
+        if name.startswith(package)
+    }
+
+
+def dotted(node: ast.AST, aliases: dict[str, str]) -> str:
+    """Return the full name that an expression such as ``dist.barrier`` refers to, or ``""``."""
+    if isinstance(node, ast.Name):
+        return aliases.get(node.id, "")
+    if isinstance(node, ast.Attribute):
+        base = dotted(node.value, aliases)
+        return f"{base}.{node.attr}" if base else ""
+    return ""
+
+
 def test_every_part_has_a_level() -> None:
     parts = {part_of(path) for path in MODULES} - {"__init__", "__main__"}
     assert parts <= LEVELS.keys()
@@ -76,6 +120,31 @@ def test_imports_go_downward(path: Path) -> None:
         if pieces[0] != "megatron_muloco" or len(pieces) < 2 or pieces[1] not in LEVELS:
             continue
         assert LEVELS[pieces[1]] <= LEVELS[part], f"{path} imports {name}, which is above it"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_only_comm_calls_collectives(path: Path) -> None:
+    if part_of(path) == "comm":
+        return
+    allowed = LOCAL_NAMES | INITIALISERS.get(path.relative_to(PACKAGE).as_posix(), set())
+    used = distributed_names(path) - allowed
+    assert not used, f"{path} uses {sorted(used)}; call a function of megatron_muloco.comm instead"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "torch.distributed.barrier()",
+        "dist.all_reduce(x)",
+        "import torch.distributed as td; td.broadcast(x)",
+        "from torch.distributed import all_gather as gather",
+        "partial(deepspeed.comm.all_gather, x)",
+    ],
+)
+def test_a_collective_is_recognised(line: str, tmp_path: Path) -> None:
+    module = tmp_path / "module.py"
+    module.write_text(f"import torch, deepspeed\nimport deepspeed.comm as dist\n{line}\n")
+    assert len(distributed_names(module) - LOCAL_NAMES) == 1
 
 
 @pytest.mark.parametrize("part", ["outer", "compress"])
