@@ -256,7 +256,7 @@ def load_anchor(
 ) -> Description:
     """Set masters and model parameters to the anchor of a checkpoint of any number of replicas.
 
-    For evaluation and export. The states of the inner and outer optimizer are not changed.
+    For evaluation. The states of the inner and outer optimizer are not changed.
 
     Args:
         path: A training checkpoint.

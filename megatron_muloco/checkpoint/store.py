@@ -44,7 +44,7 @@ from megatron_muloco.comm.agreement import broadcast_object
 from megatron_muloco.comm.groups import Groups
 from megatron_muloco.runtime.accelerator import training_device
 
-__all__ = ["CheckpointStore", "write_published"]
+__all__ = ["CheckpointStore"]
 
 
 class CheckpointStore:
@@ -93,13 +93,13 @@ class CheckpointStore:
             CheckpointError: It could not be written; training may continue.
             SyncError: Replicas disagree about what they share; nothing was written.
 
-        Collectives: those of `describe` and `write_published`; every rank of the job calls it.
+        Collectives: those of `describe` and `_write_published`; every rank of the job calls it.
         """
         path = layout.checkpoint_path(self.directory, step)
         has_masters = masters_differ(state)
         kinds = run_kinds(state, with_masters=has_masters)
         description = describe(state, kinds, step=step, has_masters=has_masters)
-        write_published(
+        _write_published(
             path,
             chain(sharded_kinds(state, kinds, self._space(state.view)), sharded_rng()),
             lambda temporary: write_description(temporary, description),
@@ -126,7 +126,7 @@ class CheckpointStore:
         kinds = {ANCHOR: state.anchors()}
         description = describe(state, kinds, step=layout.step_of(path), has_masters=False)
         target = path / layout.FINAL_ANCHOR
-        write_published(
+        _write_published(
             target,
             sharded_kinds(state, kinds, self._space(state.view)),
             lambda temporary: write_description(temporary, description),
@@ -146,7 +146,7 @@ class CheckpointStore:
         return ModelSpace(self._groups, view.infos, view.shards, training_device())
 
 
-def write_published(
+def _write_published(
     path: Path, entries: Iterable[ShardedBase], describe_in: Callable[[Path], None]
 ) -> None:
     """Write a directory under a temporary name and rename it when it is complete.

@@ -9,7 +9,6 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_muloco.checkpoint.export import export_anchor
 from megatron_muloco.checkpoint.state import RunState, read_description
 from megatron_muloco.checkpoint.store import CheckpointStore
 from megatron_muloco.runtime.megatron import wrap_data_parallel
@@ -183,44 +182,6 @@ def test_every_layout_reads_and_writes_the_same_model_space(tied: bool, tmp_path
         for key in expected:
             assert_equal(written[key], expected[key], f"{name}: {key}")
         assert read_description(target / "iter_0000003").anchor_digest == digest
-
-
-def exported(directory: Path, source: Path, sections: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Export the anchor of a checkpoint, read it back as Megatron would, return (ours, theirs)."""
-    from megatron.core import dist_checkpointing
-
-    run = started(sections)
-    model = run.model.module
-    store_of(run, source).load_anchor(source, run.optimizer.view)
-    ours = run.whole_parameters()
-    path = export_anchor(
-        directory,
-        3,
-        groups=run.groups,
-        model=model,
-        view=run.optimizer.view,
-        dtype=torch.float32,
-    )
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.zero_()
-    metadata = {"dp_cp_group": run.groups.pg.dp_cp}
-    loaded = dist_checkpointing.load(
-        {"model": model.sharded_state_dict(metadata=metadata)}, str(path)
-    )
-    model.load_state_dict(loaded["model"])
-    for name, theirs in run.whole_parameters().items():
-        assert_equal(theirs, ours[name], name)
-    finish_tiny()
-    return loaded["iteration"]
-
-
-def test_the_exported_anchor_is_a_plain_megatron_checkpoint(tmp_path: Path) -> None:
-    sections: dict[str, Any] = {"inner": MUON, "parallel": {"num_replicas": 2}}
-    run_ranks(save_after, 2, 3, 0, sections, tmp_path / "run")
-    parallel = {"tensor_model_parallel_size": 2}
-    args = (tmp_path / "plain", tmp_path / "run", {"inner": MUON, "parallel": parallel})
-    assert run_ranks(exported, 2, *args) == [3, 3]
 
 
 def flush_and_store(directory: Path, sections: dict[str, Any]) -> tuple[Any, Any, Any]:
