@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 __all__ = [
+    "EXIT_BAD_INPUT",
     "CheckpointError",
     "ConfigError",
     "MulocoError",
@@ -25,6 +26,9 @@ __all__ = [
     "TopologyError",
     "run_tool",
 ]
+
+EXIT_BAD_INPUT = 2  # of the training program and of every tool; argparse exits with it too
+_EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 class MulocoError(Exception):
@@ -56,27 +60,23 @@ class SyncError(MulocoError):
 
 
 class CheckpointError(MulocoError):
-    """State on disk is missing, incompatible or incomplete."""
-
-
-# ---- exit codes of the data tools: 0 done, 2 bad input, 130 interrupted ------------------
-
-_BAD_INPUT = 2
-_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+    """A checkpoint is missing, incompatible or incomplete, or cannot be written."""
 
 
 def run_tool(body: Callable[[], None]) -> int:
-    """Run a tool and return its exit code.
+    """Run a tool's body and return its exit code, without a stack trace for a user's mistake.
 
-    A `ConfigError` is written to stderr without a stack trace, one problem per line.
+    Returns:
+        0 when done, `EXIT_BAD_INPUT` after a `ConfigError`, whose problems go to stderr one a line,
+        and 130 after Ctrl-C.
     """
     try:
         body()
     except ConfigError as error:
         for problem in error.problems:
             sys.stderr.write(f"error: {problem}\n")
-        return _BAD_INPUT
+        return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; nothing was published\n")
-        return _INTERRUPTED
+        return _EXIT_INTERRUPTED
     return 0

@@ -79,13 +79,6 @@ class Cut:
         """Length along ``dim`` of one slice of one block."""
         return self.param.local_shape[self.dim] // self.blocks
 
-    @property
-    def global_shape(self) -> tuple[int, ...]:
-        """Shape of the whole parameter."""
-        shape = list(self.param.local_shape)
-        shape[self.dim] *= self.slices
-        return tuple(shape)
-
 
 class ModelSpace:
     """Moves this rank's shards to the owners of their parameters, and back.

@@ -16,7 +16,7 @@ from typing import NoReturn
 from megatron_muloco.config import RunConfig, load_config
 from megatron_muloco.config.derived import smallest_topology, topology_of
 from megatron_muloco.config.rules import check
-from megatron_muloco.errors import ConfigError, MulocoError, TopologyError
+from megatron_muloco.errors import EXIT_BAD_INPUT, ConfigError, MulocoError, TopologyError
 from megatron_muloco.runtime.distributed import silence_known_warnings
 from megatron_muloco.runtime.ranks import RankInfo, discover_ranks
 from megatron_muloco.training.stopping import StopRequest
@@ -25,7 +25,6 @@ __all__ = ["main"]
 
 EXIT_DONE = 0
 EXIT_FAULT = 1
-EXIT_BAD_INPUT = 2
 EXIT_STOPPED = 85  # the launcher passes it on, and no shell or scheduler uses it
 
 _USUAL_ACCELERATORS = 8  # per machine; the suggested command names a hostfile for more
