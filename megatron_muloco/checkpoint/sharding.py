@@ -72,7 +72,7 @@ class Cut:
     @property
     def blocks(self) -> int:
         """Number of blocks along ``dim`` that are cut separately; every rank stacks its slices."""
-        return 2 if self.param.name.endswith(".mlp.linear_fc1.weight") else 1
+        return 2 if self.param.kind == "fc1" else 1
 
     @property
     def slice_length(self) -> int:

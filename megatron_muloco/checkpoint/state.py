@@ -29,7 +29,7 @@ from megatron_muloco.config import RunConfig
 from megatron_muloco.errors import CheckpointError
 from megatron_muloco.optim.muon import MuonAdamW
 from megatron_muloco.outer.synchronizer import Synchronizer
-from megatron_muloco.params import ParamInfo, Shard
+from megatron_muloco.params import ParameterNames, ParamInfo, Shard
 
 __all__ = [
     "ANCHOR",
@@ -64,6 +64,7 @@ class Masters(Protocol):
     shards: tuple[Shard, ...]
     masters: Mapping[str, Tensor]
     infos: dict[str, ParamInfo]
+    names: ParameterNames
 
     def publish(self) -> None:
         """Bring the model's parameters up to date with the masters."""

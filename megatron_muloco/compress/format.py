@@ -22,6 +22,7 @@ from megatron_muloco.config.outer import (
     LossyCompression,
     TopKCompression,
 )
+from megatron_muloco.params import ParamKind
 
 __all__ = [
     "CodecSpec",
@@ -30,13 +31,11 @@ __all__ = [
     "GroupedSize",
     "Grouping",
     "Groups",
-    "ParameterClass",
     "PayloadSize",
     "RawSize",
     "TopKSize",
     "is_raw",
     "packed_bytes",
-    "parameter_class",
     "payload_size",
     "spec_of",
 ]
@@ -239,8 +238,6 @@ class TopKSize:
 # The codec of each parameter, from the config.
 
 
-ParameterClass = Literal["norm", "embedding", "output", "matrix"]
-
 # fp32 numbers in the head of a group, which the decoder needs besides the codes.
 _HEAD_WIDTH: dict[str, Callable[[int], int]] = {
     "linear": lambda bits: 2,
@@ -269,18 +266,9 @@ class CodecSpec:
     wire_dtype: Literal["fp32", "bf16"] = "fp32"
 
 
-def parameter_class(name: str) -> ParameterClass:
-    """Return the class of a parameter from its model-wide name."""
-    if name.startswith("embedding."):
-        return "embedding"
-    if name.startswith("output_layer."):
-        return "output"
-    return "norm" if "norm" in name else "matrix"
-
-
-def spec_of(code: LossyCompression, name: str) -> CodecSpec:
-    """Return the codec of a parameter; a function of the name, hence the same on every rank."""
-    exception = _exception(code.exceptions, parameter_class(name))
+def spec_of(code: LossyCompression, kind: ParamKind | None) -> CodecSpec:
+    """Return the codec of a parameter of a kind; the same on every rank."""
+    exception = _exception(code.exceptions, kind)
     if exception == "none":
         return CodecSpec("raw")
     if isinstance(code, TopKCompression):
@@ -301,6 +289,6 @@ def payload_size(spec: CodecSpec) -> PayloadSize:
 
 
 def _exception(
-    exceptions: ExceptionsConfig, of: ParameterClass
+    exceptions: ExceptionsConfig, kind: ParamKind | None
 ) -> Literal[8, 4, 2, 1, "none"] | None:
-    return None if of == "matrix" else getattr(exceptions, of)
+    return getattr(exceptions, kind) if kind in ("norm", "embedding", "output") else None

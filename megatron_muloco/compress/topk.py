@@ -1,6 +1,6 @@
 """`TopK`: sends the largest values of every block with their places; and codecs from the config."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Literal
 
@@ -21,6 +21,7 @@ from megatron_muloco.compress.format import CodecSpec, CodingUnit, Grouping, Top
 from megatron_muloco.compress.packing import pack, unpack
 from megatron_muloco.compress.quantizers import E3M0, Linear, Statistical
 from megatron_muloco.config.outer import LossyCompression
+from megatron_muloco.params import ParamKind
 
 __all__ = ["TopK", "build_codec", "codec_lookup"]
 
@@ -132,10 +133,17 @@ class TopK(RawFallback):
 # Codecs from the config.
 
 
-def codec_lookup(code: LossyCompression) -> Callable[[str], Codec]:
-    """Return the function from a parameter's name to its codec."""
+def codec_lookup(
+    code: LossyCompression, kinds: Mapping[str, ParamKind | None]
+) -> Callable[[str], Codec]:
+    """Return the function from a parameter's name to its codec.
+
+    Args:
+        code: The compression.
+        kinds: Kind of each parameter, by name.
+    """
     build = cache(build_codec)
-    return cache(lambda name: build(spec_of(code, name)))
+    return cache(lambda name: build(spec_of(code, kinds[name])))
 
 
 def build_codec(spec: CodecSpec) -> Codec:

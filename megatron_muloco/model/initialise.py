@@ -7,7 +7,6 @@ parallelism, nor on the replica, nor on the order in which modules are built.
 
 import hashlib
 import math
-import re
 from collections.abc import Callable
 
 import torch
@@ -20,7 +19,9 @@ from megatron.core.tensor_parallel.layers import (
 )
 from torch import Tensor, nn
 
-from megatron_muloco.model.names import EMBEDDING, OUTPUT, named_parameters, partition_dim
+from megatron_muloco.errors import RuntimeMismatch
+from megatron_muloco.model.names import named_parameters, partition_dim
+from megatron_muloco.params import GPT_NAMES, ParameterNames, ParamInfo
 
 __all__ = ["initialise_weights"]
 
@@ -42,6 +43,7 @@ def initialise_weights(
     seed: int,
     std: float,
     hidden_size: int,
+    names: ParameterNames = GPT_NAMES,
 ) -> None:
     """Overwrite the parameters of one pipeline stage with the paper's initial values.
 
@@ -51,22 +53,27 @@ def initialise_weights(
         seed: Same on every rank and replica.
         std: Standard deviation of layer weights (0.02 in the paper's configuration).
         hidden_size: Width, for the head's scale.
+        names: Names of the model's parameters.
+
+    Raises:
+        RuntimeMismatch: A matrix outside of the decoder layers that is no embedding or head.
 
     Source: facebookresearch/MuLoCo at commit 475bbf4; the table above `_HEAD_CUT` has each value.
     """
     _mark_split_weights(model)
     rank, size = pg.tp.rank(), pg.tp.size()
     with torch.no_grad():
-        for name, parameter in named_parameters(model):
+        for name, parameter in named_parameters(model, names):
             if parameter.dim() < 2:
                 continue  # norms start at one
             dim = partition_dim(parameter)
+            info = ParamInfo.from_name(name, tuple(parameter.shape), dim, names=names)
             shape = list(parameter.shape)
             if dim is not None:
                 shape[dim] *= size
             generator = torch.Generator().manual_seed(_seed_of(name, seed))
-            whole = _draw(name, shape, std=std, hidden_size=hidden_size, generator=generator)
-            parameter.copy_(_local(name, whole, dim, rank, size))
+            whole = _draw(info, shape, std=std, hidden_size=hidden_size, generator=generator)
+            parameter.copy_(_local(info, whole, rank, size))
 
 
 def _mark_split_weights(model: nn.Module) -> None:
@@ -93,7 +100,7 @@ def _seed_of(name: str, seed: int) -> int:
 
 
 def _draw(
-    name: str, shape: list[int], *, std: float, hidden_size: int, generator: torch.Generator
+    info: ParamInfo, shape: list[int], *, std: float, hidden_size: int, generator: torch.Generator
 ) -> Tensor:
     """Return the whole tensor, rows in the order in which one tensor-parallel rank holds them."""
     whole = torch.empty(shape, dtype=torch.float32)
@@ -101,30 +108,33 @@ def _draw(
     def truncated(tensor: Tensor, scale: float, cut: float) -> Tensor:
         return nn.init.trunc_normal_(tensor, std=scale, a=-cut, b=cut, generator=generator)
 
-    if name == EMBEDDING:
+    if info.kind == "embedding":
         return whole.normal_(generator=generator)
-    if name == OUTPUT:
+    if info.kind == "output":
         scale = hidden_size**-0.5
         return truncated(whole, scale, _HEAD_CUT * scale)
-    layer = int(re.match(r"decoder\.layers\.(\d+)\.", name).group(1))  # type: ignore[union-attr]
-    deep = std / math.sqrt(2 * (layer + 1))
-    if name.endswith("linear_fc1.weight"):
+    if info.layer is None:
+        raise RuntimeMismatch(
+            f"{info.name} is neither the embedding nor the output head nor in a decoder layer, so "
+            "model.init: muloco has no scale for it. Use model.init: megatron."
+        )
+    deep = std / math.sqrt(2 * (info.layer + 1))
+    if info.kind == "fc1":
         gate, up = whole.chunk(2)
         truncated(gate, std, _LAYER_CUT)
         truncated(up, deep, _LAYER_CUT)
         return whole
-    residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
-    return truncated(whole, deep if residual else std, _LAYER_CUT)
+    return truncated(whole, deep if info.kind in ("proj", "fc2") else std, _LAYER_CUT)
 
 
-def _local(name: str, whole: Tensor, dim: int | None, rank: int, size: int) -> Tensor:
+def _local(info: ParamInfo, whole: Tensor, rank: int, size: int) -> Tensor:
     """Return the piece of tensor-parallel rank ``rank``.
 
     The fused gate/up matrix is cut in two places: every rank holds [its gate rows; its up rows].
     """
-    if dim is None:
+    if info.partition_dim is None:
         return whole
-    if name.endswith("linear_fc1.weight"):
+    if info.kind == "fc1":
         take: Callable[[Tensor], Tensor] = lambda half: half.chunk(size, dim=0)[rank]  # noqa: E731
         return torch.cat([take(half) for half in whole.chunk(2)])
-    return whole.chunk(size, dim=dim)[rank]
+    return whole.chunk(size, dim=info.partition_dim)[rank]

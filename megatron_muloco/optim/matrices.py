@@ -12,13 +12,12 @@ The module also chooses how Newton-Schulz is computed for a shape and counts its
 cost of a matrix decides which rank owns it. It does not import torch.
 """
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from megatron_muloco.errors import RuntimeMismatch, TopologyError
-from megatron_muloco.params import ParamInfo
+from megatron_muloco.params import MatrixKind, ParamInfo, ParamKind
 
 __all__ = [
     "ChooseImplementation",
@@ -118,15 +117,8 @@ Route = Literal["matrix", "vector"]
 
 Rows = tuple[int, int]
 
-_LAYER_MATRIX = re.compile(
-    r"decoder\.layers\.\d+\."
-    r"(self_attention\.linear_qkv|self_attention\.linear_proj|mlp\.linear_fc1|mlp\.linear_fc2)"
-    r"\.weight"
-)
-_TABLES = {
-    "embedding.word_embeddings.weight": "token embedding",
-    "output_layer.weight": "output layer",
-}
+_MATRIX_KINDS = get_args(MatrixKind)
+_TABLES = {"embedding": "token embedding", "output": "output layer"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +209,7 @@ class MuonMatrix:
 
 def is_vector(param: ParamInfo) -> bool:
     """Return whether a parameter is a norm, a bias, the embedding or the output layer."""
-    return len(param.local_shape) < 2 or param.name in _TABLES
+    return len(param.local_shape) < 2 or param.kind in _TABLES
 
 
 def route(param: ParamInfo) -> tuple[Route, str]:
@@ -230,14 +222,14 @@ def route(param: ParamInfo) -> tuple[Route, str]:
     """
     if len(param.local_shape) < 2:
         return "vector", "norm or bias: not a matrix"
-    if param.name in _TABLES:
-        return "vector", f"{_TABLES[param.name]}: rows are tokens, not a linear map"
-    if len(param.local_shape) == 2 and _LAYER_MATRIX.fullmatch(param.name):
+    if param.kind in _TABLES:
+        return "vector", f"{_TABLES[param.kind]}: rows are tokens, not a linear map"
+    if len(param.local_shape) == 2 and param.kind in _MATRIX_KINDS:
         return "matrix", "linear map inside a decoder layer"
     raise RuntimeMismatch(
         f"{param.name} of local shape {param.local_shape} is neither a known decoder matrix nor "
         "a known embedding. Giving it to AdamW might not be what is meant, so it is refused. "
-        "Add a rule for it to optim/matrices.py, or use inner.kind: adamw."
+        "Add it to the ParameterNames of the model, or use inner.kind: adamw."
     )
 
 
@@ -264,8 +256,7 @@ def split(
         TopologyError: Query groups or FFN width do not divide over the tensor-parallel ranks.
         RuntimeMismatch: The local tensor does not have the rows that ``layer`` implies.
     """
-    module = param.name.removesuffix(".weight").rsplit(".", 1)[-1]
-    rows = _SPLITTERS[module](param, layer, tensor_size)
+    rows = _SPLITTERS[param.kind](param, layer, tensor_size)
     check_rows(param, rows.values())
     dim = param.partition_dim
     if dim is None:
@@ -275,7 +266,7 @@ def split(
                 "matrix must be held once; its module is not one of Megatron's parallel layers."
             )
         dim = 0
-    head = layer.kv_channels if split_heads and module == "linear_qkv" else None
+    head = layer.kv_channels if split_heads and param.kind == "qkv" else None
     return tuple(
         _muon_matrix(param, kind, r, dim, tensor_size, steps, choose_impl, head)
         for kind, r in rows.items()
@@ -369,11 +360,13 @@ def _uncut(kind: str) -> Callable[[ParamInfo, LayerShape, int], dict[str, tuple[
     return all_rows
 
 
-_SPLITTERS: Mapping[str, Callable[[ParamInfo, LayerShape, int], dict[str, tuple[Rows, ...]]]] = {
-    "linear_qkv": _split_qkv,
-    "linear_fc1": _split_gate_up,
-    "linear_proj": _uncut("proj"),
-    "linear_fc2": _uncut("down"),
+_SPLITTERS: Mapping[
+    ParamKind | None, Callable[[ParamInfo, LayerShape, int], dict[str, tuple[Rows, ...]]]
+] = {
+    "qkv": _split_qkv,
+    "fc1": _split_gate_up,
+    "proj": _uncut("proj"),
+    "fc2": _uncut("down"),
 }
 
 

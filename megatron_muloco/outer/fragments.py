@@ -11,21 +11,16 @@ In both patterns the embedding is in fragment 0, and everything after the last l
 output head) is in the last fragment.
 """
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from megatron_muloco.errors import ConfigError
-from megatron_muloco.params import coverage
+from megatron_muloco.params import ParamInfo, coverage
 
 __all__ = ["FragmentPattern", "FragmentPlan"]
 
 FragmentPattern = Literal["sequential", "strided"]
-
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
-_BEFORE_LAYERS = ("embedding.",)
-_AFTER_LAYERS = ("decoder.final_layernorm.", "output_layer.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +42,7 @@ class FragmentPlan:
     @classmethod
     def by_layer(
         cls,
-        names: Iterable[str],
+        params: Iterable[ParamInfo],
         *,
         num_layers: int,
         count: int = 1,
@@ -55,11 +50,12 @@ class FragmentPlan:
     ) -> "FragmentPlan":
         """Return the plan that assigns every parameter by its layer number.
 
-        The fragment of a name depends on the name and the keyword arguments alone, so a rank that
-        knows only the names of its pipeline stage gets the same fragments, restricted to them.
+        The fragment of a parameter depends on its layer, its kind and the keyword arguments alone,
+        so a rank that knows only the parameters of its pipeline stage gets the same fragments,
+        restricted to them.
 
         Args:
-            names: Parameter names, with layers numbered over the whole model.
+            params: Parameters, with layers numbered over the whole model.
             num_layers: Layers of the whole model.
             count: Number of fragments, in 1..num_layers.
             pattern: ``sequential`` (the MuLoCo experiments) or ``strided`` (Streaming DiLoCo,
@@ -75,15 +71,18 @@ class FragmentPlan:
             )
         members: list[list[str]] = [[] for _ in range(count)]
         unplaced: list[str] = []
-        for name in names:
-            fragment = _fragment_of(name, num_layers, count, pattern)
-            (unplaced if fragment is None else members[fragment]).append(name)
+        for param in params:
+            fragment = _fragment_of(param, num_layers, count, pattern)
+            if fragment is None:
+                unplaced.append(param.name)
+            else:
+                members[fragment].append(param.name)
         if unplaced:
             raise ConfigError(
-                f"no fragment for {', '.join(unplaced)}: neither one of the model's {num_layers} "
-                f"layers ('decoder.layers.N.') nor {', '.join(_BEFORE_LAYERS + _AFTER_LAYERS)}. A "
-                "parameter without a fragment would never be synchronised. Name it by that rule "
-                "or build a FragmentPlan from explicit lists."
+                f"no fragment for {', '.join(unplaced)}: neither in one of the model's "
+                f"{num_layers} layers, nor the embedding, the final norm or the output head. A "
+                "parameter without a fragment would never be synchronised. Add it to the "
+                "ParameterNames of the model or build a FragmentPlan from explicit lists."
             )
         return cls(tuple(tuple(group) for group in members))
 
@@ -127,13 +126,14 @@ class FragmentPlan:
             )
 
 
-def _fragment_of(name: str, num_layers: int, count: int, pattern: FragmentPattern) -> int | None:
-    if name.startswith(_BEFORE_LAYERS):
-        return 0
-    if name.startswith(_AFTER_LAYERS):
-        return count - 1
-    match = _LAYER.match(name)
-    if match is None or int(match[1]) >= num_layers:
+def _fragment_of(
+    param: ParamInfo, num_layers: int, count: int, pattern: FragmentPattern
+) -> int | None:
+    layer = param.layer
+    if layer is None:
+        if param.kind == "embedding":
+            return 0
+        return None if param.kind is None else count - 1
+    if layer >= num_layers:
         return None
-    layer = int(match[1])
     return layer % count if pattern == "strided" else layer * count // num_layers

@@ -41,12 +41,11 @@ from megatron_muloco.optim.matrices import (
     split,
 )
 from megatron_muloco.outer.fragments import FragmentPlan
-from megatron_muloco.params import ParamInfo, Shard
+from megatron_muloco.params import GPT_NAMES, ParamInfo, Shard
 from megatron_muloco.topology import Coords, Topology
 
 __all__ = [
     "BYTES",
-    "EMBEDDING",
     "Slice",
     "by_fragment",
     "cut_buffer",
@@ -60,10 +59,6 @@ __all__ = [
 
 # ------------------------------------------------------------------------------------------
 # Parameters of one rank's module.
-
-
-EMBEDDING = "embedding.word_embeddings.weight"
-_OUTPUT = "output_layer.weight"
 
 
 def stage_parameters(
@@ -83,20 +78,30 @@ def stage_parameters(
     table = (padded_vocab_size(model) // tensor, model.hidden_size)
     parameters = []
     if first:
-        parameters.append(ParamInfo(EMBEDDING, table, 0, duplicate=False))
+        parameters.append(ParamInfo.from_name(GPT_NAMES.embedding, table, 0))
     for layer in range(stage * per_stage, (stage + 1) * per_stage):
         parameters += [
-            ParamInfo(f"decoder.layers.{layer}.{name}.weight", shape, dim, duplicate=False)
-            if dim is not None
-            else _norm(f"decoder.layers.{layer}.{name}.weight", shape, tp_rank)
+            ParamInfo.from_name(
+                GPT_NAMES.in_layer(layer, f"{name}.weight"),
+                shape,
+                dim,
+                duplicate=dim is None and tp_rank > 0,
+            )
             for name, shape, dim in _layer(model, tensor)
         ]
     if last:
-        parameters.append(_norm("decoder.final_layernorm.weight", (model.hidden_size,), tp_rank))
+        parameters.append(
+            ParamInfo.from_name(
+                "decoder.final_layernorm.weight",
+                (model.hidden_size,),
+                None,
+                duplicate=tp_rank > 0,
+            )
+        )
     if last and model.untie_embeddings_and_output_weights:
-        parameters.append(ParamInfo(_OUTPUT, table, 0, duplicate=False))
-    elif last and not first:  # a tied head is a copy of the embedding, under the same name
-        parameters.append(ParamInfo(EMBEDDING, table, 0, duplicate=True))
+        parameters.append(ParamInfo.from_name(GPT_NAMES.output, table, 0))
+    elif last and not first:  # a tied head repeats the embedding, whose name it has
+        parameters.append(ParamInfo.from_name(GPT_NAMES.embedding, table, 0, duplicate=True))
     return tuple(parameters)
 
 
@@ -117,10 +122,6 @@ def _layer(model: ModelConfig, tensor: int) -> Iterator[tuple[str, tuple[int, ..
     yield "mlp.linear_fc2", (hidden, ffn // tensor), 1
     if model.post_layernorm:
         yield "mlp.linear_fc2.post_norm", (hidden,), None
-
-
-def _norm(name: str, shape: tuple[int, ...], tp_rank: int) -> ParamInfo:
-    return ParamInfo(name, shape, None, duplicate=tp_rank > 0)
 
 
 # ------------------------------------------------------------------------------------------
@@ -146,7 +147,7 @@ def stage_shards(
         stage_parameters(model, topology, stage=stage, tp_rank=tp_rank),
         ranks=topology.sharding,
         bucket_elements=bucket,
-        alone=(EMBEDDING,) if tied else (),
+        alone=(GPT_NAMES.embedding,) if tied else (),
     )
 
 
@@ -213,7 +214,7 @@ def by_fragment(config: RunConfig, shards: Sequence[Shard]) -> tuple[tuple[Shard
         return ()
     owned = {shard.name: shard for shard in shards if not shard.param.duplicate}
     plan = FragmentPlan.by_layer(
-        owned,
+        (shard.param for shard in owned.values()),
         num_layers=config.model.num_layers,
         count=outer.fragments.count,
         pattern=outer.fragments.pattern,

@@ -129,7 +129,8 @@ def chunk_payloads(code: LossyCompression, shards: Sequence[Shard], num_replicas
         1 if isinstance(code, TopKCompression) else num_replicas,
         row_places(shards),
     )
-    return payload_sizes(chunks, lambda name: payload_size(spec_of(code, name)))
+    kinds = {shard.name: shard.param.kind for shard in shards}
+    return payload_sizes(chunks, lambda name: payload_size(spec_of(code, kinds[name])))
 
 
 def mean_wire_bytes(

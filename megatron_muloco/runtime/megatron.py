@@ -22,7 +22,7 @@ from megatron_muloco.comm.agreement import gather_objects
 from megatron_muloco.comm.groups import Groups
 from megatron_muloco.errors import RuntimeMismatch
 from megatron_muloco.model.names import describe_parameters
-from megatron_muloco.params import ParamInfo, Shard
+from megatron_muloco.params import GPT_NAMES, ParameterNames, ParamInfo, Shard
 
 __all__ = [
     "MasterView",
@@ -140,18 +140,24 @@ class MasterView:
         raw_masters: The same tensors as Megatron's optimizer has them, not detached.
         infos: Every trainable parameter of this stage, also those without a shard on this rank.
         optimizer: Megatron's distributed optimizer.
+        names: Names of the model's parameters.
 
     Collectives: construction gathers every rank's ranges over dp x cp; all its ranks construct it.
     """
 
     def __init__(
-        self, ddp: DistributedDataParallel, optimizer: DistributedOptimizer, groups: Groups
+        self,
+        ddp: DistributedDataParallel,
+        optimizer: DistributedOptimizer,
+        groups: Groups,
+        names: ParameterNames = GPT_NAMES,
     ) -> None:
         self.optimizer = optimizer
+        self.names = names
         self._ddp = ddp
         self._gather_now = not ddp.ddp_config.overlap_param_gather
         tensor_group = groups.pg.tp
-        described = describe_parameters(ddp.module, tensor_rank=tensor_group.rank())
+        described = describe_parameters(ddp.module, tensor_rank=tensor_group.rank(), names=names)
         self.infos: dict[str, ParamInfo] = {name: info for name, (info, _) in described.items()}
         by_parameter = dict(_model_and_master(optimizer))
         self.raw_masters: dict[str, Tensor] = {}

@@ -35,7 +35,6 @@ from megatron_muloco.config.outer import (
     TopKCompression,
 )
 from megatron_muloco.errors import RuntimeMismatch
-from megatron_muloco.model.names import EMBEDDING
 from megatron_muloco.optim.exchange import ShardExchange
 from megatron_muloco.optim.matrices import LayerShape, always_plain, is_vector
 from megatron_muloco.optim.muon import MuonAdamW, MuonSettings
@@ -48,7 +47,7 @@ from megatron_muloco.outer.optimizer import Additive, MergeRule, Mix, OuterNeste
 from megatron_muloco.outer.reducer import Reducer
 from megatron_muloco.outer.schedule import SyncSchedule
 from megatron_muloco.outer.synchronizer import ReplicaPort, Synchronizer
-from megatron_muloco.params import Shard
+from megatron_muloco.params import GPT_NAMES, ParameterNames, Shard
 from megatron_muloco.runtime.accelerator import training_device
 from megatron_muloco.runtime.megatron import (
     MasterView,
@@ -120,7 +119,7 @@ def _foreground(
     return encoding(
         groups.exchange,
         device,
-        codec_lookup(code),
+        codec_lookup(code, {shard.name: shard.param.kind for shard in shards}),
         row_places(shards),
         code.error_decay if code.error_feedback else None,
         through_host=outer.sends_from_host,
@@ -149,7 +148,7 @@ def build_outer_step(
     device = training_device()
     check_same_shards(groups.outer, view.shards)
     check_equal(view.masters, groups.outer, device, what="the initial value", round_index=0)
-    tied = None if config.model.untie_embeddings_and_output_weights else EMBEDDING
+    tied = None if config.model.untie_embeddings_and_output_weights else view.names.embedding
     duplicates = ReplicatedBroadcast(groups, view.shards, view.masters, tied_name=tied)
     port = ReplicaPort(
         device=device,
@@ -162,7 +161,7 @@ def build_outer_step(
     synchronizer = Synchronizer(
         port,
         FragmentPlan.by_layer(
-            view.infos,
+            view.infos.values(),
             num_layers=config.model.num_layers,
             count=outer.fragments.count,
             pattern=outer.fragments.pattern,
@@ -209,7 +208,12 @@ def _sketch(config: RunConfig, groups: Groups) -> PseudogradientSketch | None:
 
 
 def wrap_optimizer(
-    optimizer: Any, model: DistributedDataParallel, config: RunConfig, groups: Groups
+    optimizer: Any,
+    model: DistributedDataParallel,
+    config: RunConfig,
+    groups: Groups,
+    *,
+    names: ParameterNames = GPT_NAMES,
 ) -> ReplicaOptimizer:
     """Return a wrapper of ``optimizer`` whose ``step()`` also makes the outer steps that are due.
 
@@ -221,6 +225,7 @@ def wrap_optimizer(
         model: This rank's pipeline stage, wrapped with ``use_distributed_optimizer=True``.
         config: The run.
         groups: From `initialize_replicas`.
+        names: Names of the model's parameters, for an architecture other than ``GPTModel``.
 
     Raises:
         RuntimeMismatch: The optimizer has no masters that this package knows, or a parameter has no
@@ -232,7 +237,7 @@ def wrap_optimizer(
     distributed = find_distributed_optimizer(optimizer)
     _check_clipping(distributed, config)
     keep_statistics_inside(distributed, groups)
-    view = MasterView(model, distributed, groups)
+    view = MasterView(model, distributed, groups, names)
     inner = _bound_inner(view, config, groups)
     distributed.optimizer = inner
     derived = derive(config, groups.topology)

@@ -25,6 +25,7 @@ from megatron_muloco.config.outer import LinearCompression, LossyCompression, Ne
 from megatron_muloco.outer.guard import Guard
 from megatron_muloco.outer.reducer import Reducer
 from megatron_muloco.outer.reference import Parameters, Reference, Settings
+from megatron_muloco.params import ParamKind
 from tests.support.compressed import reference_keys
 from tests.support.replicas import Replica, synchronizer_of
 from tests.support.spawn import run_ranks
@@ -33,6 +34,12 @@ from tests.support.tensors import assert_equal
 CPU = torch.device("cpu")
 # Lengths that no K divides: chunks end inside tensors.
 SIZES = {"embedding.a": 301, "b": 40, "norm.c": 131, "d": 1}
+CLASSES: dict[str, ParamKind | None] = {
+    "embedding.a": "embedding",
+    "b": None,
+    "norm.c": "norm",
+    "d": None,
+}
 ROW_WIDTH = 20
 ONE = [list(SIZES)]
 THREE = [["embedding.a"], ["b", "d"], ["norm.c"]]
@@ -73,14 +80,16 @@ class Case:
 
     def reference_settings(self, num_replicas: int) -> Settings:
         sizes = [{name: SIZES[name] for name in names} for names in self.fragments]
-        return replace(self.settings, **reference_keys(self.code, ROWS, sizes, num_replicas))
+        return replace(
+            self.settings, **reference_keys(self.code, ROWS, CLASSES, sizes, num_replicas)
+        )
 
     def reducer(self) -> Reducer:
         encoding = CompressedAllGather if self.code.kind == "topk" else CompressedAllReduce
         reducer = encoding(
             dist.group.WORLD,
             CPU,
-            codec_lookup(self.code),
+            codec_lookup(self.code, CLASSES),
             ROWS,
             self.code.error_decay if self.code.error_feedback else None,
             through_host=self.through_host,
@@ -322,7 +331,7 @@ def leave_one_out() -> list[tuple[Parameters, Parameters]]:
 def test_a_replica_left_out_sends_nothing_and_keeps_its_residual() -> None:
     count = 3
     code = LinearCompression(kind="linear", bits=4)
-    keys = reference_keys(code, {}, [{"a": 100}], count)
+    keys = reference_keys(code, {}, {"a": None}, [{"a": 100}], count)
     settings = Settings(sync_interval=1, train_iters=3, fragments=[["a"]], **keys)
 
     def by(replica: int) -> Any:

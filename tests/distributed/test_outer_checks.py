@@ -125,7 +125,7 @@ def test_replicas_must_start_from_the_same_weights() -> None:
 
 
 def _other_shards() -> str:
-    info = ParamInfo("a", (4, 2), partition_dim=None, duplicate=False)
+    info = ParamInfo.from_name("a", (4, 2), partition_dim=None)
     end = 8 if dist.get_rank() < 2 else 6
     shards = [Shard(info, 0, end)]
     try:

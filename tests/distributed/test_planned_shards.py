@@ -6,8 +6,8 @@ import pytest
 
 from megatron_muloco.config import RunConfig
 from megatron_muloco.config.derived import topology_of
-from megatron_muloco.params import ParamInfo, Shard
-from megatron_muloco.planning.layout import EMBEDDING, cut_buffer, rank_shards, stage_parameters
+from megatron_muloco.params import GPT_NAMES, ParamInfo, Shard
+from megatron_muloco.planning.layout import cut_buffer, rank_shards, stage_parameters
 from tests.support.spawn import run_ranks
 from tests.support.tiny_models import finish_tiny, start_tiny, tiny_config
 
@@ -83,6 +83,6 @@ def test_planned_shards_of_many_buckets(bucket_size: int, tied: bool) -> None:
             infos,
             ranks=sizes[2],
             bucket_elements=bucket_size if place.pp == 0 else None,
-            alone=(EMBEDDING,) if tied else (),
+            alone=(GPT_NAMES.embedding,) if tied else (),
         )
         assert list(cut[place.dp]) == shards

@@ -10,6 +10,7 @@ from megatron_muloco.comm.chunking import RowPlaces, chunk_pieces
 from megatron_muloco.compress.format import CodingUnit
 from megatron_muloco.compress.topk import codec_lookup
 from megatron_muloco.config.outer import LossyCompression, NoCompression, TopKCompression
+from megatron_muloco.params import ParamKind
 
 __all__ = ["reference_keys"]
 
@@ -17,6 +18,7 @@ __all__ = ["reference_keys"]
 def reference_keys(
     compression: LossyCompression | NoCompression,
     rows: RowPlaces,
+    kinds: Mapping[str, ParamKind | None],
     fragments: Sequence[Mapping[str, int]],
     num_replicas: int,
 ) -> dict[str, Any]:
@@ -25,12 +27,13 @@ def reference_keys(
     Args:
         compression: The section of the configuration.
         rows: Row widths and places of the tensors at one position.
+        kinds: Kinds of the same tensors.
         fragments: Sizes of these tensors, fragment by fragment.
         num_replicas: K.
     """
     if isinstance(compression, NoCompression):
         return {}
-    codec_of = codec_lookup(compression)
+    codec_of = codec_lookup(compression, kinds)
 
     def round_trip(name: str, start: int, values: Tensor) -> Tensor:
         width, first = rows.get(name, (0, 0))

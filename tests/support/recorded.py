@@ -56,6 +56,7 @@ def recorded(config: RunConfig) -> dict[str, Any]:
         "anchors": anchors,
         "end": end,
         "rows": row_places(run.optimizer.view.shards),
+        "params": [s.param for s in run.optimizer.view.shards if not s.param.duplicate],
         "residuals": residuals,
     }
 
@@ -76,8 +77,9 @@ def reference_of(config: RunConfig, members: list[dict[str, Any]]) -> Reference:
     """Return the reference of one position, over the ranks that hold it."""
     o = config.outer
     initial = members[0]["moves"][0][0]
+    params = members[0]["params"]
     plan = FragmentPlan.by_layer(
-        initial,
+        params,
         num_layers=config.model.num_layers,
         count=o.fragments.count,
         pattern=o.fragments.pattern,
@@ -92,7 +94,13 @@ def reference_of(config: RunConfig, members: list[dict[str, Any]]) -> Reference:
         additive=o.apply == "additive",
         outer_lr=o.lr,
         outer_momentum=o.momentum,
-        **reference_keys(o.compression, members[0]["rows"], sizes, len(members)),
+        **reference_keys(
+            o.compression,
+            members[0]["rows"],
+            {param.name: param.kind for param in params},
+            sizes,
+            len(members),
+        ),
     )
     return Reference(initial, [_replay(member["moves"]) for member in members], settings)
 

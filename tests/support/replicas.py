@@ -150,7 +150,7 @@ class Replica:
 
 def whole_shard(name: str, tensor: Tensor, *, duplicate: bool = False) -> Shard:
     """Return the shard that is all of a flat tensor."""
-    info = ParamInfo(name, tuple(tensor.shape), partition_dim=None, duplicate=duplicate)
+    info = ParamInfo.from_name(name, tuple(tensor.shape), partition_dim=None, duplicate=duplicate)
     return Shard(info, 0, tensor.numel())
 
 

@@ -100,11 +100,11 @@ def matrix_params(layer: LayerShape, hidden: int, tensor_size: int) -> list[Para
         "mlp.linear_fc1.weight": (2 * ffn, hidden, 0),
         "mlp.linear_fc2.weight": (hidden, ffn, 1),
     }
-    return [ParamInfo(PREFIX + n, (r, c), dim, False) for n, (r, c, dim) in shapes.items()]
+    return [ParamInfo.from_name(PREFIX + n, (r, c), dim) for n, (r, c, dim) in shapes.items()]
 
 
 def norm_param() -> ParamInfo:
-    return ParamInfo(VECTOR, (5,), None, False)
+    return ParamInfo.from_name(VECTOR, (5,), None)
 
 
 def cut(params: Sequence[ParamInfo], tensor_size: int, cuts: list[list[float]]) -> list[RankShards]:

@@ -47,7 +47,7 @@ def pieces(model: dict[str, Tensor], tp: int, dp: int) -> list[list[tuple[Shard,
                 local = local_piece(name, whole, tensor_rank, tp)
                 dim = SHAPES[name][1]
                 duplicate = dim is None and tensor_rank > 0
-                info = ParamInfo(name, tuple(local.shape), dim, duplicate)
+                info = ParamInfo.from_name(name, tuple(local.shape), dim, duplicate=duplicate)
                 edges = [local.numel() * i // dp for i in range(dp + 1)]
                 start, end = edges[data_rank], edges[data_rank + 1]
                 held.append((Shard(info, start, end), local.reshape(-1)[start:end]))
@@ -75,7 +75,7 @@ def test_the_index_is_the_place_in_the_whole_parameter(name: str) -> None:
     whole = torch.arange(torch.Size(shape).numel()).view(shape)
     for rank in range(2):
         local = local_piece(name, whole, rank, 2)
-        cut = Cut(ParamInfo(name, tuple(local.shape), dim, False), rank, 2)
+        cut = Cut(ParamInfo.from_name(name, tuple(local.shape), dim), rank, 2)
         assert torch.equal(whole_index(cut, torch.arange(local.numel())), local.reshape(-1))
 
 

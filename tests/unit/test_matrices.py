@@ -45,7 +45,7 @@ def local_pieces(name: str, layer: LayerShape, tensor_size: int) -> tuple[ParamI
         (tensor,) = whole.values()
         pieces = tensor.chunk(tensor_size, dim=1)
     dim = 0 if name in (QKV, FC1) else 1
-    return ParamInfo(name, tuple(pieces[0].shape), dim, False), list(pieces)
+    return ParamInfo.from_name(name, tuple(pieces[0].shape), dim), list(pieces)
 
 
 def whole_matrices(name: str, layer: LayerShape) -> dict[str, Tensor]:
@@ -90,7 +90,7 @@ def test_units_partition_the_rows(name: str, tensor_size: int) -> None:
 
 
 def test_a_parameter_without_partition_dim_is_whole_on_one_tensor_rank_only() -> None:
-    param = ParamInfo(PROJ, (6, 12), None, False)
+    param = ParamInfo.from_name(PROJ, (6, 12), None)
     (matrix,) = split(param, MHA, tensor_size=1)
     assert matrix.shape == (6, 12)
     with pytest.raises(RuntimeMismatch, match="the same on all 2 tensor-parallel ranks"):
@@ -99,12 +99,12 @@ def test_a_parameter_without_partition_dim_is_whole_on_one_tensor_rank_only() ->
 
 def test_query_groups_must_divide_over_tensor_ranks() -> None:
     with pytest.raises(TopologyError, match=r"the 4 query groups of .* do not divide over 3"):
-        split(ParamInfo(QKV, (12, HIDDEN), 0, False), MHA, tensor_size=3)
+        split(ParamInfo.from_name(QKV, (12, HIDDEN), 0), MHA, tensor_size=3)
 
 
 def test_a_module_of_other_size_is_refused() -> None:
     with pytest.raises(RuntimeMismatch, match="has 35 local rows"):
-        split(ParamInfo(QKV, (35, HIDDEN), 0, False), MHA, tensor_size=1)
+        split(ParamInfo.from_name(QKV, (35, HIDDEN), 0), MHA, tensor_size=1)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_a_module_of_other_size_is_refused() -> None:
 )
 def test_rows_that_are_no_partition_are_refused(pieces: list[tuple[tuple[int, int], ...]]) -> None:
     with pytest.raises(RuntimeMismatch, match="do not contain each of them once"):
-        check_rows(ParamInfo(PROJ, (4, 2), 1, False), pieces)
+        check_rows(ParamInfo.from_name(PROJ, (4, 2), 1), pieces)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_rows_that_are_no_partition_are_refused(pieces: list[tuple[tuple[int, in
     ],
 )
 def test_routes(name: str, shape: tuple[int, ...], expected: str) -> None:
-    to, reason = route(ParamInfo(name, shape, None, False))
+    to, reason = route(ParamInfo.from_name(name, shape, None))
     assert to == expected
     assert reason
 
@@ -149,7 +149,7 @@ def test_an_unknown_matrix_is_refused_and_never_given_to_adamw(
     name: str, shape: tuple[int, ...]
 ) -> None:
     with pytest.raises(RuntimeMismatch, match="neither a known decoder matrix nor"):
-        route(ParamInfo(name, shape, None, False))
+        route(ParamInfo.from_name(name, shape, None))
 
 
 def test_cost_is_that_of_the_products() -> None:
@@ -176,7 +176,7 @@ def test_a_unit_is_as_dear_as_the_form_that_its_shape_gets() -> None:
     assert (q.shape, q.ns_impl, q.cost) == ((24, 6), "gram", newton_schulz_flops(24, 6, 5, "gram"))
     assert k.ns_impl == v.ns_impl == "gram"
     (proj,) = split(
-        ParamInfo(PROJ, (6, 12), 1, False),
+        ParamInfo.from_name(PROJ, (6, 12), 1),
         GQA,
         tensor_size=2,
         steps=3,
@@ -195,13 +195,13 @@ def test_heads_cost_as_much_as_so_many_small_matrices() -> None:
     assert [matrix.shape for matrix in (q, k, v)] == [
         matrix.shape for matrix in split(param, GQA, tensor_size=2)
     ]
-    (proj,) = split(ParamInfo(PROJ, (6, 12), 1, False), GQA, tensor_size=2, split_heads=True)
+    (proj,) = split(ParamInfo.from_name(PROJ, (6, 12), 1), GQA, tensor_size=2, split_heads=True)
     assert proj.blocks == 1
 
 
 def test_heads_are_not_batched_with_whole_matrices() -> None:
     # With as many heads as groups and width 12, q, k, v and proj have one shape.
-    params = [ParamInfo(QKV, (36, 12), 0, False), ParamInfo(PROJ, (12, 12), 1, False)]
+    params = [ParamInfo.from_name(QKV, (36, 12), 0), ParamInfo.from_name(PROJ, (12, 12), 1)]
     matrices = [u for p in params for u in split(p, MHA, tensor_size=1, split_heads=True)]
     assert [[matrix.kind for matrix in batch] for batch in by_shape(matrices)] == [
         ["q", "k", "v"],

@@ -28,10 +28,10 @@ def stage_params(tensor_size: int, layers: int = 2) -> list[ParamInfo]:
     ]
     vocabulary = (64 // tensor_size, HIDDEN)
     return [
-        ParamInfo("embedding.word_embeddings.weight", vocabulary, 0, False),
+        ParamInfo.from_name("embedding.word_embeddings.weight", vocabulary, 0),
         *params,
-        ParamInfo("decoder.final_layernorm.weight", (HIDDEN,), None, False),
-        ParamInfo("output_layer.weight", vocabulary, 0, False),
+        ParamInfo.from_name("decoder.final_layernorm.weight", (HIDDEN,), None),
+        ParamInfo.from_name("output_layer.weight", vocabulary, 0),
     ]
 
 
@@ -110,7 +110,7 @@ def test_names_are_unique_and_multipliers_name_parameters() -> None:
 
 
 def test_an_unknown_matrix_is_refused_with_muon_and_accepted_with_adamw() -> None:
-    router = ParamInfo("decoder.layers.0.mlp.router.weight", (4, HIDDEN), None, False)
+    router = ParamInfo.from_name("decoder.layers.0.mlp.router.weight", (4, HIDDEN), None)
     options = {"tensor_size": 1, "group_size": 1}
     with pytest.raises(RuntimeMismatch, match="router"):
         build_parameter_table([router], LAYER, kind="muon", **options)

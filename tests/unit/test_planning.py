@@ -73,7 +73,7 @@ def test_slices_hold_the_model_once(tp: int, pp: int, untied: bool) -> None:
 def test_shards_partition_every_parameter(
     sizes: list[int], ranks: int, bucket: int | None, alone: set[int]
 ) -> None:
-    parameters = [ParamInfo(str(i), (size,), None, False) for i, size in enumerate(sizes)]
+    parameters = [ParamInfo.from_name(str(i), (size,), None) for i, size in enumerate(sizes)]
     cut = cut_buffer(
         parameters, ranks=ranks, bucket_elements=bucket, alone={str(index) for index in alone}
     )
@@ -237,7 +237,7 @@ def test_exchange_memory_is_that_of_the_exchange(
     for matrix in matrices:
         rows[matrix.param] += matrix.local_shape[0]
     params = [
-        ParamInfo(name, (rows[name], matrix.local_columns), matrix.partition_dim, False)
+        ParamInfo.from_name(name, (rows[name], matrix.local_columns), matrix.partition_dim)
         for name, matrix in {matrix.param: matrix for matrix in matrices}.items()
     ]
     layout = cut_evenly(params, tensor, data)

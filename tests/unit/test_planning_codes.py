@@ -58,7 +58,7 @@ def whole_shards() -> list[Shard]:
     shapes = [(512, 256), (300, 512), (256, 256), (512,)]
     names = [*(f"decoder.layers.0.{letter}.weight" for letter in "abc"), "decoder.norm.weight"]
     params = [
-        ParamInfo(name, shape, None, False) for name, shape in zip(names, shapes, strict=True)
+        ParamInfo.from_name(name, shape, None) for name, shape in zip(names, shapes, strict=True)
     ]
     return [Shard(param, 0, param.numel) for param in params]
 
@@ -82,7 +82,8 @@ def test_planned_buffers_and_residuals_are_those_of_the_reducers(name: str) -> N
     else:
         encoding = CompressedAllGather if isinstance(code, TopKCompression) else CompressedAllReduce
         decay = code.error_decay if code.error_feedback else None
-        reducer = encoding(None, device, codec_lookup(code), row_places(shards), decay)
+        kinds = {shard.name: shard.param.kind for shard in shards}
+        reducer = encoding(None, device, codec_lookup(code, kinds), row_places(shards), decay)
     metadata = torch.zeros(3)
     tensors = {shard.name: torch.randn(shard.numel) for shard in shards}
     flight = reducer.launch(0, tensors, 1.0, metadata, round_index=1)
@@ -111,13 +112,13 @@ def test_planned_temporaries_cover_those_of_the_codecs(name: str) -> None:
     code = CODES[name]
     assert not isinstance(code, NoCompression)
     unit = CodingUnit(1 << 20, 256)
-    codec = codec_lookup(code)("decoder.layers.0.a.weight")
+    codec = codec_lookup(code, {"a": "fc1"})("a")
     values, residual = torch.randn(2, unit.numel)
     payload = torch.empty(codec.payload_bytes(unit), dtype=torch.uint8)
     with AllocatedBytes() as allocated:
         encode(codec, unit, values, payload, residual, 0.9)
     most = allocated.most
-    param = ParamInfo("decoder.layers.0.a.weight", (1 << 12, 256), None, False)
+    param = ParamInfo.from_name("decoder.layers.0.a.weight", (1 << 12, 256), None)
     planned = reducer_memory(code, [Shard(param, 0, param.numel)], 1).launching
     assert most <= planned <= 2 * most
 
@@ -145,7 +146,7 @@ def test_four_bits_send_an_eighth_and_two_a_sixteenth(
         code = StatisticalCompression(kind="statistical", bits=bits)
     # K equal tensors for each size, in turn: every chunk has whole tensors, each one unit
     params = [
-        ParamInfo(f"decoder.layers.{index}.weight", (size,), None, False)
+        ParamInfo.from_name(f"decoder.layers.{index}.weight", (size,), None)
         for index, size in enumerate(units * replicas)
     ]
     shards = [Shard(param, 0, param.numel) for param in params]

@@ -142,7 +142,7 @@ def build_stage(width: int, vocabulary: int) -> Stage:
         prefix + "mlp.linear_fc2.weight": ((width, ffn // TENSOR), 1),
         "output_layer.weight": ((vocabulary // TENSOR, width), 0),
     }
-    params = {name: ParamInfo(name, size, dim, False) for name, (size, dim) in sizes.items()}
+    params = {name: ParamInfo.from_name(name, size, dim) for name, (size, dim) in sizes.items()}
     table = build_parameter_table(
         list(params.values()),
         shape,
