@@ -89,9 +89,8 @@ class BackgroundReducer:
 
         return _Launched(fragment, self._submit(reduce))
 
-    def wait(self, handle: Any) -> Reduced:
+    def wait(self, handle: _Launched) -> Reduced:
         """See `Reducer.wait`."""
-        assert isinstance(handle, _Launched)
         reduced, finished = handle.future.result()
         if self._stream is not None:
             code = reduced.stats.code

@@ -11,7 +11,7 @@ itself::
 Pure arithmetic without torch, because the planner counts bytes with the same functions.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_muloco.compress.format import CodingUnit, PayloadSize
@@ -23,6 +23,7 @@ __all__ = [
     "chunk_length",
     "chunk_pieces",
     "encoded_wire_bytes",
+    "payload_ranges",
     "payload_sizes",
     "row_places",
     "uncoded_wire_bytes",
@@ -108,6 +109,17 @@ def payload_sizes(
     return [
         sum(size_of(each.name).payload_bytes(each.unit) for each in pieces) for pieces in chunks
     ]
+
+
+def payload_ranges(
+    pieces: Sequence[Piece], size_of: Callable[[str], PayloadSize]
+) -> Iterator[tuple[Piece, slice]]:
+    """Yield every piece of a chunk with its byte range in the chunk's payload."""
+    start = 0
+    for piece in pieces:
+        end = start + size_of(piece.name).payload_bytes(piece.unit)
+        yield piece, slice(start, end)
+        start = end
 
 
 def encoded_wire_bytes(sizes: Sequence[int], index: int, metadata_count: int) -> int:

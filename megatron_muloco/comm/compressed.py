@@ -19,14 +19,12 @@ payloads of all others and adds them in replica order::
 E and D are encoding and decoding, e and f the residuals of error feedback.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from typing_extensions import override
 
 from megatron_muloco.comm.chunking import (
     Piece,
@@ -34,11 +32,12 @@ from megatron_muloco.comm.chunking import (
     chunk_length,
     chunk_pieces,
     encoded_wire_bytes,
+    payload_ranges,
     payload_sizes,
     uncoded_wire_bytes,
 )
-from megatron_muloco.comm.collectives import Layout, Pending
-from megatron_muloco.comm.reducers import OuterGroupReducer, Stopwatch
+from megatron_muloco.comm.collectives import BufferPool, Layout, Pending
+from megatron_muloco.comm.reducers import OuterGroup, Stopwatch
 from megatron_muloco.compress.codec import Codec, ErrorFeedback, encode, from_bytes
 from megatron_muloco.outer.reducer import (
     CompressionStats,
@@ -48,12 +47,26 @@ from megatron_muloco.outer.reducer import (
     Sizes,
 )
 
-__all__ = ["CompressedAllGather", "CompressedAllReduce", "CompressedReducer", "LaunchedCompression"]
+__all__ = [
+    "CodecOf",
+    "CompressedAllGather",
+    "CompressedAllReduce",
+    "LaunchedCompression",
+    "encode_messages",
+    "weighted_mean",
+]
+
+CodecOf = Callable[[str], Codec]
+"""Returns the codec of a parameter; the same one on all replicas."""
+
+
+# ------------------------------------------------------------------------------------------
+# Steps that both reductions share.
 
 
 @dataclass(frozen=True, slots=True)
 class LaunchedCompression:
-    """A reduction in progress: what `wait` needs, and what an error message names.
+    """A compressed reduction in progress.
 
     Attributes:
         fragment: Index of the fragment.
@@ -62,9 +75,10 @@ class LaunchedCompression:
         chunks: Pieces of each chunk.
         sizes: Payload bytes of each chunk.
         row_bytes: Bytes of weight and metadata in front of every payload.
-        buffers: Buffers that the network reads (sent) and writes (received).
+        buffers: Pooled buffers (sent, received); the network reads and writes them until the end
+            of `wait`.
         pending: The collective.
-        squares: Sum of what `encode` returned; NaN where nothing was encoded.
+        squares: Squared norms that `encode_messages` returned.
         clock: Times of encoding and decoding.
     """
 
@@ -80,8 +94,124 @@ class LaunchedCompression:
     clock: Stopwatch
 
 
-class CompressedReducer(OuterGroupReducer):
-    """Base of the compressed reducers: encodes this replica's tensors and maintains residual e.
+def encode_messages(
+    messages: Sequence[Tensor],
+    row: Tensor,
+    tensors: Mapping[str, Tensor],
+    weight: float,
+    chunks: Sequence[Sequence[Piece]],
+    codec_of: CodecOf,
+    residual: ErrorFeedback | None,
+) -> Tensor:
+    """Write ``[row | payload]`` of every chunk; update e with what the encoding loses.
+
+    With weight 0 the payloads are zero bytes and e stays as it is. Such a replica contributes
+    nothing to the mean, so encoding loses nothing of it. If e were updated, the excluded
+    pseudogradient, which may be huge, would enter the next round's mean through e.
+
+    Args:
+        messages: uint8, one for each chunk, of the bytes of row and payload; overwritten.
+        row: Weight and metadata as bytes.
+        tensors: Flat fp32 tensors of the fragment.
+        weight: Weight of this replica.
+        chunks: Pieces of each chunk.
+        codec_of: Returns the codec of a parameter.
+        residual: e; ``None`` without error feedback.
+
+    Returns:
+        Squared norms of what was encoded and of what the encoding lost, ``[2]``, fp64; NaN for a
+        replica of weight 0.
+    """
+    payloads = []
+    for message in messages:
+        message[: row.numel()] = row
+        # Zeroed, because pooled memory still holds an earlier launch. No rank decodes a payload of
+        # weight 0, but the bytes that a rank sends must not depend on what it sent before.
+        payloads.append(message[row.numel() :].zero_())
+    if not weight:
+        return torch.full((2,), torch.nan, dtype=torch.float64, device=row.device)
+    squares = torch.zeros(2, dtype=torch.float64, device=row.device)
+    decay = residual.decay if residual else 0.0
+    for pieces, payload in zip(chunks, payloads, strict=True):
+        for piece, place in payload_ranges(pieces, codec_of):
+            whole, kept = tensors[piece.name], None
+            if residual is not None:
+                kept = residual.of(piece.name, whole.numel(), row.device)[piece.start : piece.end]
+            values = whole[piece.start : piece.end]
+            squares += encode(codec_of(piece.name), piece.unit, values, payload[place], kept, decay)
+    return squares
+
+
+def split_messages(received: Tensor, row_bytes: int, num_replicas: int) -> tuple[Tensor, Tensor]:
+    """Return rows ``[K, 1 + metadata]``, fp32 on the host, and payloads ``[K, bytes]``, uint8."""
+    table = received.view(num_replicas, -1)
+    rows = from_bytes(table[:, :row_bytes].flatten(), torch.float32)
+    return rows.view(num_replicas, -1).cpu(), table[:, row_bytes:]
+
+
+def weighted_mean(
+    codec: Codec, piece: Piece, payloads: Sequence[Tensor], weights: Sequence[float], out: Tensor
+) -> None:
+    """Add ``sum w_k D(payload_k) / sum w_k`` to ``out``, in fp32.
+
+    The sum runs in replica order, so its bits do not depend on the order of arrival.
+
+    Args:
+        codec: Codec of the piece.
+        piece: The piece.
+        payloads: Its payload from each replica with a weight above 0, in replica order.
+        weights: Weights of these replicas.
+        out: Zeros, fp32, ``[piece.unit.numel]``.
+    """
+    term = torch.empty_like(out)
+    for payload, weight in zip(payloads, weights, strict=True):
+        codec.decode(payload, piece.unit, term)
+        out += term.mul_(weight)
+    out /= sum(weights)
+
+
+def _zeros(layout: Layout, device: torch.device) -> dict[str, Tensor]:
+    return {name: torch.zeros(size, device=device) for name, size in layout.sizes}
+
+
+def _stats(
+    handle: LaunchedCompression, rows: Tensor, wire_bytes: int, *, error_feedback: bool
+) -> ReductionStats:
+    exact, lost = handle.squares.unbind()
+    clock = handle.clock
+    return ReductionStats(
+        rows[:, 0].clone(),
+        rows[:, 1:].clone(),
+        wire_bytes=wire_bytes,
+        uncoded_bytes=uncoded_wire_bytes(handle.layout.numel, len(rows)),
+        code=CompressionStats(exact, lost, clock["encode"], clock["decode"], error_feedback),
+    )
+
+
+def _replica_residuals(
+    residual: ErrorFeedback | None, fragments: Sequence[Sizes], device: torch.device
+) -> dict[str, Mapping[str, Tensor]]:
+    """Return e of all tensors under its name in a checkpoint; nothing without error feedback."""
+    if residual is None:
+        return {}
+    own = {
+        name: residual.of(name, size, device) for sizes in fragments for name, size in sizes.items()
+    }
+    return {"residual": own}
+
+
+def _load(
+    residual: ErrorFeedback | None, values: Mapping[str, Tensor], device: torch.device
+) -> None:
+    if residual is not None:
+        residual.load({name: tensor.to(device) for name, tensor in values.items()})
+
+
+# ------------------------------------------------------------------------------------------
+
+
+class CompressedAllReduce:
+    """Mean of encoded tensors, summed in fp32 at the owner of each chunk and encoded again.
 
     Args:
         group: The outer group, in replica order; ``None`` for a single replica.
@@ -93,6 +223,11 @@ class CompressedReducer(OuterGroupReducer):
 
     Attributes:
         residual: e of this replica, by parameter; ``None`` without error feedback.
+        owner_residual: f, by parameter, for the pieces that this rank owns.
+
+    Collectives: `launch` starts an all-to-all over the outer group; `wait` finishes it and does a
+    second, blocking one.
+    Wire bytes per rank: `encoded_wire_bytes`.
     """
 
     returns_views = False
@@ -101,25 +236,20 @@ class CompressedReducer(OuterGroupReducer):
         self,
         group: ProcessGroup | None,
         device: torch.device,
-        codec_of: Callable[[str], Codec],
+        codec_of: CodecOf,
         rows: RowPlaces,
         error_decay: float | None,
         *,
         through_host: bool = False,
     ) -> None:
-        super().__init__(group, device, through_host=through_host)
+        self._outer = OuterGroup(group, device, through_host=through_host)
+        self._pool = BufferPool(device)
         self._codec_of, self._rows = codec_of, rows
         self.residual = None if error_decay is None else ErrorFeedback(error_decay)
-        self.residual_names = () if error_decay is None else ("residual",)
-
-    @property
-    def _chunk_count(self) -> int:
-        """Number of chunks of a fragment; each is encoded by itself."""
-        raise NotImplementedError
-
-    def _send(self, sent: Tensor, splits: Sequence[int]) -> tuple[Tensor, Pending]:
-        """Start to send ``[row | payload]`` of every chunk; return the receive buffer."""
-        raise NotImplementedError
+        self.owner_residual = None if error_decay is None else ErrorFeedback(error_decay)
+        self.residual_names: tuple[str, ...] = ()
+        if error_decay is not None:
+            self.residual_names = ("residual", "owner_residual")
 
     def launch(
         self,
@@ -131,28 +261,25 @@ class CompressedReducer(OuterGroupReducer):
         round_index: int,
     ) -> LaunchedCompression:
         """See `Reducer.launch`."""
-        layout, clock = Layout.of(tensors), Stopwatch()
-        chunks = chunk_pieces(layout.sizes, self._chunk_count, self._rows)
+        outer, clock = self._outer, Stopwatch()
+        # 1. Cut the fragment into K chunks; rank k owns chunk k.
+        layout = Layout.of(tensors)
+        chunks = chunk_pieces(layout.sizes, outer.size, self._rows)
         sizes = payload_sizes(chunks, self._codec_of)
-        row = self._row(weight, metadata).view(torch.uint8)
+        # 2. Encode v = x + decay * e into one message for each owner; e keeps what is lost.
+        row = outer.row(weight, metadata).view(torch.uint8)
         splits = [row.numel() + size for size in sizes]
         sent = self._pool.acquire(sum(splits), torch.uint8)
-        payloads = []
-        for slot in sent.split(splits):
-            slot[: row.numel()] = row
-            # Zeroed, because a replica of weight 0 sends the payload as it is, and pooled memory
-            # still holds an earlier launch. Nobody decodes it, but what a rank sends must not
-            # depend on history.
-            payloads.append(slot[row.numel() :].zero_())
-        squares = torch.full((2,), torch.nan, dtype=torch.float64, device=self._device)
-        if weight:
-            with (
-                clock("encode"),
-                self._named_values("a pseudogradient and its residual", fragment, round_index),
-            ):
-                squares = self._encode_chunks(tensors, chunks, payloads)
-        with self._named_errors("launch", fragment, round_index):
-            received, pending = self._send(sent, splits)
+        what = "a pseudogradient and its residual"
+        with clock("encode"), outer.named_values(what, fragment, round_index):
+            squares = encode_messages(
+                sent.split(splits), row, tensors, weight, chunks, self._codec_of, self.residual
+            )
+        # 3. Send message k to rank k.
+        own = [splits[outer.index]] * outer.size
+        received = self._pool.acquire(sum(own), torch.uint8)
+        with outer.named_errors("launch", fragment, round_index):
+            pending = outer.wire.all_to_all(received, sent, receive_splits=own, send_splits=splits)
         return LaunchedCompression(
             fragment,
             round_index,
@@ -166,111 +293,119 @@ class CompressedReducer(OuterGroupReducer):
             clock,
         )
 
-    @override
+    def wait(self, handle: LaunchedCompression) -> Reduced:
+        """See `Reducer.wait`."""
+        outer, fragment, round_index = self._outer, handle.fragment, handle.round_index
+        with outer.named_errors("apply", fragment, round_index):
+            handle.pending.wait()
+        rows, payloads = split_messages(handle.buffers[1], handle.row_bytes, outer.size)
+        # 4. Owner of a chunk: average in fp32, and encode z = m + decay * f; f keeps what is lost.
+        with outer.named_values("the mean and its residual", fragment, round_index):
+            own = self._encode_mean(handle, payloads, rows[:, 0].tolist())
+        # 5. Send it to all. Every rank decodes the same bytes, the owner too, so the mean is
+        # bitwise the same on all of them.
+        with outer.named_errors("apply", fragment, round_index):
+            encoded = self._gather(own, handle.sizes)
+        mean = _zeros(handle.layout, outer.device)
+        if rows[:, 0].any():
+            with handle.clock("decode"):
+                for pieces, payload in zip(handle.chunks, encoded.split(handle.sizes), strict=True):
+                    for piece, place in payload_ranges(pieces, self._codec_of):
+                        out = mean[piece.name][piece.start : piece.end]
+                        self._codec_of(piece.name).decode(payload[place], piece.unit, out)
+        self._pool.release(*handle.buffers)
+        wire_bytes = encoded_wire_bytes(handle.sizes, outer.index, handle.row_bytes // 4 - 1)
+        feedback = self.residual is not None
+        return Reduced(mean, _stats(handle, rows, wire_bytes, error_feedback=feedback))
+
+    def _encode_mean(
+        self, handle: LaunchedCompression, received: Tensor, weights: Sequence[float]
+    ) -> Tensor:
+        """Return the encoded mean of this rank's chunk; zero bytes where all weights are 0.
+
+        Without a weight there is no mean, and f stays as it is.
+        """
+        device, kept = self._outer.device, self.owner_residual
+        payload = torch.zeros(received.shape[1], dtype=torch.uint8, device=device)
+        used = [k for k, weight in enumerate(weights) if weight]
+        if not used:
+            return payload
+        decay = kept.decay if kept else 0.0
+        for piece, place in payload_ranges(handle.chunks[self._outer.index], self._codec_of):
+            codec, numel = self._codec_of(piece.name), piece.unit.numel
+            mean = torch.zeros(numel, device=device)
+            with handle.clock("decode"):
+                terms = [received[k, place] for k in used]
+                weighted_mean(codec, piece, terms, [weights[k] for k in used], mean)
+            residual = kept.of(piece.name, numel, device) if kept else None
+            with handle.clock("encode"):
+                encode(codec, piece.unit, mean, payload[place], residual, decay)
+        return payload
+
+    def _gather(self, own: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Return the payloads of all chunks, by an all-to-all: gloo gathers equal sizes only."""
+        gathered = torch.empty(sum(sizes), dtype=torch.uint8, device=own.device)
+        self._outer.wire.all_to_all(
+            gathered,
+            own.repeat(self._outer.size),
+            receive_splits=sizes,
+            send_splits=[own.numel()] * self._outer.size,
+        ).wait()
+        return gathered
+
+    # ---- residuals: a checkpoint holds f whole, each owner only its pieces ------------------
+
     def forget_residual(self) -> None:
-        """See `Reducer.forget_residual`."""
+        """See `Reducer.forget_residual`; f is common to all replicas and stays."""
         if self.residual is not None:
             self.residual.forget()
 
-    @override
     def residuals(self, fragments: Sequence[Sizes]) -> Residuals:
         """See `Reducer.residuals`."""
-        if self.residual is None:
-            return {}
-        own = {
-            name: self.residual.of(name, size, self._device)
-            for sizes in fragments
-            for name, size in sizes.items()
-        }
-        return {"residual": own}
+        found = _replica_residuals(self.residual, fragments, self._outer.device)
+        if self.owner_residual is not None:
+            whole: dict[str, Tensor] = {}
+            for sizes in fragments:
+                whole |= self._from_owners(self.owner_residual, sizes)
+            found["owner_residual"] = whole
+        return found
 
-    @override
     def load_residuals(self, residuals: Residuals, fragments: Sequence[Sizes]) -> None:
         """See `Reducer.load_residuals`."""
-        if self.residual is not None:
-            self.residual.load(self._here(residuals.get("residual", {})))
+        whole = residuals.get("owner_residual", {})
+        owned = {
+            piece.name: whole[piece.name][piece.start : piece.end]
+            for sizes in fragments
+            for piece in self._owned(sizes)
+            if piece.name in whole
+        }
+        _load(self.residual, residuals.get("residual", {}), self._outer.device)
+        _load(self.owner_residual, owned, self._outer.device)
 
-    # ---- parts of launch and wait -----------------------------------------------------------
+    def _from_owners(self, kept: ErrorFeedback, sizes: Sizes) -> dict[str, Tensor]:
+        """Return f of a fragment's tensors, each piece from its owner."""
+        outer = self._outer
+        length = chunk_length(list(sizes.items()), outer.size)
+        own, start = torch.zeros(length, device=outer.device), 0
+        for piece in self._owned(sizes):
+            place = own[start : start + piece.unit.numel]
+            place.copy_(kept.of(piece.name, piece.unit.numel, outer.device))
+            start += piece.unit.numel
+        gathered = torch.empty(outer.size * length, device=outer.device)
+        outer.wire.all_gather(gathered, own).wait()
+        return Layout(tuple(sizes.items())).unpack(gathered)
 
-    def _encode_chunks(
-        self,
-        tensors: Mapping[str, Tensor],
-        chunks: Sequence[Sequence[Piece]],
-        payloads: Sequence[Tensor],
-    ) -> Tensor:
-        """Fill the payloads; return the squared norms of `encode`.
-
-        Not called for a replica of weight 0. It contributes nothing to the mean, so encoding loses
-        nothing, and e stays as it is. Otherwise the excluded pseudogradient, which may be huge,
-        would enter the next round's mean through e.
-        """
-        squares = torch.zeros(2, dtype=torch.float64, device=self._device)
-        for pieces, payload in zip(chunks, payloads, strict=True):
-            for piece, place in self._places(pieces):
-                values, kept = tensors[piece.name][piece.start : piece.end], None
-                if self.residual is not None:
-                    size = tensors[piece.name].numel()
-                    kept = self.residual.of(piece.name, size, self._device)
-                    kept = kept[piece.start : piece.end]
-                decay = self.residual.decay if self.residual else 0.0
-                codec = self._codec_of(piece.name)
-                squares += encode(codec, piece.unit, values, payload[place], kept, decay)
-        return squares
-
-    def _arrived(self, handle: Any) -> tuple[Tensor, Tensor]:
-        """Return the rows (on the host) and the payloads of all replicas, both ``[K, ...]``."""
-        assert isinstance(handle, LaunchedCompression)
-        with self._named_errors("apply", handle.fragment, handle.round_index):
-            handle.pending.wait()
-        table = handle.buffers[1].view(self._size, -1)
-        rows = from_bytes(table[:, : handle.row_bytes].flatten(), torch.float32)
-        return rows.view(self._size, -1).cpu(), table[:, handle.row_bytes :]
-
-    def _places(self, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, slice]]:
-        """Yield every piece of a chunk with its byte range in the chunk's payload."""
-        start = 0
-        for piece in pieces:
-            end = start + self._codec_of(piece.name).payload_bytes(piece.unit)
-            yield piece, slice(start, end)
-            start = end
-
-    def _mean_of_units(
-        self, piece: Piece, payloads: Sequence[Tensor], weights: Sequence[float], into: Tensor
-    ) -> None:
-        """Add decoded payloads to ``into``, which is zero, and divide by the sum of weights.
-
-        In replica order, so that the bits do not depend on the order of arrival.
-        """
-        term = torch.empty_like(into)
-        for payload, weight in zip(payloads, weights, strict=True):
-            self._codec_of(piece.name).decode(payload, piece.unit, term)
-            into += term.mul_(weight)
-        into /= sum(weights)
-
-    def _reduced(
-        self, handle: LaunchedCompression, mean: Mapping[str, Tensor], rows: Tensor, wire_bytes: int
-    ) -> Reduced:
-        self._pool.release(*handle.buffers)
-        exact, lost = handle.squares.unbind()
-        encode_ms, decode_ms = handle.clock["encode"], handle.clock["decode"]
-        stats = ReductionStats(
-            rows[:, 0].clone(),
-            rows[:, 1:].clone(),
-            wire_bytes=wire_bytes,
-            uncoded_bytes=uncoded_wire_bytes(handle.layout.numel, self._size),
-            code=CompressionStats(exact, lost, encode_ms, decode_ms, self.residual is not None),
-        )
-        return Reduced(mean, stats)
-
-    def _here(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensor.to(self._device) for name, tensor in tensors.items()}
+    def _owned(self, sizes: Sizes) -> tuple[Piece, ...]:
+        return chunk_pieces(list(sizes.items()), self._outer.size, self._rows)[self._outer.index]
 
 
 # ------------------------------------------------------------------------------------------
 
 
-class CompressedAllReduce(CompressedReducer):
-    """Mean of encoded tensors, summed in fp32 at the owner of each chunk and encoded again.
+class CompressedAllGather:
+    """Mean of encoded tensors, with the payloads of all replicas decoded on every rank.
+
+    A rank's whole shard of a tensor is one coding unit.
 
     Args:
         group: The outer group, in replica order; ``None`` for a single replica.
@@ -281,177 +416,101 @@ class CompressedAllReduce(CompressedReducer):
         through_host: Whether tensors are sent through host memory.
 
     Attributes:
-        owner_residual: f, by parameter, for the pieces that this rank owns.
-
-    Collectives: `launch` starts an all-to-all over the outer group; `wait` finishes it and does a
-    second, blocking one.
-    Wire bytes per rank: `encoded_wire_bytes`.
-    """
-
-    def __init__(
-        self,
-        group: ProcessGroup | None,
-        device: torch.device,
-        codec_of: Callable[[str], Codec],
-        rows: RowPlaces,
-        error_decay: float | None,
-        *,
-        through_host: bool = False,
-    ) -> None:
-        super().__init__(group, device, codec_of, rows, error_decay, through_host=through_host)
-        self.owner_residual = None if error_decay is None else ErrorFeedback(error_decay)
-        self.residual_names = () if error_decay is None else ("residual", "owner_residual")
-
-    @property
-    @override
-    def _chunk_count(self) -> int:
-        """One chunk for each rank."""
-        return self._size
-
-    @override
-    def _send(self, sent: Tensor, splits: Sequence[int]) -> tuple[Tensor, Pending]:
-        own = [splits[self._index]] * self._size
-        received = self._pool.acquire(sum(own), torch.uint8)
-        return received, self._wire.all_to_all(
-            received, sent, receive_splits=own, send_splits=splits
-        )
-
-    def wait(self, handle: Any) -> Reduced:
-        """See `Reducer.wait`."""
-        rows, payloads = self._arrived(handle)
-        weights: list[float] = rows[:, 0].tolist()
-        pieces = handle.chunks[self._index]
-        with self._named_values("the mean and its residual", handle.fragment, handle.round_index):
-            own = self._encode_mean(pieces, payloads, weights, handle.clock)
-        with self._named_errors("apply", handle.fragment, handle.round_index):
-            encoded = self._gather(own, handle.sizes)
-        mean = {name: torch.zeros(size, device=self._device) for name, size in handle.layout.sizes}
-        if any(weights):
-            with handle.clock("decode"):
-                for pieces, payload in zip(handle.chunks, encoded.split(handle.sizes), strict=True):
-                    self._decode(pieces, payload, mean)
-        sent = encoded_wire_bytes(handle.sizes, self._index, handle.row_bytes // 4 - 1)
-        return self._reduced(handle, mean, rows, sent)
-
-    def _encode_mean(
-        self,
-        pieces: Sequence[Piece],
-        received: Tensor,
-        weights: Sequence[float],
-        clock: Stopwatch,
-    ) -> Tensor:
-        """Return the encoded mean of this rank's chunk; zero bytes where all weights are 0.
-
-        Without a weight there is no mean, and f stays as it is.
-        """
-        payload = torch.zeros(received.shape[1], dtype=torch.uint8, device=self._device)
-        usable = [index for index, weight in enumerate(weights) if weight]
-        if not usable:
-            return payload
-        for piece, place in self._places(pieces):
-            mean, kept = torch.zeros(piece.unit.numel, device=self._device), None
-            with clock("decode"):
-                units = [received[index, place] for index in usable]
-                self._mean_of_units(piece, units, [weights[index] for index in usable], mean)
-            if self.owner_residual is not None:
-                kept = self.owner_residual.of(piece.name, piece.unit.numel, self._device)
-            decay = self.owner_residual.decay if self.owner_residual else 0.0
-            with clock("encode"):
-                encode(self._codec_of(piece.name), piece.unit, mean, payload[place], kept, decay)
-        return payload
-
-    def _decode(self, pieces: Sequence[Piece], payload: Tensor, into: Mapping[str, Tensor]) -> None:
-        for piece, place in self._places(pieces):
-            out = into[piece.name][piece.start : piece.end]
-            self._codec_of(piece.name).decode(payload[place], piece.unit, out)
-
-    def _gather(self, own: Tensor, sizes: Sequence[int]) -> Tensor:
-        """Return the payloads of all chunks; sizes differ, and gloo gathers equal sizes only."""
-        gathered = torch.empty(sum(sizes), dtype=torch.uint8, device=self._device)
-        self._wire.all_to_all(
-            gathered,
-            own.repeat(self._size),
-            receive_splits=sizes,
-            send_splits=[own.numel()] * self._size,
-        ).wait()
-        return gathered
-
-    # ---- f: each owner holds a part, and a checkpoint holds the whole ------------------------
-
-    @override
-    def residuals(self, fragments: Sequence[Sizes]) -> Residuals:
-        """See `Reducer.residuals`."""
-        if self.owner_residual is None:
-            return {}
-        owners: dict[str, Tensor] = {}
-        for sizes in fragments:
-            owners |= self._from_owners(sizes)
-        return {**super().residuals(fragments), "owner_residual": owners}
-
-    @override
-    def load_residuals(self, residuals: Residuals, fragments: Sequence[Sizes]) -> None:
-        """See `Reducer.load_residuals`."""
-        super().load_residuals(residuals, fragments)
-        if self.owner_residual is not None:
-            owners = residuals.get("owner_residual", {})
-            owned = {
-                piece.name: owners[piece.name][piece.start : piece.end]
-                for sizes in fragments
-                for piece in self._owned(sizes)
-                if piece.name in owners
-            }
-            self.owner_residual.load(self._here(owned))
-
-    def _from_owners(self, sizes: Sizes) -> dict[str, Tensor]:
-        """Return f of a fragment's tensors, each piece from its owner."""
-        assert self.owner_residual is not None
-        length = chunk_length(list(sizes.items()), self._size)
-        own, start = torch.zeros(length, device=self._device), 0
-        for piece in self._owned(sizes):
-            place = own[start : start + piece.unit.numel]
-            place.copy_(self.owner_residual.of(piece.name, piece.unit.numel, self._device))
-            start += piece.unit.numel
-        gathered = torch.empty(self._size * length, device=self._device)
-        self._wire.all_gather(gathered, own).wait()
-        return Layout(tuple(sizes.items())).unpack(gathered)
-
-    def _owned(self, sizes: Sizes) -> tuple[Piece, ...]:
-        return chunk_pieces(list(sizes.items()), self._size, self._rows)[self._index]
-
-
-# ------------------------------------------------------------------------------------------
-
-
-class CompressedAllGather(CompressedReducer):
-    """Mean of encoded tensors, with the payloads of all replicas decoded on every rank.
-
-    A rank's whole shard of a tensor is one coding unit.
+        residual: e of this replica, by parameter; ``None`` without error feedback.
 
     Collectives: `launch` starts an all-gather over the outer group, `wait` finishes it.
     Wire bytes per rank: ``K - 1`` times row and payload.
     """
 
-    @property
-    @override
-    def _chunk_count(self) -> int:
-        """The whole fragment is one chunk."""
-        return 1
+    returns_views = False
 
-    @override
-    def _send(self, sent: Tensor, splits: Sequence[int]) -> tuple[Tensor, Pending]:
-        received = self._pool.acquire(self._size * sent.numel(), torch.uint8)
-        return received, self._wire.all_gather(received, sent)
+    def __init__(
+        self,
+        group: ProcessGroup | None,
+        device: torch.device,
+        codec_of: CodecOf,
+        rows: RowPlaces,
+        error_decay: float | None,
+        *,
+        through_host: bool = False,
+    ) -> None:
+        self._outer = OuterGroup(group, device, through_host=through_host)
+        self._pool = BufferPool(device)
+        self._codec_of, self._rows = codec_of, rows
+        self.residual = None if error_decay is None else ErrorFeedback(error_decay)
+        self.residual_names: tuple[str, ...] = () if error_decay is None else ("residual",)
 
-    def wait(self, handle: Any) -> Reduced:
+    def launch(
+        self,
+        fragment: int,
+        tensors: Mapping[str, Tensor],
+        weight: float,
+        metadata: Tensor,
+        *,
+        round_index: int,
+    ) -> LaunchedCompression:
+        """See `Reducer.launch`."""
+        outer, clock = self._outer, Stopwatch()
+        # 1. The fragment is one chunk: every rank gets all of it.
+        layout = Layout.of(tensors)
+        chunks = chunk_pieces(layout.sizes, 1, self._rows)
+        sizes = payload_sizes(chunks, self._codec_of)
+        # 2. Encode v = x + decay * e into one message for all; e keeps what is lost.
+        row = outer.row(weight, metadata).view(torch.uint8)
+        sent = self._pool.acquire(row.numel() + sum(sizes), torch.uint8)
+        what = "a pseudogradient and its residual"
+        with clock("encode"), outer.named_values(what, fragment, round_index):
+            squares = encode_messages(
+                [sent], row, tensors, weight, chunks, self._codec_of, self.residual
+            )
+        # 3. Send it to all ranks.
+        received = self._pool.acquire(outer.size * sent.numel(), torch.uint8)
+        with outer.named_errors("launch", fragment, round_index):
+            pending = outer.wire.all_gather(received, sent)
+        return LaunchedCompression(
+            fragment,
+            round_index,
+            layout,
+            chunks,
+            sizes,
+            row.numel(),
+            (sent, received),
+            pending,
+            squares,
+            clock,
+        )
+
+    def wait(self, handle: LaunchedCompression) -> Reduced:
         """See `Reducer.wait`."""
-        rows, payloads = self._arrived(handle)
-        mean = {name: torch.zeros(size, device=self._device) for name, size in handle.layout.sizes}
-        usable = [(k, weight) for k, weight in enumerate(rows[:, 0].tolist()) if weight]
-        if usable:
-            weights = [weight for _, weight in usable]
+        outer, (sent, received) = self._outer, handle.buffers
+        with outer.named_errors("apply", handle.fragment, handle.round_index):
+            handle.pending.wait()
+        rows, payloads = split_messages(received, handle.row_bytes, outer.size)
+        # 4. Every rank decodes all replicas and averages in fp32: the same bytes in the same order,
+        # so the mean is bitwise the same on all of them.
+        mean = _zeros(handle.layout, outer.device)
+        weights: list[float] = rows[:, 0].tolist()
+        used = [k for k, weight in enumerate(weights) if weight]
+        if used:
             with handle.clock("decode"):
-                for piece, place in self._places(handle.chunks[0]):
-                    units = [payloads[k, place] for k, _ in usable]
-                    self._mean_of_units(piece, units, weights, mean[piece.name])
-        sent, _ = handle.buffers
-        return self._reduced(handle, mean, rows, (self._size - 1) * sent.numel())
+                for piece, place in payload_ranges(handle.chunks[0], self._codec_of):
+                    terms = [payloads[k, place] for k in used]
+                    codec, out = self._codec_of(piece.name), mean[piece.name]
+                    weighted_mean(codec, piece, terms, [weights[k] for k in used], out)
+        self._pool.release(sent, received)
+        wire_bytes = (outer.size - 1) * sent.numel()
+        feedback = self.residual is not None
+        return Reduced(mean, _stats(handle, rows, wire_bytes, error_feedback=feedback))
+
+    def forget_residual(self) -> None:
+        """See `Reducer.forget_residual`."""
+        if self.residual is not None:
+            self.residual.forget()
+
+    def residuals(self, fragments: Sequence[Sizes]) -> Residuals:
+        """See `Reducer.residuals`."""
+        return _replica_residuals(self.residual, fragments, self._outer.device)
+
+    def load_residuals(self, residuals: Residuals, fragments: Sequence[Sizes]) -> None:
+        """See `Reducer.load_residuals`."""
+        _load(self.residual, residuals.get("residual", {}), self._outer.device)

@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import deepspeed.comm as dist
 import torch
@@ -37,7 +37,8 @@ from megatron_muloco.outer.reducer import Reduced, Reducer, ReductionStats, Resi
 __all__ = [
     "AllReduce",
     "ChunkedAllReduce",
-    "OuterGroupReducer",
+    "LaunchedMean",
+    "OuterGroup",
     "ReplicaSum",
     "Stopwatch",
     "build_plain_reducer_for",
@@ -48,8 +49,15 @@ __all__ = [
 # Parts that all reducers share.
 
 
-class OuterGroupReducer:
-    """Base of all reducers: the outer group, its wire, its buffers. It keeps no residuals.
+class OuterGroup:
+    """This rank's outer group: its members, the wire between them, and errors that name them.
+
+    Attributes:
+        device: Device of the tensors.
+        ranks: Global ranks of the members, in replica order.
+        index: This rank's place among them.
+        size: K, the number of members.
+        wire: Collectives over the group.
 
     Args:
         group: The outer group, in replica order; ``None`` for a single replica.
@@ -58,58 +66,49 @@ class OuterGroupReducer:
             be one that sends from there.
     """
 
-    residual_names: tuple[str, ...] = ()
-    returns_views = True
-
     def __init__(
         self, group: ProcessGroup | None, device: torch.device, *, through_host: bool = False
     ) -> None:
-        self._device = device
-        self._ranks = get_process_group_ranks(group) if group is not None else [0]
-        self._index = dist.get_rank(group) if group is not None else 0
-        self._size = len(self._ranks)
-        self._wire: Wire = HostWire(group, device) if through_host else DeviceWire(group)
-        self._pool = BufferPool(device)
+        self.device = device
+        self.ranks = get_process_group_ranks(group) if group is not None else [0]
+        self.index = dist.get_rank(group) if group is not None else 0
+        self.size = len(self.ranks)
+        self.wire: Wire = HostWire(group, device) if through_host else DeviceWire(group)
 
-    def forget_residual(self) -> None:
-        """See `Reducer.forget_residual`."""
-
-    def residuals(self, fragments: Sequence[Sizes]) -> Residuals:
-        """See `Reducer.residuals`."""
-        return {}
-
-    def load_residuals(self, residuals: Residuals, fragments: Sequence[Sizes]) -> None:
-        """See `Reducer.load_residuals`."""
-
-    def _row(self, weight: float, metadata: Tensor) -> Tensor:
-        assert 0.0 <= weight <= 1.0, weight
+    def row(self, weight: float, metadata: Tensor) -> Tensor:
+        """Return ``[weight, metadata]`` of this replica, fp32, on the device of the tensors."""
         head = torch.tensor([weight], dtype=torch.float32)
-        return torch.cat([head.to(metadata.device), metadata.float()]).to(self._device)
+        return torch.cat([head.to(metadata.device), metadata.float()]).to(self.device)
 
     @contextmanager
-    def _named_errors(self, verb: str, fragment: int, round_index: int) -> Iterator[None]:
+    def named_errors(self, verb: str, fragment: int, round_index: int) -> Iterator[None]:
+        """Raise `SyncError` with round, fragment and ranks for a collective that fails inside."""
         try:
             yield
         except RuntimeError as error:
             raise SyncError(
                 f"round {round_index}: the {verb} of fragment {fragment} failed on rank "
-                f"{self._ranks[self._index]} of outer group {self._ranks}: {error}. A rank of that "
+                f"{self.ranks[self.index]} of outer group {self.ranks}: {error}. A rank of that "
                 "group ended or was late; the first error in its log is the cause."
             ) from error
 
     @contextmanager
-    def _named_values(self, what: str, fragment: int, round_index: int) -> Iterator[None]:
+    def named_values(self, what: str, fragment: int, round_index: int) -> Iterator[None]:
+        """Add round, fragment and ranks to the `SyncError` of values that cannot be encoded."""
         try:
             yield
         except SyncError as error:
             raise SyncError(
-                f"round {round_index}, fragment {fragment}, rank {self._ranks[self._index]} of "
-                f"outer group {self._ranks}: {what} could not be encoded: {error}"
+                f"round {round_index}, fragment {fragment}, rank {self.ranks[self.index]} of "
+                f"outer group {self.ranks}: {what} could not be encoded: {error}"
             ) from error
 
 
 class Stopwatch:
-    """Host time by activity. On an accelerator it is a lower bound: work is only queued there."""
+    """Host time by activity. On an accelerator it is a lower bound: work is only queued there.
+
+    Each activity also appears in a profile, as ``muloco::<activity>``.
+    """
 
     def __init__(self) -> None:
         self._ms: dict[str, float] = {}
@@ -119,7 +118,8 @@ class Stopwatch:
         """Add the time spent in the ``with`` block to the activity."""
         started = time.perf_counter()
         try:
-            yield
+            with torch.profiler.record_function(f"muloco::{activity}"):
+                yield
         finally:
             self._ms[activity] = self[activity] + (time.perf_counter() - started) * 1e3
 
@@ -160,29 +160,18 @@ def build_plain_reducer_for(
     return AllReduce(group, device, through_host=through_host)
 
 
-class ReplicaSum:
-    """Sums a small tensor over all ranks of a replica, for norms and the guard.
-
-    Args:
-        group: All ranks of one replica.
-
-    Collectives: a blocking all-reduce over ``group``; all its ranks call it in the same order.
-    """
-
-    def __init__(self, group: ProcessGroup) -> None:
-        self._group = group
-
-    def __call__(self, tensor: Tensor) -> Tensor:
-        """Return the sum over the group, bitwise equal on all its ranks, in a new tensor."""
-        total = tensor.clone()
-        if dist.get_world_size(self._group) > 1:
-            dist.all_reduce(total, group=self._group)
-        return total
-
-
 @dataclass(frozen=True, slots=True)
-class _Launched:
-    """A reduction in progress: what `wait` needs, and what an error message names."""
+class LaunchedMean:
+    """An uncompressed reduction in progress.
+
+    Attributes:
+        fragment: Index of the fragment.
+        round_index: Round of the launch.
+        layout: Names and sizes of the tensors.
+        metadata_count: fp32 metadata values of a replica.
+        buffers: Pooled buffers; the network reads and writes them until the end of `wait`.
+        pending: The collective.
+    """
 
     fragment: int
     round_index: int
@@ -192,12 +181,41 @@ class _Launched:
     pending: Pending
 
 
-class AllReduce(OuterGroupReducer):
+class _WithoutResiduals:
+    """The residual methods of a reducer that loses nothing and so keeps nothing."""
+
+    residual_names: tuple[str, ...] = ()
+
+    def forget_residual(self) -> None:
+        """Do nothing; see `Reducer.forget_residual`."""
+
+    def residuals(self, fragments: Sequence[Sizes]) -> Residuals:
+        """Return no residuals; see `Reducer.residuals`."""
+        return {}
+
+    def load_residuals(self, residuals: Residuals, fragments: Sequence[Sizes]) -> None:
+        """Ignore residuals of an earlier, compressed run; see `Reducer.load_residuals`."""
+
+
+class AllReduce(_WithoutResiduals):
     """fp32 mean by one all-reduce; the default.
+
+    Args:
+        group: The outer group, in replica order; ``None`` for a single replica.
+        device: Device of the tensors.
+        through_host: Whether tensors are sent through host memory.
 
     Collectives: `launch` starts an all-reduce (sum) over the outer group, `wait` finishes it.
     Wire bytes per rank: ``2 * (K - 1) / K`` of the padded buffer, as a ring sends them.
     """
+
+    returns_views = True
+
+    def __init__(
+        self, group: ProcessGroup | None, device: torch.device, *, through_host: bool = False
+    ) -> None:
+        self._outer = OuterGroup(group, device, through_host=through_host)
+        self._pool = BufferPool(device)
 
     def launch(
         self,
@@ -207,11 +225,12 @@ class AllReduce(OuterGroupReducer):
         metadata: Tensor,
         *,
         round_index: int,
-    ) -> _Launched:
+    ) -> LaunchedMean:
         """See `Reducer.launch`."""
-        layout = Layout.of(tensors)
-        row = self._row(weight, metadata)
-        size = _round_up(layout.numel + self._size * row.numel(), self._size)
+        outer, layout = self._outer, Layout.of(tensors)
+        # 1. Fill the buffer: weighted tensors, and this replica's row among zeros.
+        row = outer.row(weight, metadata)
+        size = _round_up(layout.numel + outer.size * row.numel(), outer.size)
         buffer = self._pool.acquire(size, torch.float32)
         # A replica of weight 0 sends zeros, not ``0 * tensors``: its tensors may hold NaN, and
         # 0 * NaN is NaN.
@@ -219,29 +238,32 @@ class AllReduce(OuterGroupReducer):
         if weight:
             layout.pack(tensors, buffer)
             buffer[: layout.numel] *= weight
-        start = layout.numel + self._index * row.numel()
+        start = layout.numel + outer.index * row.numel()
         buffer[start : start + row.numel()] = row
-        with self._named_errors("launch", fragment, round_index):
-            pending = self._wire.all_reduce(buffer)
-        return _Launched(fragment, round_index, layout, metadata.numel(), (buffer,), pending)
+        # 2. Start the sum.
+        with outer.named_errors("launch", fragment, round_index):
+            pending = outer.wire.all_reduce(buffer)
+        return LaunchedMean(fragment, round_index, layout, metadata.numel(), (buffer,), pending)
 
-    def wait(self, handle: Any) -> Reduced:
+    def wait(self, handle: LaunchedMean) -> Reduced:
         """See `Reducer.wait`."""
-        assert isinstance(handle, _Launched)
+        outer, layout = self._outer, handle.layout
         (buffer,) = handle.buffers
-        with self._named_errors("apply", handle.fragment, handle.round_index):
+        # 3. Finish the sum.
+        with outer.named_errors("apply", handle.fragment, handle.round_index):
             handle.pending.wait()
-        numel, columns = handle.layout.numel, 1 + handle.metadata_count
-        rows = buffer[numel : numel + self._size * columns].view(self._size, columns).cpu()
-        _divide(buffer[:numel], rows)
+        # 4. Divide by the weights, which the sum has delivered too.
+        columns = 1 + handle.metadata_count
+        rows = buffer[layout.numel : layout.numel + outer.size * columns]
+        rows = rows.view(outer.size, columns).cpu()
+        _divide(buffer[: layout.numel], rows)
+        # The mean stays readable in the released buffer until the next launch (`returns_views`).
         self._pool.release(buffer)
-        wire_bytes = uncoded_wire_bytes(buffer.numel(), self._size)
-        uncoded = uncoded_wire_bytes(numel, self._size)
-        stats = ReductionStats(rows[:, 0].clone(), rows[:, 1:].clone(), wire_bytes, uncoded)
-        return Reduced(handle.layout.unpack(buffer), stats)
+        sent = uncoded_wire_bytes(buffer.numel(), outer.size)
+        return Reduced(layout.unpack(buffer), _plain_stats(rows, layout, sent))
 
 
-class ChunkedAllReduce(OuterGroupReducer):
+class ChunkedAllReduce(_WithoutResiduals):
     """Mean by an all-to-all, a sum at the owner of each chunk, and an all-gather.
 
     The owner adds neighbours pairwise in replica order. So the sum of K equal values is exactly K
@@ -267,11 +289,10 @@ class ChunkedAllReduce(OuterGroupReducer):
         wire_dtype: torch.dtype,
         through_host: bool = False,
     ) -> None:
-        super().__init__(group, device, through_host=through_host)
+        self._outer = OuterGroup(group, device, through_host=through_host)
+        self._pool = BufferPool(device)
         self._wire_dtype = wire_dtype
-        self.returns_views = (
-            wire_dtype == torch.float32
-        )  # other dtypes are converted to fp32, into new memory
+        self.returns_views = wire_dtype == torch.float32  # others are converted into new memory
 
     def launch(
         self,
@@ -281,51 +302,61 @@ class ChunkedAllReduce(OuterGroupReducer):
         metadata: Tensor,
         *,
         round_index: int,
-    ) -> _Launched:
+    ) -> LaunchedMean:
         """See `Reducer.launch`."""
-        layout = Layout.of(tensors)
-        row = self._row(weight, metadata).view(torch.uint8)
+        outer, layout = self._outer, Layout.of(tensors)
+        # 1. Lay the tensors end to end, in the dtype of the wire.
         # Chunks have an even number of values, so that the fp32 row of the next message stays
         # aligned to 4 bytes behind bf16 values.
-        chunk = _round_up(math.ceil(layout.numel / self._size), 2)
-        values = self._pool.acquire(self._size * chunk, self._wire_dtype)
+        chunk = _round_up(math.ceil(layout.numel / outer.size), 2)
+        values = self._pool.acquire(outer.size * chunk, self._wire_dtype)
         values.zero_()  # not 0 * tensors for weight 0: see `AllReduce.launch`
         if weight:
             layout.pack(tensors, values)
-        chunk_bytes = chunk * values.element_size()
-        payloads = self._pool.acquire(self._size * (row.numel() + chunk_bytes), torch.uint8)
-        table = payloads.view(self._size, -1)
+        # 2. Write one message [row | chunk k] for each owner.
+        row = outer.row(weight, metadata).view(torch.uint8)
+        message_bytes = row.numel() + chunk * values.element_size()
+        messages = self._pool.acquire(outer.size * message_bytes, torch.uint8)
+        table = messages.view(outer.size, message_bytes)
         table[:, : row.numel()] = row
-        table[:, row.numel() :] = values.view(torch.uint8).view(self._size, -1)
-        received = self._pool.acquire(payloads.numel(), torch.uint8)
-        splits = [table.shape[1]] * self._size
-        with self._named_errors("launch", fragment, round_index):
-            pending = self._wire.all_to_all(
-                received, payloads, receive_splits=splits, send_splits=splits
+        table[:, row.numel() :] = values.view(torch.uint8).view(outer.size, -1)
+        # 3. Send chunk k to rank k.
+        received = self._pool.acquire(messages.numel(), torch.uint8)
+        splits = [message_bytes] * outer.size
+        with outer.named_errors("launch", fragment, round_index):
+            pending = outer.wire.all_to_all(
+                received, messages, receive_splits=splits, send_splits=splits
             )
-        buffers = (values, payloads, received)
-        return _Launched(fragment, round_index, layout, metadata.numel(), buffers, pending)
+        buffers = (values, messages, received)
+        return LaunchedMean(fragment, round_index, layout, metadata.numel(), buffers, pending)
 
-    def wait(self, handle: Any) -> Reduced:
+    def wait(self, handle: LaunchedMean) -> Reduced:
         """See `Reducer.wait`."""
-        assert isinstance(handle, _Launched)
-        values, payloads, received = handle.buffers
-        with self._named_errors("apply", handle.fragment, handle.round_index):
+        outer, layout = self._outer, handle.layout
+        values, messages, received = handle.buffers
+        with outer.named_errors("apply", handle.fragment, handle.round_index):
             handle.pending.wait()
-        table = received.view(self._size, -1)
+        # 4. Owner of a chunk: the weighted mean in fp32, summed in replica order.
+        table = received.view(outer.size, -1)
         row_bytes = 4 * (1 + handle.metadata_count)
         rows = table[:, :row_bytes].contiguous().view(torch.float32).cpu()
         chunks = table[:, row_bytes:].view(self._wire_dtype)
         mean = _pairwise_sum(list((chunks.float() * rows[:, :1].to(chunks.device)).unbind()))
         _divide(mean, rows)
-        with self._named_errors("apply", handle.fragment, handle.round_index):
-            self._wire.all_gather(values, mean.to(self._wire_dtype)).wait()
+        # 5. Send the mean of the own chunk to all. It arrives in ``values``, whose contents are no
+        # longer needed: the messages were a copy.
+        with outer.named_errors("apply", handle.fragment, handle.round_index):
+            outer.wire.all_gather(values, mean.to(self._wire_dtype)).wait()
         self._pool.release(*handle.buffers)
-        uncoded = uncoded_wire_bytes(handle.layout.numel, self._size)
-        sent = payloads.numel() // self._size + mean.numel() * values.element_size()
-        wire_bytes = (self._size - 1) * sent
-        stats = ReductionStats(rows[:, 0].clone(), rows[:, 1:].clone(), wire_bytes, uncoded)
-        return Reduced(handle.layout.unpack(values.float()), stats)
+        sent = messages.numel() // outer.size + mean.numel() * values.element_size()
+        stats = _plain_stats(rows, layout, (outer.size - 1) * sent)
+        return Reduced(layout.unpack(values.float()), stats)
+
+
+def _plain_stats(rows: Tensor, layout: Layout, wire_bytes: int) -> ReductionStats:
+    """Return the statistics of an uncompressed mean; ``rows`` is ``[K, 1 + metadata]``."""
+    uncoded = uncoded_wire_bytes(layout.numel, len(rows))
+    return ReductionStats(rows[:, 0].clone(), rows[:, 1:].clone(), wire_bytes, uncoded)
 
 
 def _divide(total: Tensor, rows: Tensor) -> None:
@@ -345,3 +376,27 @@ def _pairwise_sum(terms: list[Tensor]) -> Tensor:
 
 def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
+
+
+# ------------------------------------------------------------------------------------------
+# Sums inside a replica.
+
+
+class ReplicaSum:
+    """Sums a small tensor over all ranks of a replica, for norms and the guard.
+
+    Args:
+        group: All ranks of one replica.
+
+    Collectives: a blocking all-reduce over ``group``; all its ranks call it in the same order.
+    """
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self._group = group
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """Return the sum over the group, bitwise equal on all its ranks, in a new tensor."""
+        total = tensor.clone()
+        if dist.get_world_size(self._group) > 1:
+            dist.all_reduce(total, group=self._group)
+        return total

@@ -11,10 +11,11 @@ A launch also sends a few numbers of each replica, its metadata::
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import TypeVar
 
 __all__ = [
     "CompressionStats",
@@ -41,6 +42,10 @@ class Handle(Protocol):
     @property
     def fragment(self) -> int:
         """Index of the launched fragment."""
+
+
+HandleT = TypeVar("HandleT", bound=Handle, default=Any)
+"""The handles of one reducer; `Reducer` alone means one of any kind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +102,7 @@ class Reduced:
     stats: ReductionStats
 
 
-class Reducer(Protocol):
+class Reducer(Protocol[HandleT]):
     """Averages a fragment over the outer group, weighted by the weights of the replicas.
 
     Collectives: all ranks of an outer group call ``launch`` and ``wait`` for the same fragments in
@@ -121,7 +126,7 @@ class Reducer(Protocol):
         metadata: Tensor,
         *,
         round_index: int,
-    ) -> Handle:
+    ) -> HandleT:
         """Start the reduction and return at once.
 
         Args:
@@ -137,7 +142,7 @@ class Reducer(Protocol):
             SyncError: The collective could not be started.
         """
 
-    def wait(self, handle: Handle) -> Reduced:
+    def wait(self, handle: HandleT) -> Reduced:
         """Finish the reduction and return the weighted mean.
 
         Raises:
