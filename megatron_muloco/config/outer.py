@@ -18,6 +18,7 @@ __all__ = [
     "CosineRamp",
     "E3M0Compression",
     "ExceptionsConfig",
+    "FragmentPattern",
     "FragmentsConfig",
     "GuardConfig",
     "Interval",
@@ -32,6 +33,7 @@ __all__ = [
     "OuterConfig",
     "StatisticalCompression",
     "Steps",
+    "SynchronizedOuter",
     "TopKCompression",
     "compression_name",
     "compression_words",
@@ -307,13 +309,16 @@ def _later(steps: Steps[Any]) -> str:
 # ---- the outer step ----------------------------------------------------------------------
 
 
+FragmentPattern = Literal["sequential", "strided"]
+
+
 class FragmentsConfig(Section):
     """Division of the parameters into fragments, which are synchronised separately."""
 
     count: int = Field(
         1, ge=1, description="Fragments per round; 1 synchronises all parameters at once."
     )
-    pattern: Literal["sequential", "strided"] = Field(
+    pattern: FragmentPattern = Field(
         "sequential",
         description="Layers of a fragment: consecutive layers, or every count-th layer.",
     )
@@ -438,6 +443,9 @@ class AverageOuter(_Synchronised):
         """0: there is no momentum."""
         return 0.0
 
+
+SynchronizedOuter = NesterovOuter | AverageOuter
+"""The kinds with an outer step."""
 
 OuterConfig = Annotated[NesterovOuter | AverageOuter | NoOuter, Field(discriminator="kind")]
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from megatron_muloco.config.schema import ModelConfig
 from megatron_muloco.errors import RuntimeMismatch, TopologyError
 from megatron_muloco.params import MatrixKind, ParamInfo, ParamKind
 
@@ -144,6 +145,16 @@ class LayerShape:
                 f"{self.num_attention_heads} heads do not divide into {self.num_query_groups} "
                 "query groups"
             )
+
+    @classmethod
+    def from_config(cls, model: ModelConfig) -> "LayerShape":
+        """Return the sizes of a model's decoder layers."""
+        return cls(
+            num_attention_heads=model.num_attention_heads,
+            num_query_groups=model.query_groups,
+            kv_channels=model.kv_channels,
+            ffn_hidden_size=model.ffn_hidden_size,
+        )
 
     @property
     def heads_per_group(self) -> int:

@@ -13,14 +13,12 @@ output head) is in the last fragment.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
 
+from megatron_muloco.config.outer import FragmentPattern, SynchronizedOuter
 from megatron_muloco.errors import ConfigError
 from megatron_muloco.params import ParamInfo, coverage
 
-__all__ = ["FragmentPattern", "FragmentPlan"]
-
-FragmentPattern = Literal["sequential", "strided"]
+__all__ = ["FragmentPlan"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +36,16 @@ class FragmentPlan:
     def __post_init__(self) -> None:
         """Raise `ConfigError` if a name is in two fragments."""
         self.check(self.names())
+
+    @classmethod
+    def from_config(
+        cls, outer: SynchronizedOuter, params: Iterable[ParamInfo], *, num_layers: int
+    ) -> "FragmentPlan":
+        """Return the plan of a run's outer step; see `by_layer`."""
+        fragments = outer.fragments
+        return cls.by_layer(
+            params, num_layers=num_layers, count=fragments.count, pattern=fragments.pattern
+        )
 
     @classmethod
     def by_layer(

@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
 
+from megatron_muloco.config.outer import SynchronizedOuter
+
 __all__ = [
     "VALUES_PER_LINE",
     "Apply",
@@ -135,6 +137,16 @@ class SyncSchedule:
                 f"overlap_steps {self.overlap_steps} is not in 0..{shortest - 1}: a "
                 "fragment would be launched again before its last result is applied"
             )
+
+    @classmethod
+    def from_config(cls, outer: SynchronizedOuter, train_iters: int) -> "SyncSchedule":
+        """Return the schedule of a run's outer steps."""
+        return cls(
+            sync_interval=outer.sync_interval,
+            train_iters=train_iters,
+            fragment_count=outer.fragments.count,
+            overlap_steps=outer.overlap_steps,
+        )
 
     # ---- rounds -----------------------------------------------------------------------------
 

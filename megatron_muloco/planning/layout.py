@@ -213,11 +213,8 @@ def by_fragment(config: RunConfig, shards: Sequence[Shard]) -> tuple[tuple[Shard
     if isinstance(outer, NoOuter):
         return ()
     owned = {shard.name: shard for shard in shards if not shard.param.duplicate}
-    plan = FragmentPlan.by_layer(
-        (shard.param for shard in owned.values()),
-        num_layers=config.model.num_layers,
-        count=outer.fragments.count,
-        pattern=outer.fragments.pattern,
+    plan = FragmentPlan.from_config(
+        outer, (shard.param for shard in owned.values()), num_layers=config.model.num_layers
     )
     return tuple(tuple(owned[name] for name in names) for names in plan.fragments)
 
@@ -286,12 +283,7 @@ def stage_matrices(
     if not isinstance(config.inner, MuonInner):
         return ()
     model, tensor, muon = config.model, topology.tensor, config.inner.muon
-    shape = LayerShape(
-        num_attention_heads=model.num_attention_heads,
-        num_query_groups=model.query_groups,
-        kv_channels=model.kv_channels,
-        ffn_hidden_size=model.ffn_hidden_size,
-    )
+    shape = LayerShape.from_config(model)
     parameters = stage_parameters(model, topology, stage=0, tp_rank=0)
     return tuple(
         matrix

@@ -17,10 +17,8 @@ from megatron_muloco.comm.chunking import chunk_length, chunk_pieces, row_places
 from megatron_muloco.config.derived import derive
 from megatron_muloco.config.inner import MuonInner
 from megatron_muloco.config.outer import (
-    AverageOuter,
     CompressionConfig,
     LossyCompression,
-    NesterovOuter,
     NoCompression,
     NoOuter,
     TopKCompression,
@@ -51,7 +49,6 @@ __all__ = [
     "outer_memory",
     "reducer_memory",
     "residual_bytes",
-    "schedule_of",
 ]
 
 
@@ -216,7 +213,8 @@ def outer_memory(config: RunConfig, topology: Topology, shards: Sequence[Shard])
     if isinstance(outer, NoOuter):
         return OuterMemory(0, 0, 0, 0, 0, 0, 0)
     fragments = by_fragment(config, shards)
-    code, schedule = outer.compression, schedule_of(config, outer)
+    code = outer.compression
+    schedule = SyncSchedule.from_config(outer, derive(config).train_iters)
     reducers = [reducer_memory(code, fragment, replicas) for fragment in fragments]
     values = [BYTES["fp32"] * sum(shard.numel for shard in part) for part in fragments]
     number, in_thread = _in_flight(schedule), outer.reduces_in_thread
@@ -241,16 +239,6 @@ def outer_memory(config: RunConfig, topology: Topology, shards: Sequence[Shard])
         staged=at_once * max(reducer.staged for reducer in reducers)
         if outer.sends_from_host
         else 0,
-    )
-
-
-def schedule_of(config: RunConfig, outer: NesterovOuter | AverageOuter) -> SyncSchedule:
-    """Return the schedule of a run's outer steps."""
-    return SyncSchedule(
-        sync_interval=outer.sync_interval,
-        train_iters=derive(config).train_iters,
-        fragment_count=outer.fragments.count,
-        overlap_steps=outer.overlap_steps,
     )
 
 

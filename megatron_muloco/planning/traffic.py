@@ -167,12 +167,7 @@ def _numel(shards: Sequence[Shard]) -> int:
 
 def _lines(config: RunConfig, outer: NesterovOuter | AverageOuter) -> int:
     """Return the number of line values that are sent with a launch."""
-    schedule = SyncSchedule(
-        sync_interval=outer.sync_interval,
-        train_iters=derive(config).train_iters,
-        fragment_count=outer.fragments.count,
-        overlap_steps=outer.overlap_steps,
-    )
+    schedule = SyncSchedule.from_config(outer, derive(config).train_iters)
     return LineCalendar(config.monitor.log_interval, schedule).value_count()
 
 

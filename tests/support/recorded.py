@@ -78,12 +78,7 @@ def reference_of(config: RunConfig, members: list[dict[str, Any]]) -> Reference:
     o = config.outer
     initial = members[0]["moves"][0][0]
     params = members[0]["params"]
-    plan = FragmentPlan.by_layer(
-        params,
-        num_layers=config.model.num_layers,
-        count=o.fragments.count,
-        pattern=o.fragments.pattern,
-    )
+    plan = FragmentPlan.from_config(o, params, num_layers=config.model.num_layers)
     sizes = [{name: initial[name].numel() for name in names} for names in plan.fragments]
     settings = Settings(
         sync_interval=o.sync_interval,

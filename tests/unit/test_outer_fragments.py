@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_muloco.config.outer import FragmentPattern
 from megatron_muloco.errors import ConfigError
-from megatron_muloco.outer.fragments import FragmentPattern, FragmentPlan
+from megatron_muloco.outer.fragments import FragmentPlan
 from megatron_muloco.params import ParamInfo
 
 PATTERNS: tuple[FragmentPattern, ...] = ("sequential", "strided")
