@@ -28,10 +28,9 @@ from megatron_muloco.config import RunConfig
 from megatron_muloco.config.derived import Derived, derive, sketch_width
 from megatron_muloco.config.inner import MuonInner
 from megatron_muloco.config.outer import (
-    AverageOuter,
-    NesterovOuter,
     NoCompression,
     NoOuter,
+    SynchronizedOuter,
     TopKCompression,
 )
 from megatron_muloco.errors import RuntimeMismatch
@@ -43,7 +42,7 @@ from megatron_muloco.optim.routing import RankShards
 from megatron_muloco.outer.diagnostics import PseudogradientSketch
 from megatron_muloco.outer.fragments import FragmentPlan
 from megatron_muloco.outer.guard import Guard
-from megatron_muloco.outer.optimizer import Additive, MergeRule, Mix, OuterNesterov
+from megatron_muloco.outer.optimizer import Additive, Mix, OuterNesterov
 from megatron_muloco.outer.reducer import Reducer
 from megatron_muloco.outer.schedule import SyncSchedule
 from megatron_muloco.outer.synchronizer import ReplicaPort, Synchronizer
@@ -57,154 +56,7 @@ from megatron_muloco.runtime.megatron import (
 )
 from megatron_muloco.training.replica_optimizer import OuterChecks, ReplicaOptimizer
 
-__all__ = [
-    "build_outer_step",
-    "build_plain_reducer",
-    "build_reducer",
-    "build_replica_optimizer",
-    "optimizer_config",
-    "parameter_table",
-    "wrap_optimizer",
-]
-
-
-# ------------------------------------------------------------------------------------------
-# How pseudogradients travel: the reducer that a config asks for.
-
-
-def build_reducer(
-    outer: NesterovOuter | AverageOuter,
-    groups: Groups,
-    device: torch.device,
-    shards: Sequence[Shard],
-) -> Reducer:
-    """Return the reducer for pseudogradients of ``shards``; with overlap it works beside training.
-
-    An all-reduce of device memory does so by itself; everything else has phases that somebody has
-    to work on.
-    """
-    reducer = _foreground(outer, groups, device, shards)
-    return BackgroundReducer(reducer, device) if outer.reduces_in_thread else reducer
-
-
-def build_plain_reducer(
-    outer: NesterovOuter | AverageOuter, groups: Groups, device: torch.device
-) -> Reducer:
-    """Return the fp32 mean without a code, for the flush; deterministic where the run is."""
-    code = outer.compression
-    return build_plain_reducer_for(
-        groups.exchange,
-        device,
-        deterministic=not isinstance(code, NoCompression) or code.deterministic,
-        through_host=outer.sends_from_host,
-    )
-
-
-def _foreground(
-    outer: NesterovOuter | AverageOuter,
-    groups: Groups,
-    device: torch.device,
-    shards: Sequence[Shard],
-) -> Reducer:
-    code = outer.compression
-    if isinstance(code, NoCompression):
-        return build_plain_reducer_for(
-            groups.exchange,
-            device,
-            wire_dtype=code.wire_dtype,
-            deterministic=code.deterministic,
-            through_host=outer.sends_from_host,
-        )
-    encoding = CompressedAllGather if isinstance(code, TopKCompression) else CompressedAllReduce
-    return encoding(
-        groups.exchange,
-        device,
-        codec_lookup(code, {shard.name: shard.param.kind for shard in shards}),
-        row_places(shards),
-        code.error_decay if code.error_feedback else None,
-        through_host=outer.sends_from_host,
-    )
-
-
-# ------------------------------------------------------------------------------------------
-# Puts the outer step around one rank's masters, each part from its section of the config.
-
-
-def build_outer_step(
-    view: MasterView, config: RunConfig, derived: Derived, groups: Groups
-) -> tuple[Synchronizer, OuterChecks] | tuple[None, None]:
-    """Return the outer step over this rank's masters, and what checks it; nothing without one.
-
-    Raises:
-        RuntimeMismatch: Ranks at the same position hold different shards.
-        SyncError: Replicas start from different weights.
-
-    Collectives: object gathers over the outer group and over duplicates, and the digests of all
-    masters over the outer group; every rank calls it at the same point.
-    """
-    outer = config.outer
-    if isinstance(outer, NoOuter):
-        return None, None
-    device = training_device()
-    check_same_shards(groups.outer, view.shards)
-    check_equal(view.masters, groups.outer, device, what="the initial value", round_index=0)
-    tied = None if config.model.untie_embeddings_and_output_weights else view.names.embedding
-    duplicates = ReplicatedBroadcast(groups, view.shards, view.masters, tied_name=tied)
-    port = ReplicaPort(
-        device=device,
-        shards=view.shards,
-        masters=view.masters,
-        total=ReplicaSum(groups.replica),
-        broadcast_replicated=duplicates,
-        publish=view.publish,
-    )
-    synchronizer = Synchronizer(
-        port,
-        FragmentPlan.by_layer(
-            view.infos.values(),
-            num_layers=config.model.num_layers,
-            count=outer.fragments.count,
-            pattern=outer.fragments.pattern,
-        ),
-        SyncSchedule(
-            sync_interval=outer.sync_interval,
-            train_iters=derived.train_iters,
-            fragment_count=outer.fragments.count,
-            overlap_steps=outer.overlap_steps,
-        ),
-        OuterNesterov(lr=outer.lr, momentum=outer.momentum),
-        _merge_rule(outer),
-        build_reducer(outer, groups, device, view.shards),
-        build_plain_reducer(outer, groups, device),
-        Guard(
-            num_replicas=groups.topology.num_replicas,
-            max_norm_ratio=outer.guard.max_norm_ratio or float("inf"),
-        ),
-        state_device=torch.device("cpu") if outer.state_device == "cpu" else None,
-        sketch=_sketch(config, groups),
-        weigh_by_tokens=outer.weighting == "tokens",
-    )
-    checks = OuterChecks(
-        synchronizer.anchors(),
-        duplicates,
-        groups.outer,
-        device,
-        interval=config.monitor.digest_interval,
-        debug=config.monitor.debug_digests,
-    )
-    return synchronizer, checks
-
-
-def _merge_rule(outer: NesterovOuter | AverageOuter) -> MergeRule:
-    return Additive() if outer.apply == "additive" else Mix(outer.effective_mixing_weight)
-
-
-def _sketch(config: RunConfig, groups: Groups) -> PseudogradientSketch | None:
-    width = sketch_width(config, groups.topology)
-    return PseudogradientSketch(width, config.monitor.pseudogradient_interval) if width else None
-
-
-# ------------------------------------------------------------------------------------------
+__all__ = ["build_replica_optimizer", "wrap_optimizer"]
 
 
 def wrap_optimizer(
@@ -221,58 +73,49 @@ def wrap_optimizer(
     replaced by the one that ``config.inner`` describes, on the same shards.
 
     Args:
-        optimizer: What ``get_megatron_optimizer`` returned, or a `DistributedOptimizer`.
+        optimizer: The result of ``get_megatron_optimizer``, or a `DistributedOptimizer`.
         model: This rank's pipeline stage, wrapped with ``use_distributed_optimizer=True``.
-        config: The run.
-        groups: From `initialize_replicas`.
+        config: The configuration of the run.
+        groups: The process groups from `initialize_replicas`.
         names: Names of the model's parameters, for an architecture other than ``GPTModel``.
 
     Raises:
-        RuntimeMismatch: The optimizer has no masters that this package knows, or a parameter has no
-            rule (see `ParameterTable`).
+        RuntimeMismatch: The optimizer has no master weights that this package knows, a parameter
+            has no rule (see `ParameterTable`), or equal positions hold different shards.
+        SyncError: Replicas start from different weights.
 
-    Collectives: object gathers over dp x cp and stage groups; every rank calls it at the same
-    point.
+    Collectives: object gathers over dp x cp, stage and outer groups, and 8 bytes per parameter over
+    the outer group; every rank of the job calls it at the same point.
     """
     distributed = find_distributed_optimizer(optimizer)
     _check_clipping(distributed, config)
     keep_statistics_inside(distributed, groups)
     view = MasterView(model, distributed, groups, names)
-    inner = _bound_inner(view, config, groups)
+    inner = _build_inner_optimizer(view, config, groups)
     distributed.optimizer = inner
     derived = derive(config, groups.topology)
-    synchronizer, checks = build_outer_step(view, config, derived, groups)
+    synchronizer, checks = _build_outer_step(view, config, derived, groups)
     return ReplicaOptimizer(optimizer, view, inner, synchronizer, checks, config, derived)
-
-
-def _check_clipping(optimizer: DistributedOptimizer, config: RunConfig) -> None:
-    """Refuse two truths about clipping.
-
-    Raises:
-        RuntimeMismatch: Megatron's ``clip_grad`` is not the configuration's.
-    """
-    theirs, ours = optimizer.config.clip_grad, config.training.clip_grad
-    if theirs != ours:
-        raise RuntimeMismatch(
-            f"Megatron's OptimizerConfig clips at {theirs} and training.clip_grad says {ours}, so "
-            "the run would not be the one that the configuration describes. Give both one value."
-        )
 
 
 def build_replica_optimizer(
     model: DistributedDataParallel, config: RunConfig, groups: Groups
 ) -> ReplicaOptimizer:
-    """Build Megatron's distributed optimizer for ``model`` and wrap it."""
+    """Build Megatron's distributed optimizer for ``model`` and wrap it; see `wrap_optimizer`."""
+    # Megatron makes master weights and moments for some torch optimizer. `wrap_optimizer` replaces
+    # this one before its first step.
     placeholder = torch.optim.AdamW(
         [parameter for parameter in model.module.parameters() if parameter.requires_grad],
         lr=config.inner.lr,
     )
-    distributed = build_distributed_optimizer(model, groups, placeholder, optimizer_config(config))
+    distributed = build_distributed_optimizer(
+        model, groups, placeholder, _build_optimizer_config(config)
+    )
     return wrap_optimizer(distributed, model, config, groups)
 
 
-def optimizer_config(config: RunConfig) -> OptimizerConfig:
-    """Translate the configuration for Megatron's optimizer. Pure."""
+def _build_optimizer_config(config: RunConfig) -> OptimizerConfig:
+    """Return Megatron's optimizer configuration for a run."""
     bf16 = config.training.precision == "bf16"
     return OptimizerConfig(
         optimizer="adam",
@@ -286,19 +129,53 @@ def optimizer_config(config: RunConfig) -> OptimizerConfig:
     )
 
 
-def parameter_table(view: MasterView, config: RunConfig, groups: Groups) -> ParameterTable:
-    """Return the table of this stage's parameters: route, matrices, owners, multipliers."""
-    model, vector = config.model, config.inner.vector
+def _check_clipping(optimizer: DistributedOptimizer, config: RunConfig) -> None:
+    """Raise RuntimeMismatch if Megatron's ``clip_grad`` differs from the configuration's."""
+    theirs, ours = optimizer.config.clip_grad, config.training.clip_grad
+    if theirs != ours:
+        raise RuntimeMismatch(
+            f"Megatron's OptimizerConfig has clip_grad {theirs}, but training.clip_grad is {ours}, "
+            "so the run would not be the one that the configuration describes. Set both to the "
+            "same value."
+        )
+
+
+# ---- inner optimizer ---------------------------------------------------------------------
+
+
+def _build_inner_optimizer(view: MasterView, config: RunConfig, groups: Groups) -> MuonAdamW:
+    """Build the inner optimizer on this rank's shards.
+
+    It has one parameter group for each pair of multipliers (learning rate, weight decay).
+    """
+    table = _build_stage_table(view, config, groups)
+    settings, wire_dtype = _muon_settings(config)
+    adam = config.inner.adam
+    multipliers = {row.name: (row.lr_mult, row.wd_mult) for row in table.rows}
+    kinds = list(dict.fromkeys(multipliers.values()))
+    inner = MuonAdamW(
+        [{"params": [], "lr_mult": lr_mult, "wd_mult": wd_mult} for lr_mult, wd_mult in kinds],
+        lr=config.inner.lr,
+        betas=(adam.beta1, adam.beta2),
+        eps=adam.eps,
+        muon=settings,
+    )
+    pairs = [(view.raw_masters[shard.name], shard) for shard in view.shards]
+    for tensor, shard in pairs:
+        # Not by add_param_group: torch refuses fp32 masters, which are views of parameters.
+        inner.param_groups[kinds.index(multipliers[shard.name])]["params"].append(tensor)
+    exchange = _build_exchange(view, table, config, groups, wire_dtype) if table.matrices else None
+    inner.bind(pairs, table, exchange)
+    return inner
+
+
+def _build_stage_table(view: MasterView, config: RunConfig, groups: Groups) -> ParameterTable:
+    """Build the parameter table of this pipeline stage: routes, matrices, owners, multipliers."""
     settings, _ = _muon_settings(config)
-    topology = groups.topology
+    vector, topology = config.inner.vector, groups.topology
     return build_parameter_table(
         list(view.infos.values()),
-        LayerShape(
-            num_attention_heads=model.num_attention_heads,
-            num_query_groups=model.query_groups,
-            kv_channels=model.kv_channels,
-            ffn_hidden_size=model.ffn_hidden_size,
-        ),
+        LayerShape.from_config(config.model),
         kind=config.inner.kind,
         tensor_size=topology.tensor,
         group_size=groups.stage.size(),
@@ -313,30 +190,6 @@ def parameter_table(view: MasterView, config: RunConfig, groups: Groups) -> Para
             if is_vector(info)
         },
     )
-
-
-def _bound_inner(view: MasterView, config: RunConfig, groups: Groups) -> MuonAdamW:
-    """Create the inner optimizer over this rank's shards, a group for each pair of multipliers."""
-    table = parameter_table(view, config, groups)
-    settings, wire = _muon_settings(config)
-    adam = config.inner.adam
-    multipliers = {row.name: (row.lr_mult, row.wd_mult) for row in table.rows}
-    kinds = list(dict.fromkeys(multipliers.values()))
-    inner = MuonAdamW(
-        [{"params": [], "lr_mult": lr_mult, "wd_mult": wd_mult} for lr_mult, wd_mult in kinds],
-        lr=config.inner.lr,
-        betas=(adam.beta1, adam.beta2),
-        eps=adam.eps,
-        muon=settings,
-    )
-    pairs = [(view.raw_masters[shard.name], shard) for shard in view.shards]
-    for tensor, shard in pairs:
-        # Not by add_param_group: fp32 masters are views of parameters, which torch would refuse.
-        inner.param_groups[kinds.index(multipliers[shard.name])]["params"].append(tensor)
-    buckets = config.inner.muon.exchange_chunks if isinstance(config.inner, MuonInner) else 1
-    exchange = _exchange(view, table, groups, wire, buckets) if table.matrices else None
-    inner.bind(pairs, table, exchange)
-    return inner
 
 
 def _muon_settings(config: RunConfig) -> tuple[MuonSettings | None, torch.dtype]:
@@ -360,14 +213,17 @@ def _muon_settings(config: RunConfig) -> tuple[MuonSettings | None, torch.dtype]
     return settings, dtypes[muon.wire_dtype(accelerator=on_accelerator)]
 
 
-def _exchange(
+def _build_exchange(
     view: MasterView,
     table: ParameterTable,
+    config: RunConfig,
     groups: Groups,
     wire_dtype: torch.dtype,
-    buckets: int,
 ) -> ShardExchange:
-    """Build the shards <-> owners exchange of this pipeline stage."""
+    """Build the exchange of shards with the owner ranks of this pipeline stage.
+
+    Collectives: one object gather over the stage group.
+    """
     stage = groups.stage
     mine = RankShards(
         tensor_rank=groups.coords.tp,
@@ -381,5 +237,110 @@ def _exchange(
         transport=AllToAll(stage) if stage.size() > 1 else None,
         wire_dtype=wire_dtype,
         device=training_device(),
-        buckets=buckets,
+        buckets=config.inner.muon.exchange_chunks if isinstance(config.inner, MuonInner) else 1,
     )
+
+
+# ---- outer step --------------------------------------------------------------------------
+
+
+def _build_outer_step(
+    view: MasterView, config: RunConfig, derived: Derived, groups: Groups
+) -> tuple[Synchronizer, OuterChecks] | tuple[None, None]:
+    """Build the outer step on this rank's master weights, and its checks; ``None`` without one.
+
+    Collectives: object gathers over the outer group and over the ranks that hold replicated
+    parameters, and the digests of all masters over the outer group.
+    """
+    outer = config.outer
+    if isinstance(outer, NoOuter):
+        return None, None
+    device = training_device()
+    # Before anything is built: a launch with different shards would mix parameters, and a first
+    # pseudogradient from different anchors would be meaningless.
+    check_same_shards(groups.outer, view.shards)
+    check_equal(view.masters, groups.outer, device, what="the initial value", round_index=0)
+    tied = None if config.model.untie_embeddings_and_output_weights else view.names.embedding
+    replicated = ReplicatedBroadcast(groups, view.shards, view.masters, tied_name=tied)
+    port = ReplicaPort(
+        device=device,
+        shards=view.shards,
+        masters=view.masters,
+        total=ReplicaSum(groups.replica),
+        broadcast_replicated=replicated,
+        publish=view.publish,
+    )
+    synchronizer = Synchronizer(
+        port,
+        FragmentPlan.from_config(outer, view.infos.values(), num_layers=config.model.num_layers),
+        SyncSchedule.from_config(outer, derived.train_iters),
+        OuterNesterov(lr=outer.lr, momentum=outer.momentum),
+        Additive() if outer.apply == "additive" else Mix(outer.effective_mixing_weight),
+        _build_reducer(outer, groups, device, view.shards),
+        _build_flush_reducer(outer, groups, device),
+        Guard(
+            num_replicas=groups.topology.num_replicas,
+            max_norm_ratio=outer.guard.max_norm_ratio or float("inf"),
+        ),
+        state_device=torch.device("cpu") if outer.state_device == "cpu" else None,
+        sketch=_build_sketch(config, groups),
+        weigh_by_tokens=outer.weighting == "tokens",
+    )
+    checks = OuterChecks(
+        synchronizer.anchors(),
+        replicated,
+        groups.outer,
+        device,
+        interval=config.monitor.digest_interval,
+        debug=config.monitor.debug_digests,
+    )
+    return synchronizer, checks
+
+
+def _build_reducer(
+    outer: SynchronizedOuter, groups: Groups, device: torch.device, shards: Sequence[Shard]
+) -> Reducer:
+    """Build the reducer for pseudogradients of ``shards``."""
+    compression = outer.compression
+    if isinstance(compression, NoCompression):
+        reducer: Reducer = build_plain_reducer_for(
+            groups.exchange,
+            device,
+            wire_dtype=compression.wire_dtype,
+            deterministic=compression.deterministic,
+            through_host=outer.sends_from_host,
+        )
+    else:
+        sparse = isinstance(compression, TopKCompression)
+        compressed_reducer = CompressedAllGather if sparse else CompressedAllReduce
+        reducer = compressed_reducer(
+            groups.exchange,
+            device,
+            codec_lookup(compression, {shard.name: shard.param.kind for shard in shards}),
+            row_places(shards),
+            compression.error_decay if compression.error_feedback else None,
+            through_host=outer.sends_from_host,
+        )
+    # With overlap, a thread works on the phases of a reduction. One all-reduce needs no thread.
+    return BackgroundReducer(reducer, device) if outer.reduces_in_thread else reducer
+
+
+def _build_flush_reducer(outer: SynchronizedOuter, groups: Groups, device: torch.device) -> Reducer:
+    """Build the reducer for the flush: an uncompressed fp32 mean.
+
+    It is deterministic unless the run's own reducer is an all-reduce, whose order of summation
+    depends on the library.
+    """
+    compression = outer.compression
+    return build_plain_reducer_for(
+        groups.exchange,
+        device,
+        deterministic=not isinstance(compression, NoCompression) or compression.deterministic,
+        through_host=outer.sends_from_host,
+    )
+
+
+def _build_sketch(config: RunConfig, groups: Groups) -> PseudogradientSketch | None:
+    """Build the sketch that compares replicas; ``None`` where they are not compared."""
+    width = sketch_width(config, groups.topology)
+    return PseudogradientSketch(width, config.monitor.pseudogradient_interval) if width else None

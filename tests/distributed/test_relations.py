@@ -330,10 +330,10 @@ def _refusal(config: RunConfig, what: str) -> str:
     ("what", "said"),
     [
         ("weights", "Load weights before wrap_optimizer"),
-        ("clipping", "clips at 0.5 and training.clip_grad says 1.0"),
+        ("clipping", "has clip_grad 0.5, but training.clip_grad is 1.0"),
     ],
 )
 def test_what_would_silently_be_another_run_is_refused(what: str, said: str) -> None:
-    """Weights that the anchor does not know, and two truths about clipping."""
+    """Weights loaded after wrap_optimizer, and two different values of clip_grad."""
     (refused,) = run_ranks(_refusal, 1, config_of("muon", 1), what)
     assert said in refused
