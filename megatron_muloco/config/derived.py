@@ -127,7 +127,6 @@ class Derived:
         replica_batch_size: Sequences per inner step of one replica.
         num_microbatches: Forward passes per inner step of one data-parallel rank.
         weight_decay: Decoupled weight decay, scaled to the per-replica batch.
-        lr_warmup_iters: Inner steps of warm-up.
         padded_vocab_size: Rows of the embedding.
         rounds: Complete rounds; 0 without an outer step.
         flushed_steps: Inner steps after the last complete round; the flush at the end of the run
@@ -141,7 +140,6 @@ class Derived:
     replica_batch_size: int
     num_microbatches: int
     weight_decay: float
-    lr_warmup_iters: int
     padded_vocab_size: int
     rounds: int
     flushed_steps: int
@@ -242,7 +240,6 @@ def derive(config: RunConfig, topology: Topology | None = None) -> Derived:
         replica_batch_size=replica_batch,
         num_microbatches=replica_batch // (layout.data * training.micro_batch_size),
         weight_decay=weight_decay(config),
-        lr_warmup_iters=config.inner.lr_warmup_iters,
         padded_vocab_size=padded_vocab_size(config.model),
         rounds=rounds,
         flushed_steps=flushed,

@@ -1,7 +1,7 @@
 """Config schema of the outer step: when replicas synchronise, what they send, how the anchor moves.
 
-The parts, in order: compression of pseudogradients, values that change from round to round, the
-outer step itself, and descriptions of all of these for the plan.
+The parts, in order: compression of pseudogradients, values that change from round to round, and the
+outer step itself.
 """
 
 import math
@@ -35,10 +35,6 @@ __all__ = [
     "Steps",
     "SynchronizedOuter",
     "TopKCompression",
-    "compression_name",
-    "compression_words",
-    "exception_words",
-    "feedback_words",
     "interval_at",
     "interval_values",
     "interval_words",
@@ -67,6 +63,19 @@ class ExceptionsConfig(Section):
         description="Bits of the output head; none sends fp32, not set uses the bits of the rest.",
     )
 
+    def describe(self) -> str:
+        """Return the exceptions in words: ``norms fp32, embedding 8 bits``; ``""`` without any."""
+        bits = {"norms": self.norm, "embedding": self.embedding, "output head": self.output}
+        return ", ".join(
+            f"{what} {'fp32' if value == 'none' else _in_bits(value)}"
+            for what, value in bits.items()
+            if value is not None
+        )
+
+
+def _in_bits(bits: int) -> str:
+    return f"{bits} {'bit' if bits == 1 else 'bits'}"
+
 
 class NoCompression(Section):
     """Send pseudogradients uncompressed, in fp32 or bf16."""
@@ -88,11 +97,17 @@ class NoCompression(Section):
         """Whether one all-reduce computes the mean, which progresses without a helper thread."""
         return self.wire_dtype == "fp32" and not self.deterministic
 
+    @property
+    def short_name(self) -> str:
+        """The dtype on the network: ``fp32`` or ``bf16``."""
+        return self.wire_dtype
+
 
 class _LossyCompression(Section):
     """Keys of every lossy compression."""
 
     is_all_reduce: ClassVar[bool] = False
+    _residual: ClassVar[str] = "compression error of this replica and of the means it owns"
 
     error_feedback: bool = Field(
         True, description="Add the compression error to the next round's pseudogradient."
@@ -105,9 +120,17 @@ class _LossyCompression(Section):
         description="Parameters that are compressed differently.",
     )
 
+    def describe_feedback(self) -> tuple[str, str]:
+        """Return the decay of error feedback and what its residual contains, in words."""
+        if not self.error_feedback:
+            return "none", "compression errors are dropped"
+        return f"{self.error_decay:g}", self._residual
+
 
 class _Grouped(_LossyCompression):
     """Keys of the quantizers: a value takes a few bits, and groups of values share a scale."""
+
+    _scale: ClassVar[str]
 
     granularity: Literal["tensor", "row", "block"] = Field(
         "tensor",
@@ -124,23 +147,46 @@ class _Grouped(_LossyCompression):
         # 256 is chosen: two fp32 numbers per block add 64 / 256 = 0.25 bits per value.
         return self.block_size or 256
 
+    def describe(self) -> str:
+        """Return which values share a scale, in words: ``a table per row``."""
+        if self.granularity == "block":
+            return f"a {self._scale} per block of {self.values_per_block}"
+        group = {"tensor": "part of a tensor", "row": "row"}[self.granularity]
+        return f"a {self._scale} per {group}"
+
 
 class LinearCompression(_Grouped):
     """Quantization to uniform levels between the smallest and the largest value of a group."""
 
+    _scale: ClassVar[str] = "smallest and largest value"
+
     kind: Literal["linear"] = Field(description=_KINDS)
     bits: Literal[8, 4, 2, 1] = Field(description="Bits per value.")
+
+    @property
+    def short_name(self) -> str:
+        """Kind and bits: ``linear, 4 bits``."""
+        return f"{self.kind}, {_in_bits(self.bits)}"
 
 
 class StatisticalCompression(_Grouped):
     """Quantization to bins over six standard deviations, each decoded to its mean."""
 
+    _scale: ClassVar[str] = "table"
+
     kind: Literal["statistical"] = Field(description=_KINDS)
     bits: Literal[8, 4, 2, 1] = Field(description="Bits per value.")
+
+    @property
+    def short_name(self) -> str:
+        """Kind and bits: ``statistical, 2 bits``."""
+        return f"{self.kind}, {_in_bits(self.bits)}"
 
 
 class E3M0Compression(_Grouped):
     """Quantization to 4 bits, sign and exponent: the format of the Streaming DiLoCo paper."""
+
+    _scale: ClassVar[str] = "scale"
 
     kind: Literal["e3m0"] = Field(description=_KINDS)
 
@@ -149,9 +195,16 @@ class E3M0Compression(_Grouped):
         """Bits per value, under the name that the other quantizers use."""
         return 4
 
+    @property
+    def short_name(self) -> str:
+        """Kind and bits: ``e3m0, 4 bits``."""
+        return f"{self.kind}, {_in_bits(self.bits)}"
+
 
 class TopKCompression(_LossyCompression):
     """Sending only the largest values of each block, with their indices."""
+
+    _residual: ClassVar[str] = "compression error of this replica"
 
     kind: Literal["topk"] = Field(description=_KINDS)
     density: float = Field(gt=0, le=1, description="Fraction of the values that are sent.")
@@ -166,6 +219,16 @@ class TopKCompression(_LossyCompression):
     value_bits: Literal[8, 4, 2, 1] | None = Field(
         None, description="Quantize the values sent to this many bits, as kind statistical does."
     )
+
+    @property
+    def short_name(self) -> str:
+        """Kind and density: ``top-k, 1 %``."""
+        return f"top-k, {100 * self.density:g} %"
+
+    def describe(self) -> str:
+        """Return how the largest values are sent, in words."""
+        values = f"{_in_bits(self.value_bits)} each" if self.value_bits else self.wire_dtype
+        return f"the largest of every {self.block_size} values, {values}, and their indices"
 
 
 def _uncompressed(value: Any) -> Any:
@@ -448,55 +511,3 @@ SynchronizedOuter = NesterovOuter | AverageOuter
 """The kinds with an outer step."""
 
 OuterConfig = Annotated[NesterovOuter | AverageOuter | NoOuter, Field(discriminator="kind")]
-
-
-# ---- descriptions of compression, for the plan and the console ---------------------------
-
-
-def compression_name(code: CompressionConfig) -> str:
-    """Return a short name of a compression: ``bf16`` or ``linear, 4 bits``."""
-    if isinstance(code, NoCompression):
-        return code.wire_dtype
-    if isinstance(code, TopKCompression):
-        return f"top-k, {100 * code.density:g} %"
-    return f"{code.kind}, {_bits(code.bits)}"
-
-
-def compression_words(code: LossyCompression) -> str:
-    """Return which values share a scale, or how the largest values are sent."""
-    if isinstance(code, TopKCompression):
-        values = f"{_bits(code.value_bits)} each" if code.value_bits else code.wire_dtype
-        return f"the largest of every {code.block_size} values, {values}, and their indices"
-    what = {"linear": "smallest and largest value", "e3m0": "scale"}.get(code.kind, "table")
-    return f"a {what} per {_group(code)}"
-
-
-def exception_words(code: LossyCompression) -> str:
-    """Return the parameters that are compressed differently; ``""`` when there are none."""
-    names = {"norm": "norms", "embedding": "embedding", "output": "output head"}
-    bits = {what: getattr(code.exceptions, key) for key, what in names.items()}
-    return ", ".join(
-        f"{what} {'fp32' if value == 'none' else _bits(value)}"
-        for what, value in bits.items()
-        if value is not None
-    )
-
-
-def feedback_words(code: LossyCompression) -> tuple[str, str]:
-    """Return the decay of error feedback, and what the residual contains."""
-    if not code.error_feedback:
-        return "none", "compression errors are dropped"
-    own = "compression error of this replica"
-    if isinstance(code, TopKCompression):
-        return f"{code.error_decay:g}", own
-    return f"{code.error_decay:g}", f"{own} and of the means it owns"
-
-
-def _group(code: LinearCompression | StatisticalCompression | E3M0Compression) -> str:
-    if code.granularity == "block":
-        return f"block of {code.values_per_block}"
-    return {"tensor": "part of a tensor", "row": "row"}[code.granularity]
-
-
-def _bits(bits: int) -> str:
-    return f"{bits} {'bit' if bits == 1 else 'bits'}"

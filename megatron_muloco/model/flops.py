@@ -7,21 +7,13 @@ counted, as is usual for model FLOPs utilisation. Letters are those of `config.d
 from dataclasses import dataclass
 
 from megatron_muloco.config.derived import (
-    ParameterCounts,
     attention_parameters_per_layer,
     mlp_parameters_per_layer,
     padded_vocab_size,
-    parameter_counts,
 )
 from megatron_muloco.config.schema import ModelConfig
 
-__all__ = [
-    "ModelFlops",
-    "ParameterCounts",
-    "flops_per_token",
-    "padded_vocab_size",
-    "parameter_counts",
-]
+__all__ = ["ModelFlops", "flops_per_token"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,6 @@ from megatron_muloco.config.outer import (
     NesterovOuter,
     NoCompression,
     NoOuter,
-    compression_name,
     interval_words,
     rate_words,
 )
@@ -191,7 +190,7 @@ def _outer_words(outer: NesterovOuter | AverageOuter) -> str:
     if outer.overlap_steps:
         words.append(f"overlapped by {_counted(outer.overlap_steps, 'step')}")
     compression = outer.compression
-    words.append(f"{compression_name(compression)} on the wire")
+    words.append(f"{compression.short_name} on the wire")
     if not isinstance(compression, NoCompression) and compression.error_feedback:
         words.append("error feedback")
     return ", ".join(words)
@@ -222,7 +221,7 @@ def start_banner(
         "model": f"{count(parameters.total)} parameters: {count(parameters.matrices)} in matrices, "
         f"{count(parameters.vectors)} in embedding, output head and norms",
         "inner": f"{config.inner.kind}, lr {config.inner.lr:g}, "
-        f"warm-up {derived.lr_warmup_iters} steps, weight decay {derived.weight_decay:g}",
+        f"warm-up {config.inner.lr_warmup_iters} steps, weight decay {derived.weight_decay:g}",
         "outer": "none" if isinstance(config.outer, NoOuter) else _outer_words(config.outer),
         "batch": f"{training.global_batch_size} sequences of {config.model.seq_length} tokens, "
         f"{derived.replica_batch_size} per replica in "

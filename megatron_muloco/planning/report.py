@@ -11,10 +11,6 @@ from megatron_muloco.config.outer import (
     NesterovOuter,
     NoCompression,
     NoOuter,
-    compression_name,
-    compression_words,
-    exception_words,
-    feedback_words,
     interval_values,
     interval_words,
     rate_words,
@@ -135,7 +131,7 @@ def traffic_rows(config: RunConfig, traffic: TrafficPlan, layout: Topology) -> I
         return
     code = config.outer.compression
     others = layout.num_replicas - 1
-    note = f"to {others} other {'replicas' if others > 1 else 'replica'}, {compression_name(code)}"
+    note = f"to {others} other {'replicas' if others > 1 else 'replica'}, {code.short_name}"
     if config.outer.fragments.count > 1:
         note += f", in {config.outer.fragments.count} launches"
     if layout.num_replicas == 1:
@@ -312,9 +308,9 @@ def _compression_rows(code: CompressionConfig) -> Iterator[Row]:
     """Yield the compression of pseudogradients; nothing without one."""
     if isinstance(code, NoCompression):
         return
-    kind, _, amount = compression_name(code).partition(", ")
-    yield "compression", kind, f"{amount}; {compression_words(code)}"
-    if exceptions := exception_words(code):
+    kind, _, amount = code.short_name.partition(", ")
+    yield "compression", kind, f"{amount}; {code.describe()}"
+    if exceptions := code.exceptions.describe():
         yield "", "", f"but {exceptions}"
-    decay, what = feedback_words(code)
+    decay, what = code.describe_feedback()
     yield "error feedback", decay, what

@@ -131,13 +131,6 @@ RULE_CASES: dict[str, tuple[list[str], list[str]]] = {
         ["checkpoint.dir=null", "checkpoint.save_interval=0", "checkpoint.resume=runs/old"],
         ["checkpoint.resume: runs/old, but checkpoint.dir is not set, so the run could not"],
     ),
-    "profile_has_a_window": (
-        ["monitor.profile.steps=[20, 10]", "monitor.dir=null"],
-        [
-            "monitor.profile.steps: [20, 10] ends before it begins.",
-            "monitor.profile.steps: [20, 10], but monitor.dir is not set.",
-        ],
-    ),
     "gram_matrices_have_precision": (
         ["inner.muon.ns_impl=gram", "inner.muon.ns_dtype=bf16"],
         ["inner.muon.ns_impl: gram, but ns_dtype is bf16;", "auto or plain, or ns_dtype: fp32"],
@@ -145,6 +138,13 @@ RULE_CASES: dict[str, tuple[list[str], list[str]]] = {
     "precision_of_gradients_fits": (
         ["training.accumulate_dtype=bf16"],
         ["training.accumulate_dtype: bf16, but precision is fp32"],
+    ),
+    "profile_has_a_window": (
+        ["monitor.profile.steps=[20, 10]", "monitor.dir=null"],
+        [
+            "monitor.profile.steps: [20, 10] ends before it begins.",
+            "monitor.profile.steps: [20, 10], but monitor.dir is not set.",
+        ],
     ),
     "supported": (["checkpoint.async_save=true"], ["checkpoint.async_save: true is not supported"]),
 }

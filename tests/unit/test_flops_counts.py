@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_muloco.config import load_config
+from megatron_muloco.config.derived import padded_vocab_size, parameter_counts
 from megatron_muloco.config.schema import ModelConfig
-from megatron_muloco.model.flops import flops_per_token, padded_vocab_size, parameter_counts
+from megatron_muloco.model.flops import flops_per_token
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
