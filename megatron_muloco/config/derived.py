@@ -153,7 +153,6 @@ def smallest_topology(config: RunConfig) -> Topology:
         num_replicas=parallel.num_replicas,
         tensor=parallel.tensor_model_parallel_size,
         pipeline=parallel.pipeline_model_parallel_size,
-        context=parallel.context_parallel_size,
     )
 
 
@@ -165,7 +164,6 @@ def topology_of(config: RunConfig, world_size: int) -> Topology:
         num_replicas=parallel.num_replicas,
         tensor=parallel.tensor_model_parallel_size,
         pipeline=parallel.pipeline_model_parallel_size,
-        context=parallel.context_parallel_size,
     )
 
 

@@ -24,7 +24,6 @@ __all__ = [
     "OTHER_NAMES",
     "REFUSED_KEYS",
     "REFUSED_VALUES",
-    "UNSUPPORTED",
     "Location",
     "Problem",
     "SchemaField",
@@ -184,6 +183,15 @@ _VIRTUAL = "virtual pipeline stages are not supported. Use pipeline_model_parall
 _DROPOUT = "models train without dropout, as in the papers. Remove the key."
 _FSDP = "only Megatron's distributed optimizer shards the state. Remove the key."
 _DP = "it follows from the number of ranks: world / (replicas x tp x pp). Remove the key."
+_CONTEXT = (
+    "context parallelism is not supported yet; attention runs on whole sequences. Remove the key "
+    "and use tensor or data parallelism."
+)
+_ASYNC = "saving in the background is not supported yet; training waits for a save. Remove the key."
+_TRANSPORT = (
+    "a rank cannot tell whether the other replicas are on another network. Use device (the "
+    "default), or host if replicas are connected by a low-bandwidth link."
+)
 _OFFLOAD = "the inner optimizer keeps its state in fp32 on the device. Remove the key."
 
 REFUSED_KEYS = {
@@ -208,6 +216,8 @@ REFUSED_KEYS = {
     "use_precision_aware_optimizer": _OFFLOAD,
     "optimizer_cpu_offload": _OFFLOAD,
     "data_parallel_size": _DP,
+    "context_parallel_size": _CONTEXT,
+    "async_save": _ASYNC,
 }
 
 # Names of keys of the schema in Hugging Face, nanoGPT, DeepSpeed and Megatron's command line.
@@ -262,33 +272,11 @@ OTHER_NAMES = {
 }
 
 REFUSED_VALUES = {
+    ("outer.transport", "auto"): _TRANSPORT,
     ("training.precision", "fp16"): _FP16,
     ("training.precision", "fp8"): _FP8,
     ("training.precision", "fp4"): _FP4,
 }
-
-
-def context_parallel(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """Refuse context parallelism."""
-    size = config.parallel.context_parallel_size
-    if size > 1:
-        yield (
-            "parallel.context_parallel_size",
-            f"{size} is not supported: attention runs on whole sequences (context parallelism "
-            "needs Transformer Engine).\nUse 1 and more tensor or data parallelism.",
-        )
-
-
-def async_save(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """Refuse saving in the background."""
-    if config.checkpoint.async_save:
-        yield ("checkpoint.async_save", "true is not supported.\nUse false.")
-
-
-UNSUPPORTED = (
-    context_parallel,
-    async_save,
-)
 
 
 # ---- pydantic's errors as messages -------------------------------------------------------

@@ -439,8 +439,8 @@ class _Synchronised(Section):
         description="mix averages the new anchor and the local value; additive adds to the new "
         "anchor the progress made since the launch.",
     )
-    transport: Literal["auto", "device", "host"] = Field(
-        "auto",
+    transport: Literal["device", "host"] = Field(
+        "device",
         description="Memory that pseudogradients are sent from: device memory, or pinned host "
         "memory.",
     )

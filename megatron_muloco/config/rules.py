@@ -15,7 +15,7 @@ from megatron_muloco.config.derived import (
     train_iterations,
 )
 from megatron_muloco.config.inner import MuonInner
-from megatron_muloco.config.messages import UNSUPPORTED, Problem
+from megatron_muloco.config.messages import Problem
 from megatron_muloco.config.outer import (
     AverageOuter,
     CompressionConfig,
@@ -522,13 +522,6 @@ def gram_matrices_have_precision(config: RunConfig, topology: Topology | None) -
         )
 
 
-def supported(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
-    """Refuse what `UNSUPPORTED` lists."""
-    for refuse in UNSUPPORTED:
-        for key, text in refuse(config):
-            yield Problem(key, text)
-
-
 RULES: tuple[Rule, ...] = (
     one_length,
     one_weight_decay,
@@ -558,7 +551,6 @@ RULES: tuple[Rule, ...] = (
     gram_matrices_have_precision,
     precision_of_gradients_fits,
     profile_has_a_window,
-    supported,
 )
 
 

@@ -87,9 +87,6 @@ class ParallelConfig(Section):
     pipeline_model_parallel_size: PositiveInt = Field(
         1, description="Pipeline stages that share the layers."
     )
-    context_parallel_size: PositiveInt = Field(
-        1, description="Ranks that share each sequence; only 1 is supported."
-    )
     sequence_parallel: bool = Field(
         False,
         description="Divide norms and residual stream over tensor-parallel ranks along the "
@@ -208,9 +205,6 @@ class CheckpointConfig(Section):
     )
     keep: PositiveInt = Field(
         2, description="Number of checkpoints to keep; older ones are deleted."
-    )
-    async_save: bool = Field(
-        False, description="Write checkpoints while training continues; only false is supported."
     )
     resume: str = Field(
         "auto",
