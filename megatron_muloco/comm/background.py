@@ -93,9 +93,9 @@ class BackgroundReducer:
         """See `Reducer.wait`."""
         reduced, finished = handle.future.result()
         if self._stream is not None:
-            code = reduced.stats.code
-            squares = [] if code is None else [code.exact_square, code.lost_square]
-            self._hand_over(finished, [*reduced.mean.values(), *squares])
+            measured = [each.numbers for each in reduced.stats.measurements.values()]
+            measured = [numbers for numbers in measured if numbers.is_cuda]
+            self._hand_over(finished, [*reduced.mean.values(), *measured])
         return reduced
 
     def forget_residual(self) -> None:

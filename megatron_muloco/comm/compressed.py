@@ -39,13 +39,8 @@ from megatron_muloco.comm.chunking import (
 from megatron_muloco.comm.collectives import BufferPool, Layout, Pending
 from megatron_muloco.comm.reducers import OuterGroup, Stopwatch
 from megatron_muloco.compress.codec import Codec, ErrorFeedback, encode, from_bytes
-from megatron_muloco.outer.reducer import (
-    CompressionStats,
-    Reduced,
-    ReductionStats,
-    Residuals,
-    Sizes,
-)
+from megatron_muloco.outer.measurement import Measurement
+from megatron_muloco.outer.reducer import Reduced, ReductionStats, Residuals, Sizes
 
 __all__ = [
     "CodecOf",
@@ -178,13 +173,20 @@ def _stats(
     handle: LaunchedCompression, rows: Tensor, wire_bytes: int, *, error_feedback: bool
 ) -> ReductionStats:
     exact, lost = handle.squares.unbind()
-    clock = handle.clock
+    measurements = {
+        "muloco/compression_error": Measurement.relative_norm(lost, exact),
+        "muloco/encode_ms": Measurement.of(handle.clock["encode"]),
+        "muloco/decode_ms": Measurement.of(handle.clock["decode"]),
+    }
+    if error_feedback:
+        measurements["muloco/residual_norm"] = Measurement.norm(lost)
     return ReductionStats(
         rows[:, 0].clone(),
         rows[:, 1:].clone(),
         wire_bytes=wire_bytes,
         uncoded_bytes=uncoded_wire_bytes(handle.layout.numel, len(rows)),
-        code=CompressionStats(exact, lost, clock["encode"], clock["decode"], error_feedback),
+        compressed=True,
+        measurements=measurements,
     )
 
 

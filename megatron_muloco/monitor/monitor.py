@@ -30,7 +30,7 @@ from megatron_muloco.monitor.console import Console, EvaluationLine, RunSummary,
 from megatron_muloco.monitor.metrics import metric
 from megatron_muloco.monitor.tensorboard import EventWriter
 from megatron_muloco.monitor.throughput import Speed, measure_speed
-from megatron_muloco.outer.diagnostics import OuterReport, outer_metrics
+from megatron_muloco.outer.diagnostics import OuterReport
 from megatron_muloco.outer.schedule import VALUES_PER_LINE, LineCalendar
 
 __all__ = [
@@ -315,7 +315,7 @@ class Monitor:
 
     def outer_step(self, report: OuterReport) -> None:
         """Write the metrics of an outer step or of the flush, and the lines it brought."""
-        metrics = outer_metrics(report) if self._console is not None else {}
+        metrics = report.metrics() if self._console is not None else {}
         if metrics:
             self._exposed.append((report.step, metrics["muloco/exposed_ms"]))
             self._wire_bytes += int(metrics["muloco/wire_bytes"])

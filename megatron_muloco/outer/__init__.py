@@ -7,5 +7,6 @@ in one process. The other modules do the same on one rank's shards:
     fragments     which parameters travel together                       merge rules, anchor state
     guard         weight of a replica in the mean          in_flight     fragments between launch
     reducer       interface to communication                             and apply
-    synchronizer  runs all of this on one rank             diagnostics   reports and metrics
+    synchronizer  runs all of this on one rank             measurement   one metric of a fragment
+                                                           diagnostics   reports, sketches
 """

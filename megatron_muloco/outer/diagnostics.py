@@ -1,8 +1,9 @@
 """Reports, diagnostics and metrics of outer steps.
 
-`FragmentDiagnostics` collects sums while a fragment is applied, and adds them over the replica in
-one collective; the result is a `FragmentReport`. An `OuterReport` has those of one inner step, and
-`outer_metrics` turns it into TensorBoard tags. Tensors stay on their device until then.
+`FragmentDiagnostics` measures a fragment while it is applied, and adds over the replica in one
+collective; the result is a `FragmentReport`. An `OuterReport` has those of one inner step, and its
+`metrics` are numbers by TensorBoard tag. Tensors stay on their device until then. A reducer adds
+metrics of its own through `ReductionStats.measurements`.
 
 `PseudogradientSketch` is a count sketch: it estimates cosines between pseudogradients that are
 never in one place, from a few numbers of each replica.
@@ -10,56 +11,35 @@ never in one place, from a few numbers of each replica.
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 from torch import Tensor
 
 from megatron_muloco.outer.guard import Verdict
 from megatron_muloco.outer.in_flight import InFlight
-from megatron_muloco.outer.reducer import CompressionStats
+from megatron_muloco.outer.measurement import (
+    Measurement,
+    Measurements,
+    combined,
+    summed_over_replica,
+)
 
 __all__ = [
-    "CompressionReport",
     "FragmentDiagnostics",
     "FragmentReport",
     "OuterReport",
     "PseudogradientSketch",
     "cosines",
     "gram",
-    "outer_metrics",
 ]
-
-
-@dataclass(frozen=True, slots=True)
-class CompressionReport:
-    """Errors and times of the compression of one fragment.
-
-    Attributes:
-        encoded_norm: Norm of the encoded values (pseudogradient plus residual) of the whole
-            replica; 0-dim.
-        lost_norm: Norm of the replica's encoding error, which error feedback keeps; 0-dim.
-        cosine: Estimated cosine of the decoded mean and the mean of the exact pseudogradients,
-            0-dim; NaN in rounds that do not compare replicas.
-        encode_ms: Host time of encoding on this rank.
-        decode_ms: Host time of decoding on this rank.
-        error_feedback: Whether the error is kept for the next round.
-    """
-
-    encoded_norm: Tensor
-    lost_norm: Tensor
-    cosine: Tensor
-    encode_ms: float
-    decode_ms: float
-    error_feedback: bool
 
 
 @dataclass(frozen=True, slots=True)
 class FragmentReport:
     """One applied fragment.
-
-    Norms and cosines are those of the whole replica; replicated parameters count once.
 
     Attributes:
         fragment: Index of the fragment.
@@ -68,17 +48,7 @@ class FragmentReport:
         verdict: The guard's decision for this replica.
         weights: w of every replica, ``[K]``.
         line_values: Line values of every replica, ``[K, n]``.
-        pseudogradient_norm: Norm of this replica's own pseudogradient; NaN if it was not finite.
-        update_norm: Norm of the anchor's change, 0-dim.
-        cosine_to_mean: Cosine of own and mean pseudogradient, 0-dim; NaN where undefined.
-        wire_bytes: Bytes sent by this rank.
-        uncoded_bytes: Bytes that an fp32 all-reduce of the tensors alone would have sent.
-        exposed_ms: Host time of launch and wait.
-        pairwise_cosines: Estimated cosines of the replicas' pseudogradients, ``[K, K]``, NaN for
-            pseudogradients that are zero or not finite; ``None`` in rounds that do not compare
-            replicas.
-        code: Errors and times of the compression; ``None`` without one, and for a fragment that
-            was in flight when the run was saved.
+        measurements: Metrics by tag, added over the replica.
     """
 
     fragment: int
@@ -87,19 +57,11 @@ class FragmentReport:
     verdict: Verdict
     weights: Tensor
     line_values: Tensor
-    pseudogradient_norm: float
-    update_norm: Tensor
-    cosine_to_mean: Tensor
-    wire_bytes: int
-    exposed_ms: float
-    pairwise_cosines: Tensor | None = None
-    uncoded_bytes: int = 0
-    code: CompressionReport | None = None
+    measurements: Measurements
 
-    @property
-    def weight_sum(self) -> float:
-        """Sum of the weights; 0 if no replica was usable and the anchor did not move."""
-        return float(self.weights.sum())
+    def metrics(self) -> dict[str, float]:
+        """Return the metrics of this fragment by tag; reads from the device."""
+        return combined([self.measurements])
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +87,17 @@ class OuterReport:
     @property
     def alarm(self) -> bool:
         """Whether some applied fragment had no usable replica."""
-        return any(fragment.weight_sum == 0.0 for fragment in self.applied)
+        return any(not part.weights.any() for part in self.applied)
+
+    def metrics(self) -> dict[str, float]:
+        """Return the metrics of all applied fragments together by tag; empty if there are none.
+
+        One transfer to the host for all tensors of the report.
+        """
+        if not self.applied:
+            return {}
+        metrics = combined([part.measurements for part in self.applied])
+        return metrics | {"muloco/round": float(self.round_index)}
 
 
 # ---- sketches ------------------------------------------------------------------------------------
@@ -217,11 +189,11 @@ def _signs(count: int, generator: torch.Generator) -> Tensor:
     return torch.randint(2, (count,), generator=generator).mul_(2).sub_(1).float()
 
 
-# ---- sums over a fragment ------------------------------------------------------------------------
+# ---- measurements of a fragment ------------------------------------------------------------------
 
 
 class FragmentDiagnostics:
-    """Sums over this rank's shards of one fragment that its report needs, fp64.
+    """Measures one fragment on this rank while it is applied.
 
     Construct it after the wait, and before the outer step overwrites the mean.
 
@@ -234,12 +206,24 @@ class FragmentDiagnostics:
     def __init__(
         self, flight: InFlight, sketch: PseudogradientSketch | None, device: torch.device
     ) -> None:
-        self._flight = flight
+        assert flight.reduced is not None
+        self._flight, self._stats, self._device = flight, flight.reduced.stats, device
         self._moved = torch.zeros(3, dtype=torch.float64, device=device)
-        self._code = _compression_sums(flight, sketch, device)
-        self._pairs = torch.zeros(0, dtype=torch.float64, device=device)
-        if flight.sketch_size is not None:
-            self._pairs = gram(flight.metadata().sketches).flatten().to(device)
+        self._compared: dict[str, Measurement] = {}
+        if flight.sketch_size is not None:  # a round that compares replicas
+            self._compared["muloco/cosine_pairwise_min"] = Measurement(
+                gram(flight.metadata().sketches).flatten(),
+                _smallest_cosine,
+                over_ranks=True,
+                over_fragments=min,
+            )
+            if self._stats.compressed and sketch is not None:
+                self._compared["muloco/compression_cosine"] = Measurement(
+                    _decoded_and_exact(flight, sketch),
+                    _known_cosine,
+                    over_ranks=True,
+                    over_fragments=min,
+                )
 
     def add(self, dot: Tensor, mean_square: Tensor, update_square: Tensor) -> None:
         """Add one shard's dot products; 0-dim each.
@@ -260,13 +244,8 @@ class FragmentDiagnostics:
 
         Collectives: one call of ``total``; all ranks of the replica call this method.
         """
-        # One collective for all sums: a replica adds at most 8 + K * K numbers per fragment.
-        parts = (self._moved, self._code, self._pairs)
-        moved, code, pairs = total(torch.cat(parts)).split([part.numel() for part in parts])
-        dot, mean_square, update_square = moved.unbind()
-        flight = self._flight
-        assert flight.reduced is not None
-        stats = flight.reduced.stats
+        flight, stats = self._flight, self._stats
+        measurements = self._measured() | self._compared | dict(stats.measurements)
         return FragmentReport(
             fragment=flight.fragment,
             launched_at=flight.launched_at,
@@ -274,121 +253,58 @@ class FragmentDiagnostics:
             verdict=flight.verdict,
             weights=stats.weights,
             line_values=flight.metadata().line_values,
-            pseudogradient_norm=flight.norm,
-            update_norm=update_square.sqrt(),
-            cosine_to_mean=dot / (mean_square.sqrt() * flight.norm),
-            wire_bytes=stats.wire_bytes,
-            uncoded_bytes=stats.uncoded_bytes,
-            exposed_ms=flight.exposed_ms,
-            pairwise_cosines=(
-                None if flight.sketch_size is None else cosines(pairs.view(len(stats.weights), -1))
-            ),
-            code=None if stats.code is None else _compression_report(stats.code, code),
+            measurements=summed_over_replica(measurements, total, self._device),
         )
 
+    def _measured(self) -> dict[str, Measurement]:
+        """Return what is measured of every fragment."""
+        flight, stats = self._flight, self._stats
 
-def _compression_sums(
-    flight: InFlight, sketch: PseudogradientSketch | None, device: torch.device
-) -> Tensor:
-    """Return this rank's sums about the compression, ``[5]``, fp64; zeros without one.
+        def cosine_to_mean(dot: float, mean_square: float) -> float:
+            norms = math.sqrt(mean_square) * flight.norm
+            return dot / norms if norms else math.nan
 
-    The squared norms of encoded values and of encoding errors, then dot products of the sketches of
-    the decoded and the exact mean: decoded * exact, decoded * decoded, exact * exact.
+        return {
+            # The guard has summed this norm over the replica already.
+            "muloco/pseudogradient_norm": Measurement.norm(flight.norm**2, over_ranks=False),
+            "muloco/update_norm": Measurement.norm(self._moved[2]),
+            "muloco/cosine_to_mean": Measurement(
+                self._moved[:2], cosine_to_mean, over_ranks=True, over_fragments=fmean
+            ),
+            "muloco/weight_sum": Measurement.of(float(stats.weights.sum()), min),
+            "muloco/excluded": Measurement.of(int((stats.weights == 0).sum()), max),
+            "muloco/wire_bytes": Measurement.of(stats.wire_bytes),
+            "muloco/compression_ratio": Measurement.ratio(stats.uncoded_bytes, stats.wire_bytes),
+            "muloco/exposed_ms": Measurement.of(flight.exposed_ms),
+        }
+
+
+def _decoded_and_exact(flight: InFlight, sketch: PseudogradientSketch) -> Tensor:
+    """Return dot products of the sketches of decoded and exact mean, ``[3]``, fp64.
+
+    They are decoded * exact, decoded * decoded, exact * exact; zeros on a rank without shards.
     """
-    sums = torch.zeros(5, dtype=torch.float64, device=device)
     assert flight.reduced is not None
-    stats = flight.reduced.stats
-    if stats.code is not None:
-        sums[0], sums[1] = stats.code.exact_square, stats.code.lost_square
-        if sketch is not None and flight.sketch_size:
-            exact = torch.mv(flight.metadata().sketches.T, stats.weights).to(device)
-            decoded = sketch(flight.reduced.mean)
-            products = [decoded.dot(exact), decoded.dot(decoded), exact.dot(exact)]
-            sums[2:] = torch.stack(products).double()
-    return sums
+    decoded = sketch(flight.reduced.mean).double()
+    exact = torch.mv(flight.metadata().sketches.T, flight.reduced.stats.weights)
+    exact = exact.to(decoded.device).double()
+    return torch.stack([decoded.dot(exact), decoded.dot(decoded), exact.dot(exact)])
 
 
-def _compression_report(code: CompressionStats, sums: Tensor) -> CompressionReport:
-    exact, lost, dot, decoded_square, exact_square = sums.unbind()
-    return CompressionReport(
-        encoded_norm=exact.sqrt(),
-        lost_norm=lost.sqrt(),
-        cosine=dot / (decoded_square * exact_square).sqrt(),
-        encode_ms=code.encode_ms,
-        decode_ms=code.decode_ms,
-        error_feedback=code.error_feedback,
-    )
+def _known_cosine(dot: float, square: float, other_square: float) -> float | None:
+    """Return a cosine from dot products; ``None`` where it is undefined."""
+    norms = math.sqrt(square * other_square)
+    cosine = dot / norms if norms else math.nan
+    return None if math.isnan(cosine) else cosine
 
 
-# ---- metrics -------------------------------------------------------------------------------------
+def _smallest_cosine(*products: float) -> float | None:
+    """Return the smallest cosine of two replicas from the K * K dot products of their sketches.
 
-
-def outer_metrics(report: OuterReport) -> dict[str, float]:
-    """Return the metrics of the fragments applied after one inner step, by tag; empty if none.
-
-    The norm of several fragments is that of their union. The smallest cosine is left out if no two
-    replicas could be compared.
+    ``None`` if no two could be compared.
     """
-    applied = report.applied
-    if not applied:
-        return {}
-    # One transfer to the host for all tensors of the report.
-    per_fragment = torch.stack(
-        [
-            torch.stack([part.update_norm, part.cosine_to_mean, _smallest_cosine(part)]).double()
-            for part in applied
-        ]
-    ).tolist()
-    updates, cosines, smallest = zip(*per_fragment, strict=True)
-    known = [cosine for cosine in smallest if not math.isnan(cosine)]
-    weight_sums = [part.weight_sum for part in applied]
-    sent = sum(part.wire_bytes for part in applied)
-    metrics = {
-        "muloco/pseudogradient_norm": math.hypot(*(part.pseudogradient_norm for part in applied)),
-        "muloco/update_norm": math.hypot(*updates),
-        "muloco/cosine_to_mean": sum(cosines) / len(cosines),
-        "muloco/weight_sum": min(weight_sums),
-        "muloco/excluded": max(int((part.weights == 0).sum()) for part in applied),
-        "muloco/wire_bytes": sent,
-        "muloco/exposed_ms": sum(part.exposed_ms for part in applied),
-        "muloco/round": float(report.round_index),
-    }
-    if known:
-        metrics["muloco/cosine_pairwise_min"] = min(known)
-    if sent:
-        metrics["muloco/compression_ratio"] = sum(part.uncoded_bytes for part in applied) / sent
-    return metrics | _compression_metrics([part.code for part in applied if part.code is not None])
-
-
-def _compression_metrics(codes: Sequence[CompressionReport]) -> dict[str, float]:
-    """Return the compression metrics of the fragments of one step; empty without compression."""
-    if not codes:
-        return {}
-    numbers = torch.stack(
-        [torch.stack([c.encoded_norm, c.lost_norm, c.cosine]).double() for c in codes]
-    ).tolist()
-    encoded, lost, cosines = zip(*numbers, strict=True)
-    whole = math.hypot(*encoded)
-    known = [cosine for cosine in cosines if not math.isnan(cosine)]
-    metrics = {
-        "muloco/compression_error": math.hypot(*lost) / whole if whole else math.nan,
-        "muloco/encode_ms": sum(code.encode_ms for code in codes),
-        "muloco/decode_ms": sum(code.decode_ms for code in codes),
-    }
-    if codes[0].error_feedback:
-        metrics["muloco/residual_norm"] = math.hypot(*lost)
-    if known:
-        metrics["muloco/compression_cosine"] = min(known)
-    return metrics
-
-
-def _smallest_cosine(part: FragmentReport) -> Tensor:
-    """Return the smallest cosine of two replicas, 0-dim; NaN if no two could be compared."""
-    nothing = torch.full_like(part.update_norm, math.nan)
-    if part.pairwise_cosines is None:
-        return nothing
-    size = len(part.pairwise_cosines)
-    rows, columns = torch.triu_indices(size, size, offset=1, device=nothing.device).unbind()
-    pairs = part.pairwise_cosines[rows, columns]
-    smallest = pairs.nan_to_num(math.inf).min()
-    return torch.where(smallest.isinf(), nothing, smallest)
+    size = math.isqrt(len(products))
+    rows, columns = torch.triu_indices(size, size, offset=1).unbind()
+    pairs = cosines(torch.tensor(products, dtype=torch.float64).view(size, size))[rows, columns]
+    known = pairs[~pairs.isnan()]
+    return float(known.min()) if len(known) else None

@@ -10,15 +10,16 @@ A launch also sends a few numbers of each replica, its metadata::
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from typing_extensions import TypeVar
 
+from megatron_muloco.outer.measurement import Measurements
+
 __all__ = [
-    "CompressionStats",
     "Handle",
     "Reduced",
     "Reducer",
@@ -49,26 +50,6 @@ HandleT = TypeVar("HandleT", bound=Handle, default=Any)
 
 
 @dataclass(frozen=True, slots=True)
-class CompressionStats:
-    """Errors and times of the compression of this rank's tensors.
-
-    Attributes:
-        exact_square: Squared norm of the encoded values (pseudogradient plus residual); 0-dim,
-            fp64.
-        lost_square: Squared norm of the encoding error; 0-dim, fp64.
-        encode_ms: Host time of encoding, in launch and wait together.
-        decode_ms: Host time of decoding.
-        error_feedback: Whether the error is kept for the next round.
-    """
-
-    exact_square: Tensor
-    lost_square: Tensor
-    encode_ms: float
-    decode_ms: float
-    error_feedback: bool
-
-
-@dataclass(frozen=True, slots=True)
 class ReductionStats:
     """Weights, metadata and cost of a reduction. Weights and metadata are equal on all ranks.
 
@@ -77,14 +58,17 @@ class ReductionStats:
         metadata: Metadata of every replica, ``[K, n]``, fp32 on the host.
         wire_bytes: Bytes sent by this rank, in launch and wait together.
         uncoded_bytes: Bytes that an fp32 all-reduce of the tensors alone would have sent.
-        code: Errors and times of the compression; ``None`` without one.
+        compressed: Whether the tensors were sent in fewer bits, so that the mean is not exact.
+        measurements: Metrics of this reduction by tag, for instance the encoding error. All ranks
+            of a replica give the same tags in the same order.
     """
 
     weights: Tensor
     metadata: Tensor
     wire_bytes: int
     uncoded_bytes: int = 0
-    code: CompressionStats | None = None
+    compressed: bool = False
+    measurements: Measurements = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

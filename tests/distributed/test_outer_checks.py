@@ -13,7 +13,7 @@ from megatron_muloco.config import RunConfig
 from megatron_muloco.config.derived import sketch_width
 from megatron_muloco.errors import RuntimeMismatch, SyncError
 from megatron_muloco.model.build import build_model
-from megatron_muloco.outer.diagnostics import outer_metrics
+from megatron_muloco.outer.diagnostics import FragmentReport, cosines
 from megatron_muloco.params import ParamInfo, Shard
 from megatron_muloco.topology import Topology
 from tests.support.spawn import run_ranks
@@ -159,7 +159,7 @@ def _with_a_leap(config: RunConfig) -> dict[str, Any]:
     outcome = {
         "restarted_from_anchor": report.restarted_from_anchor,
         "weights": report.applied[0].weights.tolist(),
-        "metrics": outer_metrics(report),
+        "metrics": report.metrics(),
         "anchors": {n: a.clone() for n, a in run.optimizer.synchronizer.anchors().items()},
         "masters": {n: m for n, (_, m) in run.masters().items()},
     }
@@ -199,11 +199,18 @@ def _compared(config: RunConfig, same: bool) -> dict[str, Any]:
     finish_tiny()
     parts = [part for report in reports for part in report.applied]
     return {
-        "cosines": [part.pairwise_cosines for part in parts],
-        "to_mean": [float(part.cosine_to_mean) for part in parts],
-        "norms": [part.pseudogradient_norm for part in parts],
-        "metrics": [outer_metrics(report) for report in reports],
+        "cosines": [_cosines_of(part) for part in parts],
+        "to_mean": [part.metrics()["muloco/cosine_to_mean"] for part in parts],
+        "norms": [part.metrics()["muloco/pseudogradient_norm"] for part in parts],
+        "metrics": [report.metrics() for report in reports],
     }
+
+
+def _cosines_of(part: FragmentReport) -> torch.Tensor | None:
+    """Return the cosines of all pairs of replicas; ``None`` where they were not compared."""
+    compared = part.measurements.get("muloco/cosine_pairwise_min")
+    replicas = len(part.weights)
+    return None if compared is None else cosines(compared.numbers.view(replicas, replicas))
 
 
 @pytest.mark.parametrize("parallel", [{}, {"tensor_model_parallel_size": 2}], ids=["tp1", "tp2"])

@@ -188,7 +188,7 @@ def train_cut(bad_step: int | None) -> tuple[int, Parameters, list[Any]]:
                 (
                     report.restarted_from_anchor,
                     fragment.weights.tolist(),
-                    fragment.pseudogradient_norm,
+                    fragment.metrics()["muloco/pseudogradient_norm"],
                 )
             )
     return replica, dict(port.masters), seen

@@ -70,8 +70,9 @@ def counted(config: RunConfig) -> list[tuple[int, int]]:
         reports.append(run.optimizer.flush())
     for part in itertools.chain.from_iterable(report.applied for report in reports if report):
         index = (part.launched_at - 1) // 2
-        rounds[index][0] += part.wire_bytes
-        rounds[index][1] += part.uncoded_bytes
+        uncoded, sent = part.measurements["muloco/compression_ratio"].numbers.tolist()
+        rounds[index][0] += int(sent)
+        rounds[index][1] += int(uncoded)
     finish_tiny()
     return [(sent, uncoded) for sent, uncoded in rounds]
 

@@ -3,7 +3,7 @@
 import io
 import math
 import re
-from dataclasses import replace
+from statistics import fmean
 
 import pytest
 import torch
@@ -18,8 +18,9 @@ from megatron_muloco.monitor.metrics import applicable_tags
 from megatron_muloco.monitor.monitor import Monitor, RunFacts, floats
 from megatron_muloco.monitor.tensorboard import EventWriter
 from megatron_muloco.optim.parameter_table import ParameterReport
-from megatron_muloco.outer.diagnostics import CompressionReport, FragmentReport, OuterReport
+from megatron_muloco.outer.diagnostics import FragmentReport, OuterReport
 from megatron_muloco.outer.guard import Verdict
+from megatron_muloco.outer.measurement import Measurement
 from megatron_muloco.outer.schedule import Apply, Launch, LineCalendar, SyncSchedule
 
 CPU = torch.device("cpu")
@@ -124,8 +125,22 @@ class Replicas:
             monitor.close(outcome)
 
 
-def fragment_report(fragment, launched_at, line_values, weights=None):
+def value(number, over_fragments):
+    return Measurement.of(number, over_fragments)
+
+
+def fragment_report(fragment, launched_at, line_values, weights=None, **measurements):
     weights = torch.ones(line_values.size(0)) if weights is None else weights
+    measured = {
+        "muloco/pseudogradient_norm": Measurement.norm(9.0),
+        "muloco/update_norm": Measurement.norm(torch.tensor(16.0)),
+        "muloco/cosine_to_mean": value(0.5, fmean),
+        "muloco/weight_sum": value(float(weights.sum()), min),
+        "muloco/excluded": value(int((weights == 0).sum()), max),
+        "muloco/wire_bytes": Measurement.of(1000),
+        "muloco/compression_ratio": Measurement.ratio(1000, 1000),
+        "muloco/exposed_ms": Measurement.of(5.0),
+    }
     return FragmentReport(
         round_index=1,
         fragment=fragment,
@@ -133,51 +148,53 @@ def fragment_report(fragment, launched_at, line_values, weights=None):
         verdict=Verdict.GOOD,
         weights=weights,
         line_values=line_values,
-        pseudogradient_norm=3.0,
-        update_norm=torch.tensor(4.0),
-        cosine_to_mean=torch.tensor(0.5),
-        wire_bytes=1000,
-        exposed_ms=5.0,
+        measurements=measured | {f"muloco/{name}": each for name, each in measurements.items()},
     )
 
 
-def code_report(encoded, lost, cosine=math.nan, error_feedback=True):
-    norms = [torch.tensor(value, dtype=torch.float64) for value in (encoded, lost, cosine)]
-    return CompressionReport(*norms, encode_ms=2.0, decode_ms=1.0, error_feedback=error_feedback)
+def compressed(encoded, lost, cosine, uncoded_bytes):
+    """Return what a reducer with error feedback and a sketch measure of one fragment."""
+    square = torch.tensor(lost**2, dtype=torch.float64)
+    return {
+        "compression_error": Measurement.relative_norm(square, torch.tensor(encoded**2)),
+        "encode_ms": Measurement.of(2.0),
+        "decode_ms": Measurement.of(1.0),
+        "residual_norm": Measurement.norm(square),
+        "compression_ratio": Measurement.ratio(uncoded_bytes, 1000),
+        "compression_cosine": value(cosine, min),
+    }
 
 
-def test_codes_of_several_fragments_are_taken_together(tmp_path):
+def test_compressed_fragments_of_one_step_are_taken_together(tmp_path):
     run = Replicas(tmp_path, schedule=SyncSchedule(6, 12))
+    rows = torch.zeros(2, 0)
     parts = [
-        replace(
-            fragment_report(0, 6, torch.zeros(2, 0)),
-            uncoded_bytes=6000,
-            code=code_report(6.0, 3.0, 0.9),
-        ),
-        replace(
-            fragment_report(1, 6, torch.zeros(2, 0)),
-            uncoded_bytes=2000,
-            code=code_report(8.0, 4.0, 0.8),
-        ),
+        fragment_report(0, 6, rows, **compressed(6.0, 3.0, 0.9, 6000)),
+        fragment_report(1, 6, rows, **compressed(8.0, 4.0, 0.8, 2000)),
     ]
     run.monitors[0].outer_step(OuterReport(6, 1, (), tuple(parts), False))
     run.monitors[0].outer_step(OuterReport(12, 2, (), tuple(parts), False))
     run.close()
-    for tag, value in {
+    for tag, number in {
         "muloco/compression_error": 0.5, "muloco/residual_norm": 5.0, "muloco/encode_ms": 4.0,
         "muloco/decode_ms": 2.0, "muloco/compression_ratio": 4.0, "muloco/compression_cosine": 0.8,
     }.items():  # fmt: skip
-        assert run.points(tag) == [(6, pytest.approx(value)), (12, pytest.approx(value))], tag
+        assert run.points(tag) == [(6, pytest.approx(number)), (12, pytest.approx(number))], tag
     assert run.points("muloco/wire_bytes_total") == [(6, 2000.0), (12, 4000.0)]
 
 
-def test_without_error_feedback_or_sketches_nothing_is_said_of_them(tmp_path):
+def test_what_a_fragment_does_not_know_is_left_out(tmp_path):
     run = Replicas(tmp_path, schedule=SyncSchedule(6, 12))
-    part = fragment_report(0, 6, torch.zeros(2, 0))
-    part = replace(part, code=code_report(2.0, 1.0, error_feedback=False))
-    run.monitors[0].outer_step(OuterReport(6, 1, (), (part,), False))
+    unknown = Measurement(torch.zeros(1), lambda number: None, over_fragments=min)
+    parts = [
+        fragment_report(
+            i, 6, torch.zeros(2, 0), cosine_pairwise_min=known, compression_cosine=unknown
+        )
+        for i, known in enumerate((unknown, value(0.25, min)))
+    ]
+    run.monitors[0].outer_step(OuterReport(6, 1, (), tuple(parts), False))
     run.close()
-    assert run.points("muloco/compression_error") == [(6, 0.5)]
+    assert run.points("muloco/cosine_pairwise_min") == [(6, 0.25)]
     assert run.points("muloco/residual_norm") == run.points("muloco/compression_cosine") == []
 
 
@@ -280,7 +297,7 @@ def test_only_the_writing_rank_reads_or_writes(tmp_path, monkeypatch):
         raise AssertionError("a rank that does not write read a tensor")
 
     monkeypatch.setattr("megatron_muloco.monitor.monitor.floats", refuse)
-    monkeypatch.setattr("megatron_muloco.monitor.monitor.outer_metrics", refuse)
+    monkeypatch.setattr(OuterReport, "metrics", refuse)
     for step in range(1, 6):
         run.monitors[0].record(step, {"lm loss": torch.tensor(1.0), "learning-rate": 0.1})
     run.monitors[0].evaluation(5, torch.tensor(1.0))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_muloco.config.outer import CosineRamp, LinearRamp, Steps
 from megatron_muloco.errors import CheckpointError, ConfigError
-from megatron_muloco.outer.diagnostics import OuterReport, PseudogradientSketch
+from megatron_muloco.outer.diagnostics import OuterReport, PseudogradientSketch, cosines
 from megatron_muloco.outer.fragments import FragmentPlan
 from megatron_muloco.outer.guard import Guard, Verdict
 from megatron_muloco.outer.optimizer import Mix, OuterNesterov
@@ -296,8 +296,8 @@ def test_without_a_usable_replica_the_anchor_stays_and_an_alarm_is_raised() -> N
         assert_same(local, start(), "local")
         assert reports[0].alarm
         assert reports[0].restarted_from_anchor
-        assert reports[0].applied[0].weight_sum == 0.0
-        assert reports[0].applied[0].update_norm.item() == 0.0
+        metrics = reports[0].metrics()
+        assert metrics["muloco/weight_sum"] == metrics["muloco/update_norm"] == 0.0
 
 
 def test_an_outlier_among_four_is_left_out_of_one_mean() -> None:
@@ -369,10 +369,11 @@ def test_the_report_measures_the_round() -> None:
     for _, _, (report, _) in train(s, 2, inner):
         (fragment,) = report.applied
         assert (report.step, report.round_index, report.launched) == (1, 1, (0,))
-        assert fragment.pseudogradient_norm == 3.0
+        metrics = fragment.metrics()
+        assert metrics["muloco/pseudogradient_norm"] == 3.0
         # Delta_0 = (3, 0), Delta_1 = (0, 3), mean = (1.5, 1.5): half the step, 45 degrees apart.
-        assert fragment.update_norm.item() == pytest.approx(0.75 * math.sqrt(2))
-        assert fragment.cosine_to_mean.item() == pytest.approx(math.sqrt(0.5))
+        assert metrics["muloco/update_norm"] == pytest.approx(0.75 * math.sqrt(2))
+        assert metrics["muloco/cosine_to_mean"] == pytest.approx(math.sqrt(0.5))
 
 
 def test_riders_reach_every_replica() -> None:
@@ -450,9 +451,11 @@ def test_sketches_compare_replicas_and_are_no_part_of_the_state() -> None:
             report = synchronizer.after_inner_step(t, torch.tensor([float(k)]))
             for part in report.applied if report else ():
                 assert part.line_values.tolist() == [[0.0], [1.0]]
-                if part.pairwise_cosines is not None:
+                if "muloco/cosine_pairwise_min" in part.measurements:
                     compared.append((t, part.fragment))
-                    assert part.pairwise_cosines.diagonal().tolist() == pytest.approx([1.0, 1.0])
+                    products = part.measurements["muloco/cosine_pairwise_min"].numbers
+                    own = cosines(products.view(2, 2)).diagonal()
+                    assert own.tolist() == pytest.approx([1.0, 1.0])
             for entry in synchronizer.state_dict()["scalars"]["in_flight"]:
                 assert len(entry["norms"]) == 2  # of each replica; metadata belong to this start
                 assert "metadata" not in entry
