@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_muloco.monitor.metrics import METRICS, Applies
+from megatron_muloco.monitor.metrics import METRICS
 from megatron_muloco.monitor.throughput import PEAKS
 
 _PAGE = Path(__file__).resolve().parent.parent / "docs/reference/metrics.md"
@@ -24,19 +24,6 @@ step.
 |---|---|---|---|---|---|
 """
 
-_WHEN: dict[Applies, str] = {
-    "always": "always",
-    "outer": "an outer step",
-    "wire": "an outer step, K > 1",
-    "compared": "an outer step, K > 1, replicas compared",
-    "compared codec": "compression, K > 1, replicas compared",
-    "feedback": "error feedback",
-    "codec": "an outer step with compression",
-    "muon": "`inner.kind: muon`",
-    "eval": "`training.eval_interval` above 0",
-    "gpu": "an accelerator with a known peak",
-}
-
 _STEPS = {"mean": "mean since the last point", "last": "that step's", "event": "at the event"}
 
 _PEAKS_HEAD = """
@@ -54,7 +41,7 @@ def render() -> str:
     """Return the page."""
     rows = [
         f"| `{row.tag}` | {row.unit} | {_STEPS[row.over_steps]} | {row.over_ranks} | "
-        f"{_WHEN[row.applies]} | {row.meaning} |"
+        f"{row.when} | {row.meaning} |"
         for row in METRICS
     ]
     peaks = [f"| {peak.device} | {peak.tflops:g} | {peak.source} |" for peak in PEAKS]

@@ -21,7 +21,7 @@ from megatron_muloco.monitor.console import (
     start_banner,
 )
 from megatron_muloco.monitor.diagnostics import OrthogonalisationProbe, orthogonality_error
-from megatron_muloco.monitor.metrics import METRICS, applicable_tags, metric
+from megatron_muloco.monitor.metrics import METRICS, metric
 from megatron_muloco.monitor.throughput import PEAKS, measure_speed, peak_tflops
 
 LINE = TrainingLine(
@@ -191,16 +191,6 @@ def test_tags_are_unique_and_look_ups_refuse_typos():
     assert all(metric(tag).tag == tag for tag in tags)
     with pytest.raises(RuntimeMismatch, match="registry"):
         metric("muloco/rounds")
-
-
-def test_what_applies_follows_from_the_config():
-    run = config()
-    tags = set(applicable_tags(run))
-    assert {"lm loss", "muloco/update_norm", "muloco/cosine_pairwise_min", "muon/ns_calls"} <= tags
-    assert not {"perf/mfu", "muloco/compression_error", "muloco/residual_norm"} & tags
-    assert {"perf/mfu"} == set(applicable_tags(run, peak_known=True)) - tags
-    assert not any(tag.startswith("muloco/") for tag in applicable_tags(plain("muon")))
-    assert not any("muon/" in tag or "newton" in tag for tag in applicable_tags(plain("adamw")))
 
 
 # ---- speed --------------------------------------------------------------------------------------
