@@ -1,4 +1,4 @@
-"""An outer step and a save stay inside the packages that are about them."""
+"""An outer step and a save cross few files, all in the packages that are about them."""
 
 from pathlib import Path
 
@@ -32,3 +32,9 @@ def test_no_foreign_package_is_crossed(ranks: Crossed) -> None:
         for event, files in crossed.items():
             assert files, event
             assert not [file for file in files if file.startswith(FOREIGN[event])], event
+
+
+def test_few_files_are_crossed(method: Method, ranks: Crossed) -> None:
+    for crossed in ranks:
+        for event, files in crossed.items():
+            assert len(files) <= method.limits[event], f"{event}: {sorted(files)}"
