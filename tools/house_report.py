@@ -35,7 +35,8 @@ PACKAGE = ROOT / "megatron_muloco"
 
 SMALL_LINES = 130
 COMMENTED_PACKAGES = ("outer", "optim", "comm", "checkpoint")
-# A module's first sentence says what the module is. These openings ask, or need the file name.
+# A module's first sentence says what the module is. These openings ask a question, or depend on the
+# file name to be understood.
 RIDDLES = (
     "Of", "What", "Which", "Whether", "How", "Where", "When", "Are", "Is", "Do", "Does",
 )  # fmt: skip
@@ -177,9 +178,9 @@ class Measure:
     Attributes:
         name: What is counted.
         value: The number, rounded to one decimal.
-        limit: What it is held to.
+        limit: The limit.
         at_least: Whether the limit is the smallest number allowed; else it is the largest.
-        culprits: What breaks the limit, or stands nearest to it.
+        culprits: What breaks the limit, or is nearest to it.
     """
 
     name: str

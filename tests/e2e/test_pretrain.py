@@ -1,4 +1,4 @@
-"""The plain command on a machine without accelerators: starts, stops, goes on, survives a death."""
+"""The plain command on a machine without accelerators: start, stop, resume, death of a rank."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def undisturbed(prefix: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The final anchor's digest after one go, in warm workers."""
+    """Return the final anchor's digest of an uninterrupted run, in warm workers."""
     directory = tmp_path_factory.mktemp("undisturbed")
     run_ranks(run_here, 2, config_in(directory, prefix))
     return final_digest(directory)
@@ -65,7 +65,7 @@ def latest_step(directory: Path) -> int:
 
 
 class Started:
-    """A command in a process group of its own, with its output in a file."""
+    """Command in a process group of its own, with its output in a file."""
 
     def __init__(self, command: list[str], directory: Path) -> None:
         self.log = directory / f"log{time.monotonic_ns()}.txt"

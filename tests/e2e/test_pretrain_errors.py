@@ -32,7 +32,7 @@ REPORT = re.compile(r"^\d+ problems? in the input:$", re.MULTILINE)
 
 @dataclass
 class ReplicaMetadata:
-    """A block of the guide: files it shows, the command, and what the program says."""
+    """Block of the guide: its files, the command, and the message of the program."""
 
     command: str = ""
     files: dict[str, str] = field(default_factory=dict)
@@ -61,7 +61,7 @@ SHOWN = list(blocks_of(GUIDE.read_text(encoding="utf-8")))
 
 
 def arguments_of(command: str) -> tuple[list[str], dict[str, str]]:
-    """Return the arguments of the program, and what the launcher would put in the environment."""
+    """Return the arguments of the program and the environment that a launcher would set."""
     words = shlex.split(command)
     script = words.index("launch/pretrain.py")
     environment = {}

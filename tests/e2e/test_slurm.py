@@ -1,4 +1,4 @@
-"""The SLURM template on a real, small SLURM: what it asks for, and stop, requeue, resume."""
+"""The SLURM template on a real, small SLURM: its requests, and stop, requeue, resume."""
 
 import os
 import re
@@ -25,9 +25,8 @@ ROOT = Path(__file__).parents[2]
 TEMPLATE = "launch/slurm/pretrain.sbatch"
 OVER = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
 
-# Plays the training program's part of the contract (exit codes, signals) without training. Rank 1
-# leaves later than rank 0 and would die of the signal that SLURM sends to what is left after a
-# fault.
+# Keeps the training program's contract (exit codes, signals) without training. Rank 1 leaves later
+# than rank 0 and would die of the signal that SLURM sends to remaining processes after a fault.
 STAND_IN = """
 import os, pathlib, signal, sys, time
 
@@ -59,7 +58,7 @@ BOTH_RANKS_RUN = r"rank 0 sees[\s\S]*rank 1 sees|rank 1 sees[\s\S]*rank 0 sees"
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[MiniSlurm]:
-    """Sixteen nodes of eight GPUs: what the 15B run asks for."""
+    """Cluster of sixteen nodes with eight GPUs, the size that the 15B run requests."""
     with MiniSlurm(nodes=16, gpus_per_node=8) as slurm:
         yield slurm
 

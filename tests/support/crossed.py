@@ -31,7 +31,7 @@ class Method:
     """A run to trace, and the most files that it should cross.
 
     Attributes:
-        name: For people.
+        name: Name in tables and test ids.
         outer: Keys of the outer section beside those of every run here.
         limits: Files at most: ``outer step`` and ``save``.
     """
