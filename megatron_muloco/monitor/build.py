@@ -9,6 +9,7 @@ from megatron_muloco.config.derived import derive
 from megatron_muloco.config.schema import RunConfig
 from megatron_muloco.model.flops import flops_per_token
 from megatron_muloco.monitor.console import Console, start_banner
+from megatron_muloco.monitor.metrics import METRICS, MetricTable
 from megatron_muloco.monitor.monitor import Monitor, RunFacts
 from megatron_muloco.monitor.tensorboard import EventWriter
 from megatron_muloco.monitor.throughput import peak_tflops
@@ -37,6 +38,7 @@ def build_monitor(
     plan_text: str = "",
     parameters: ParameterReport | None = None,
     console: Console | None = None,
+    metrics: MetricTable = METRICS,
 ) -> Monitor:
     """Return this rank's monitor; on the writing rank, print the banner and open the event file.
 
@@ -52,6 +54,7 @@ def build_monitor(
         parameters: Parameter report: its summary goes to the console, its table to TensorBoard and
             to `PARAMETERS_FILE` beside the event files.
         console: Console; standard output by default.
+        metrics: Table of the metrics that the run may write.
     """
     derived = derive(config, topology)
     name = device_name(device)
@@ -67,14 +70,19 @@ def build_monitor(
     )
     calendar = LineCalendar(config.monitor.log_interval, schedule)
     if not writes:
-        return Monitor(facts, calendar, device=device)
+        return Monitor(facts, calendar, device=device, metrics=metrics)
     console = console or Console()
     console.line(start_banner(config, topology, derived, device=name, resumed_step=resumed_step))
     if parameters is not None:
         console.line(f" > parameters:  {parameters.summary}")
     writer = None
     if config.monitor.dir is not None:
-        writer = EventWriter(config.monitor.dir, resumed_step=resumed_step, report=console.stamped)
+        writer = EventWriter(
+            config.monitor.dir,
+            resumed_step=resumed_step,
+            report=console.stamped,
+            metrics=metrics,
+        )
         resolved = config.model_dump(mode="json")
         writer.text("run/config", yaml.safe_dump(resolved, sort_keys=False))
         if plan_text:
@@ -82,7 +90,7 @@ def build_monitor(
         if parameters is not None:
             writer.text("run/parameters", parameters.table)
             _keep(Path(config.monitor.dir) / PARAMETERS_FILE, parameters.table, console)
-    return Monitor(facts, calendar, device=device, console=console, writer=writer)
+    return Monitor(facts, calendar, device=device, console=console, writer=writer, metrics=metrics)
 
 
 def _keep(path: Path, text: str, console: Console) -> None:

@@ -1,19 +1,43 @@
-"""Registry of metrics: one row per TensorBoard tag, with unit, reduction and meaning.
+"""`METRICS`, the table of metrics: unit, reduction, meaning and chart of every TensorBoard tag.
 
 Metrics that Megatron has keep Megatron's tags, so that runs of both overlay in one TensorBoard. The
-x axis of all metrics is the inner step. `docs/reference/metrics.md` is generated from this table.
-Imports no torch.
+x axis of all metrics is the inner step. `docs/reference/metrics.md` and TensorBoard's charts are
+made from this table. Imports no torch.
+
+A metric of your own needs a row before it can be written, which no file of the package has to
+change for::
+
+    METRICS.register(Metric("perf/data_ms", "ms", "mean", "writing rank", "always", "Time of ..."))
+
+Register before the monitor is built. The value is then recorded like any other: with
+`Monitor.record` in every inner step (``mean``, ``last``), with `Monitor.scalars` at an ``event``,
+or, for a fragment of an outer step, as a `Measurement` in `ReductionStats.measurements`. A monitor
+can also be given a table of its own: ``build_monitor(..., metrics=MetricTable([*METRICS, row]))``.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from megatron_muloco.errors import RuntimeMismatch
 
-__all__ = ["METRICS", "Metric", "metric"]
+__all__ = ["METRICS", "Chart", "Metric", "MetricTable"]
 
 OverSteps = Literal["mean", "last", "event"]
 OverRanks = Literal["mean over replicas", "the same everywhere", "replica 0", "writing rank"]
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """A line chart on TensorBoard's custom-scalars page.
+
+    Attributes:
+        category: Heading under which the chart is shown.
+        title: Title of the chart.
+    """
+
+    category: str
+    title: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +52,7 @@ class Metric:
         over_ranks: Reduction over ranks, or the rank whose value is written.
         when: Runs and events that write it, in words.
         meaning: Meaning in a sentence.
+        chart: Chart that shows it on the custom-scalars page; ``None`` for no chart there.
     """
 
     tag: str
@@ -36,6 +61,53 @@ class Metric:
     over_ranks: OverRanks
     when: str
     meaning: str
+    chart: Chart | None = None
+
+
+class MetricTable:
+    """Rows by tag, in the order in which they were registered.
+
+    Invariant: no two rows have the same tag.
+
+    Args:
+        rows: First rows.
+    """
+
+    def __init__(self, rows: Iterable[Metric] = ()) -> None:
+        self._rows: dict[str, Metric] = {}
+        for row in rows:
+            self.register(row)
+
+    def register(self, row: Metric) -> None:
+        """Add a row.
+
+        Raises:
+            RuntimeMismatch: The table has a row with this tag.
+        """
+        if row.tag in self._rows:
+            raise RuntimeMismatch(
+                f"metric {row.tag!r} is already registered, with the meaning "
+                f"{self._rows[row.tag].meaning!r}. Two metrics in one curve cannot be told apart; "
+                "choose another tag."
+            )
+        self._rows[row.tag] = row
+
+    def __getitem__(self, tag: str) -> Metric:
+        """Return the row of a tag.
+
+        Raises:
+            RuntimeMismatch: There is no such row: a typo, or a metric that was not registered.
+        """
+        if tag not in self._rows:
+            raise RuntimeMismatch(
+                f"metric {tag!r} is not in the registry, so its meaning is documented nowhere. "
+                "Correct the tag, or add a row with METRICS.register before the monitor is built."
+            )
+        return self._rows[tag]
+
+    def __iter__(self) -> Iterator[Metric]:
+        """Iterate over the rows in order."""
+        return iter(self._rows.values())
 
 
 # Conditions that several rows share.
@@ -50,48 +122,64 @@ _COMPRESSION = "compression"
 _COMPARED_COMPRESSION = "compression, K > 1, replicas compared"
 _FEEDBACK = "error feedback"
 
-METRICS: tuple[Metric, ...] = (
-    # Metrics that Megatron has too.
+# Charts on TensorBoard's custom-scalars page that show several metrics.
+_OUTER_STEP = "MuLoCo outer step"
+_LOSS = Chart("Training", "loss")
+_NORMS = Chart(_OUTER_STEP, "pseudogradient and update norm")
+_COSINES = Chart(_OUTER_STEP, "cosines")
+_TIMES = Chart(_OUTER_STEP, "time (ms)")
+_BYTES = Chart(_OUTER_STEP, "bytes sent")
+_COMPRESSION_CHART = Chart(_OUTER_STEP, "compression")
+_REPLICA_CHART = Chart(_OUTER_STEP, "replicas")
+
+_ROWS = (
+    # Training; tags without a slash are Megatron's.
     Metric(
         "lm loss", "nats per token", "mean", "mean over replicas", _ALWAYS,
         "Training loss. After a stop within a round, the last points are those of replica 0 alone.",
-    ),
-    Metric(
-        "learning-rate", "1", "last", "the same everywhere", _ALWAYS,
-        "Inner learning rate of the step.",
-    ),
-    Metric(
-        "batch-size", "sequences", "last", "the same everywhere", _ALWAYS,
-        "Sequences of one inner step over all replicas.",
-    ),
-    Metric(
-        "grad-norm", "1", "last", "mean over replicas", _ALWAYS,
-        "Norm of a replica's gradient before clipping; not finite if a step was skipped.",
-    ),
-    Metric(
-        "iteration-time", "s", "mean", "writing rank", _ALWAYS,
-        "Wall-clock time of an inner step and its outer steps, without evaluation and saving.",
-    ),
-    Metric(
-        "throughput", "TFLOP/s per rank", "mean", "writing rank", _ALWAYS,
-        "Model FLOPs of all replicas (without recomputation) divided by time and number of ranks.",
+        _LOSS,
     ),
     Metric(
         "lm loss validation", "nats per token", "event", "the same everywhere", _EVALUATION,
         "Loss of the anchor on held-out data.",
+        _LOSS,
     ),
     Metric(
         "lm loss validation ppl", "1", "event", "the same everywhere", _EVALUATION,
         "Perplexity: exp(loss), with the loss capped at 20 as in Megatron.",
     ),
+    Metric(
+        "grad-norm", "1", "last", "mean over replicas", _ALWAYS,
+        "Norm of a replica's gradient before clipping; not finite if a step was skipped.",
+        Chart("Training", "gradient norm"),
+    ),
+    Metric(
+        "learning-rate", "1", "last", "the same everywhere", _ALWAYS,
+        "Inner learning rate of the step.",
+        Chart("Training", "learning rate"),
+    ),
+    Metric(
+        "batch-size", "sequences", "last", "the same everywhere", _ALWAYS,
+        "Sequences of one inner step over all replicas.",
+    ),
     # Speed.
+    Metric(
+        "perf/tokens_per_s", "tokens/s", "mean", "writing rank", _ALWAYS,
+        "Tokens per second of all replicas together.",
+        Chart("Training", "tokens per second"),
+    ),
+    Metric(
+        "throughput", "TFLOP/s per rank", "mean", "writing rank", _ALWAYS,
+        "Model FLOPs of all replicas (without recomputation) divided by time and number of ranks.",
+        Chart("Training", "TFLOP per second and rank"),
+    ),
     Metric(
         "perf/mfu", "1", "mean", "writing rank", _KNOWN_PEAK,
         "Model FLOPs utilization: throughput divided by the accelerator's dense bf16 peak.",
     ),
     Metric(
-        "perf/tokens_per_s", "tokens/s", "mean", "writing rank", _ALWAYS,
-        "Tokens per second of all replicas together.",
+        "iteration-time", "s", "mean", "writing rank", _ALWAYS,
+        "Wall-clock time of an inner step and its outer steps, without evaluation and saving.",
     ),
     Metric(
         "perf/inner_optimizer_ms", "ms", "mean", "writing rank", _ALWAYS,
@@ -131,91 +219,94 @@ METRICS: tuple[Metric, ...] = (
     ),
     # The outer step: values of the fragments applied after this inner step.
     Metric(
+        "muloco/round", "rounds", "event", "the same everywhere", _OUTER,
+        "Round of the inner step, counted from 1.",
+    ),
+    Metric(
         "muloco/pseudogradient_norm", "1", "event", "replica 0", _OUTER,
         "Norm of the replica's pseudogradient, anchor − local.",
+        _NORMS,
     ),
     Metric(
         "muloco/update_norm", "1", "event", "the same everywhere", _OUTER,
         "Norm of the anchor's change.",
+        _NORMS,
     ),
     Metric(
         "muloco/cosine_to_mean", "1", "event", "replica 0", _OUTER,
         "Cosine of the replica's own and the mean pseudogradient; mean over fragments.",
+        _COSINES,
     ),
     Metric(
         "muloco/cosine_pairwise_min", "1", "event", "the same everywhere", _COMPARED,
         "Smallest cosine of two replicas' pseudogradients, estimated from count sketches every "
         "`monitor.pseudogradient_interval` rounds.",
-    ),
-    Metric(
-        "muloco/weight_sum", "replicas", "event", "the same everywhere", _OUTER,
-        "Sum of the replicas' weights; smallest over fragments.",
-    ),
-    Metric(
-        "muloco/wire_bytes", "bytes", "event", "writing rank", _OUTER,
-        "Bytes sent by this rank.",
-    ),
-    Metric(
-        "muloco/wire_bytes_total", "bytes", "event", "writing rank", _OUTER,
-        "Bytes sent by this rank in outer steps since the run was started or resumed.",
-    ),
-    Metric(
-        "muloco/compression_ratio", "1", "event", "writing rank", _REPLICAS,
-        "Bytes of an fp32 all-reduce of the same tensors divided by the bytes sent.",
+        _COSINES,
     ),
     Metric(
         "muloco/exposed_ms", "ms", "event", "writing rank", _OUTER,
         "Host time of launching reductions and waiting for them; on an accelerator it includes "
         "work queued before.",
+        _TIMES,
     ),
     Metric(
         "muloco/round_ms", "ms", "event", "writing rank", _OUTER,
         "Wall-clock time of a complete round, without evaluation and saving.",
+        _TIMES,
+    ),
+    Metric(
+        "muloco/wire_bytes", "bytes", "event", "writing rank", _OUTER,
+        "Bytes sent by this rank.",
+        _BYTES,
+    ),
+    Metric(
+        "muloco/wire_bytes_total", "bytes", "event", "writing rank", _OUTER,
+        "Bytes sent by this rank in outer steps since the run was started or resumed.",
+        _BYTES,
     ),
     Metric(
         "muloco/compression_error", "1", "event", "replica 0", _COMPRESSION,
         "Norm of the encoding error divided by the norm of the encoded values.",
+        _COMPRESSION_CHART,
+    ),
+    Metric(
+        "muloco/compression_ratio", "1", "event", "writing rank", _REPLICAS,
+        "Bytes of an fp32 all-reduce of the same tensors divided by the bytes sent.",
+        _COMPRESSION_CHART,
     ),
     Metric(
         "muloco/compression_cosine", "1", "event", "the same everywhere", _COMPARED_COMPRESSION,
         "Cosine of the decoded mean and the mean of the exact pseudogradients, estimated from "
         "count sketches every `monitor.pseudogradient_interval` rounds; smallest over fragments.",
+        _COSINES,
     ),
     Metric(
         "muloco/encode_ms", "ms", "event", "writing rank", _COMPRESSION,
         "Host time of encoding, twice per fragment; with overlap it may run beside training.",
+        _TIMES,
     ),
     Metric(
         "muloco/decode_ms", "ms", "event", "writing rank", _COMPRESSION,
         "Host time of decoding.",
+        _TIMES,
     ),
     Metric(
         "muloco/residual_norm", "1", "event", "replica 0", _FEEDBACK,
         "Norm of the residuals that error feedback keeps for the next round, of these fragments.",
+        _NORMS,
+    ),
+    Metric(
+        "muloco/weight_sum", "replicas", "event", "the same everywhere", _OUTER,
+        "Sum of the replicas' weights; smallest over fragments.",
+        _REPLICA_CHART,
     ),
     Metric(
         "muloco/excluded", "replicas", "event", "the same everywhere", _OUTER,
         "Replicas with weight 0: excluded by the guard, or without trained tokens where tokens are "
         "the weights; largest over fragments.",
-    ),
-    Metric(
-        "muloco/round", "rounds", "event", "the same everywhere", _OUTER,
-        "Round of the inner step, counted from 1.",
+        _REPLICA_CHART,
     ),
 )  # fmt: skip
 
-_BY_TAG = {row.tag: row for row in METRICS}
-
-
-def metric(tag: str) -> Metric:
-    """Return the row of a tag.
-
-    Raises:
-        RuntimeMismatch: The registry has no such tag: a typo, or a metric without a row.
-    """
-    if tag not in _BY_TAG:
-        raise RuntimeMismatch(
-            f"metric {tag!r} is not in the registry, so its meaning is documented nowhere. "
-            "Add a row to megatron_muloco/monitor/metrics.py or correct the tag."
-        )
-    return _BY_TAG[tag]
+METRICS = MetricTable(_ROWS)
+"""The metrics of the package, in the order of the reference page and of the charts."""

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from megatron_muloco.errors import RuntimeMismatch
 from megatron_muloco.monitor.console import Console, EvaluationLine, RunSummary, TrainingLine
-from megatron_muloco.monitor.metrics import metric
+from megatron_muloco.monitor.metrics import METRICS, MetricTable
 from megatron_muloco.monitor.tensorboard import EventWriter
 from megatron_muloco.monitor.throughput import Speed, measure_speed
 from megatron_muloco.outer.diagnostics import OuterReport
@@ -73,9 +73,14 @@ class DueLine:
 
 
 class Interval:
-    """Collects per-step metrics between two lines: means or last values, as the registry says."""
+    """Collects per-step metrics between two lines: means or last values, as the registry says.
 
-    def __init__(self) -> None:
+    Args:
+        metrics: Table of the metrics.
+    """
+
+    def __init__(self, metrics: MetricTable = METRICS) -> None:
+        self._metrics = metrics
         self._clear()
 
     def _clear(self) -> None:
@@ -91,7 +96,7 @@ class Interval:
             RuntimeMismatch: A tag is not in the registry, or its metric belongs to events.
         """
         for tag, value in values.items():
-            rule = metric(tag).over_steps
+            rule = self._metrics[tag].over_steps
             if rule == "event":
                 raise RuntimeMismatch(
                     f"metric {tag!r} is written at events, not recorded with every inner step. Use "
@@ -205,6 +210,7 @@ class Monitor:
         device: Device of the line values.
         console: Console; ``None`` on ranks that do not write.
         writer: Event files; ``None`` on ranks that do not write, or without a directory.
+        metrics: Table of the metrics that may be recorded.
         now: Monotonic time in seconds.
     """
 
@@ -216,13 +222,14 @@ class Monitor:
         device: torch.device,
         console: Console | None = None,
         writer: EventWriter | None = None,
+        metrics: MetricTable = METRICS,
         now: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._facts, self._calendar, self._device = facts, calendar, device
         self._console, self._writer = console, writer
         self._clock = TrainingClock(now)
         self._value_count = calendar.value_count() if facts.num_replicas > 1 else 0
-        self._interval = Interval()
+        self._interval = Interval(metrics)
         self._waiting: dict[int, DueLine] = {}
         self._exposed: list[tuple[int, float]] = []
         self._step = facts.resumed_step

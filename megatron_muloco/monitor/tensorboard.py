@@ -6,47 +6,32 @@ TensorBoard's server takes the first mark as the beginning, and purges only at l
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_muloco.monitor.metrics import metric
+from megatron_muloco.monitor.metrics import METRICS, Metric, MetricTable
 
-__all__ = ["LAYOUT", "EventWriter"]
+__all__ = ["EventWriter", "layout_of"]
 
 # A full disk may get free again, but every retry leaves a small file behind: retry seldom.
 _RETRY_SECONDS = 600.0
 
 
-def _chart(*tags: str) -> list[object]:
-    """Return a line chart; TensorBoard takes tags as regular expressions."""
-    return ["Multiline", [f"^{tag}$" for tag in tags]]
+def layout_of(metrics: Iterable[Metric]) -> dict[str, dict[str, list[object]]]:
+    """Return the custom-scalars page of these metrics: categories, their charts, and tags.
 
-
-LAYOUT: Mapping[str, Mapping[str, list[object]]] = {
-    "Training": {
-        "loss": _chart("lm loss", "lm loss validation"),
-        "gradient norm": _chart("grad-norm"),
-        "learning rate": _chart("learning-rate"),
-        "tokens per second": _chart("perf/tokens_per_s"),
-        "TFLOP per second and rank": _chart("throughput"),
-    },
-    "MuLoCo outer step": {
-        "pseudogradient and update norm": _chart(
-            "muloco/pseudogradient_norm", "muloco/update_norm", "muloco/residual_norm"
-        ),
-        "cosines": _chart(
-            "muloco/cosine_to_mean", "muloco/cosine_pairwise_min", "muloco/compression_cosine"
-        ),
-        "time (ms)": _chart(
-            "muloco/exposed_ms", "muloco/round_ms", "muloco/encode_ms", "muloco/decode_ms"
-        ),
-        "bytes sent": _chart("muloco/wire_bytes", "muloco/wire_bytes_total"),
-        "compression": _chart("muloco/compression_error", "muloco/compression_ratio"),
-        "replicas": _chart("muloco/weight_sum", "muloco/excluded"),
-    },
-}
-"""Categories, charts and their tags on TensorBoard's custom-scalars page."""
+    Categories, charts and tags are in the order of the rows.
+    """
+    categories: dict[str, dict[str, list[str]]] = {}
+    for row in metrics:
+        if row.chart is not None:
+            charts = categories.setdefault(row.chart.category, {})
+            charts.setdefault(row.chart.title, []).append(f"^{row.tag}$")  # a regular expression
+    return {
+        category: {title: ["Multiline", tags] for title, tags in charts.items()}
+        for category, charts in categories.items()
+    }
 
 
 class EventWriter:
@@ -60,6 +45,7 @@ class EventWriter:
         directory: Directory of the event files; created if missing.
         resumed_step: Inner step that the run continues from, 0 for a new run.
         report: Called once, with a sentence, at the first failure.
+        metrics: Table of the metrics that may be written; the source of the charts.
         clock: Monotonic time in seconds.
 
     Attributes:
@@ -73,11 +59,12 @@ class EventWriter:
         *,
         resumed_step: int,
         report: Callable[[str], None],
+        metrics: MetricTable = METRICS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.directory = directory
         self.lost_points = 0
-        self._report, self._clock = report, clock
+        self._report, self._metrics, self._clock = report, metrics, clock
         self._reported = False
         self._retry_at = clock()
         self._writer: SummaryWriter | None = None
@@ -90,7 +77,7 @@ class EventWriter:
         Raises:
             RuntimeMismatch: A tag is not in the registry.
         """
-        tags = [metric(tag).tag for tag in values]
+        tags = [self._metrics[tag].tag for tag in values]
 
         def write(writer: SummaryWriter) -> None:
             for tag in tags:
@@ -131,7 +118,7 @@ class EventWriter:
     def _open(self, *, purge_step: int | None) -> None:
         try:
             self._writer = SummaryWriter(self.directory, purge_step=purge_step)
-            self._writer.add_custom_scalars(LAYOUT)
+            self._writer.add_custom_scalars(layout_of(self._metrics))
             self._writer.flush()
         except OSError as error:
             self._failed(error, points=0)

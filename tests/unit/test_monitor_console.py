@@ -21,7 +21,7 @@ from megatron_muloco.monitor.console import (
     start_banner,
 )
 from megatron_muloco.monitor.diagnostics import OrthogonalisationProbe, orthogonality_error
-from megatron_muloco.monitor.metrics import METRICS, metric
+from megatron_muloco.monitor.metrics import METRICS, Metric, MetricTable
 from megatron_muloco.monitor.throughput import PEAKS, measure_speed, peak_tflops
 
 LINE = TrainingLine(
@@ -188,9 +188,21 @@ def test_the_summary_mentions_what_went_wrong_only_then():
 def test_tags_are_unique_and_look_ups_refuse_typos():
     tags = [row.tag for row in METRICS]
     assert len(set(tags)) == len(tags)
-    assert all(metric(tag).tag == tag for tag in tags)
+    assert all(METRICS[tag].tag == tag for tag in tags)
     with pytest.raises(RuntimeMismatch, match="registry"):
-        metric("muloco/rounds")
+        METRICS["muloco/rounds"]
+
+
+def test_a_row_is_registered_once_and_in_one_table():
+    row = Metric("lab/beauty", "1", "last", "writing rank", "always", "How it looks.")
+    table = MetricTable(METRICS)
+    table.register(row)
+    assert table["lab/beauty"] == row
+    assert list(table) == [*METRICS, row]
+    with pytest.raises(RuntimeMismatch, match=r"'lab/beauty' is already registered.*How it looks"):
+        table.register(row)
+    with pytest.raises(RuntimeMismatch, match=r"METRICS\.register"):
+        METRICS["lab/beauty"]
 
 
 # ---- speed --------------------------------------------------------------------------------------

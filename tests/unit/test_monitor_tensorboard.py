@@ -9,8 +9,32 @@ from tensorboard.backend.event_processing import event_accumulator, plugin_event
 from tensorboard.plugins.custom_scalar import layout_pb2
 
 from megatron_muloco.errors import RuntimeMismatch
-from megatron_muloco.monitor.metrics import METRICS
-from megatron_muloco.monitor.tensorboard import LAYOUT, EventWriter
+from megatron_muloco.monitor.metrics import METRICS, Chart, Metric, MetricTable
+from megatron_muloco.monitor.tensorboard import EventWriter, layout_of
+
+LAYOUT = {
+    "Training": {
+        "loss": ("lm loss", "lm loss validation"),
+        "gradient norm": ("grad-norm",),
+        "learning rate": ("learning-rate",),
+        "tokens per second": ("perf/tokens_per_s",),
+        "TFLOP per second and rank": ("throughput",),
+    },
+    "MuLoCo outer step": {
+        "pseudogradient and update norm": (
+            "muloco/pseudogradient_norm", "muloco/update_norm", "muloco/residual_norm"
+        ),
+        "cosines": (
+            "muloco/cosine_to_mean", "muloco/cosine_pairwise_min", "muloco/compression_cosine"
+        ),
+        "time (ms)": (
+            "muloco/exposed_ms", "muloco/round_ms", "muloco/encode_ms", "muloco/decode_ms"
+        ),
+        "bytes sent": ("muloco/wire_bytes", "muloco/wire_bytes_total"),
+        "compression": ("muloco/compression_error", "muloco/compression_ratio"),
+        "replicas": ("muloco/weight_sum", "muloco/excluded"),
+    },
+}  # fmt: skip
 
 
 def steps_seen(directory, tag="lm loss"):
@@ -88,9 +112,24 @@ def test_layout_and_texts_are_in_the_file(tmp_path):
     assert text.tensor_proto.string_val[0] == b"    model:\n      num_layers: 4"
 
 
-def test_charts_name_registered_tags():
-    charted = [tag for charts in LAYOUT.values() for _, tags in charts.values() for tag in tags]
-    assert {tag.strip("^$") for tag in charted} <= {row.tag for row in METRICS}
+def test_the_charts_are_a_column_of_the_registry():
+    layout = layout_of(METRICS)
+    for category, charts in LAYOUT.items():
+        for title, tags in charts.items():
+            assert layout[category][title] == ["Multiline", [f"^{tag}$" for tag in tags]]
+    assert [(c, list(charts)) for c, charts in layout.items()] == [
+        (c, list(charts)) for c, charts in LAYOUT.items()
+    ]
+
+
+def test_a_registered_metric_is_written_and_has_its_chart(tmp_path):
+    row = Metric("lab/beauty", "1", "last", "writing rank", "always", "-", Chart("Lab", "beauty"))
+    table = MetricTable([*METRICS, row])
+    assert layout_of(table) == layout_of(METRICS) | {"Lab": layout_of([row])["Lab"]}
+    writer = EventWriter(str(tmp_path), resumed_step=0, report=refuse, metrics=table)
+    writer.scalars(7, {"lab/beauty": 1.0})
+    writer.close()
+    assert steps_seen(tmp_path, "lab/beauty") == [7]
 
 
 # The writing thread of the tensorboard package ends with the error that it met.

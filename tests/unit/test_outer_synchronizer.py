@@ -15,7 +15,9 @@ from megatron_muloco.errors import CheckpointError, ConfigError
 from megatron_muloco.outer.diagnostics import OuterReport, PseudogradientSketch, cosines
 from megatron_muloco.outer.fragments import FragmentPlan
 from megatron_muloco.outer.guard import Guard, Verdict
+from megatron_muloco.outer.measurement import Measurement
 from megatron_muloco.outer.optimizer import Mix, OuterNesterov
+from megatron_muloco.outer.reducer import Reduced
 from megatron_muloco.outer.reference import Parameters, Reference, Settings
 from megatron_muloco.outer.schedule import SyncSchedule
 from megatron_muloco.outer.synchronizer import Synchronizer
@@ -466,6 +468,25 @@ def test_sketches_compare_replicas_and_are_no_part_of_the_state() -> None:
     for (compared, anchor), (expected, _, _) in zip(in_lockstep(body, 2), train(s, 2), strict=True):
         assert compared == [(7, 0), (9, 1)]
         assert_same(anchor, expected, "anchor")
+
+
+class CountingReducer(ExchangeReducer):
+    """Measures a metric that the package does not know."""
+
+    def wait(self, handle: Any) -> Reduced:
+        reduced = super().wait(handle)
+        count = sum(tensor.numel() for tensor in reduced.mean.values())
+        measured = {"lab/elements": Measurement.of(count)}
+        return Reduced(reduced.mean, replace(reduced.stats, measurements=measured))
+
+
+def test_a_reducer_has_metrics_of_its_own() -> None:
+    s = settings(fragments=FRAGMENTS[2], sync_interval=1, train_iters=1)
+    synchronizer = synchronizer_of(Replica(start()).port(), s, CountingReducer(Exchange(1), 0), 1)
+    report = synchronizer.after_inner_step(1)
+    assert report is not None
+    assert [part.metrics()["lab/elements"] for part in report.applied] == [5.0, 7.0]
+    assert report.metrics()["lab/elements"] == 12.0
 
 
 def lone_reducer() -> ExchangeReducer:
