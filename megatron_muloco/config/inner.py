@@ -8,14 +8,31 @@ from pydantic import Field
 from megatron_muloco.config.section import Section
 
 __all__ = [
+    "Accumulation",
     "AdamConfig",
     "AdamWInner",
+    "CoefficientType",
     "InnerConfig",
     "MuonConfig",
     "MuonInner",
+    "NSImplementation",
+    "ScaleMode",
     "VectorConfig",
     "learning_rate",
 ]
+
+
+Accumulation = Literal["heavy_ball", "ema"]
+CoefficientType = Literal["quintic", "simple", "polar_express"]
+ScaleMode = Literal["unit_rms_norm", "spectral", "shape_scaling", "match_rms"]
+
+NSImplementation = Literal["plain", "triangle", "gram"]
+"""How the Newton-Schulz steps are computed.
+
+- ``plain``: as published.
+- ``triangle``: each symmetric product by one of its triangles.
+- ``gram``: like ``triangle``, and steps in pairs on the Gram matrix.
+"""
 
 
 class MuonConfig(Section):
@@ -24,17 +41,17 @@ class MuonConfig(Section):
     momentum: float = Field(
         0.9, ge=0, lt=1, description="Decay of the momentum buffer M per inner step."
     )
-    accumulation: Literal["heavy_ball", "ema"] = Field(
+    accumulation: Accumulation = Field(
         "heavy_ball", description="M <- momentum*M + G, or M <- momentum*M + (1 - momentum)*G."
     )
     nesterov: bool = Field(
         False, description="Orthogonalise the Nesterov look-ahead of M instead of M."
     )
     num_ns_steps: int = Field(5, ge=1, description="Newton-Schulz steps per update.")
-    coefficient_type: Literal["quintic", "simple", "polar_express"] = Field(
+    coefficient_type: CoefficientType = Field(
         "quintic", description="Coefficients of the Newton-Schulz polynomials."
     )
-    scale_mode: Literal["unit_rms_norm", "spectral", "shape_scaling", "match_rms"] = Field(
+    scale_mode: ScaleMode = Field(
         "unit_rms_norm",
         description="Factor on the orthogonal update: sqrt(fan_out/fan_in), sqrt(max(fan_out, "
         "fan_in)), sqrt(max(1, fan_out/fan_in)), or 0.2*sqrt(max(fan_out, fan_in)).",
@@ -45,7 +62,7 @@ class MuonConfig(Section):
         description="Dtype of the Newton-Schulz products; auto is bf16 on an accelerator and fp32 "
         "on a CPU.",
     )
-    ns_impl: Literal["auto", "plain", "triangle", "gram"] = Field(
+    ns_impl: Literal["auto", NSImplementation] = Field(
         "auto",
         description="Implementation of the Newton-Schulz products: plain computes them as "
         "published, triangle computes half of each symmetric product, gram also combines steps in "

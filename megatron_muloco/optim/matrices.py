@@ -14,8 +14,10 @@ cost of a matrix decides which rank owns it. It does not import torch.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, get_args
 
+from megatron_muloco.config.inner import MuonConfig, NSImplementation
 from megatron_muloco.config.schema import ModelConfig
 from megatron_muloco.errors import RuntimeMismatch, TopologyError
 from megatron_muloco.params import MatrixKind, ParamInfo, ParamKind
@@ -24,11 +26,11 @@ __all__ = [
     "ChooseImplementation",
     "LayerShape",
     "MuonMatrix",
-    "NSImplementation",
     "Route",
     "always_plain",
     "automatic_implementation",
     "check_rows",
+    "implementation_for",
     "is_vector",
     "newton_schulz_flops",
     "route",
@@ -37,14 +39,6 @@ __all__ = [
 
 
 # ---- implementations of Newton-Schulz and their FLOPs ----------------------------------------
-
-NSImplementation = Literal["plain", "triangle", "gram"]
-"""How the steps are computed.
-
-- ``plain``: as published.
-- ``triangle``: each symmetric product by one of its triangles.
-- ``gram``: like ``triangle``, and steps in pairs on the Gram matrix.
-"""
 
 ChooseImplementation = Callable[[int, int], NSImplementation]
 """Maps rows and columns of a matrix to its implementation."""
@@ -79,6 +73,20 @@ def automatic_implementation(
     if not precise or not cpu or smaller < _SMALLEST_TRIANGLE_ROWS:
         return "plain"
     return "gram" if longer >= _SMALLEST_GRAM_RATIO * smaller else "triangle"
+
+
+def implementation_for(muon: MuonConfig, *, accelerator: bool) -> ChooseImplementation:
+    """Return the choice that a configuration means.
+
+    Args:
+        muon: The configuration.
+        accelerator: Whether matrices are on an accelerator; else they are on a CPU.
+    """
+    if muon.ns_impl != "auto":
+        forced = muon.ns_impl
+        return lambda rows, columns: forced
+    precise = muon.compute_dtype(accelerator=accelerator) == "fp32"
+    return partial(automatic_implementation, precise=precise, cpu=not accelerator)
 
 
 def always_plain(rows: int, columns: int) -> NSImplementation:

@@ -12,30 +12,29 @@ It subclasses `torch.optim.AdamW` because Megatron's DistributedOptimizer accept
 
 Muon for one matrix, with gradient G, momentum buffer M and learning rate lr::
 
-    M <- momentum M + G                           on the shards           `_accumulate`
-    O  = newton_schulz(M)                         on the matrix's owner   `orthogonalise`
-    W <- (1 - lr weight_decay) W - lr scale O     on the shards           `_step_matrices`
+    M <- momentum M + G                           on the shards          `Muon.accumulate`
+    O  = scale newton_schulz(M)                   on the matrix's owner  `Muon.update`
+    W <- (1 - lr weight_decay) W - lr O           on the shards          `MuonAdamW.step`
+
+Another rule for matrices is another `MatrixUpdate`.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
-from typing import Any, Literal
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 from typing_extensions import override
 
+from megatron_muloco.config.inner import MuonConfig
 from megatron_muloco.errors import CheckpointError, RuntimeMismatch
 from megatron_muloco.optim.exchange import ShardExchange
 from megatron_muloco.optim.matrices import MuonMatrix
 from megatron_muloco.optim.newton_schulz import (
-    NORM_EPSILON,
-    CoefficientType,
-    NSImplementation,
-    ScaleMode,
-    choose,
     newton_schulz,
     scale_factor,
 )
@@ -44,67 +43,117 @@ from megatron_muloco.optim.phase_timer import PhaseTimer
 from megatron_muloco.params import Shard, coverage
 
 __all__ = [
+    "DTYPES",
     "BoundShard",
+    "MatrixUpdate",
+    "Muon",
     "MuonAdamW",
-    "MuonSettings",
     "Orthogonalise",
     "StepReport",
     "bind_shards",
     "check_exchange",
 ]
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+"""Dtypes by the names that configurations give them."""
+
 Orthogonalise = Callable[[Tensor], Tensor]
 """Maps a batch of matrices ``[b, rows, columns]`` to the fp32 directions of their updates."""
 
-_MATRIX_STATE = ("momentum_buffer",)
 _VECTOR_STATE = ("exp_avg", "exp_avg_sq")
 
 
-@dataclass(frozen=True, slots=True)
-class MuonSettings:
-    """Constants of the matrix update; the defaults are the MuLoCo paper's.
+class MatrixUpdate(Protocol):
+    """Update rule for matrices; `Muon` is one.
 
-    Attributes:
-        momentum: Decay mu of the momentum buffer.
-        accumulation: ``heavy_ball``: ``M <- mu M + G`` (the paper). ``ema``:
-            ``M <- mu M + (1 - mu) G`` (Megatron's); the same direction up to rounding without
-            Nesterov, because orthogonalisation removes the scale.
-        nesterov: Orthogonalise one step ahead, ``mu M + G`` (``ema``: ``mu M + (1 - mu) G``),
-            instead of ``M``.
-        num_ns_steps: Newton-Schulz steps.
-        coefficient_type: Newton-Schulz polynomials.
-        scale_mode: Factor on the update by the shape of its matrix.
-        ns_dtype: Dtype of the iteration.
-        eps: Added to the Frobenius norm.
-        impl: Implementation of the iteration; ``auto`` lets `choose` decide.
+    A rule has two halves. `accumulate` runs on every rank and sees flat shards, so it is
+    elementwise. `update` runs on the owner of a matrix and sees it whole. Between them the exchange
+    moves one tensor per shard, and afterwards `MuonAdamW` applies::
+
+        W <- (1 - lr weight_decay) W - lr update(accumulate(G))
     """
 
-    momentum: float = 0.9
-    accumulation: Literal["heavy_ball", "ema"] = "heavy_ball"
-    nesterov: bool = False
-    num_ns_steps: int = 5
-    coefficient_type: CoefficientType = "quintic"
-    scale_mode: ScaleMode = "unit_rms_norm"
-    ns_dtype: torch.dtype = torch.bfloat16
-    eps: float = NORM_EPSILON
-    impl: Literal["auto"] | NSImplementation = "auto"
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """Names of the moments, each a fp32 tensor like its shard; they go into checkpoints."""
 
-    def implementation(self, rows: int, columns: int, device: torch.device) -> NSImplementation:
-        """Return the implementation that `orthogonalise` runs for a shape on a device."""
-        if self.impl == "auto":
-            return choose(rows, columns, self.ns_dtype, device)
-        return self.impl
+    def accumulate(
+        self, gradients: list[Tensor], state: Mapping[str, list[Tensor]]
+    ) -> list[Tensor]:
+        """Update the moments of shards in place, and return what is sent to the owners.
 
-    def orthogonalise(self, batch: Tensor) -> Tensor:
-        """Return the Newton-Schulz directions of a batch of matrices."""
-        return newton_schulz(
-            batch,
-            steps=self.num_ns_steps,
-            coefficients=self.coefficient_type,
-            dtype=self.ns_dtype,
-            eps=self.eps,
-            impl=self.impl,
+        Args:
+            gradients: Flat fp32 gradients, one for each shard; not modified.
+            state: For each of `state_names` the moments, in the order of the gradients.
+
+        Returns:
+            Flat fp32 tensors in the order of the gradients; they are read once and not modified, so
+            they may be the moments themselves.
+        """
+
+    def update(self, stacked: Tensor) -> Tensor:
+        """Return the fp32 updates of whole matrices.
+
+        Args:
+            stacked: ``[b, rows, columns]`` in the exchange's dtype: what `accumulate` returned.
+        """
+
+
+class Muon:
+    """The MuLoCo paper's update rule: momentum, Newton-Schulz, and a factor by shape.
+
+    Args:
+        config: Its constants.
+        orthogonalise: Replaces Newton-Schulz.
+        accelerator: Whether matrices are on an accelerator, which decides an ``ns_dtype`` of auto.
+
+    Attributes:
+        orthogonalise: Newton-Schulz or its replacement.
+    """
+
+    state_names = ("momentum_buffer",)
+
+    def __init__(
+        self,
+        config: MuonConfig,
+        orthogonalise: Orthogonalise | None = None,
+        *,
+        accelerator: bool = False,
+    ) -> None:
+        self._config = config
+        self.orthogonalise: Orthogonalise = orthogonalise or partial(
+            newton_schulz,
+            steps=config.num_ns_steps,
+            coefficients=config.coefficient_type,
+            dtype=DTYPES[config.compute_dtype(accelerator=accelerator)],
+            eps=config.eps,
+            impl=config.ns_impl,
         )
+
+    def accumulate(
+        self, gradients: list[Tensor], state: Mapping[str, list[Tensor]]
+    ) -> list[Tensor]:
+        """Update the momentum buffers; return them or, with Nesterov, one momentum step ahead.
+
+        ``heavy_ball`` (the paper's) is ``M <- mu M + G``; ``ema`` (Megatron's) is
+        ``M <- mu M + (1 - mu) G``. Without Nesterov both have the same direction up to rounding,
+        because orthogonalisation removes the scale.
+        """
+        mu, M = self._config.momentum, state["momentum_buffer"]
+        fresh = 1 - mu if self._config.accumulation == "ema" else 1.0
+        torch._foreach_mul_(M, mu)
+        torch._foreach_add_(M, gradients, alpha=fresh)
+        if not self._config.nesterov:
+            return M
+        ahead = list(torch._foreach_mul(M, mu))
+        torch._foreach_add_(ahead, gradients, alpha=fresh)
+        return ahead
+
+    def update(self, stacked: Tensor) -> Tensor:
+        """Return the orthogonalised matrices, scaled by the factor of their shape."""
+        rows, columns = stacked.shape[-2:]
+        factor = scale_factor(self._config.scale_mode, rows, columns)
+        return self.orthogonalise(stacked).float() * factor
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,8 +200,7 @@ class MuonAdamW(torch.optim.AdamW):
     the exchange's wire dtype only on its way to the owner.
 
     Attributes:
-        muon: Constants of the matrix update.
-        orthogonalise: Newton-Schulz or its replacement.
+        matrix_update: Update rule for matrices.
         table: The stage's parameters; empty before `bind`.
         timer: Milliseconds of the phases ``collect`` (momentum, packing, waiting for matrices),
             ``newton_schulz``, ``return`` (waiting for updates, unpacking, applying) and ``adamw``.
@@ -167,8 +215,7 @@ class MuonAdamW(torch.optim.AdamW):
         betas: tuple[float, float] = (0.9, 0.99),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
-        muon: MuonSettings | None = None,
-        orthogonalise: Orthogonalise | None = None,
+        matrix_update: MatrixUpdate | None = None,
     ) -> None:
         """Set up the param groups.
 
@@ -179,11 +226,9 @@ class MuonAdamW(torch.optim.AdamW):
             eps: AdamW's term in the denominator.
             weight_decay: Decoupled weight decay; multiplied by the learning rate, not by Muon's
                 scale factor.
-            muon: Constants of the matrix update.
-            orthogonalise: Replaces Newton-Schulz.
+            matrix_update: Update rule for matrices; Muon with the paper's constants if not given.
         """
-        self.muon = muon or MuonSettings()
-        self.orthogonalise = orthogonalise or self.muon.orthogonalise
+        self.matrix_update: MatrixUpdate = matrix_update or Muon(MuonConfig())
         self._bound: list[list[BoundShard]] | None = None
         self._exchange: ShardExchange | None = None
         self._planned: tuple[str, ...] = ()
@@ -221,7 +266,7 @@ class MuonAdamW(torch.optim.AdamW):
         # Allocated here and not in the first step, so that a checkpoint before the first step has
         # the same state names as a later one.
         for b in chain.from_iterable(bound):
-            keys = _MATRIX_STATE if b.is_matrix else _VECTOR_STATE
+            keys = self.matrix_update.state_names if b.is_matrix else _VECTOR_STATE
             self.state[b.tensor] = {key: torch.zeros_like(b.tensor) for key in keys}
 
     @override
@@ -286,10 +331,8 @@ class MuonAdamW(torch.optim.AdamW):
         def update(matrices: tuple[MuonMatrix, ...], batch: Tensor) -> Tensor:
             done.extend(matrices)
             with self.timer.phase("newton_schulz"):
-                rows, columns = matrices[0].block_shape
-                factor = scale_factor(self.muon.scale_mode, rows, columns)
-                directions = self.orthogonalise(batch.view(-1, rows, columns))
-                return directions.reshape(batch.shape).float() * factor
+                blocks = batch.view(-1, *matrices[0].block_shape)
+                return self.matrix_update.update(blocks).reshape(batch.shape)
 
         with self.timer.phase("collect"):
             directions = self._accumulate([b for _, chosen in masters for b in chosen])
@@ -308,21 +351,16 @@ class MuonAdamW(torch.optim.AdamW):
         )
 
     def _accumulate(self, bound: list[BoundShard]) -> dict[str, Tensor]:
-        """Update the momentum buffers and return the tensors to orthogonalise, by parameter name.
-
-        Without Nesterov these are the momentum buffers themselves; the exchange only reads them.
-        """
+        """Update the moments of matrices; return what is sent to the owners, by parameter name."""
         if not bound:
-            return {}
-        mu, gradients = self.muon.momentum, [_gradient(b.tensor) for b in bound]
-        fresh = 1 - mu if self.muon.accumulation == "ema" else 1.0
-        M: list[Tensor] = [self.state[b.tensor]["momentum_buffer"] for b in bound]
-        torch._foreach_mul_(M, mu)
-        torch._foreach_add_(M, gradients, alpha=fresh)
-        if self.muon.nesterov:
-            M = list(torch._foreach_mul(M, mu))
-            torch._foreach_add_(M, gradients, alpha=fresh)
-        return {b.name: direction for b, direction in zip(bound, M, strict=True)}
+            return {}  # the foreach functions refuse empty lists
+        gradients = [_gradient(b.tensor) for b in bound]
+        state = {
+            key: [self.state[b.tensor][key] for b in bound]
+            for key in self.matrix_update.state_names
+        }
+        sent = self.matrix_update.accumulate(gradients, state)
+        return {b.name: tensor for b, tensor in zip(bound, sent, strict=True)}
 
     def _check_done(self, done: list[str]) -> None:
         """Raise unless exactly the planned matrices were orthogonalised."""
@@ -363,7 +401,8 @@ class MuonAdamW(torch.optim.AdamW):
 
     def named_state(self) -> dict[str, dict[str, Tensor]]:
         """Return state name -> parameter name -> this rank's flat tensor (not copied)."""
-        named: dict[str, dict[str, Tensor]] = {key: {} for key in (*_MATRIX_STATE, *_VECTOR_STATE)}
+        keys = (*self.matrix_update.state_names, *_VECTOR_STATE)
+        named: dict[str, dict[str, Tensor]] = {key: {} for key in keys}
         for _, bound in self._groups():
             for b in bound:
                 for key, moment in self.state[b.tensor].items():

@@ -20,13 +20,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_muloco.optim.matrices import NSImplementation, automatic_implementation
+from megatron_muloco.config.inner import CoefficientType, NSImplementation, ScaleMode
+from megatron_muloco.optim.matrices import automatic_implementation
 
 __all__ = [
     "NORM_EPSILON",
-    "CoefficientType",
-    "NSImplementation",
-    "ScaleMode",
     "Triple",
     "choose",
     "coefficient_triples",
@@ -36,8 +34,6 @@ __all__ = [
     "symmetric_product",
 ]
 
-CoefficientType = Literal["quintic", "simple", "polar_express"]
-ScaleMode = Literal["unit_rms_norm", "spectral", "shape_scaling", "match_rms"]
 Triple = tuple[float, float, float]
 """Coefficients a, b, c of one step, ``s -> a s + b s^3 + c s^5``."""
 

@@ -26,7 +26,6 @@ another bucket size.
 import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from megatron_muloco.config.derived import padded_vocab_size
 from megatron_muloco.config.inner import MuonInner
@@ -35,8 +34,7 @@ from megatron_muloco.config.schema import ModelConfig, RunConfig
 from megatron_muloco.optim.matrices import (
     LayerShape,
     MuonMatrix,
-    NSImplementation,
-    automatic_implementation,
+    implementation_for,
     is_vector,
     split,
 )
@@ -295,15 +293,6 @@ def stage_matrices(
             tensor_size=tensor,
             steps=muon.num_ns_steps,
             split_heads=muon.split_heads,
-            choose_impl=partial(_implementation, config.inner, accelerator),
+            choose_impl=implementation_for(muon, accelerator=accelerator),
         )
     )
-
-
-def _implementation(
-    inner: MuonInner, accelerator: bool, rows: int, columns: int
-) -> NSImplementation:
-    if inner.muon.ns_impl != "auto":
-        return inner.muon.ns_impl
-    precise = inner.muon.compute_dtype(accelerator=accelerator) == "fp32"
-    return automatic_implementation(rows, columns, precise=precise, cpu=not accelerator)

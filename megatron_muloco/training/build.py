@@ -27,6 +27,7 @@ from megatron_muloco.monitor.build import build_monitor
 from megatron_muloco.monitor.diagnostics import OrthogonalisationProbe
 from megatron_muloco.monitor.monitor import Monitor
 from megatron_muloco.monitor.profiler import StepProfiler, build_profiler
+from megatron_muloco.optim.muon import Muon
 from megatron_muloco.optim.parameter_table import ParameterReport, ParameterTable, parameter_report
 from megatron_muloco.planning.report import render_plan
 from megatron_muloco.runtime.accelerator import training_device
@@ -220,10 +221,11 @@ def _build_data(
 def _build_probe(optimizer: ReplicaOptimizer) -> OrthogonalisationProbe | None:
     """Wrap the orthogonaliser in a probe; return ``None`` if this stage has no Muon matrices."""
     inner = optimizer.inner
-    if not inner.has_matrices:
+    muon = inner.matrix_update
+    if not inner.has_matrices or not isinstance(muon, Muon):
         return None
-    probe = OrthogonalisationProbe(inner.orthogonalise, matrices_per_step=inner.planned_calls)
-    inner.orthogonalise = probe
+    probe = OrthogonalisationProbe(muon.orthogonalise, matrices_per_step=inner.planned_calls)
+    muon.orthogonalise = probe
     return probe
 
 

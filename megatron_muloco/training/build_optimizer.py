@@ -6,7 +6,6 @@ copies its first anchor from them.
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from megatron_muloco.comm.replicated import ReplicatedBroadcast
 from megatron_muloco.compress.topk import codec_lookup
 from megatron_muloco.config import RunConfig
 from megatron_muloco.config.derived import Derived, derive, sketch_width
-from megatron_muloco.config.inner import MuonInner
+from megatron_muloco.config.inner import MuonConfig, MuonInner
 from megatron_muloco.config.outer import (
     NoCompression,
     NoOuter,
@@ -35,8 +34,8 @@ from megatron_muloco.config.outer import (
 )
 from megatron_muloco.errors import RuntimeMismatch
 from megatron_muloco.optim.exchange import ShardExchange
-from megatron_muloco.optim.matrices import LayerShape, always_plain, is_vector
-from megatron_muloco.optim.muon import MuonAdamW, MuonSettings
+from megatron_muloco.optim.matrices import LayerShape, always_plain, implementation_for, is_vector
+from megatron_muloco.optim.muon import DTYPES, MatrixUpdate, Muon, MuonAdamW
 from megatron_muloco.optim.parameter_table import ParameterTable, build_parameter_table
 from megatron_muloco.optim.routing import RankShards
 from megatron_muloco.outer.diagnostics import PseudogradientSketch
@@ -66,6 +65,7 @@ def wrap_optimizer(
     groups: Groups,
     *,
     names: ParameterNames = GPT_NAMES,
+    matrix_update: MatrixUpdate | None = None,
 ) -> ReplicaOptimizer:
     """Return a wrapper of ``optimizer`` whose ``step()`` also makes the outer steps that are due.
 
@@ -78,10 +78,13 @@ def wrap_optimizer(
         config: The configuration of the run.
         groups: The process groups from `initialize_replicas`.
         names: Names of the model's parameters, for an architecture other than ``GPTModel``.
+        matrix_update: Replaces `Muon` where ``inner.kind`` is muon. Of ``inner.muon``, the keys of
+            the exchange and ``split_heads`` still apply.
 
     Raises:
         RuntimeMismatch: The optimizer has no master weights that this package knows, a parameter
-            has no rule (see `ParameterTable`), or equal positions hold different shards.
+            has no rule (see `ParameterTable`), equal positions hold different shards, or a
+            ``matrix_update`` would have no matrices.
         SyncError: Replicas start from different weights.
 
     Collectives: object gathers over dp x cp, stage and outer groups, and 8 bytes per parameter over
@@ -91,7 +94,7 @@ def wrap_optimizer(
     _check_clipping(distributed, config)
     keep_statistics_inside(distributed, groups)
     view = MasterView(model, distributed, groups, names)
-    inner = _build_inner_optimizer(view, config, groups)
+    inner = _build_inner_optimizer(view, config, groups, matrix_update)
     distributed.optimizer = inner
     derived = derive(config, groups.topology)
     synchronizer, checks = _build_outer_step(view, config, derived, groups)
@@ -143,13 +146,22 @@ def _check_clipping(optimizer: DistributedOptimizer, config: RunConfig) -> None:
 # ---- inner optimizer ---------------------------------------------------------------------
 
 
-def _build_inner_optimizer(view: MasterView, config: RunConfig, groups: Groups) -> MuonAdamW:
+def _build_inner_optimizer(
+    view: MasterView, config: RunConfig, groups: Groups, matrix_update: MatrixUpdate | None
+) -> MuonAdamW:
     """Build the inner optimizer on this rank's shards.
 
     It has one parameter group for each pair of multipliers (learning rate, weight decay).
     """
+    if isinstance(config.inner, MuonInner):
+        accelerator = torch.cuda.is_available()
+        matrix_update = matrix_update or Muon(config.inner.muon, accelerator=accelerator)
+    elif matrix_update is not None:
+        raise RuntimeMismatch(
+            "matrix_update was given, but inner.kind is adamw, so it would update no parameter. "
+            "Use inner.kind: muon."
+        )
     table = _build_stage_table(view, config, groups)
-    settings, wire_dtype = _muon_settings(config)
     adam = config.inner.adam
     multipliers = {row.name: (row.lr_mult, row.wd_mult) for row in table.rows}
     kinds = list(dict.fromkeys(multipliers.values()))
@@ -158,20 +170,22 @@ def _build_inner_optimizer(view: MasterView, config: RunConfig, groups: Groups) 
         lr=config.inner.lr,
         betas=(adam.beta1, adam.beta2),
         eps=adam.eps,
-        muon=settings,
+        matrix_update=matrix_update,
     )
     pairs = [(view.raw_masters[shard.name], shard) for shard in view.shards]
     for tensor, shard in pairs:
         # Not by add_param_group: torch refuses fp32 masters, which are views of parameters.
         inner.param_groups[kinds.index(multipliers[shard.name])]["params"].append(tensor)
-    exchange = _build_exchange(view, table, config, groups, wire_dtype) if table.matrices else None
+    exchange = None
+    if isinstance(config.inner, MuonInner) and table.matrices:
+        exchange = _build_exchange(view, table, groups, config.inner.muon)
     inner.bind(pairs, table, exchange)
     return inner
 
 
 def _build_stage_table(view: MasterView, config: RunConfig, groups: Groups) -> ParameterTable:
     """Build the parameter table of this pipeline stage: routes, matrices, owners, multipliers."""
-    settings, _ = _muon_settings(config)
+    muon = config.inner.muon if isinstance(config.inner, MuonInner) else None
     vector, topology = config.inner.vector, groups.topology
     return build_parameter_table(
         list(view.infos.values()),
@@ -179,10 +193,10 @@ def _build_stage_table(view: MasterView, config: RunConfig, groups: Groups) -> P
         kind=config.inner.kind,
         tensor_size=topology.tensor,
         group_size=groups.stage.size(),
-        num_ns_steps=settings.num_ns_steps if settings else 0,
-        split_heads=isinstance(config.inner, MuonInner) and config.inner.muon.split_heads,
-        choose_impl=partial(settings.implementation, device=training_device())
-        if settings
+        num_ns_steps=muon.num_ns_steps if muon else 0,
+        split_heads=muon is not None and muon.split_heads,
+        choose_impl=implementation_for(muon, accelerator=torch.cuda.is_available())
+        if muon
         else always_plain,
         multipliers={
             name: (vector.lr_mult, vector.weight_decay_mult)
@@ -192,33 +206,11 @@ def _build_stage_table(view: MasterView, config: RunConfig, groups: Groups) -> P
     )
 
 
-def _muon_settings(config: RunConfig) -> tuple[MuonSettings | None, torch.dtype]:
-    """Return Muon's settings and the dtype on its wire, ``auto`` resolved by the device."""
-    if not isinstance(config.inner, MuonInner):
-        return None, torch.float32
-    muon = config.inner.muon
-    on_accelerator = torch.cuda.is_available()
-    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
-    settings = MuonSettings(
-        momentum=muon.momentum,
-        accumulation=muon.accumulation,
-        nesterov=muon.nesterov,
-        num_ns_steps=muon.num_ns_steps,
-        coefficient_type=muon.coefficient_type,
-        scale_mode=muon.scale_mode,
-        ns_dtype=dtypes[muon.compute_dtype(accelerator=on_accelerator)],
-        eps=muon.eps,
-        impl=muon.ns_impl,
-    )
-    return settings, dtypes[muon.wire_dtype(accelerator=on_accelerator)]
-
-
 def _build_exchange(
     view: MasterView,
     table: ParameterTable,
-    config: RunConfig,
     groups: Groups,
-    wire_dtype: torch.dtype,
+    muon: MuonConfig,
 ) -> ShardExchange:
     """Build the exchange of shards with the owner ranks of this pipeline stage.
 
@@ -235,9 +227,9 @@ def _build_exchange(
         gather_objects(stage, mine),
         rank=stage.rank(),
         transport=AllToAll(stage) if stage.size() > 1 else None,
-        wire_dtype=wire_dtype,
+        wire_dtype=DTYPES[muon.wire_dtype(accelerator=torch.cuda.is_available())],
         device=training_device(),
-        buckets=config.inner.muon.exchange_chunks if isinstance(config.inner, MuonInner) else 1,
+        buckets=muon.exchange_chunks,
     )
 
 

@@ -54,7 +54,7 @@ def train() -> tuple[Held, dict[str, Tensor]]:
         training={"clip_grad": 0.0},
     )
     run = start_tiny(config)
-    run.optimizer.inner.orthogonalise = lambda batch: batch
+    run.optimizer.inner.matrix_update.orthogonalise = lambda batch: batch
     updates.set_masters(run, partial(updates.named_matrix, seed=-1))
     run.optimizer.view.publish()
     for step in range(STEPS):

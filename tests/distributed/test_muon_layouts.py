@@ -7,8 +7,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_muloco.comm.collectives import AllToAll
+from megatron_muloco.config.inner import MuonConfig
 from megatron_muloco.optim.matrices import LayerShape
-from megatron_muloco.optim.muon import MuonSettings, StepReport
+from megatron_muloco.optim.muon import Muon, StepReport
 from tests.support.scattered import VECTOR, Stage, gather, train, train_in_threads, whole
 from tests.support.spawn import run_ranks
 from tests.support.tensors import assert_equal
@@ -19,12 +20,15 @@ SQUARE = LayerShape(4, 4, 3, 12)
 OPTIONS: dict[str, Any] = {
     "lr": 0.1,
     "weight_decay": 0.3,
-    "muon": MuonSettings(ns_dtype=torch.float32),
+    "matrix_update": Muon(MuonConfig(ns_dtype="fp32")),
 }
 
 
 def identity(batch: torch.Tensor) -> torch.Tensor:
     return batch
+
+
+IDENTITY = {**OPTIONS, "matrix_update": Muon(MuonConfig(), identity)}
 
 
 def train_here(
@@ -60,7 +64,7 @@ def test_the_update_does_not_depend_on_the_layout(tensor_size: int, dp: int) -> 
 
 def test_muon_with_identity_is_sgd_with_momentum_bit_for_bit() -> None:
     stage = Stage.even(SQUARE, 12, 2, 2)  # all matrices are square: scaled by 1
-    trained, _ = run(stage, 3, OPTIONS | {"orthogonalise": identity})
+    trained, _ = run(stage, 3, IDENTITY)
     for matrix in stage.table.matrices:
         theta = torch.nn.Parameter(whole(matrix, stage.random(0)))
         sgd = torch.optim.SGD([theta], lr=OPTIONS["lr"], momentum=0.9)
@@ -75,8 +79,7 @@ def test_buckets_do_not_change_what_is_computed() -> None:
     """Bit for bit where matrices are not mixed; batches of other sizes may sum in another order."""
     stage = Stage.even(GQA, HIDDEN, 2, 2)
     exact, exact_again = (
-        run(stage, 3, OPTIONS | {"orthogonalise": identity, "exchange_chunks": buckets})[0]
-        for buckets in (1, 3)
+        run(stage, 3, IDENTITY | {"exchange_chunks": buckets})[0] for buckets in (1, 3)
     )
     whole_batches, _ = run(stage, 2, OPTIONS)
     bucketed, _ = run(stage, 2, OPTIONS | {"exchange_chunks": 3})

@@ -116,8 +116,8 @@ def test_between_outer_steps_a_replica_is_alone(inner: str) -> None:
 
 def _with_sgd(run: TinyRun) -> TinyRun:
     """Turn Muon into plain SGD on matrices; vector parameters stay where they are."""
-    inner = run.optimizer.inner
-    inner.orthogonalise = lambda batch: batch.float()
+    muon = run.optimizer.inner.matrix_update
+    muon.orthogonalise = lambda batch: batch.float()
     return run
 
 

@@ -57,8 +57,8 @@ def one_update(layers: int, layout: Layout, bucket_size: int | None) -> dict[str
         },
     )
     run = start_tiny(config, bucket_size=bucket_size)
-    inner = run.optimizer.inner
-    batched = inner.orthogonalise
+    muon = run.optimizer.inner.matrix_update
+    batched = muon.orthogonalise
 
     def step() -> Held:
         updates.set_masters(run, lambda matrix: torch.zeros(matrix.shape))
@@ -68,10 +68,10 @@ def one_update(layers: int, layout: Layout, bucket_size: int | None) -> dict[str
         return updates.held(run)
 
     found = {"balanced": step()}
-    inner.orthogonalise = lambda batch: torch.stack([batched(M) for M in batch])
+    muon.orthogonalise = lambda batch: torch.stack([batched(M) for M in batch])
     found["one by one"] = step()
-    inner.orthogonalise = batched
     updates.assign_all_to_first(run)
+    muon.orthogonalise = batched
     found["same batches"] = step()
     finish_tiny()
     return found

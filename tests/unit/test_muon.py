@@ -1,16 +1,18 @@
 """MuonAdamW: what it equals, and what it refuses. Ranks are threads here."""
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from megatron_muloco.config.inner import Accumulation, MuonConfig, NSImplementation
 from megatron_muloco.errors import CheckpointError, RuntimeMismatch
 from megatron_muloco.optim.exchange import ShardExchange
-from megatron_muloco.optim.matrices import LayerShape, NSImplementation
-from megatron_muloco.optim.muon import MuonAdamW, MuonSettings
+from megatron_muloco.optim.matrices import LayerShape, implementation_for
+from megatron_muloco.optim.muon import Muon, MuonAdamW
 from megatron_muloco.optim.newton_schulz import newton_schulz, scale_factor
 from megatron_muloco.optim.parameter_table import Assignment, ParameterTable
 from megatron_muloco.params import Shard
@@ -27,7 +29,9 @@ from tests.support.tensors import assert_equal
 GQA = LayerShape(8, 4, 3, 20)  # no matrix is square: q [24 x 7], k and v [12 x 7], gate [20 x 7]
 SQUARE = LayerShape(4, 4, 3, 12)  # with hidden 12 every matrix is square and scaled by 1
 HIDDEN = 7
-FP32 = MuonSettings(ns_dtype=torch.float32)
+FP32 = Muon(MuonConfig(ns_dtype="fp32"))
+BF16 = Muon(MuonConfig(ns_dtype="bf16"))
+IDENTITY = Muon(MuonConfig(), lambda batch: batch)
 LAYOUTS = [(1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2), (2, 3), (4, 1), (4, 2)]
 OPTIONS: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.3}
 
@@ -67,7 +71,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize(("tensor_size", "dp"), LAYOUTS)
 def test_agrees_with_plain_muon_on_every_layout(tensor_size: int, dp: int) -> None:
     stage = Stage.even(GQA, HIDDEN, tensor_size, dp)
-    trained = train_in_threads(stage, 3, muon=FP32, **OPTIONS)
+    trained = train_in_threads(stage, 3, matrix_update=FP32, **OPTIONS)
     expected = plain_muon(stage, 3, **OPTIONS)
     for matrix in stage.table.matrices:
         # Newton-Schulz is within 1e-4 of the polynomial; parameters are larger than updates.
@@ -78,10 +82,10 @@ def test_agrees_with_plain_muon_on_every_layout(tensor_size: int, dp: int) -> No
 def test_the_update_does_not_depend_on_the_layout(tensor_size: int, dp: int) -> None:
     alone = Stage.even(GQA, HIDDEN, 1, 1)
     spread = Stage.even(GQA, HIDDEN, tensor_size, dp)
-    expected = train_in_threads(alone, 2, **OPTIONS)
-    same_batches = train_in_threads(spread.owned_by_one(), 2, **OPTIONS)
-    balanced = train_in_threads(spread, 2, muon=FP32, **OPTIONS)
-    expected_fp32 = train_in_threads(alone, 2, muon=FP32, **OPTIONS)
+    expected = train_in_threads(alone, 2, matrix_update=BF16, **OPTIONS)
+    same_batches = train_in_threads(spread.owned_by_one(), 2, matrix_update=BF16, **OPTIONS)
+    balanced = train_in_threads(spread, 2, matrix_update=FP32, **OPTIONS)
+    expected_fp32 = train_in_threads(alone, 2, matrix_update=FP32, **OPTIONS)
     for mine, reference in zip(spread.table.matrices, alone.table.matrices, strict=True):
         assert_equal(whole(mine, same_batches), whole(reference, expected), mine.name)
         error = relative_error(whole(mine, balanced), whole(reference, expected_fp32))
@@ -92,7 +96,7 @@ def test_the_update_does_not_depend_on_the_layout(tensor_size: int, dp: int) -> 
 @pytest.mark.parametrize(("tensor_size", "dp"), LAYOUTS)
 def test_muon_with_identity_is_sgd_with_momentum_bit_for_bit(tensor_size: int, dp: int) -> None:
     stage = Stage.even(SQUARE, 12, tensor_size, dp)
-    trained = train_in_threads(stage, 3, orthogonalise=lambda batch: batch, **OPTIONS)
+    trained = train_in_threads(stage, 3, matrix_update=IDENTITY, **OPTIONS)
     for matrix in stage.table.matrices:
         theta = torch.nn.Parameter(whole(matrix, stage.random(0)))
         sgd = torch.optim.SGD([theta], lr=OPTIONS["lr"], momentum=0.9)
@@ -105,11 +109,11 @@ def test_muon_with_identity_is_sgd_with_momentum_bit_for_bit(tensor_size: int, d
 
 @pytest.mark.parametrize("accumulation", ["heavy_ball", "ema"])
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_momentum_variants(accumulation: Literal["heavy_ball", "ema"], nesterov: bool) -> None:
+def test_momentum_variants(accumulation: Accumulation, nesterov: bool) -> None:
     stage = Stage.even(SQUARE, 12, 2, 2)
-    settings = MuonSettings(accumulation=accumulation, nesterov=nesterov, momentum=0.5)
-    options = {"lr": 1.0, "weight_decay": 0.0, "muon": settings}
-    trained = train_in_threads(stage, 2, orthogonalise=lambda batch: batch, **options)
+    config = MuonConfig(accumulation=accumulation, nesterov=nesterov, momentum=0.5)
+    update = Muon(config, lambda batch: batch)
+    trained = train_in_threads(stage, 2, lr=1.0, weight_decay=0.0, matrix_update=update)
     fresh = 0.5 if accumulation == "ema" else 1.0
     for matrix in stage.table.matrices:
         theta, M = whole(matrix, stage.random(0)), torch.tensor(0.0)
@@ -123,10 +127,10 @@ def test_momentum_variants(accumulation: Literal["heavy_ball", "ema"], nesterov:
 
 def test_settings_reach_newton_schulz_and_the_scale() -> None:
     stage = Stage.even(GQA, HIDDEN, 1, 1)
-    settings = MuonSettings(
-        num_ns_steps=3, coefficient_type="simple", scale_mode="match_rms", ns_dtype=torch.float32
+    config = MuonConfig(
+        num_ns_steps=3, coefficient_type="simple", scale_mode="match_rms", ns_dtype="fp32"
     )
-    trained = train_in_threads(stage, 1, lr=1.0, muon=settings)
+    trained = train_in_threads(stage, 1, lr=1.0, matrix_update=Muon(config))
     for matrix in stage.table.matrices:
         G = whole(matrix, stage.random(1))
         update = newton_schulz(G, steps=3, coefficients="simple", dtype=torch.float32)
@@ -168,7 +172,7 @@ def random_pieces(stage: Stage, seed: int) -> Pieces:
 def lone_optimizer(**options: Any) -> tuple[MuonAdamW, dict[str, Tensor], Stage]:
     stage = Stage.even(GQA, HIDDEN, 1, 1)
     masters = shards_of(stage.random(0), stage.layout[0])
-    optimizer = stage.optimizer(0, masters, None, **({"lr": 0.1, "muon": FP32} | options))
+    optimizer = stage.optimizer(0, masters, None, **({"lr": 0.1, "matrix_update": FP32} | options))
     return optimizer, masters, stage
 
 
@@ -182,7 +186,7 @@ def step(optimizer: MuonAdamW, masters: dict[str, Tensor], stage: Stage, seed: i
 @pytest.mark.parametrize(("tensor_size", "dp"), [(1, 1), (2, 3), (4, 2)])
 def test_split_heads_are_matrices_of_their_own(tensor_size: int, dp: int) -> None:
     stage = Stage.even(GQA, HIDDEN, tensor_size, dp, split_heads=True)
-    trained = train_in_threads(stage, 1, lr=1.0, muon=FP32)
+    trained = train_in_threads(stage, 1, lr=1.0, matrix_update=FP32)
     heads = {"q": 8, "k": 4, "v": 4}
     for matrix in stage.table.matrices:
         assert matrix.blocks == heads.get(matrix.kind, 1)
@@ -206,19 +210,65 @@ def test_every_head_is_counted() -> None:
     assert optimizer.last_step.newton_schulz_calls == optimizer.planned_calls == 16 + 4
 
 
-def test_what_is_said_of_a_form_is_what_runs() -> None:
+def test_the_implementation_that_is_planned_is_the_one_that_runs() -> None:
     # In bf16 `triangle` and `gram` raise, so a step shows which one it was given.
-    batch, cpu = torch.ones(1, 2, 3), torch.device("cpu")
-    forms: tuple[NSImplementation, ...] = ("triangle", "gram")
-    for impl in forms:
-        forced = MuonSettings(impl=impl, ns_dtype=torch.bfloat16)
-        assert forced.implementation(2, 3, cpu) == impl
+    batch = torch.ones(1, 2, 3)
+    forced: tuple[NSImplementation, ...] = ("triangle", "gram")
+    for impl in forced:
+        config = MuonConfig(ns_impl=impl, ns_dtype="bf16")
+        assert implementation_for(config, accelerator=False)(2, 3) == impl
         with pytest.raises(ValueError, match=f"impl '{impl}' iterates in fp32"):
-            forced.orthogonalise(batch)
-    assert FP32.implementation(512, 512, cpu) == "triangle"
-    assert FP32.implementation(512, 1024, cpu) == FP32.implementation(1024, 512, cpu) == "gram"
-    assert MuonSettings().implementation(512, 1024, cpu) == "plain"
-    assert MuonSettings().orthogonalise(batch).isfinite().all()
+            Muon(config).orthogonalise(batch)
+    choose = implementation_for(MuonConfig(ns_dtype="fp32"), accelerator=False)
+    assert choose(512, 512) == "triangle"
+    assert choose(512, 1024) == choose(1024, 512) == "gram"
+    assert implementation_for(MuonConfig(ns_dtype="bf16"), accelerator=False)(512, 1024) == "plain"
+    assert BF16.orthogonalise(batch).isfinite().all()
+
+
+@pytest.mark.parametrize("accelerator", [False, True])
+def test_auto_means_the_same_dtype_where_it_is_planned_and_where_it_runs(accelerator: bool) -> None:
+    config, G = MuonConfig(), torch.randn(1, 5, 9)
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[
+        config.compute_dtype(accelerator=accelerator)
+    ]
+    muon = Muon(config, accelerator=accelerator)
+    assert_equal(muon.orthogonalise(G), newton_schulz(G, dtype=dtype))
+    impl = implementation_for(config, accelerator=accelerator)(512, 1024)
+    assert impl == ("plain" if accelerator else "gram")
+
+
+class SignedMomentum:
+    """Another update rule: the sign of one moment on shards, over the norm of a whole matrix."""
+
+    state_names = ("velocity",)
+
+    def accumulate(
+        self, gradients: list[Tensor], state: Mapping[str, list[Tensor]]
+    ) -> list[Tensor]:
+        for velocity, gradient in zip(state["velocity"], gradients, strict=True):
+            velocity.lerp_(gradient, 0.5)
+        return [velocity.sign() for velocity in state["velocity"]]
+
+    def update(self, stacked: Tensor) -> Tensor:
+        return stacked / torch.linalg.vector_norm(stacked, dim=(-2, -1), keepdim=True)
+
+
+@pytest.mark.parametrize(("tensor_size", "dp"), LAYOUTS)
+def test_another_update_rule_sees_whole_matrices_and_keeps_its_own_state(
+    tensor_size: int, dp: int
+) -> None:
+    stage = Stage.even(GQA, HIDDEN, tensor_size, dp)
+    trained = train_in_threads(stage, 2, matrix_update=SignedMomentum(), **OPTIONS)
+    for matrix in stage.table.matrices:
+        theta, M = whole(matrix, stage.random(0)), torch.tensor(0.0)
+        for seed in (1, 2):
+            M = torch.lerp(M, whole(matrix, stage.random(seed)), 0.5)
+            update = M.sign() / M.sign().norm()
+            theta = theta * (1 - OPTIONS["lr"] * OPTIONS["weight_decay"]) - OPTIONS["lr"] * update
+        torch.testing.assert_close(whole(matrix, trained), theta)
+    optimizer, _, _ = lone_optimizer(matrix_update=SignedMomentum())
+    assert set(optimizer.named_state()) == {"velocity", "exp_avg", "exp_avg_sq"}
 
 
 def test_learning_rate_and_weight_decay_are_read_in_every_step() -> None:
@@ -419,7 +469,7 @@ def test_a_rank_without_any_shard_steps() -> None:
 
 
 def test_no_nan_from_tiny_or_rank_deficient_momentum() -> None:
-    optimizer, masters, _ = lone_optimizer(muon=MuonSettings())
+    optimizer, masters, _ = lone_optimizer(matrix_update=BF16)
     for scale in (1e-38, 1e-20, 1e20):
         for master in masters.values():
             master.grad = torch.full_like(master, scale)

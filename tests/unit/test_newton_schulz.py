@@ -7,10 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_muloco.config.inner import CoefficientType, NSImplementation
 from megatron_muloco.optim.newton_schulz import (
     NORM_EPSILON,
-    CoefficientType,
-    NSImplementation,
     coefficient_triples,
     newton_schulz,
     scale_factor,

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from megatron_muloco.config.inner import CoefficientType
 from megatron_muloco.optim.newton_schulz import (
-    CoefficientType,
     choose,
     coefficient_triples,
     iterate,

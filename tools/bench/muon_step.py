@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from megatron_muloco.config.inner import MuonConfig
 from megatron_muloco.optim.exchange import ShardExchange
-from megatron_muloco.optim.matrices import LayerShape, MuonMatrix
-from megatron_muloco.optim.muon import MuonAdamW, MuonSettings
+from megatron_muloco.optim.matrices import LayerShape, MuonMatrix, implementation_for
+from megatron_muloco.optim.muon import Muon, MuonAdamW
 from megatron_muloco.optim.newton_schulz import scale_factor
 from megatron_muloco.optim.parameter_table import ParameterTable, build_parameter_table
 from megatron_muloco.optim.routing import RankShards, matrix_routes, rectangles
@@ -149,7 +149,7 @@ def build_stage(width: int, vocabulary: int) -> Stage:
         kind="muon",
         tensor_size=TENSOR,
         group_size=RANKS,
-        choose_impl=partial(SETTINGS.implementation, device=torch.device("cpu")),
+        choose_impl=implementation_for(CONFIG, accelerator=False),
     )
     total = sum(param.numel for param in params.values())
     layout = []
@@ -178,7 +178,7 @@ def our_step(
     """Return a step of this package's optimizer, its masters, and the bytes of its last step."""
     masters = random_shards(stage, rank, 0)
     optimizer = MuonAdamW(
-        [{"params": list(masters.values())}], lr=LR, weight_decay=WEIGHT_DECAY, muon=SETTINGS
+        [{"params": list(masters.values())}], lr=LR, weight_decay=WEIGHT_DECAY, matrix_update=MUON
     )
     exchange = ShardExchange(
         stage.table.matrices,
@@ -238,7 +238,7 @@ def duplicated_step(
             for matrix, value in zip(matrices, batch, strict=True):
                 assemble(stage, matrix, value, gathered, sizes)
             before = time.process_time()
-            directions = SETTINGS.orthogonalise(batch) * scale_factor("unit_rms_norm", *shape)
+            directions = MUON.orthogonalise(batch) * scale_factor("unit_rms_norm", *shape)
             orthogonalising += time.process_time() - before
             for matrix, direction in zip(matrices, directions, strict=True):
                 keep(stage, rank, matrix, direction, updates)
@@ -278,7 +278,8 @@ def keep(
             updates[matrix.param][at : at + part.numel()] = part
 
 
-SETTINGS = MuonSettings(momentum=MOMENTUM, ns_dtype=torch.float32)
+CONFIG = MuonConfig(momentum=MOMENTUM, ns_dtype="fp32")
+MUON = Muon(CONFIG)
 
 
 def report(ranks: list[dict[str, Any]], options: argparse.Namespace) -> tuple[str, bool]:
