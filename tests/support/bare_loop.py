@@ -21,11 +21,14 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_muloco import initialize_replicas, wrap_optimizer
-from megatron_muloco.checkpoint.state import RunState
-from megatron_muloco.checkpoint.store import CheckpointStore
-from megatron_muloco.model.initialise import initialise_weights
-from megatron_muloco.model.layer_spec import decoder_block_spec
+from megatron_muloco import (
+    CheckpointStore,
+    RunState,
+    decoder_block_spec,
+    initialise_weights,
+    initialize_replicas,
+    wrap_optimizer,
+)
 
 
 @dataclass
@@ -45,7 +48,7 @@ Batches = Callable[[int], list[dict[str, torch.Tensor]]]
 def train(
     config: Any, batches_for: Callable[[Any], Batches], steps: int, directory: Path | None = None
 ) -> BareRun:
-    """Train this rank up to inner step ``steps``, with the outer steps due on the way.
+    """Train this rank up to inner step ``steps``, with the outer steps that are due on the way.
 
     With a directory it resumes from the newest checkpoint there and saves one at the end.
     """
@@ -108,7 +111,7 @@ def train(
 
 
 def build_model(config: Any, pg: Any) -> GPTModel:
-    """Build this rank's pipeline stage; any GPTModel of the sizes in ``config.model`` will do.
+    """Build this rank's pipeline stage: the same model as ``pretrain.py`` builds.
 
     This one has the settings of ``pretrain.py``, spelled out.
     """
@@ -164,13 +167,13 @@ def build_model(config: Any, pg: Any) -> GPTModel:
 
 
 def forward_step(batches: Iterator[dict[str, torch.Tensor]], model: Any) -> tuple[Any, Any]:
-    """Megatron's forward step: one microbatch, its output and its loss function."""
+    """Run one microbatch; return its output and its loss function, as Megatron expects."""
     batch = next(batches)
     output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
     return output, mean_loss
 
 
 def mean_loss(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Return the mean over the microbatch's tokens, to differentiate and to report."""
+    """Return the mean loss per token of a microbatch, to differentiate and to report."""
     loss = losses.float().mean()
     return loss, {"loss": loss.detach().clone()}
