@@ -28,6 +28,7 @@ import deepspeed.comm as dist
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, get_process_group_ranks
+from torch.profiler import record_function
 
 from megatron_muloco.comm.chunking import uncoded_wire_bytes
 from megatron_muloco.comm.collectives import BufferPool, DeviceWire, HostWire, Layout, Pending, Wire
@@ -107,7 +108,7 @@ class OuterGroup:
 class Stopwatch:
     """Host time by activity. On an accelerator it is a lower bound: work is only queued there.
 
-    Each activity also appears in a profile, as ``muloco::<activity>``.
+    Each activity is a span ``muloco/<activity>`` of a profile.
     """
 
     def __init__(self) -> None:
@@ -118,7 +119,7 @@ class Stopwatch:
         """Add the time spent in the ``with`` block to the activity."""
         started = time.perf_counter()
         try:
-            with torch.profiler.record_function(f"muloco::{activity}"):
+            with record_function(f"muloco/{activity}"):
                 yield
         finally:
             self._ms[activity] = self[activity] + (time.perf_counter() - started) * 1e3

@@ -11,7 +11,7 @@ Any other profiler sees the same spans. Open the trace in Perfetto or ``chrome:/
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from torch._C._profiler import _ExperimentalConfig
 from torch.profiler import ProfilerActivity, profile
 
 from megatron_muloco.config.schema import MonitorConfig, ProfileConfig
+from megatron_muloco.monitor.monitor import Monitor
 
 __all__ = ["StepProfiler", "build_profiler", "profiled", "trace_path"]
 
@@ -38,7 +39,7 @@ class StepProfiler:
         rank: This rank, part of the file's name.
         device: The device that the rank trains on; on CUDA its kernels are recorded too, and NVTX
             ranges are emitted where ``config.nvtx`` asks for them.
-        say: Prints where the trace is.
+        monitor: Says where the trace is; its clock stands still while the trace is written.
     """
 
     def __init__(
@@ -48,13 +49,13 @@ class StepProfiler:
         *,
         rank: int,
         device: torch.device,
-        say: Callable[[str], None],
+        monitor: Monitor,
     ) -> None:
         assert config.steps is not None, "a profiler needs a window"
         self._first, self._last = config.steps
         self._config, self._directory, self._rank = config, directory, rank
         self._cuda = device.type == "cuda"
-        self._say = say
+        self._monitor = monitor
         self._running: profile | None = None
         self._ranges = ExitStack()
         self._begun = self._ended = self._first
@@ -97,6 +98,12 @@ class StepProfiler:
         assert self._running is not None
         running, self._running = self._running, None
         started = time.perf_counter()
+        with self._monitor.paused():
+            said = self._export(running)
+        seconds = time.perf_counter() - started
+        self._monitor.say(f"{said} ({seconds:.1f} s)")
+
+    def _export(self, running: profile) -> str:
         running.stop()
         self._ranges.close()
         path = trace_path(self._directory, self._rank, self._begun, self._ended)
@@ -104,10 +111,8 @@ class StepProfiler:
             path.parent.mkdir(parents=True, exist_ok=True)
             running.export_chrome_trace(str(path))
         except (OSError, RuntimeError) as error:  # training is worth more than its trace
-            self._say(f"monitor.profile: cannot write {path}: {error}. Training goes on.")
-            return
-        seconds = time.perf_counter() - started
-        self._say(f"profile of iterations {self._begun} to {self._ended}: {path} ({seconds:.1f} s)")
+            return f"monitor.profile: cannot write {path}: {error}. Training goes on"
+        return f"profile of iterations {self._begun} to {self._ended}: {path}"
 
 
 @contextmanager
@@ -122,10 +127,10 @@ def profiled(profiler: StepProfiler | None, step: int) -> Iterator[None]:
 
 
 def build_profiler(
-    config: MonitorConfig, *, rank: int, device: torch.device, say: Callable[[str], None]
+    config: MonitorConfig, *, rank: int, device: torch.device, monitor: Monitor
 ) -> StepProfiler | None:
     """Return this rank's profiler, or ``None`` where the run does not profile it."""
     if config.profile.steps is None or config.dir is None or rank not in config.profile.ranks:
         return None
     directory = Path(config.dir) / "profile"
-    return StepProfiler(config.profile, directory, rank=rank, device=device, say=say)
+    return StepProfiler(config.profile, directory, rank=rank, device=device, monitor=monitor)

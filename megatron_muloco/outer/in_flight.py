@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from megatron_muloco.errors import CheckpointError
 from megatron_muloco.outer.guard import Verdict
@@ -67,7 +68,8 @@ class InFlight:
         if self.reduced is None:
             assert self.handle is not None
             started = time.perf_counter()
-            self.reduced = reducer.wait(self.handle)
+            with record_function("muloco/wait"):
+                self.reduced = reducer.wait(self.handle)
             self.exposed_ms += (time.perf_counter() - started) * 1e3
             self.handle = None
         return self.reduced

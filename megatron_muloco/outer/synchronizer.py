@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from megatron_muloco.errors import ConfigError
 from megatron_muloco.outer.diagnostics import (
@@ -186,9 +187,11 @@ class Synchronizer:
         applied: list[FragmentReport] = []
         for event in events:  # their order is part of the algorithm: `SyncSchedule.events`
             if isinstance(event, Launch):
-                launched.append(self._launch(event.fragment, line_values))
+                with record_function("muloco/launch"):
+                    launched.append(self._launch(event.fragment, line_values))
             else:
-                applied.append(self._apply(event))
+                with record_function("muloco/apply"):
+                    applied.append(self._apply(event))
         # Parameters are published once for all events: publishing is an all-gather over the
         # replica. Whether it happens is the same on all ranks of a replica, because the verdict is.
         restarted_from_anchor = any(flight.verdict is Verdict.NON_FINITE for flight in launched)
@@ -372,9 +375,10 @@ class Synchronizer:
         self._reducer.load_residuals(found, self._sizes)
 
     def _publish(self, names: tuple[str, ...]) -> None:
-        """Make changed masters visible: to other holders of a parameter, then to the model."""
-        self._replica.broadcast_replicated(names)
-        self._replica.publish()
+        """Copy changed masters to the replicated parameters of other ranks, then to the model."""
+        with record_function("muloco/publish"):
+            self._replica.broadcast_replicated(names)
+            self._replica.publish()
 
     def _names_of(self, applied: list[FragmentReport]) -> tuple[str, ...]:
         fragments = self._plan.fragments

@@ -159,7 +159,7 @@ def build_run(config: RunConfig) -> RunContext:
             config.monitor,
             rank=torch.distributed.get_rank(),
             device=training_device(),
-            say=monitor.say,
+            monitor=monitor,
         ),
         probe=probe,
         store=store,

@@ -13,6 +13,7 @@ import time
 from enum import Enum
 
 import torch
+from torch.profiler import record_function
 
 from megatron_muloco.checkpoint.io import digests_of
 from megatron_muloco.checkpoint.layout import checkpoint_path
@@ -71,19 +72,19 @@ def train(context: RunContext, stop: StopRequest) -> Outcome:
         with profiled(context.profiler, step):
             stop_after = inner_step(context, step, stop, stop_after)
             outer_step(context, step)
-        # After the outer step, so that the loss of step t belongs to the anchor of step t. The last
-        # step is left to `_finish`, which evaluates and saves around the flush.
-        if _is_due(step, context.config.training.eval_interval) and step < last_step:
-            _evaluate(context, step)
-        # Before the periodic save, because stopping saves the same step.
-        if step == stop_after and step < last_step:
-            return _stop(context, step)
-        if _is_due(step, context.config.checkpoint.save_interval) and step < last_step:
-            # A save waits for all replicas. A leader that waits for posts must learn of it first.
-            _announce(context, step)
-            _save(context, step)
-        # Last: it may wait for other replicas, so nothing may be left here that they wait for.
-        stop_after = stop_after or _stop_decision(context, step)
+            # After the outer step, so that the loss of step t belongs to the anchor of step t. The
+            # last step is left to `_finish`, which evaluates and saves around the flush.
+            if _is_due(step, context.config.training.eval_interval) and step < last_step:
+                _evaluate(context, step)
+            # Before the periodic save, because stopping saves the same step.
+            if step == stop_after and step < last_step:
+                return _stop(context, step)
+            if _is_due(step, context.config.checkpoint.save_interval) and step < last_step:
+                # A save waits for all replicas; a leader that waits for posts must know of it.
+                _announce(context, step)
+                _save(context, step)
+            # Last: it may wait for other replicas, so nothing may be left here that they wait for.
+            stop_after = stop_after or _stop_decision(context, step)
     return _finish(context, last_step)
 
 
@@ -97,9 +98,11 @@ def inner_step(
     data, count = context.train_data, context.derived.num_microbatches
     context.model.zero_grad_buffer()
     context.optimizer.zero_grad()
-    loss = context.forward((data.microbatch(step, index) for index in range(count)), count)
+    with record_function("muloco/forward_backward"):
+        loss = context.forward((data.microbatch(step, index) for index in range(count)), count)
     started = time.perf_counter()
-    report = context.optimizer.inner_step()
+    with record_function("muloco/inner_step"):
+        report = context.optimizer.inner_step()
     elapsed_ms = (time.perf_counter() - started) * 1e3
     loss, stop_wanted, stop_after = _share(context, loss / count, stop.requested, stop_after)
     if stop_wanted and context.groups.is_leader:
@@ -204,7 +207,7 @@ def _evaluate(context: RunContext, step: int) -> None:
     """Record the held-out loss of the anchor if the run has held-out data."""
     if context.valid_data is None:
         return
-    with context.monitor.paused():
+    with context.monitor.paused(), record_function("muloco/evaluate"):
         loss = evaluate(
             context.forward,
             context.optimizer,
@@ -232,7 +235,7 @@ def _save(context: RunContext, step: int) -> bool:
     """
     if context.store is None:
         return True
-    with context.monitor.paused():
+    with context.monitor.paused(), record_function("muloco/save"):
         context.state.scalars.update(scalars_of(step, context.config))
         try:
             path = context.store.save(step, context.state)

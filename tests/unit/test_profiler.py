@@ -3,7 +3,10 @@
 import gzip
 import json
 import threading
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -34,9 +37,13 @@ def spans(path: Path) -> set[str]:
     return {event["name"] for event in events if event["name"].startswith("muloco/")}
 
 
+def listener(said: list[str]) -> Any:
+    return SimpleNamespace(say=said.append, paused=nullcontext)
+
+
 def build(directory: Path, said: list[str], window: tuple[int, int], rank: int = 0) -> StepProfiler:
     config = ProfileConfig(steps=window, with_memory=True)
-    return StepProfiler(config, directory, rank=rank, device=CPU, say=said.append)
+    return StepProfiler(config, directory, rank=rank, device=CPU, monitor=listener(said))
 
 
 def test_a_trace_holds_exactly_the_steps_of_its_window(tmp_path: Path) -> None:
@@ -76,5 +83,5 @@ def test_a_trace_that_cannot_be_written_does_not_end_the_run(tmp_path: Path) -> 
     ],
 )
 def test_only_the_named_ranks_profile(config: MonitorConfig, rank: int, built: bool) -> None:
-    profiler = build_profiler(config, rank=rank, device=CPU, say=print)
+    profiler = build_profiler(config, rank=rank, device=CPU, monitor=listener([]))
     assert (profiler is not None) == built

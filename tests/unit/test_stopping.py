@@ -136,7 +136,6 @@ class Job:
         config = SimpleNamespace(
             training=SimpleNamespace(eval_interval=0, global_batch_size=1),
             checkpoint=SimpleNamespace(save_interval=self.saves),
-            profiler=None,
             monitor=SimpleNamespace(sample_tokens=0),
         )
         return SimpleNamespace(
