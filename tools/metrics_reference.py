@@ -30,7 +30,7 @@ _PEAKS_HEAD = """
 ## Peaks behind `perf/mfu`
 
 Dense bf16 in TFLOP/s, by the exact name that the driver reports. On every other accelerator, with
-`training.precision: fp32` and on a CPU the console prints `n/a` and no point is written.
+`training.precision: fp32` and on a CPU there is no MFU, neither on the console nor in TensorBoard.
 
 | accelerator | peak | source |
 |---|---:|---|

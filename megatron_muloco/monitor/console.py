@@ -3,7 +3,6 @@
 Everything except `Console` is a pure function from numbers to text.
 """
 
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,30 +64,27 @@ class Console:
         self.line(f" [{datetime.now():%Y-%m-%d %H:%M:%S}] {text}")
 
 
-def _exponent(value: float) -> str:
-    """Return a number as Megatron prints losses; 13 characters, also for nan and negatives."""
-    return f"{value:13.6E}"
-
-
 @dataclass(frozen=True, slots=True)
 class TrainingLine:
-    """One line of training, with Megatron's field names and separators, then our own fields.
+    """One line of training, ``| key: value`` with Megatron's keys where Megatron has the field.
+
+    A line has about 200 characters. Left out is what is constant over the run (the batch size is in
+    the start banner), unknown or zero, and what follows from another field (tokens/s from the time
+    of an iteration). TensorBoard has all of it.
 
     Attributes:
         iteration: Inner step.
         train_iters: Inner steps of the run.
         consumed_samples: Sequences so far, over all replicas.
         elapsed_ms: Milliseconds of an inner step.
-        tflops: Model TFLOP/s per rank.
-        mfu: Model FLOPs utilization; ``None`` without a known peak.
         learning_rate: Inner learning rate.
-        global_batch_size: Sequences of an inner step over all replicas.
         loss: Mean over the steps since the last line and over replicas.
         grad_norm: Gradient norm before clipping; ``None`` if none was recorded.
-        skipped: Skipped steps since the last line, summed over replicas.
-        tokens_per_s: Tokens per second of all replicas together.
-        round: Round and number of rounds; ``None`` without outer steps.
-        sync_ms: Time that training waited for outer steps since the last line.
+        skipped: Skipped steps since the last line, summed over replicas; printed if not 0.
+        mfu: Model FLOPs utilization; ``None`` without a known peak.
+        round: Round of the step; ``None`` without outer steps.
+        sync_ms: Time that training waited for outer steps since the last line; printed if not 0.
+        peak_gib: Peak memory of the writing rank; ``None`` if it is that of the last line.
         alone: Whether loss, gradient norm and skipped steps are of this replica only.
     """
 
@@ -96,39 +92,38 @@ class TrainingLine:
     train_iters: int
     consumed_samples: int
     elapsed_ms: float
-    tflops: float
-    mfu: float | None
     learning_rate: float
-    global_batch_size: int
     loss: float
     grad_norm: float | None
-    skipped: int
-    tokens_per_s: float
-    round: tuple[int, int] | None = None
+    skipped: int = 0
+    mfu: float | None = None
+    round: int | None = None
     sync_ms: float = 0.0
+    peak_gib: float | None = None
     alone: bool = False
 
     @override
     def __str__(self) -> str:
-        loss_name = "lm loss (this replica)" if self.alone else "lm loss"
+        width = len(str(self.train_iters))
         fields = [
-            f"iteration {self.iteration:8d}/{self.train_iters:8d}",
-            f"consumed samples: {self.consumed_samples:12d}",
-            f"elapsed time per iteration (ms): {self.elapsed_ms:9.1f}",
-            f"throughput (TFLOP/s/rank): {self.tflops:8.3f}",
-            f"learning rate: {_exponent(self.learning_rate)}",
-            f"global batch size: {self.global_batch_size:5d}",
-            f"{loss_name}: {_exponent(self.loss)}",
-            f"grad norm: {math.nan if self.grad_norm is None else self.grad_norm:8.3f}",
-            f"number of skipped iterations: {self.skipped:3d}",
-            f"tokens/s: {self.tokens_per_s:9.0f}",
-            f"mfu: {'   n/a' if self.mfu is None else f'{self.mfu:6.1%}'}",
+            f"iteration {self.iteration:{width}d}/{self.train_iters}",
+            f"consumed samples: {self.consumed_samples}",
+            f"elapsed time per iteration (ms): {self.elapsed_ms:.1f}",
+            f"learning rate: {self.learning_rate:.3E}",
+            f"lm loss{' (this replica)' if self.alone else ''}: {self.loss:.4f}",
         ]
+        if self.grad_norm is not None:
+            fields.append(f"grad norm: {self.grad_norm:.3f}")
+        if self.skipped:
+            fields.append(f"number of skipped iterations: {self.skipped}")
+        if self.mfu is not None:
+            fields.append(f"mfu: {self.mfu:.1%}")
         if self.round is not None:
-            fields += [
-                f"round: {self.round[0]:5d}/{self.round[1]:5d}",
-                f"sync (ms): {self.sync_ms:8.1f}",
-            ]
+            fields.append(f"round: {self.round}")
+        if self.sync_ms:
+            fields.append(f"sync (ms): {self.sync_ms:.1f}")
+        if self.peak_gib is not None:
+            fields.append(f"peak GiB: {self.peak_gib:.1f}")
         return " | ".join(fields) + " |"
 
 
@@ -152,6 +147,11 @@ class EvaluationLine:
             f"validation loss at iteration {self.iteration:8d} | "
             f"lm loss value: {_exponent(self.loss)} | lm loss PPL: {_exponent(self.perplexity)} |"
         )
+
+
+def _exponent(value: float) -> str:
+    """Return a number as Megatron prints losses; 13 characters, also for nan and negatives."""
+    return f"{value:13.6E}"
 
 
 _SUFFIXES: Sequence[tuple[float, str]] = ((1e12, "T"), (1e9, "B"), (1e6, "M"))

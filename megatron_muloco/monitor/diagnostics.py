@@ -1,12 +1,26 @@
-"""`OrthogonalisationProbe`: samples the orthogonality error of Muon's update directions."""
+"""Measurements on this rank: peak memory, and the orthogonality error of Muon's directions."""
 
 import math
+import resource
+import sys
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-__all__ = ["OrthogonalisationProbe", "orthogonality_error"]
+__all__ = ["OrthogonalisationProbe", "orthogonality_error", "peak_memory_gib"]
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Return this rank's peak memory so far in GiB; does not wait for the device.
+
+    On an accelerator it is the peak of allocated tensors (``torch.cuda.max_memory_allocated``), on
+    a CPU the peak resident memory of the process, which includes the Python libraries.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # KiB, but bytes on macOS
 
 
 class OrthogonalisationProbe:

@@ -182,6 +182,12 @@ _ROWS = (
         "Wall-clock time of an inner step and its outer steps, without evaluation and saving.",
     ),
     Metric(
+        "perf/peak_memory_gib", "GiB", "last", "writing rank", _ALWAYS,
+        "Peak memory since the start: allocated on the device, or, on a CPU, resident in the "
+        "process.",
+        Chart("Training", "peak memory (GiB)"),
+    ),
+    Metric(
         "perf/inner_optimizer_ms", "ms", "mean", "writing rank", _ALWAYS,
         "Time of the inner optimizer's step, including clipping and communication.",
     ),

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from megatron_muloco.errors import RuntimeMismatch
 from megatron_muloco.monitor.console import Console, EvaluationLine, RunSummary, TrainingLine
+from megatron_muloco.monitor.diagnostics import peak_memory_gib
 from megatron_muloco.monitor.metrics import METRICS, MetricTable
 from megatron_muloco.monitor.tensorboard import EventWriter
 from megatron_muloco.monitor.throughput import Speed, measure_speed
@@ -235,6 +236,7 @@ class Monitor:
         self._step = facts.resumed_step
         self._last_line = (self._step, 0.0)
         self._round_start = (self._step, 0.0)
+        self._printed_peak: float | None = None
         self._wire_bytes = 0
         self._skipped = 0
         self._evaluations: list[tuple[int, float]] = []
@@ -250,7 +252,7 @@ class Monitor:
         """Record the metrics of an inner step, before its outer steps.
 
         Nothing is read from an accelerator unless this call writes a line. Batch size, time,
-        throughput and MFU are not passed in; the monitor measures them.
+        throughput, MFU and peak memory are not passed in; the monitor measures them.
 
         Args:
             step: The inner step just made.
@@ -267,6 +269,7 @@ class Monitor:
         if not self.due(step):
             return
         means, skipped = self._interval.take()
+        means["perf/peak_memory_gib"] = peak_memory_gib(self._device)
         line = DueLine(step, means, skipped, self._speed_since_last_line(step))
         if self._facts.num_replicas == 1:
             self._write_line(line, line.shared())
@@ -450,9 +453,6 @@ class Monitor:
         self, line: DueLine, values: Mapping[str, float], *, skipped: int, alone: bool
     ) -> TrainingLine:
         facts, schedule = self._facts, self._calendar.schedule
-        rounds = None
-        if schedule is not None:
-            rounds = (schedule.round(line.step), schedule.round(facts.train_iters))
         sync_ms = sum(ms for step, ms in self._exposed if step <= line.step)
         self._exposed = [(step, ms) for step, ms in self._exposed if step > line.step]
         return TrainingLine(
@@ -460,15 +460,18 @@ class Monitor:
             train_iters=facts.train_iters,
             consumed_samples=line.step * facts.global_batch_size,
             elapsed_ms=line.speed.seconds_per_step * 1e3,
-            tflops=line.speed.tflops,
-            mfu=line.speed.mfu,
             learning_rate=values["learning-rate"],
-            global_batch_size=facts.global_batch_size,
             loss=values["lm loss"],
             grad_norm=values.get("grad-norm"),
             skipped=skipped,
-            tokens_per_s=line.speed.tokens_per_s,
-            round=rounds,
+            mfu=line.speed.mfu,
+            round=None if schedule is None else schedule.round(line.step),
             sync_ms=sync_ms,
+            peak_gib=self._grown_peak(values["perf/peak_memory_gib"]),
             alone=alone,
         )
+
+    def _grown_peak(self, peak_gib: float) -> float | None:
+        """Return the peak memory if a line has not printed it yet, else ``None``."""
+        printed, self._printed_peak = self._printed_peak, round(peak_gib, 1)
+        return peak_gib if self._printed_peak != printed else None

@@ -19,6 +19,7 @@ LAYOUT = {
         "learning rate": ("learning-rate",),
         "tokens per second": ("perf/tokens_per_s",),
         "TFLOP per second and rank": ("throughput",),
+        "peak memory (GiB)": ("perf/peak_memory_gib",),
     },
     "MuLoCo outer step": {
         "pseudogradient and update norm": (
