@@ -97,14 +97,13 @@ class InFlight:
         Bytes, times, sketches and line values are left out: they describe this start of the run.
         """
         assert self.reduced is not None
-        shown = self.metadata()
         return {
             "fragment": self.fragment,
             "launched_at": self.launched_at,
             "verdict": self.verdict.name,
             "norm": self.norm,
             "weights": self.reduced.stats.weights.tolist(),
-            "norms": shown.norms.tolist(),
+            "norms": self.metadata().norms.tolist(),
         }
 
     @classmethod
@@ -205,9 +204,9 @@ class InFlightTable:
                 f"where this schedule has {wanted}. Their results could not be applied in time. "
                 "Resume with the sync_interval, fragments and overlap_steps of the saved run."
             )
-        travelling = [name for apply in expected for name in names[apply.fragment]]
-        check_names("mean", tensors["mean"], travelling)
-        check_names("at_launch", tensors["at_launch"], travelling)
+        in_flight = [name for apply in expected for name in names[apply.fragment]]
+        check_names("mean", tensors["mean"], in_flight)
+        check_names("at_launch", tensors["at_launch"], in_flight)
         self._flights = {
             entry["fragment"]: InFlight.restore(
                 entry, names[entry["fragment"]], tensors["mean"], tensors["at_launch"], device

@@ -273,7 +273,7 @@ class Synchronizer:
         # After the launch and after `add`: this replica still takes part in the collective, with
         # weight 0, and its own launch-time copy of the parameters must become the anchor too.
         if verdict is Verdict.NON_FINITE:
-            self._take_anchor()
+            self._restart_from_anchor()
         return flight
 
     def _apply(self, event: Apply) -> FragmentReport:
@@ -355,7 +355,7 @@ class Synchronizer:
     def _snapshot(self, fragment: int) -> dict[str, Tensor]:
         return {name: self._replica.masters[name].clone() for name in self._owned[fragment]}
 
-    def _take_anchor(self) -> None:
+    def _restart_from_anchor(self) -> None:
         """Restart this replica from the anchor in all fragments.
 
         In all, not only in the one that was found: a model with one fragment of the anchor and the
