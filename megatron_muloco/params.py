@@ -114,9 +114,9 @@ class ParamInfo:
         local_shape: Shape of this rank's tensor-parallel piece.
         partition_dim: Dimension split over tensor-parallel ranks; ``None`` when every one of them
             holds the same tensor (norms).
-        duplicate: True where another rank of the replica holds the same values and is the one that
-            synchronises them in the outer step: replicated tensors on tensor-parallel ranks above
-            0, and the tied output embedding of the last pipeline stage.
+        is_primary: Whether this rank's copy takes part in the outer step. False where another rank
+            of the replica holds the same values and synchronises them: replicated tensors on
+            tensor-parallel ranks above 0, and the tied output embedding of the last pipeline stage.
         kind: What the parameter is; ``None`` where its architecture has no such name (a bias, a
             router), which is an error only for those who need to know.
         layer: Its decoder layer, counted from 0 over all pipeline stages; ``None`` outside of them.
@@ -125,7 +125,7 @@ class ParamInfo:
     name: str
     local_shape: tuple[int, ...]
     partition_dim: int | None
-    duplicate: bool
+    is_primary: bool
     kind: ParamKind | None
     layer: int | None
 
@@ -136,13 +136,13 @@ class ParamInfo:
         local_shape: tuple[int, ...],
         partition_dim: int | None,
         *,
-        duplicate: bool = False,
+        is_primary: bool = True,
         names: ParameterNames = GPT_NAMES,
     ) -> "ParamInfo":
         """Return the parameter with the kind and the layer that its name says."""
         place = names.layer_of(name)
         layer = None if place is None else place[0]
-        return cls(name, local_shape, partition_dim, duplicate, names.kind_of(name), layer)
+        return cls(name, local_shape, partition_dim, is_primary, names.kind_of(name), layer)
 
     @property
     def numel(self) -> int:

@@ -79,7 +79,7 @@ def digest_sum(
     """Return this rank's part of the digest: one int64 number modulo 2**64, on the host."""
     total = torch.zeros(1, dtype=torch.int64)
     for shard, values in pieces:
-        if shard.param.duplicate:
+        if not shard.param.is_primary:
             continue
         assert values.dtype == torch.float32, f"{shard.name} is {values.dtype}"
         cut = Cut(shard.param, tensor_rank, tensor_size)

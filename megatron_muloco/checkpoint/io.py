@@ -108,7 +108,7 @@ def _tensors_of(kinds: Kinds, space: ModelSpace) -> Iterator[ShardedTensor]:
     names = space.names(kinds)
     for kind, tensors in kinds.items():
         # Exactly one rank may write an element: that of a replicated parameter is its primary rank.
-        primary = [name for name in names[kind] if not space.cut(name).param.duplicate]
+        primary = [name for name in names[kind] if space.cut(name).param.is_primary]
         for name, piece in space.gather(tensors, primary).items():
             yield from sharded_tensors(f"{kind}.{name}", space.cut(name), piece)
 
@@ -313,7 +313,7 @@ def _wanted(
     """
     replica = into.groups.coords.replica
     infos = into.view.infos
-    primary = [name for name, info in infos.items() if not info.duplicate]
+    primary = [name for name, info in infos.items() if info.is_primary]
     masters = f"replica_{replica}.master" if description.has_masters else ANCHOR
     wanted = {masters: list(infos)}
     for moment, names in space.names(into.inner.named_state()).items():
@@ -357,7 +357,7 @@ def _apply(description: Description, pieces: Pieces, into: RunState) -> None:
             kind: {
                 name: piece
                 for name, piece in pieces.get(outer_key(kind, replica), {}).items()
-                if not into.view.infos[name].duplicate
+                if into.view.infos[name].is_primary
             }
             for kind in into.synchronizer.kinds()
         }

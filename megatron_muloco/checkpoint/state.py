@@ -96,9 +96,7 @@ class RunState:
         """Return the anchor of the shards that this rank synchronises, by name."""
         if self.synchronizer is not None:
             return self.synchronizer.anchors()
-        return {
-            s.name: self.view.masters[s.name] for s in self.view.shards if not s.param.duplicate
-        }
+        return {s.name: self.view.masters[s.name] for s in self.view.shards if s.param.is_primary}
 
 
 @dataclass(frozen=True)

@@ -127,6 +127,6 @@ def check_same_shards(group: ProcessGroup, shards: Sequence[Shard]) -> None:
 
 
 def _description(shard: Shard) -> str:
-    copy = ", a replicated parameter" if shard.param.duplicate else ""
+    copy = "" if shard.param.is_primary else ", a replicated parameter"
     shape = "x".join(map(str, shard.param.local_shape))
     return f"{shard.name} [{shape}] from {shard.start} to {shard.end}{copy}"

@@ -63,12 +63,12 @@ def describe_parameters(
         if name in described:
             raise RuntimeMismatch(f"two parameters of this pipeline stage are both named {name}")
         dim = partition_dim(parameter)
-        tied_copy = name == names.embedding and on_later_stage
+        is_copy = (dim is None and tensor_rank > 0) or (name == names.embedding and on_later_stage)
         info = ParamInfo.from_name(
             name,
             tuple(parameter.shape),
             dim,
-            duplicate=(dim is None and tensor_rank > 0) or tied_copy,
+            is_primary=not is_copy,
             names=names,
         )
         described[name] = (info, parameter)

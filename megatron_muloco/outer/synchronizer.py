@@ -80,7 +80,7 @@ class ReplicaPort:
 
     def owned_names(self) -> tuple[str, ...]:
         """Return the names that this rank synchronises, in the order of ``shards``."""
-        return tuple(shard.name for shard in self.shards if not shard.param.duplicate)
+        return tuple(shard.name for shard in self.shards if shard.param.is_primary)
 
 
 class Synchronizer:

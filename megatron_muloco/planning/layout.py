@@ -83,7 +83,7 @@ def stage_parameters(
                 GPT_NAMES.in_layer(layer, f"{name}.weight"),
                 shape,
                 dim,
-                duplicate=dim is None and tp_rank > 0,
+                is_primary=dim is not None or tp_rank == 0,
             )
             for name, shape, dim in _layer(model, tensor)
         ]
@@ -93,13 +93,13 @@ def stage_parameters(
                 "decoder.final_layernorm.weight",
                 (model.hidden_size,),
                 None,
-                duplicate=tp_rank > 0,
+                is_primary=tp_rank == 0,
             )
         )
     if last and model.untie_embeddings_and_output_weights:
         parameters.append(ParamInfo.from_name(GPT_NAMES.output, table, 0))
     elif last and not first:  # a tied head repeats the embedding, whose name it has
-        parameters.append(ParamInfo.from_name(GPT_NAMES.embedding, table, 0, duplicate=True))
+        parameters.append(ParamInfo.from_name(GPT_NAMES.embedding, table, 0, is_primary=False))
     return tuple(parameters)
 
 
@@ -210,7 +210,7 @@ def by_fragment(config: RunConfig, shards: Sequence[Shard]) -> tuple[tuple[Shard
     outer = config.outer
     if isinstance(outer, NoOuter):
         return ()
-    owned = {shard.name: shard for shard in shards if not shard.param.duplicate}
+    owned = {shard.name: shard for shard in shards if shard.param.is_primary}
     plan = FragmentPlan.from_config(
         outer, (shard.param for shard in owned.values()), num_layers=config.model.num_layers
     )

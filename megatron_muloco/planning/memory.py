@@ -361,7 +361,7 @@ def _rank_memory(
     training, outer = config.training, config.outer
     has_outer = not isinstance(outer, NoOuter)
     held = sum(shard.numel for shard in shards)
-    owned = sum(shard.numel for shard in shards if not shard.param.duplicate) if has_outer else 0
+    owned = sum(shard.numel for shard in shards if shard.param.is_primary) if has_outer else 0
     moments = 2 * held
     if isinstance(config.inner, MuonInner):
         moments -= sum(shard.numel for shard in shards if not is_vector(shard.param))

@@ -156,7 +156,7 @@ def cut_port(rank: int, parameters: Parameters, group: Any) -> ReplicaPort:
         device=CPU,
         shards=[
             whole_shard(own, masters[own]),
-            whole_shard("norm", masters["norm"], duplicate=rank == 1),
+            whole_shard("norm", masters["norm"], is_primary=rank == 0),
         ],
         masters=masters,
         total=ReplicaSum(group),

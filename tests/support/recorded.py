@@ -23,7 +23,7 @@ Moves = list[tuple[Parameters, Parameters]]
 def recorded(config: RunConfig) -> dict[str, Any]:
     """Train to the end and flush; return the inner steps, the anchors and the final state."""
     run = start_tiny(config)
-    owned = [s.name for s in run.optimizer.view.shards if not s.param.duplicate]
+    owned = [s.name for s in run.optimizer.view.shards if s.param.is_primary]
     masters, moves, anchors = run.optimizer.view.masters, [], []
     synchronizer = run.optimizer.synchronizer
     assert synchronizer is not None
@@ -56,7 +56,7 @@ def recorded(config: RunConfig) -> dict[str, Any]:
         "anchors": anchors,
         "end": end,
         "rows": row_places(run.optimizer.view.shards),
-        "params": [s.param for s in run.optimizer.view.shards if not s.param.duplicate],
+        "params": [s.param for s in run.optimizer.view.shards if s.param.is_primary],
         "residuals": residuals,
     }
 

@@ -148,9 +148,9 @@ class Replica:
         )
 
 
-def whole_shard(name: str, tensor: Tensor, *, duplicate: bool = False) -> Shard:
+def whole_shard(name: str, tensor: Tensor, *, is_primary: bool = True) -> Shard:
     """Return the shard that is all of a flat tensor."""
-    info = ParamInfo.from_name(name, tuple(tensor.shape), partition_dim=None, duplicate=duplicate)
+    info = ParamInfo.from_name(name, tuple(tensor.shape), partition_dim=None, is_primary=is_primary)
     return Shard(info, 0, tensor.numel())
 
 

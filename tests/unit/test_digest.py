@@ -46,8 +46,8 @@ def pieces(model: dict[str, Tensor], tp: int, dp: int) -> list[list[tuple[Shard,
             for name, whole in model.items():
                 local = local_piece(name, whole, tensor_rank, tp)
                 dim = SHAPES[name][1]
-                duplicate = dim is None and tensor_rank > 0
-                info = ParamInfo.from_name(name, tuple(local.shape), dim, duplicate=duplicate)
+                primary = dim is not None or tensor_rank == 0
+                info = ParamInfo.from_name(name, tuple(local.shape), dim, is_primary=primary)
                 edges = [local.numel() * i // dp for i in range(dp + 1)]
                 start, end = edges[data_rank], edges[data_rank + 1]
                 held.append((Shard(info, start, end), local.reshape(-1)[start:end]))

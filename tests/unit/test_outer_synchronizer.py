@@ -542,13 +542,13 @@ def test_a_failed_evaluation_restores_without_a_collective() -> None:
 
 def test_duplicates_follow_their_owner_before_parameters_are_published() -> None:
     calls: list[str] = []
-    owner, duplicate = start(), start()["a"]
-    masters = {**owner, "norm": duplicate}
+    owner, replicated = start(), start()["a"]
+    masters = {**owner, "norm": replicated}
     port = replace(
         Replica(owner).port(),
         shards=[
             *(whole_shard(name, tensor) for name, tensor in owner.items()),
-            whole_shard("norm", duplicate, duplicate=True),
+            whole_shard("norm", replicated, is_primary=False),
         ],
         masters=masters,
         broadcast_replicated=lambda names: calls.append(f"duplicates of {len(names)}"),

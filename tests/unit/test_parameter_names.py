@@ -87,7 +87,7 @@ def test_an_architecture_with_other_names_needs_another_table_only() -> None:
         "last_scale.weight",
         "tokens.weight",  # the tied head repeats the embedding
     ]
-    assert [name for name, info in infos.items() if info.duplicate] == ["tokens.weight"]
+    assert [name for name, info in infos.items() if not info.is_primary] == ["tokens.weight"]
     assert {info.layer for info in infos.values()} == {2, 3, None}
     to_muon = [name for name, info in infos.items() if route(info)[0] == "matrix"]
     assert to_muon == [f"blocks.{n}.{part}.weight" for n in (2, 3) for part in PARTS]

@@ -59,7 +59,7 @@ def test_slices_hold_the_model_once(tp: int, pp: int, untied: bool) -> None:
         for stage in range(pp)
         for rank in range(tp)
         for info in stage_parameters(model, topology, stage=stage, tp_rank=rank)
-        if not info.duplicate
+        if info.is_primary
     )
     assert exchanged == counts.total
 
