@@ -102,7 +102,12 @@ def wrap_optimizer(
 
 
 def build_replica_optimizer(
-    model: DistributedDataParallel, config: RunConfig, groups: Groups
+    model: DistributedDataParallel,
+    config: RunConfig,
+    groups: Groups,
+    *,
+    names: ParameterNames = GPT_NAMES,
+    matrix_update: MatrixUpdate | None = None,
 ) -> ReplicaOptimizer:
     """Build Megatron's distributed optimizer for ``model`` and wrap it; see `wrap_optimizer`."""
     # Megatron makes master weights and moments for some torch optimizer. `wrap_optimizer` replaces
@@ -114,7 +119,9 @@ def build_replica_optimizer(
     distributed = build_distributed_optimizer(
         model, groups, placeholder, _build_optimizer_config(config)
     )
-    return wrap_optimizer(distributed, model, config, groups)
+    return wrap_optimizer(
+        distributed, model, config, groups, names=names, matrix_update=matrix_update
+    )
 
 
 def _build_optimizer_config(config: RunConfig) -> OptimizerConfig:

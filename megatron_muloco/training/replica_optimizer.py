@@ -43,7 +43,7 @@ class OuterChecks:
 
     Args:
         anchors: Anchor of this rank's shards, by name; the tensors that the outer step updates.
-        duplicates: Broadcast of the replicated parameters, which can compare them.
+        replicated: Broadcast of the replicated parameters, which can compare them.
         group: The outer group.
         device: Device of the tensors that the group's backend sends.
         interval: Rounds between comparisons of the anchors; 0 is off.
@@ -53,14 +53,14 @@ class OuterChecks:
     def __init__(
         self,
         anchors: Mapping[str, Tensor],
-        duplicates: ReplicatedBroadcast,
+        replicated: ReplicatedBroadcast,
         group: ProcessGroup,
         device: torch.device,
         *,
         interval: int,
         debug: bool,
     ) -> None:
-        self._anchors, self._duplicates = anchors, duplicates
+        self._anchors, self._replicated = anchors, replicated
         self._group, self._device = group, device
         self._interval, self._debug = interval, debug
 
@@ -83,14 +83,14 @@ class OuterChecks:
         if in_turn or (self._debug and report.applied):
             self._compare_anchors(report.round_index)
         if self._debug and report.applied:
-            self._duplicates.check(report.round_index)
+            self._replicated.check(report.round_index)
 
     def at_the_end(self, report: OuterReport) -> None:
         """Compare after the flush, so that runs shorter than the interval are checked once."""
         if self._interval or self._debug:
             self._compare_anchors(report.round_index)
         if self._debug:
-            self._duplicates.check(report.round_index)
+            self._replicated.check(report.round_index)
 
     def _compare_anchors(self, round_index: int) -> None:
         check_equal(

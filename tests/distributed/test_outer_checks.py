@@ -78,7 +78,7 @@ def _drifted_copy(config: RunConfig) -> str:
         run.optimizer.view.masters["decoder.final_layernorm.weight"][0] += 1.0
     message = ""
     try:
-        run.optimizer._checks._duplicates.check(1)
+        run.optimizer._checks._replicated.check(1)
     except SyncError as error:
         message = str(error)
     finish_tiny()

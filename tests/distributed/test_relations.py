@@ -171,7 +171,9 @@ COVER = {  # layout, replicas, inner, precision
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("case", COVER)
-def test_anchors_and_duplicates_are_equal_after_outer_steps(case: str, tied: bool) -> None:
+def test_anchors_and_replicated_parameters_are_equal_after_outer_steps(
+    case: str, tied: bool
+) -> None:
     """After two rounds on different data: equal anchors over replicas, equal copies inside one."""
     parallel, replicas, inner, precision = COVER[case]
     if tied and "pp2" not in case:

@@ -148,14 +148,22 @@ class TinyRun:
 
 
 def start_tiny(
-    config: RunConfig, assignment: Assignment = global_order, *, bucket_size: int | None = None
+    config: RunConfig,
+    assignment: Assignment = global_order,
+    *,
+    bucket_size: int | None = None,
+    change: Callable[[Any], Any] | None = None,
+    **options: Any,
 ) -> TinyRun:
     """Build everything for one rank; call `finish_tiny` at the end of the rank function.
 
-    ``bucket_size`` acts with ``training.overlap_grad_reduce`` only, as in Megatron.
+    ``bucket_size`` acts with ``training.overlap_grad_reduce`` only, as in Megatron. ``change``
+    may change the model before anything is built on it; ``options`` go to `wrap_optimizer`.
     """
     groups = initialize_replicas(config)
     stage = build_model(config, groups)
+    if change is not None:
+        stage = change(stage)
     training = config.training
     model = wrap_data_parallel(
         stage,
@@ -172,7 +180,7 @@ def start_tiny(
         seq_length=config.model.seq_length,
         end_of_document=None,
     )
-    optimizer = build_replica_optimizer(model, config, groups)
+    optimizer = build_replica_optimizer(model, config, groups, **options)
     return TinyRun(config, groups, model, optimizer, forward, assignment)
 
 

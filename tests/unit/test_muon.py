@@ -1,6 +1,5 @@
 """MuonAdamW: what it equals, and what it refuses. Ranks are threads here."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +15,7 @@ from megatron_muloco.optim.muon import Muon, MuonAdamW
 from megatron_muloco.optim.newton_schulz import newton_schulz, scale_factor
 from megatron_muloco.optim.parameter_table import Assignment, ParameterTable
 from megatron_muloco.params import Shard
+from tests.support.extensions import SignedMomentum
 from tests.support.scattered import (
     VECTOR,
     Pieces,
@@ -236,22 +236,6 @@ def test_auto_means_the_same_dtype_where_it_is_planned_and_where_it_runs(acceler
     assert_equal(muon.orthogonalise(G), newton_schulz(G, dtype=dtype))
     impl = implementation_for(config, accelerator=accelerator)(512, 1024)
     assert impl == ("plain" if accelerator else "gram")
-
-
-class SignedMomentum:
-    """Another update rule: the sign of one moment on shards, over the norm of a whole matrix."""
-
-    state_names = ("velocity",)
-
-    def accumulate(
-        self, gradients: list[Tensor], state: Mapping[str, list[Tensor]]
-    ) -> list[Tensor]:
-        for velocity, gradient in zip(state["velocity"], gradients, strict=True):
-            velocity.lerp_(gradient, 0.5)
-        return [velocity.sign() for velocity in state["velocity"]]
-
-    def update(self, stacked: Tensor) -> Tensor:
-        return stacked / torch.linalg.vector_norm(stacked, dim=(-2, -1), keepdim=True)
 
 
 @pytest.mark.parametrize(("tensor_size", "dp"), LAYOUTS)

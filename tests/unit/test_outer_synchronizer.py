@@ -540,7 +540,7 @@ def test_a_failed_evaluation_restores_without_a_collective() -> None:
     assert replica.published == 1
 
 
-def test_duplicates_follow_their_owner_before_parameters_are_published() -> None:
+def test_replicated_parameters_follow_their_primary_rank_before_parameters_are_published() -> None:
     calls: list[str] = []
     owner, replicated = start(), start()["a"]
     masters = {**owner, "norm": replicated}
@@ -551,13 +551,13 @@ def test_duplicates_follow_their_owner_before_parameters_are_published() -> None
             whole_shard("norm", replicated, is_primary=False),
         ],
         masters=masters,
-        broadcast_replicated=lambda names: calls.append(f"duplicates of {len(names)}"),
+        broadcast_replicated=lambda names: calls.append(f"replicated: {len(names)}"),
         publish=lambda: calls.append("publish"),
     )
     s = settings(sync_interval=1, fragments=[["a", "b", "c", "norm"]])
     synchronizer = synchronizer_of(port, s, lone_reducer(), 1)
     synchronizer.after_inner_step(1)
-    assert calls == ["duplicates of 4", "publish"]
+    assert calls == ["replicated: 4", "publish"]
     assert "norm" not in synchronizer.anchors()
 
 
