@@ -20,14 +20,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from megatron_muloco.checkpoint.state import RunState
     from megatron_muloco.checkpoint.store import CheckpointStore
+    from megatron_muloco.comm.groups import Groups
     from megatron_muloco.config import load_config
     from megatron_muloco.model.initialise import initialise_weights
     from megatron_muloco.model.layer_spec import decoder_block_spec
     from megatron_muloco.training.build_optimizer import wrap_optimizer
+    from megatron_muloco.training.replica_optimizer import ReplicaOptimizer
     from megatron_muloco.training.start import initialize_replicas
 
 __all__ = [
     "CheckpointStore",
+    "Groups",
+    "ReplicaOptimizer",
     "RunState",
     "decoder_block_spec",
     "initialise_weights",
@@ -40,6 +44,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "CheckpointStore": "megatron_muloco.checkpoint.store",
+    "Groups": "megatron_muloco.comm.groups",
+    "ReplicaOptimizer": "megatron_muloco.training.replica_optimizer",
     "RunState": "megatron_muloco.checkpoint.state",
     "decoder_block_spec": "megatron_muloco.model.layer_spec",
     "initialise_weights": "megatron_muloco.model.initialise",

@@ -24,7 +24,6 @@ LEVELS = (
     ("checkpoint", "planning"),
     ("monitor",),
     ("training",),
-    ("api",),
 )
 LEVEL_OF = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 
