@@ -158,6 +158,24 @@ def test_no_path_of_one_machine(page: Path) -> None:
     assert not MACHINE_PATH.findall(page.read_text(encoding="utf-8"))
 
 
+@pages
+def test_prose_fits_100_columns_and_lists_stand_apart(page: Path) -> None:
+    # The site's Markdown starts a list only after a blank line or another item; in a fence or a
+    # table, lines are as long as they have to be. Pages of measurements are written by tools.
+    if page.parent == ROOT or page.parent.name in ("performance", "reference"):
+        return
+    text = FENCE.sub("```", page.read_text(encoding="utf-8"))
+    wrong, before = [], ""
+    for line in text.splitlines():
+        item = re.match(r"(- |\d+\. )", line)
+        if item and before and not re.match(r"(- |\d+\. |  )", before):
+            wrong.append(line)
+        if len(line) > 100 and not line.lstrip().startswith("|"):
+            wrong.append(line)
+        before = line
+    assert not wrong
+
+
 def test_every_page_is_on_the_map() -> None:
     docs = ROOT / "docs"
     listed = {

@@ -85,7 +85,7 @@ def _introduction(campaign: Campaign, found: Results) -> str:
     size = f"{parameters(changes) / 1e6:.2f}M parameters, " if changes else ""
     text = _prose(
         f"`{_command(campaign)}`: the demo's model and text, {size}{RANKS} ranks in one network "
-        f"namespace each, {campaign.batch} sequences a step in all; replicas meet every "
+        f"namespace each, {campaign.batch} sequences a step in all; replicas synchronise every "
         f"{SYNC_INTERVAL} steps. How to run and read it: [the guide](../guides/low_bandwidth.md)."
     )
     if found.target is None:
