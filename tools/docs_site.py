@@ -27,7 +27,7 @@ _LINK = re.compile(r"(!?\[[^\]]*\])\(([^)\s]+)\)")
 _FENCE = re.compile(r"(^```.*?^```)", re.MULTILINE | re.DOTALL)
 _LANGUAGES = {".py": "python", ".yaml": "yaml", ".sbatch": "bash"}
 # What a browser fetches by itself; a plain link to another site is followed only by the reader.
-_FETCHED = re.compile(r"<(?:script|img|iframe)[^>]+src=\"?https?:|<link[^>]+href=\"?https?:[^>]*>")
+_FETCHED = re.compile(r"<(?:(?:script|img|iframe)[^>]+src|link[^>]+href)=\"?https?:[^>]*>")
 _STYLE_FETCHED = re.compile(r"(?:@import|url\()\s*['\"]?https?:")
 
 _log = logging.getLogger("mkdocs.hooks.docs_site")
@@ -68,6 +68,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     if page.file.src_uri.startswith(("source/", "reference/api/")):
         return markdown
     return _relinked(markdown, f"docs/{page.file.src_uri}")
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Write the double colons of docstrings, which announce a drawing, as single ones."""
+    return html.replace("::</p>", ":</p>").replace("::</li>", ":</li>")
 
 
 def on_post_build(config: MkDocsConfig) -> None:
