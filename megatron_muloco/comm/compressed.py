@@ -39,8 +39,7 @@ from megatron_muloco.comm.chunking import (
 from megatron_muloco.comm.collectives import BufferPool, Layout, Pending
 from megatron_muloco.comm.reducers import OuterGroup, Stopwatch
 from megatron_muloco.compress.codec import Codec, ErrorFeedback, encode, from_bytes
-from megatron_muloco.outer.measurement import Measurement
-from megatron_muloco.outer.reducer import Reduced, ReductionStats, Residuals, Sizes
+from megatron_muloco.outer.reducer import Measurement, Reduced, ReductionStats, Residuals, Sizes
 
 __all__ = [
     "CodecOf",

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_muloco.outer.guard import Verdict
 from megatron_muloco.outer.in_flight import InFlight
-from megatron_muloco.outer.measurement import (
+from megatron_muloco.outer.reducer import (
     Measurement,
     Measurements,
     combined,

@@ -21,7 +21,7 @@ from megatron_muloco.monitor.tensorboard import EventWriter
 from megatron_muloco.optim.parameter_table import ParameterReport
 from megatron_muloco.outer.diagnostics import FragmentReport, OuterReport
 from megatron_muloco.outer.guard import Verdict
-from megatron_muloco.outer.measurement import Measurement
+from megatron_muloco.outer.reducer import Measurement
 from megatron_muloco.outer.schedule import Apply, Launch, LineCalendar, SyncSchedule
 
 CPU = torch.device("cpu")

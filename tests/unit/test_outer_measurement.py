@@ -8,7 +8,7 @@ import torch
 
 from megatron_muloco.outer.diagnostics import FragmentReport, OuterReport
 from megatron_muloco.outer.guard import Verdict
-from megatron_muloco.outer.measurement import Measurement, combined, summed_over_replica
+from megatron_muloco.outer.reducer import Measurement, combined, summed_over_replica
 from tests.support.tensors import assert_equal, integer_tensor
 
 CPU = torch.device("cpu")

@@ -15,9 +15,8 @@ from megatron_muloco.errors import CheckpointError, ConfigError
 from megatron_muloco.outer.diagnostics import OuterReport, PseudogradientSketch, cosines
 from megatron_muloco.outer.fragments import FragmentPlan
 from megatron_muloco.outer.guard import Guard, Verdict
-from megatron_muloco.outer.measurement import Measurement
 from megatron_muloco.outer.optimizer import Mix, OuterNesterov
-from megatron_muloco.outer.reducer import Reduced
+from megatron_muloco.outer.reducer import Measurement, Reduced
 from megatron_muloco.outer.reference import Parameters, Reference, Settings
 from megatron_muloco.outer.schedule import SyncSchedule
 from megatron_muloco.outer.synchronizer import Synchronizer
