@@ -284,7 +284,7 @@ def split(
                 f"{param.name} is the same on all {tensor_size} tensor-parallel ranks, but a "
                 "matrix must be held once; its module is not one of Megatron's parallel layers."
             )
-        dim = 0
+        dim = 0  # one tensor rank: the piece is the whole matrix in either dimension
     head = layer.kv_channels if split_heads and param.kind == "qkv" else None
     return tuple(
         _muon_matrix(param, kind, r, dim, tensor_size, steps, choose_impl, head)

@@ -238,6 +238,8 @@ class MuonAdamW(torch.optim.AdamW):
         super().__init__(
             params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=True
         )
+        # One count per group instead of torch's count per tensor: tensors of empty shards and of
+        # matrices have none, and bias correction must not depend on which shards a rank holds.
         for group in self.param_groups:
             group.setdefault("step", 0)
 
@@ -284,6 +286,8 @@ class MuonAdamW(torch.optim.AdamW):
         if closure is not None:
             raise RuntimeMismatch("MuonAdamW.step takes no closure")
         groups = self._groups()
+        # Before any collective: a rank that raised inside the exchange would leave the others
+        # waiting for it.
         lost = [b.name for _, bound in groups for b in bound if b.tensor.grad is None]
         if lost:
             raise RuntimeMismatch(
@@ -421,6 +425,7 @@ class MuonAdamW(torch.optim.AdamW):
             CheckpointError: Names or sizes differ from what this rank holds.
         """
         own = self.named_state()
+        # Check everything before the first copy, so that a state that does not fit changes nothing.
         for key, tensors in own.items():
             given = state.get(key, {})
             missing, surplus = coverage(list(given), tensors)

@@ -193,6 +193,8 @@ def build_parameter_table(
         else ()
         for param, (to, _) in zip(params, routed, strict=True)
     ]
+    # Over all matrices of the stage, also those of which this rank has no shard: every rank must
+    # compute the same owners.
     assignment = assign([matrix for matrices in split_up for matrix in matrices], group_size)
     owners = iter(assignment.owners)
     total = sum(assignment.loads)

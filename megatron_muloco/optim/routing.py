@@ -103,6 +103,8 @@ def matrix_routes(matrix: MuonMatrix, shards: RankShards) -> tuple[RangeRoute, .
     columns = matrix.local_columns
     staged = shards.tensor_rank * matrix.local_shape[0] * columns
     found = []
+    # Rows of one matrix may lie apart in the local tensor (the q of every query group) and are
+    # adjacent in staged order, so each range of rows gives at most one route.
     for first, last in matrix.local_rows:
         low, high = max(start, first * columns), min(end, last * columns)
         if low < high:
@@ -200,12 +202,13 @@ def plan_routes(
     for matrix, owner in zip(matrices, owners, strict=True):
         by_owner[owner].append(matrix)
     to_owner = [_routes_of(owned, layout[rank]) for owned in by_owner]
-    from_holder = [_routes_of(by_owner[rank], shards) for shards in layout]
+    # For each sending rank in the order in which that rank packs for this one.
+    from_rank = [_routes_of(by_owner[rank], shards) for shards in layout]
     return RoutingPlan(
         shard_routes=tuple(chain.from_iterable(to_owner)),
         shard_splits=tuple(sum(s.length for s in routes) for routes in to_owner),
-        owner_routes=tuple(chain.from_iterable(from_holder)),
-        owner_splits=tuple(sum(s.length for s in routes) for routes in from_holder),
+        owner_routes=tuple(chain.from_iterable(from_rank)),
+        owner_splits=tuple(sum(s.length for s in routes) for routes in from_rank),
     )
 
 
