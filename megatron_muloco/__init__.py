@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from megatron_muloco.config import load_config
     from megatron_muloco.model.initialise import initialise_weights
     from megatron_muloco.model.layer_spec import decoder_block_spec
+    from megatron_muloco.outer.optimizer import OuterOptimizer
     from megatron_muloco.training.build_optimizer import wrap_optimizer
     from megatron_muloco.training.replica_optimizer import ReplicaOptimizer
     from megatron_muloco.training.start import initialize_replicas
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CheckpointStore",
     "Groups",
+    "OuterOptimizer",
     "ReplicaOptimizer",
     "RunState",
     "decoder_block_spec",
@@ -45,6 +47,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "CheckpointStore": "megatron_muloco.checkpoint.store",
     "Groups": "megatron_muloco.comm.groups",
+    "OuterOptimizer": "megatron_muloco.outer.optimizer",
     "ReplicaOptimizer": "megatron_muloco.training.replica_optimizer",
     "RunState": "megatron_muloco.checkpoint.state",
     "decoder_block_spec": "megatron_muloco.model.layer_spec",

@@ -30,6 +30,7 @@ __all__ = [
     "MergeRule",
     "Mix",
     "OuterNesterov",
+    "OuterOptimizer",
     "RoundSchedule",
     "check_names",
     "copy_to",
@@ -69,6 +70,26 @@ RoundSchedule = Callable[[int], float]
 """A hyperparameter as a function of the round, which is counted from 1."""
 
 
+class OuterOptimizer(Protocol):
+    """Rule by which the anchor moves with the mean pseudogradient.
+
+    It is called for one shard of one parameter at a time, so it must be elementwise and must keep
+    all its state in ``momentum``, which checkpoints hold. It must be deterministic: every replica
+    makes the same step by itself.
+    """
+
+    def step(self, anchor: Tensor, momentum: Tensor, mean: Tensor, *, round_index: int) -> None:
+        """Update ``anchor`` and ``momentum`` in place.
+
+        Args:
+            anchor: theta, a flat fp32 shard.
+            momentum: One fp32 value per parameter, same shape; zeros before the first step.
+            mean: D, the mean pseudogradient, same shape. It must be overwritten with the amount
+                subtracted from the anchor, whose norm is logged.
+            round_index: Round of the launch, counted from 1.
+        """
+
+
 @dataclass(frozen=True, slots=True)
 class OuterNesterov:
     """SGD with Nesterov momentum on the mean pseudogradient.
@@ -93,14 +114,10 @@ class OuterNesterov:
     momentum: float | RoundSchedule
 
     def step(self, anchor: Tensor, momentum: Tensor, mean: Tensor, *, round_index: int) -> None:
-        """Update ``anchor`` and ``momentum`` in place.
+        """Update ``anchor`` and ``momentum`` (u) in place; see `OuterOptimizer.step`.
 
-        Args:
-            anchor: theta, fp32.
-            momentum: u, same shape; zeros before the first step.
-            mean: D, the mean pseudogradient, same shape; overwritten with ``eta (D + mu u)``, the
-                amount subtracted from the anchor.
-            round_index: Round of the launch, from which schedules of lr and momentum are read.
+        ``mean`` is overwritten with ``eta (D + mu u)``. ``round_index`` selects the values of
+        schedules of lr and momentum.
 
         Dtypes: fp32 throughout. The result equals torch's SGD within one rounding.
         """
@@ -200,8 +217,8 @@ class AnchorState:
         """Return ``theta - local`` of one shard, in new memory on the device of ``local``."""
         return pseudogradient(self.anchor[name], local, out=torch.empty_like(local))
 
-    def step(self, name: str, mean: Tensor, optimizer: OuterNesterov, round_index: int) -> Tensor:
-        """Take the outer step on one shard; see `OuterNesterov.step`.
+    def step(self, name: str, mean: Tensor, optimizer: OuterOptimizer, round_index: int) -> Tensor:
+        """Take the outer step on one shard; see `OuterOptimizer.step`.
 
         Returns:
             The new anchor on the device of ``mean``.

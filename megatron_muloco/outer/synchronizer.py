@@ -38,7 +38,7 @@ from megatron_muloco.outer.in_flight import InFlight, InFlightTable
 from megatron_muloco.outer.optimizer import (
     AnchorState,
     MergeRule,
-    OuterNesterov,
+    OuterOptimizer,
     check_names,
     copy_to,
     overwrite,
@@ -117,7 +117,7 @@ class Synchronizer:
         replica: ReplicaPort,
         plan: FragmentPlan,
         schedule: SyncSchedule,
-        optimizer: OuterNesterov,
+        optimizer: OuterOptimizer,
         merge: MergeRule,
         reducer: Reducer,
         plain_reducer: Reducer,

@@ -41,7 +41,7 @@ from megatron_muloco.optim.routing import RankShards
 from megatron_muloco.outer.diagnostics import PseudogradientSketch
 from megatron_muloco.outer.fragments import FragmentPlan
 from megatron_muloco.outer.guard import Guard
-from megatron_muloco.outer.optimizer import Additive, Mix, OuterNesterov
+from megatron_muloco.outer.optimizer import Additive, Mix, OuterNesterov, OuterOptimizer
 from megatron_muloco.outer.reducer import Reducer
 from megatron_muloco.outer.schedule import SyncSchedule
 from megatron_muloco.outer.synchronizer import ReplicaPort, Synchronizer
@@ -66,6 +66,7 @@ def wrap_optimizer(
     *,
     names: ParameterNames = GPT_NAMES,
     matrix_update: MatrixUpdate | None = None,
+    outer_optimizer: OuterOptimizer | None = None,
 ) -> ReplicaOptimizer:
     """Return a wrapper of ``optimizer`` whose ``step()`` also makes the outer steps that are due.
 
@@ -80,11 +81,13 @@ def wrap_optimizer(
         names: Names of the model's parameters, for an architecture other than ``GPTModel``.
         matrix_update: Replaces `Muon` where ``inner.kind`` is muon. Of ``inner.muon``, the keys of
             the exchange and ``split_heads`` still apply.
+        outer_optimizer: Replaces `OuterNesterov`, and with it ``lr`` and ``momentum`` of
+            ``config.outer``. It must be equal on all ranks, also after a resume.
 
     Raises:
         RuntimeMismatch: The optimizer has no master weights that this package knows, a parameter
-            has no rule (see `ParameterTable`), equal positions hold different shards, or a
-            ``matrix_update`` would have no matrices.
+            has no rule (see `ParameterTable`), equal positions hold different shards, a
+            ``matrix_update`` would have no matrices, or an ``outer_optimizer`` no outer step.
         SyncError: Replicas start from different weights.
 
     Collectives: object gathers over dp x cp, stage and outer groups, and 8 bytes per parameter over
@@ -97,7 +100,7 @@ def wrap_optimizer(
     inner = _build_inner_optimizer(view, config, groups, matrix_update)
     distributed.optimizer = inner
     derived = derive(config, groups.topology)
-    synchronizer, checks = _build_outer_step(view, config, derived, groups)
+    synchronizer, checks = _build_outer_step(view, config, derived, groups, outer_optimizer)
     return ReplicaOptimizer(optimizer, view, inner, synchronizer, checks, config, derived)
 
 
@@ -244,7 +247,11 @@ def _build_exchange(
 
 
 def _build_outer_step(
-    view: MasterView, config: RunConfig, derived: Derived, groups: Groups
+    view: MasterView,
+    config: RunConfig,
+    derived: Derived,
+    groups: Groups,
+    optimizer: OuterOptimizer | None,
 ) -> tuple[Synchronizer, OuterChecks] | tuple[None, None]:
     """Build the outer step on this rank's master weights, and its checks; ``None`` without one.
 
@@ -253,7 +260,14 @@ def _build_outer_step(
     """
     outer = config.outer
     if isinstance(outer, NoOuter):
+        if optimizer is not None:
+            raise RuntimeMismatch(
+                "wrap_optimizer was given an outer_optimizer, but outer.kind is none, so it would "
+                "never be used. Use outer.kind nesterov or average, or pass no outer_optimizer."
+            )
         return None, None
+    if optimizer is None:
+        optimizer = OuterNesterov(lr=outer.lr, momentum=outer.momentum)
     device = training_device()
     # Before anything is built: a launch with different shards would mix parameters, and a first
     # pseudogradient from different anchors would be meaningless.
@@ -273,7 +287,7 @@ def _build_outer_step(
         port,
         FragmentPlan.from_config(outer, view.infos.values(), num_layers=config.model.num_layers),
         SyncSchedule.from_config(outer, derived.train_iters),
-        OuterNesterov(lr=outer.lr, momentum=outer.momentum),
+        optimizer,
         Additive() if outer.apply == "additive" else Mix(outer.effective_mixing_weight),
         _build_reducer(outer, groups, device, view.shards),
         _build_flush_reducer(outer, groups, device),
