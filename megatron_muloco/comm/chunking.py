@@ -1,4 +1,4 @@
-"""Division of a fragment into chunks, one for each rank of an outer group, and their bytes.
+"""Division of a fragment into chunks, one for each rank of an outer group, and buffer lengths.
 
 The tensors of a fragment are laid end to end and cut into K chunks of equal length. Boundaries fall
 inside tensors. The part of one tensor in one chunk is a piece, and every piece is encoded by
@@ -8,7 +8,7 @@ itself::
     chunks     |  0            |  1             |  2     |       K = 3
     pieces     |  a          |b|b  |  c         |  c     |
 
-Pure arithmetic without torch, because the planner counts bytes with the same functions.
+Pure arithmetic without torch, because `comm.costs` counts bytes with the same functions.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,13 +20,15 @@ from megatron_muloco.params import Shard
 __all__ = [
     "Piece",
     "RowPlaces",
+    "all_reduce_length",
     "chunk_length",
     "chunk_pieces",
-    "encoded_wire_bytes",
+    "even_chunk_length",
     "payload_ranges",
     "payload_sizes",
+    "ring_bytes",
     "row_places",
-    "uncoded_wire_bytes",
+    "two_way_bytes",
 ]
 
 # Parameter name -> (row width of its local tensor, 0 for a vector; index of the shard's first value
@@ -122,21 +124,42 @@ def payload_ranges(
         start = end
 
 
-def encoded_wire_bytes(sizes: Sequence[int], index: int, metadata_count: int) -> int:
-    """Return the bytes that one rank sends for a compressed all-reduce.
-
-    First the weight row and the encoded chunk of each other rank, then this rank's own encoded
-    mean to each of them.
-
-    Args:
-        sizes: `payload_sizes` of the fragment, one for each rank.
-        index: The rank's place in the outer group.
-        metadata_count: Number of fp32 metadata values sent with the weight.
-    """
-    others = len(sizes) - 1
-    return others * 4 * (1 + metadata_count) + sum(sizes) - sizes[index] + others * sizes[index]
+# ------------------------------------------------------------------------------------------
+# Lengths of buffers, and bytes on the wire.
 
 
-def uncoded_wire_bytes(numel: int, num_replicas: int) -> int:
+def all_reduce_length(numel: int, num_replicas: int, row: int) -> int:
+    """Return the fp32 values in the buffer of `AllReduce`: tensors, K rows, padding to K."""
+    return _round_up(numel + num_replicas * row, num_replicas)
+
+
+def ring_bytes(numel: int, num_replicas: int) -> int:
     """Return the bytes that one rank sends for a ring all-reduce of ``numel`` fp32 values."""
     return 2 * (num_replicas - 1) * -(-numel // num_replicas) * 4
+
+
+def even_chunk_length(numel: int, num_replicas: int) -> int:
+    """Return the values in a chunk of `ChunkedAllReduce`, an even number.
+
+    So the fp32 row of the next message stays aligned to 4 bytes behind bf16 values.
+    """
+    return _round_up(-(-numel // num_replicas), 2)
+
+
+def two_way_bytes(sizes: Sequence[int], index: int, row: int) -> int:
+    """Return the bytes that one rank sends for a `CompressedAllReduce`.
+
+    First the row and the encoded chunk of each other rank, then this rank's own encoded mean to
+    each of them.
+
+    Args:
+        sizes: Payload bytes of each chunk.
+        index: The rank's place in the outer group.
+        row: fp32 numbers of a row: weight and metadata.
+    """
+    others = len(sizes) - 1
+    return others * 4 * row + sum(sizes) - sizes[index] + others * sizes[index]
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

@@ -31,27 +31,68 @@ from megatron_muloco.comm.chunking import (
     RowPlaces,
     chunk_length,
     chunk_pieces,
-    encoded_wire_bytes,
     payload_ranges,
     payload_sizes,
-    uncoded_wire_bytes,
+    ring_bytes,
+    two_way_bytes,
 )
 from megatron_muloco.comm.collectives import BufferPool, Layout, Pending
 from megatron_muloco.comm.reducers import OuterGroup, Stopwatch
 from megatron_muloco.compress.codec import Codec, ErrorFeedback, encode, from_bytes
-from megatron_muloco.outer.reducer import Measurement, Reduced, ReductionStats, Residuals, Sizes
+from megatron_muloco.compress.codecs import codec_lookup
+from megatron_muloco.config.outer import LossyCompression
+from megatron_muloco.outer.reducer import (
+    Measurement,
+    Reduced,
+    Reducer,
+    ReductionStats,
+    Residuals,
+    Sizes,
+)
+from megatron_muloco.params import ParamKind
 
 __all__ = [
     "CodecOf",
     "CompressedAllGather",
     "CompressedAllReduce",
     "LaunchedCompression",
+    "build_compressed_reducer_for",
     "encode_messages",
     "weighted_mean",
 ]
 
 CodecOf = Callable[[str], Codec]
 """Returns the codec of a parameter; the same one on all replicas."""
+
+
+def build_compressed_reducer_for(
+    group: ProcessGroup | None,
+    device: torch.device,
+    compression: LossyCompression,
+    rows: RowPlaces,
+    kinds: Mapping[str, ParamKind | None],
+    *,
+    through_host: bool = False,
+) -> Reducer:
+    """Return the reducer for compressed means.
+
+    Args:
+        group: The outer group, in replica order; ``None`` for a single replica.
+        device: Device of the tensors.
+        compression: Section of the config.
+        rows: Row width and first index of this rank's shards.
+        kinds: Kind of each parameter, by name.
+        through_host: Whether tensors are sent through host memory.
+    """
+    reduction = CompressedAllReduce if compression.mean_is_encoded else CompressedAllGather
+    return reduction(
+        group,
+        device,
+        codec_lookup(compression, kinds),
+        rows,
+        compression.error_decay if compression.error_feedback else None,
+        through_host=through_host,
+    )
 
 
 # ------------------------------------------------------------------------------------------
@@ -183,7 +224,7 @@ def _stats(
         rows[:, 0].clone(),
         rows[:, 1:].clone(),
         wire_bytes=wire_bytes,
-        uncoded_bytes=uncoded_wire_bytes(handle.layout.numel, len(rows)),
+        uncoded_bytes=ring_bytes(handle.layout.numel, len(rows)),
         compressed=True,
         measurements=measurements,
     )
@@ -228,7 +269,7 @@ class CompressedAllReduce:
 
     Collectives: `launch` starts an all-to-all over the outer group; `wait` finishes it and does a
     second, blocking one.
-    Wire bytes per rank: `encoded_wire_bytes`.
+    Wire bytes per rank: `two_way_bytes`.
     """
 
     returns_views = False
@@ -315,7 +356,7 @@ class CompressedAllReduce:
                         out = mean[piece.name][piece.start : piece.end]
                         self._codec_of(piece.name).decode(payload[place], piece.unit, out)
         self._pool.release(*handle.buffers)
-        wire_bytes = encoded_wire_bytes(handle.sizes, outer.index, handle.row_bytes // 4 - 1)
+        wire_bytes = two_way_bytes(handle.sizes, outer.index, handle.row_bytes // 4)
         feedback = self.residual is not None
         return Reduced(mean, _stats(handle, rows, wire_bytes, error_feedback=feedback))
 

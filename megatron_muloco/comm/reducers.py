@@ -17,7 +17,6 @@ Both give bitwise equal results on all ranks of the group. The second one gives 
 every run and on any network, and can send bf16.
 """
 
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,7 +29,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, get_process_group_ranks
 from torch.profiler import record_function
 
-from megatron_muloco.comm.chunking import uncoded_wire_bytes
+from megatron_muloco.comm.chunking import all_reduce_length, even_chunk_length, ring_bytes
 from megatron_muloco.comm.collectives import BufferPool, DeviceWire, HostWire, Layout, Pending, Wire
 from megatron_muloco.errors import SyncError
 from megatron_muloco.outer.reducer import Reduced, Reducer, ReductionStats, Residuals, Sizes
@@ -231,7 +230,7 @@ class AllReduce(_WithoutResiduals):
         outer, layout = self._outer, Layout.of(tensors)
         # 1. Fill the buffer: weighted tensors, and this replica's row among zeros.
         row = outer.row(weight, metadata)
-        size = _round_up(layout.numel + outer.size * row.numel(), outer.size)
+        size = all_reduce_length(layout.numel, outer.size, row.numel())
         buffer = self._pool.acquire(size, torch.float32)
         # A replica of weight 0 sends zeros, not ``0 * tensors``: its tensors may hold NaN, and
         # 0 * NaN is NaN.
@@ -260,7 +259,7 @@ class AllReduce(_WithoutResiduals):
         _divide(buffer[: layout.numel], rows)
         # The mean stays readable in the released buffer until the next launch (`returns_views`).
         self._pool.release(buffer)
-        sent = uncoded_wire_bytes(buffer.numel(), outer.size)
+        sent = ring_bytes(buffer.numel(), outer.size)
         return Reduced(layout.unpack(buffer), _plain_stats(rows, layout, sent))
 
 
@@ -307,9 +306,7 @@ class ChunkedAllReduce(_WithoutResiduals):
         """See `Reducer.launch`."""
         outer, layout = self._outer, Layout.of(tensors)
         # 1. Lay the tensors end to end, in the dtype of the wire.
-        # Chunks have an even number of values, so that the fp32 row of the next message stays
-        # aligned to 4 bytes behind bf16 values.
-        chunk = _round_up(math.ceil(layout.numel / outer.size), 2)
+        chunk = even_chunk_length(layout.numel, outer.size)
         values = self._pool.acquire(outer.size * chunk, self._wire_dtype)
         values.zero_()  # not 0 * tensors for weight 0: see `AllReduce.launch`
         if weight:
@@ -356,7 +353,7 @@ class ChunkedAllReduce(_WithoutResiduals):
 
 def _plain_stats(rows: Tensor, layout: Layout, wire_bytes: int) -> ReductionStats:
     """Return the statistics of an uncompressed mean; ``rows`` is ``[K, 1 + metadata]``."""
-    uncoded = uncoded_wire_bytes(layout.numel, len(rows))
+    uncoded = ring_bytes(layout.numel, len(rows))
     return ReductionStats(rows[:, 0].clone(), rows[:, 1:].clone(), wire_bytes, uncoded)
 
 
@@ -373,10 +370,6 @@ def _pairwise_sum(terms: list[Tensor]) -> Tensor:
         odd = terms[-1:] if len(terms) % 2 else []
         terms = [a + b for a, b in zip(terms[::2], terms[1::2], strict=False)] + odd
     return terms[0]
-
-
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
 
 
 # ------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_muloco.compress.format import CodingUnit, Grouping, PayloadSize, RawSize, is_raw
+from megatron_muloco.compress.format import CodingUnit, Grouping, PayloadSize, RawFormat, is_raw
 from megatron_muloco.errors import SyncError
 
 __all__ = [
@@ -114,7 +114,7 @@ class Uncoded(RawFallback):
     """Sends fp32 values unchanged; for parameters that are excluded from compression."""
 
     def __init__(self) -> None:
-        super().__init__(RawSize())
+        super().__init__(RawFormat())
 
 
 def to_bytes(values: Tensor) -> Tensor:

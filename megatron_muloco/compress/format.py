@@ -13,31 +13,25 @@ A unit whose payload would not be smaller than its fp32 values is sent raw.
 Pure arithmetic without torch: codecs and the planner use the same functions.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Hashable
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from megatron_muloco.config.outer import (
-    ExceptionsConfig,
-    LossyCompression,
-    TopKCompression,
-)
-from megatron_muloco.params import ParamKind
-
 __all__ = [
-    "CodecSpec",
     "CodingUnit",
+    "Format",
     "Granularity",
-    "GroupedSize",
+    "GroupedFormat",
     "Grouping",
     "Groups",
     "PayloadSize",
-    "RawSize",
-    "TopKSize",
+    "RawFormat",
+    "TopKFormat",
+    "e3m0_format",
     "is_raw",
+    "linear_format",
     "packed_bytes",
-    "payload_size",
-    "spec_of",
+    "statistical_format",
 ]
 
 
@@ -129,7 +123,14 @@ class Grouping:
 
 
 # ------------------------------------------------------------------------------------------
-# Sizes of payloads.
+# Formats of payloads.
+
+# Upper bounds of what encoding allocates, in bytes per value of the unit, with error feedback.
+# Measured on a CPU for quantizers: 9 to 12.02 (two fp32 copies, codes, temporaries of packing). For
+# top-k: 9, and 20 for each kept value, whose int64 place alone takes 8. Temporaries of one block,
+# one or two megabytes, are not counted.
+_ENCODING = 13
+_SELECTING, _KEEPING = 10, 24
 
 
 class PayloadSize(Protocol):
@@ -137,6 +138,19 @@ class PayloadSize(Protocol):
 
     def payload_bytes(self, unit: CodingUnit) -> int:
         """Return the exact bytes of the unit's payload, at most ``unit.raw_bytes``."""
+
+
+class Format(PayloadSize, Hashable, Protocol):
+    """Payload format of a codec: exact bytes of payloads, and bounds of temporary memory.
+
+    A format is a frozen dataclass; equal formats mean the same codec.
+    """
+
+    def encoding_bytes(self, numel: int) -> int:
+        """Return the bytes that `codec.encode` allocates at most for a unit of ``numel`` values."""
+
+    def decoding_bytes(self, numel: int) -> int:
+        """Return the bytes that decoding allocates at most, with the decoded fp32 values."""
 
 
 def is_raw(size: PayloadSize, unit: CodingUnit) -> bool:
@@ -150,17 +164,25 @@ def packed_bytes(count: int, bits: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class RawSize:
-    """Size of unencoded fp32 values."""
+class RawFormat:
+    """Unencoded fp32 values."""
 
     def payload_bytes(self, unit: CodingUnit) -> int:
         """See `PayloadSize.payload_bytes`."""
         return unit.raw_bytes
 
+    def encoding_bytes(self, numel: int) -> int:
+        """See `Format.encoding_bytes`."""
+        return _ENCODING * numel
+
+    def decoding_bytes(self, numel: int) -> int:
+        """See `Format.decoding_bytes`."""
+        return 2 * 4 * numel
+
 
 @dataclass(frozen=True, slots=True)
-class GroupedSize:
-    """Size of a head of fp32 numbers for each group and a packed code for each value.
+class GroupedFormat:
+    """A head of fp32 numbers for each group, then a packed code for each value.
 
     Attributes:
         bits: Bits of a code.
@@ -177,10 +199,33 @@ class GroupedSize:
         heads = 4 * self.head_width * self.grouping.groups(unit).number
         return min(heads + packed_bytes(unit.numel, self.bits), unit.raw_bytes)
 
+    def encoding_bytes(self, numel: int) -> int:
+        """See `Format.encoding_bytes`."""
+        return _ENCODING * numel
+
+    def decoding_bytes(self, numel: int) -> int:
+        """See `Format.decoding_bytes`; values are decoded block by block."""
+        return 4 * numel
+
+
+def linear_format(bits: int, grouping: Grouping) -> GroupedFormat:
+    """Return the format of `quantizers.Linear`; a head is minimum and maximum."""
+    return GroupedFormat(bits, 2, grouping)
+
+
+def statistical_format(bits: int, grouping: Grouping) -> GroupedFormat:
+    """Return the format of `quantizers.Statistical`; a head is the mean of each bin."""
+    return GroupedFormat(bits, 1 << bits, grouping)
+
+
+def e3m0_format(grouping: Grouping) -> GroupedFormat:
+    """Return the format of `quantizers.E3M0`; a head is the largest magnitude."""
+    return GroupedFormat(4, 1, grouping)
+
 
 @dataclass(frozen=True, slots=True)
-class TopKSize:
-    """Size of the largest values of each block and their places in it.
+class TopKFormat:
+    """The largest values of each block, then their places in the block.
 
     Attributes:
         density: Share of the values that is sent.
@@ -201,6 +246,14 @@ class TopKSize:
         places = sum(self.place_bytes(count, width) for count, width in parts)
         return min(values + places, unit.raw_bytes)
 
+    def encoding_bytes(self, numel: int) -> int:
+        """See `Format.encoding_bytes`."""
+        return _SELECTING * numel + round(_KEEPING * self.density * numel)
+
+    def decoding_bytes(self, numel: int) -> int:
+        """See `Format.decoding_bytes`."""
+        return 6 * numel + round(_KEEPING * self.density * numel)
+
     def values_bytes(self, count: int) -> int:
         """Return the bytes of the ``count`` values that a unit sends, without their places."""
         return self._coded_bytes(count) if self.is_coded(count) else self.value_bytes * count
@@ -212,8 +265,7 @@ class TopKSize:
     def _coded_bytes(self, count: int) -> int:
         """Return the bytes of one table of fp32 levels and the packed codes."""
         assert self.value_bits is not None
-        table = GroupedSize(self.value_bits, 1 << self.value_bits, Grouping())
-        return table.payload_bytes(CodingUnit(count))
+        return statistical_format(self.value_bits, Grouping()).payload_bytes(CodingUnit(count))
 
     def kept(self, width: int) -> int:
         """Return the number of values that a block of ``width`` sends."""
@@ -232,63 +284,3 @@ class TopKSize:
         if self.is_mask(width):
             return packed_bytes(count * width, 1)
         return packed_bytes(count * self.kept(width), self.place_bits(width))
-
-
-# ------------------------------------------------------------------------------------------
-# The codec of each parameter, from the config.
-
-
-# fp32 numbers in the head of a group, which the decoder needs besides the codes.
-_HEAD_WIDTH: dict[str, Callable[[int], int]] = {
-    "linear": lambda bits: 2,
-    "statistical": lambda bits: 1 << bits,
-    "e3m0": lambda bits: 1,
-}
-_VALUE_BYTES = {"fp32": 4, "bf16": 2}
-
-
-@dataclass(frozen=True, slots=True)
-class CodecSpec:
-    """Codec of one parameter, as data.
-
-    Attributes:
-        kind: Kind of codec; ``raw`` sends fp32 values unchanged.
-        bits: Bits of a code; ``None`` for top-k values that are sent unencoded.
-        grouping: Groups that share a scale, or blocks in which values compete.
-        density: Share of the values that is sent; ``topk`` only.
-        wire_dtype: Dtype of values that are sent unencoded; ``topk`` only.
-    """
-
-    kind: Literal["raw", "linear", "statistical", "e3m0", "topk"]
-    bits: int | None = None
-    grouping: Grouping = field(default_factory=Grouping)
-    density: float = 1.0
-    wire_dtype: Literal["fp32", "bf16"] = "fp32"
-
-
-def spec_of(code: LossyCompression, kind: ParamKind | None) -> CodecSpec:
-    """Return the codec of a parameter of a kind; the same on every rank."""
-    exception = _exception(code.exceptions, kind)
-    if exception == "none":
-        return CodecSpec("raw")
-    if isinstance(code, TopKCompression):
-        grouping = Grouping("block", code.block_size)
-        return CodecSpec("topk", code.value_bits, grouping, code.density, code.wire_dtype)
-    grouping = Grouping(code.granularity, code.values_per_block)
-    return CodecSpec(code.kind, exception or code.bits, grouping)
-
-
-def payload_size(spec: CodecSpec) -> PayloadSize:
-    """Return the payload size rule of a codec."""
-    if spec.kind == "raw":
-        return RawSize()
-    if spec.kind == "topk":
-        return TopKSize(spec.density, _VALUE_BYTES[spec.wire_dtype], spec.grouping, spec.bits)
-    assert spec.bits is not None
-    return GroupedSize(spec.bits, _HEAD_WIDTH[spec.kind](spec.bits), spec.grouping)
-
-
-def _exception(
-    exceptions: ExceptionsConfig, kind: ParamKind | None
-) -> Literal[8, 4, 2, 1, "none"] | None:
-    return getattr(exceptions, kind) if kind in ("norm", "embedding", "output") else None

@@ -28,7 +28,14 @@ from megatron_muloco.compress.codec import (
     refuse_non_finite,
     to_bytes,
 )
-from megatron_muloco.compress.format import CodingUnit, GroupedSize, Grouping
+from megatron_muloco.compress.format import (
+    CodingUnit,
+    GroupedFormat,
+    Grouping,
+    e3m0_format,
+    linear_format,
+    statistical_format,
+)
 from megatron_muloco.compress.packing import pack, unpack
 
 __all__ = [
@@ -60,25 +67,20 @@ class GroupedCodec(RawFallback, ABC):
     ``2**bits`` levels that it stands for.
 
     Args:
-        bits: Bits of a code: 8, 4, 2 or 1.
-        grouping: Groups that have a head each.
+        format: Bits of a code (8, 4, 2 or 1), fp32 numbers of a head, and the groups.
     """
 
-    def __init__(self, bits: int, grouping: Grouping) -> None:
-        if bits not in (8, 4, 2, 1):
-            raise ValueError(f"bits is {bits}; known are 8, 4, 2 and 1")
-        self.bits, self.grouping = bits, grouping
-        super().__init__(GroupedSize(bits, self.head_width, grouping))
+    def __init__(self, format: GroupedFormat) -> None:
+        if format.bits not in (8, 4, 2, 1):
+            raise ValueError(f"bits is {format.bits}; known are 8, 4, 2 and 1")
+        self.bits, self.grouping = format.bits, format.grouping
+        self.head_width = format.head_width
+        super().__init__(format)
 
     @property
     def level_count(self) -> int:
         """Number of levels that a code can select."""
         return 1 << self.bits
-
-    @property
-    @abstractmethod
-    def head_width(self) -> int:
-        """Number of fp32 values in a group's head."""
 
     @abstractmethod
     def _encode_groups(self, values: Tensor, codes: Tensor) -> Tensor:
@@ -219,11 +221,8 @@ class Linear(GroupedCodec):
         grouping: Groups that share minimum and maximum, 8 bytes each.
     """
 
-    @property
-    @override
-    def head_width(self) -> int:
-        """Minimum and maximum."""
-        return 2
+    def __init__(self, bits: int, grouping: Grouping) -> None:
+        super().__init__(linear_format(bits, grouping))
 
     @override
     def _encode_groups(self, values: Tensor, codes: Tensor) -> Tensor:
@@ -271,11 +270,8 @@ class Statistical(GroupedCodec):
         grouping: Groups that share the bins and the table of means, ``4 * 2**bits`` bytes each.
     """
 
-    @property
-    @override
-    def head_width(self) -> int:
-        """The mean of each bin."""
-        return self.level_count
+    def __init__(self, bits: int, grouping: Grouping) -> None:
+        super().__init__(statistical_format(bits, grouping))
 
     @override
     def _encode_groups(self, values: Tensor, codes: Tensor) -> Tensor:
@@ -345,13 +341,7 @@ class E3M0(GroupedCodec):
     """
 
     def __init__(self, grouping: Grouping) -> None:
-        super().__init__(4, grouping)
-
-    @property
-    @override
-    def head_width(self) -> int:
-        """The largest magnitude."""
-        return 1
+        super().__init__(e3m0_format(grouping))
 
     @override
     def _encode_groups(self, values: Tensor, codes: Tensor) -> Tensor:

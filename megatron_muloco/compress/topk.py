@@ -1,7 +1,5 @@
-"""`TopK`: sends the largest values of every block with their places; and codecs from the config."""
+"""`TopK`: a codec that sends the largest values of every block with their places."""
 
-from collections.abc import Callable, Mapping
-from functools import cache
 from typing import Literal
 
 import torch
@@ -9,21 +7,17 @@ from torch import Tensor
 from typing_extensions import override
 
 from megatron_muloco.compress.codec import (
-    Codec,
     RawFallback,
-    Uncoded,
     from_bytes,
     group_matrices,
     refuse_non_finite,
     to_bytes,
 )
-from megatron_muloco.compress.format import CodecSpec, CodingUnit, Grouping, TopKSize, spec_of
+from megatron_muloco.compress.format import CodingUnit, Grouping, TopKFormat
 from megatron_muloco.compress.packing import pack, unpack
-from megatron_muloco.compress.quantizers import E3M0, Linear, Statistical
-from megatron_muloco.config.outer import LossyCompression
-from megatron_muloco.params import ParamKind
+from megatron_muloco.compress.quantizers import Statistical
 
-__all__ = ["TopK", "build_codec", "codec_lookup"]
+__all__ = ["TopK"]
 
 # Places of 12 bits. SparseLoCo (arXiv 2508.15706) also selects inside chunks of 4,096 values.
 _BLOCK_SIZE = 4096
@@ -71,7 +65,7 @@ class TopK(RawFallback):
         self.density, self.grouping = density, Grouping("block", block_size)
         self._dtype = torch.bfloat16 if wire_dtype == "bf16" else torch.float32
         self._value_codec = Statistical(value_bits, Grouping()) if value_bits is not None else None
-        self._sizes = TopKSize(density, self._dtype.itemsize, self.grouping, value_bits)
+        self._sizes = TopKFormat(density, self._dtype.itemsize, self.grouping, value_bits)
         super().__init__(self._sizes)
 
     @override
@@ -127,32 +121,3 @@ class TopK(RawFallback):
             return mask.nonzero()[:, 1].view(count, -1)
         kept = self._sizes.kept(width)
         return unpack(places, self._sizes.place_bits(width), count * kept).long().view(count, kept)
-
-
-# ------------------------------------------------------------------------------------------
-# Codecs from the config.
-
-
-def codec_lookup(
-    code: LossyCompression, kinds: Mapping[str, ParamKind | None]
-) -> Callable[[str], Codec]:
-    """Return the function from a parameter's name to its codec.
-
-    Args:
-        code: The compression.
-        kinds: Kind of each parameter, by name.
-    """
-    build = cache(build_codec)
-    return cache(lambda name: build(spec_of(code, kinds[name])))
-
-
-def build_codec(spec: CodecSpec) -> Codec:
-    """Return the codec of a spec."""
-    if spec.kind == "raw":
-        return Uncoded()
-    if spec.kind == "topk":
-        return TopK(spec.density, spec.wire_dtype, spec.grouping.block_size, spec.bits)
-    if spec.kind == "e3m0":
-        return E3M0(spec.grouping)
-    assert spec.bits is not None
-    return (Linear if spec.kind == "linear" else Statistical)(spec.bits, spec.grouping)

@@ -6,9 +6,10 @@ outer step itself.
 
 import math
 from bisect import bisect_right
-from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, SerializeAsAny, Tag
+from typing_extensions import override
 
 from megatron_muloco.config.section import PositiveInt, Section
 
@@ -20,6 +21,7 @@ __all__ = [
     "ExceptionsConfig",
     "FragmentPattern",
     "FragmentsConfig",
+    "GroupedCompression",
     "GuardConfig",
     "Interval",
     "LearningRate",
@@ -103,11 +105,23 @@ class NoCompression(Section):
         return self.wire_dtype
 
 
-class _LossyCompression(Section):
-    """Keys of every lossy compression."""
+class LossyCompression(Section):
+    """Keys of every lossy compression, and what the rest of the package asks it.
+
+    A codec outside of this package has a subclass of this section. It is registered with
+    `compress.codecs.register_codec` and put into a config with `config.load.with_compression`.
+
+    Attributes:
+        mean_is_encoded: Whether the owner of a chunk encodes the mean again. Otherwise every rank
+            decodes the payloads of all replicas, which suits codecs that send few of the values.
+        has_bits: Whether ``exceptions`` may set another number of bits per value.
+    """
 
     is_all_reduce: ClassVar[bool] = False
-    _residual: ClassVar[str] = "compression error of this replica and of the means it owns"
+    mean_is_encoded: ClassVar[bool] = True
+    has_bits: ClassVar[bool] = False
+    if TYPE_CHECKING:
+        kind: str  # a literal in each subclass, by which the union tells them apart
 
     error_feedback: bool = Field(
         True, description="Add the compression error to the next round's pseudogradient."
@@ -120,14 +134,25 @@ class _LossyCompression(Section):
         description="Parameters that are compressed differently.",
     )
 
+    @property
+    def short_name(self) -> str:
+        """Kind, and after a comma the amount that is sent: ``linear, 4 bits``."""
+        return self.kind
+
+    def describe(self) -> str:
+        """Return further properties in words; ``""`` without any."""
+        return ""
+
     def describe_feedback(self) -> tuple[str, str]:
         """Return the decay of error feedback and what its residual contains, in words."""
         if not self.error_feedback:
             return "none", "compression errors are dropped"
-        return f"{self.error_decay:g}", self._residual
+        own = "compression error of this replica"
+        residual = f"{own} and of the means it owns" if self.mean_is_encoded else own
+        return f"{self.error_decay:g}", residual
 
 
-class _Grouped(_LossyCompression):
+class GroupedCompression(LossyCompression):
     """Keys of the quantizers: a value takes a few bits, and groups of values share a scale."""
 
     _scale: ClassVar[str]
@@ -147,6 +172,7 @@ class _Grouped(_LossyCompression):
         # 256 is chosen: two fp32 numbers per block add 64 / 256 = 0.25 bits per value.
         return self.block_size or 256
 
+    @override
     def describe(self) -> str:
         """Return which values share a scale, in words: ``a table per row``."""
         if self.granularity == "block":
@@ -155,35 +181,37 @@ class _Grouped(_LossyCompression):
         return f"a {self._scale} per {group}"
 
 
-class LinearCompression(_Grouped):
-    """Quantization to uniform levels between the smallest and the largest value of a group."""
+class _WithBits(GroupedCompression):
+    """Keys of the quantizers with a choice of bits."""
 
-    _scale: ClassVar[str] = "smallest and largest value"
+    has_bits: ClassVar[bool] = True
 
-    kind: Literal["linear"] = Field(description=_KINDS)
     bits: Literal[8, 4, 2, 1] = Field(description="Bits per value.")
 
     @property
+    @override
     def short_name(self) -> str:
         """Kind and bits: ``linear, 4 bits``."""
         return f"{self.kind}, {_in_bits(self.bits)}"
 
 
-class StatisticalCompression(_Grouped):
+class LinearCompression(_WithBits):
+    """Quantization to uniform levels between the smallest and the largest value of a group."""
+
+    _scale: ClassVar[str] = "smallest and largest value"
+
+    kind: Literal["linear"] = Field(description=_KINDS)
+
+
+class StatisticalCompression(_WithBits):
     """Quantization to bins over six standard deviations, each decoded to its mean."""
 
     _scale: ClassVar[str] = "table"
 
     kind: Literal["statistical"] = Field(description=_KINDS)
-    bits: Literal[8, 4, 2, 1] = Field(description="Bits per value.")
-
-    @property
-    def short_name(self) -> str:
-        """Kind and bits: ``statistical, 2 bits``."""
-        return f"{self.kind}, {_in_bits(self.bits)}"
 
 
-class E3M0Compression(_Grouped):
+class E3M0Compression(GroupedCompression):
     """Quantization to 4 bits, sign and exponent: the format of the Streaming DiLoCo paper."""
 
     _scale: ClassVar[str] = "scale"
@@ -191,20 +219,16 @@ class E3M0Compression(_Grouped):
     kind: Literal["e3m0"] = Field(description=_KINDS)
 
     @property
-    def bits(self) -> Literal[4]:
-        """Bits per value, under the name that the other quantizers use."""
-        return 4
-
-    @property
+    @override
     def short_name(self) -> str:
         """Kind and bits: ``e3m0, 4 bits``."""
-        return f"{self.kind}, {_in_bits(self.bits)}"
+        return f"{self.kind}, {_in_bits(4)}"
 
 
-class TopKCompression(_LossyCompression):
+class TopKCompression(LossyCompression):
     """Sending only the largest values of each block, with their indices."""
 
-    _residual: ClassVar[str] = "compression error of this replica"
+    mean_is_encoded: ClassVar[bool] = False  # the mean has up to K times as many values
 
     kind: Literal["topk"] = Field(description=_KINDS)
     density: float = Field(gt=0, le=1, description="Fraction of the values that are sent.")
@@ -221,10 +245,12 @@ class TopKCompression(_LossyCompression):
     )
 
     @property
+    @override
     def short_name(self) -> str:
         """Kind and density: ``top-k, 1 %``."""
         return f"top-k, {100 * self.density:g} %"
 
+    @override
     def describe(self) -> str:
         """Return how the largest values are sent, in words."""
         values = f"{_in_bits(self.value_bits)} each" if self.value_bits else self.wire_dtype
@@ -236,7 +262,6 @@ def _uncompressed(value: Any) -> Any:
     return {"kind": "none", **value} if isinstance(value, dict) else value
 
 
-LossyCompression = LinearCompression | StatisticalCompression | E3M0Compression | TopKCompression
 CompressionConfig = Annotated[
     NoCompression | LinearCompression | StatisticalCompression | E3M0Compression | TopKCompression,
     Field(discriminator="kind"),
@@ -444,7 +469,8 @@ class _Synchronised(Section):
         description="Memory that pseudogradients are sent from: device memory, or pinned host "
         "memory.",
     )
-    compression: CompressionConfig = Field(
+    # SerializeAsAny: a section from outside of the package is dumped with all its keys.
+    compression: SerializeAsAny[CompressionConfig] = Field(
         default_factory=NoCompression, description="Compression of the pseudogradients."
     )
     state_device: Literal["device", "cpu"] = Field(

@@ -19,13 +19,12 @@ from megatron_muloco.config.messages import Problem
 from megatron_muloco.config.outer import (
     AverageOuter,
     CompressionConfig,
-    E3M0Compression,
+    GroupedCompression,
     Interval,
     NesterovOuter,
     NoCompression,
     NoOuter,
     Steps,
-    TopKCompression,
     interval_at,
     interval_values,
 )
@@ -154,7 +153,7 @@ def exceptions_fit_the_compression(
 ) -> Iterator[Problem]:
     """Allow a number of bits as an exception only for kinds that have ``bits``."""
     compression = _compression(config)
-    if not isinstance(compression, E3M0Compression | TopKCompression):
+    if isinstance(compression, NoCompression) or compression.has_bits:
         return
     for key, bits in compression.exceptions:
         if bits not in (None, "none"):
@@ -168,10 +167,7 @@ def exceptions_fit_the_compression(
 def block_size_has_blocks(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
     """Allow ``block_size`` of quantizers only with granularity block."""
     compression = _compression(config)
-    if (
-        isinstance(compression, NoCompression | TopKCompression)
-        or compression.granularity == "block"
-    ):
+    if not isinstance(compression, GroupedCompression) or compression.granularity == "block":
         return
     if compression.block_size is not None:
         yield Problem(

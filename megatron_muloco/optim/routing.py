@@ -28,6 +28,7 @@ __all__ = [
     "by_shape",
     "check_coverage",
     "divide",
+    "exchange_buffer_bytes",
     "largest_batch",
     "matrix_routes",
     "plan_routes",
@@ -274,3 +275,37 @@ def by_shape(matrices: Sequence[MuonMatrix]) -> list[list[MuonMatrix]]:
 def largest_batch(matrices: Sequence[MuonMatrix]) -> int:
     """Return the number of elements of the largest batch that `by_shape` forms."""
     return max((sum(matrix.numel for matrix in batch) for batch in by_shape(matrices)), default=0)
+
+
+def exchange_buffer_bytes(
+    matrices: Sequence[MuonMatrix],
+    owners: Sequence[int],
+    group_size: int,
+    *,
+    buckets: int,
+    wire_bytes: int,
+) -> int:
+    """Return the bytes that `exchange.ShardExchange` keeps between steps on the fullest rank.
+
+    A rank keeps updates in fp32 for each element that it holds, taken as an even share. In the
+    dtype of the exchange it keeps what it sends (as many elements), what it receives as an owner
+    (all elements of its matrices), and the largest batch of matrices that it computes at once. A
+    group of one rank sends nothing.
+
+    Args:
+        matrices: All matrices of a stage.
+        owners: Group rank of each matrix's owner.
+        group_size: Number of ranks in the stage group.
+        buckets: Largest number of buckets.
+        wire_bytes: Bytes of a sent element.
+    """
+    held = -(-sum(matrix.numel for matrix in matrices) // group_size)
+    if group_size == 1:
+        return 4 * held + wire_bytes * largest_batch(matrices)
+    divided = divide(matrices, owners, buckets)
+    as_owner = 0
+    for rank in range(group_size):
+        owned = [[matrices[i] for i in bucket if owners[i] == rank] for bucket in divided]
+        received = sum(matrix.numel for bucket in owned for matrix in bucket)
+        as_owner = max(as_owner, received + max(map(largest_batch, owned), default=0))
+    return (4 + wire_bytes) * held + wire_bytes * as_owner

@@ -13,20 +13,14 @@ few hundred kilobytes), and Megatron's padding (a few kilobytes per bucket).
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_muloco.comm.chunking import chunk_length, chunk_pieces, row_places
+from megatron_muloco.comm.costs import reducer_cost
 from megatron_muloco.config.derived import derive
 from megatron_muloco.config.inner import MuonInner
-from megatron_muloco.config.outer import (
-    CompressionConfig,
-    LossyCompression,
-    NoCompression,
-    NoOuter,
-    TopKCompression,
-)
+from megatron_muloco.config.outer import NoOuter
 from megatron_muloco.config.schema import RunConfig
 from megatron_muloco.optim.matrices import is_vector
 from megatron_muloco.optim.parameter_table import assign
-from megatron_muloco.optim.routing import divide, largest_batch
+from megatron_muloco.optim.routing import exchange_buffer_bytes
 from megatron_muloco.outer.schedule import Average, SyncSchedule
 from megatron_muloco.params import Shard
 from megatron_muloco.planning.layout import (
@@ -37,128 +31,16 @@ from megatron_muloco.planning.layout import (
     stage_shards,
     stage_slices,
 )
-from megatron_muloco.planning.traffic import chunk_payloads, planned_on_accelerator
+from megatron_muloco.planning.traffic import planned_on_accelerator
 from megatron_muloco.topology import Topology
 
 __all__ = [
     "MemoryPlan",
     "OuterMemory",
-    "ReducerMemory",
     "exchange_bytes",
     "memory_plan",
     "outer_memory",
-    "reducer_memory",
-    "residual_bytes",
 ]
-
-
-# ------------------------------------------------------------------------------------------
-# Memory of the reduction of one fragment.
-#
-# In bytes for each of the rank's n values, with w bytes per sent value, p bytes of payload per
-# value, K replicas, and u values in the largest unit that is encoded at once::
-#
-#                         kept between rounds    in launch     in wait
-#     fp32 all-reduce     4                      0             0, the result is in the buffer
-#     in chunks           3w                     0             bf16 8; fp32 4 + about 2
-#     linear, statistical,
-#     e3m0                2p                     13 u / n      4 + p (1 + 1/K), or p / K + 17 u / n
-#     topk                (1 + K) p              10 u / n      4 + 6 u / n
-#
-# Transport through the host keeps a copy of sent and received buffers there.
-
-
-# Upper bound of what encoding a large unit allocates, in bytes per value: with error feedback two
-# fp32 copies, codes, and temporaries of packing. Measured on a CPU: 9 to 12.02. Blocks of one or
-# two megabytes are not counted.
-_ENCODING = 13
-# Top-k: measured 9, and 20 for each kept value (its int64 place alone takes 8).
-_SELECTING, _KEEPING = 10, 24
-
-
-@dataclass(frozen=True, slots=True)
-class ReducerMemory:
-    """Bytes for the reduction of one fragment.
-
-    Attributes:
-        buffers: Bytes of sent and received buffers, kept between rounds.
-        launching: Additional bytes in `launch`, without the pseudogradients.
-        waiting: Additional bytes in `wait`, with the result.
-        staged: Bytes of copies in host memory, where tensors are sent through the host.
-    """
-
-    buffers: int
-    launching: int
-    waiting: int
-    staged: int
-
-
-def reducer_memory(
-    code: CompressionConfig, shards: Sequence[Shard], num_replicas: int
-) -> ReducerMemory:
-    """Return the bytes for a fragment of these shards."""
-    elements = sum(shard.numel for shard in shards)
-    if not isinstance(code, NoCompression):
-        return _coded(code, shards, elements, num_replicas)
-    fp32, wire = BYTES["fp32"] * elements, BYTES[code.wire_dtype] * elements
-    if code.is_all_reduce:
-        return ReducerMemory(buffers=fp32, launching=0, waiting=0, staged=fp32)
-    pairs = num_replicas // 2  # first sums of neighbours, besides all chunks in fp32
-    summing = fp32 * (num_replicas + pairs) // num_replicas
-    waiting = summing if code.wire_dtype == "fp32" else 2 * fp32  # bf16: before and after weighing
-    return ReducerMemory(buffers=3 * wire, launching=0, waiting=waiting, staged=2 * wire)
-
-
-def _coded(
-    code: LossyCompression, shards: Sequence[Shard], elements: int, num_replicas: int
-) -> ReducerMemory:
-    sizes = chunk_payloads(code, shards, num_replicas)
-    fp32, payload = BYTES["fp32"] * elements, sum(sizes)
-    unit = _largest_unit(code, shards, num_replicas)
-    if isinstance(code, TopKCompression):
-        buffers = (1 + num_replicas) * payload
-        kept = round(_KEEPING * code.density * unit)
-        return ReducerMemory(
-            buffers=buffers,
-            launching=_SELECTING * unit + kept,
-            waiting=fp32 + 6 * unit + kept,  # the mean, and one replica's values being decoded
-            staged=buffers,
-        )
-    own = max(sizes)
-    buffers = payload + num_replicas * own
-    # Either the owner encodes its mean, or all payloads are decoded into the mean.
-    waiting = own + max((4 + _ENCODING) * unit, payload + fp32 + 4 * unit)
-    return ReducerMemory(buffers, _ENCODING * unit, waiting, staged=buffers)
-
-
-def _largest_unit(code: LossyCompression, shards: Sequence[Shard], num_replicas: int) -> int:
-    """Return the values of the largest unit that is encoded at once."""
-    chunks = chunk_pieces(
-        [(shard.name, shard.numel) for shard in shards],
-        1 if isinstance(code, TopKCompression) else num_replicas,
-        row_places(shards),
-    )
-    return max((piece.unit.numel for pieces in chunks for piece in pieces), default=0)
-
-
-def residual_bytes(
-    code: CompressionConfig, fragments: Sequence[Sequence[Shard]], num_replicas: int
-) -> int:
-    """Return the bytes of the residuals of error feedback, fp32.
-
-    e of all the rank's values, and f of the chunks that it owns; top-k has no f, because its mean
-    is not encoded.
-    """
-    if isinstance(code, NoCompression) or not code.error_feedback:
-        return 0
-    kept = 0
-    for shards in fragments:
-        sizes = [(shard.name, shard.numel) for shard in shards]
-        elements = sum(size for _, size in sizes)
-        kept += elements
-        if not isinstance(code, TopKCompression):
-            kept += min(elements, chunk_length(sizes, num_replicas))
-    return BYTES["fp32"] * kept
 
 
 # ------------------------------------------------------------------------------------------
@@ -213,9 +95,8 @@ def outer_memory(config: RunConfig, topology: Topology, shards: Sequence[Shard])
     if isinstance(outer, NoOuter):
         return OuterMemory(0, 0, 0, 0, 0, 0, 0)
     fragments = by_fragment(config, shards)
-    code = outer.compression
     schedule = SyncSchedule.from_config(outer, derive(config).train_iters)
-    reducers = [reducer_memory(code, fragment, replicas) for fragment in fragments]
+    reducers = [reducer_cost(outer.compression, fragment, replicas) for fragment in fragments]
     values = [BYTES["fp32"] * sum(shard.numel for shard in part) for part in fragments]
     number, in_thread = _in_flight(schedule), outer.reduces_in_thread
     largest, at_once = max(values), 1 if in_thread else number
@@ -234,7 +115,7 @@ def outer_memory(config: RunConfig, topology: Topology, shards: Sequence[Shard])
         buffers=at_once * max(reducer.buffers for reducer in reducers),
         queued=queued,
         at_launch=at_launch,
-        residuals=residual_bytes(code, fragments, replicas),
+        residuals=sum(reducer.residuals for reducer in reducers),
         temporary=max(launching, waiting, flushing - at_launch - queued),
         staged=at_once * max(reducer.staged for reducer in reducers)
         if outer.sends_from_host
@@ -257,30 +138,21 @@ def _largest(sizes: Sequence[int], count: int) -> int:
 
 
 def exchange_bytes(config: RunConfig, topology: Topology) -> int:
-    """Return the bytes that the exchange keeps between steps on the fullest rank; 0 without Muon.
+    """Return the bytes that the exchange keeps on the fullest rank; 0 without Muon.
 
-    A rank keeps updates in fp32 for each element that it holds, taken as an even share. In the
-    dtype of the exchange it keeps what it sends (as many elements), what it receives as an owner
-    (all elements of its matrices), and the largest batch of matrices that it computes at once. A
-    stage of one rank sends nothing. All pipeline stages have equal matrices.
+    All pipeline stages have equal matrices.
     """
     if not isinstance(config.inner, MuonInner):
         return 0
-    accelerator = planned_on_accelerator(config)
-    wire = BYTES[config.inner.muon.wire_dtype(accelerator=accelerator)]
+    accelerator, muon = planned_on_accelerator(config), config.inner.muon
     matrices = stage_matrices(config, topology, accelerator=accelerator)
-    ranks = topology.stage_size
-    held = -(-sum(matrix.numel for matrix in matrices) // ranks)
-    if ranks == 1:
-        return 4 * held + wire * largest_batch(matrices)
-    owners = assign(matrices, ranks).owners
-    buckets = divide(matrices, owners, config.inner.muon.exchange_chunks)
-    as_owner = 0
-    for rank in range(ranks):
-        owned = [[matrices[i] for i in bucket if owners[i] == rank] for bucket in buckets]
-        received = sum(matrix.numel for bucket in owned for matrix in bucket)
-        as_owner = max(as_owner, received + max(map(largest_batch, owned), default=0))
-    return (4 + wire) * held + wire * as_owner
+    return exchange_buffer_bytes(
+        matrices,
+        assign(matrices, topology.stage_size).owners,
+        topology.stage_size,
+        buckets=muon.exchange_chunks,
+        wire_bytes=BYTES[muon.wire_dtype(accelerator=accelerator)],
+    )
 
 
 # ------------------------------------------------------------------------------------------

@@ -309,7 +309,7 @@ def _compression_rows(code: CompressionConfig) -> Iterator[Row]:
     if isinstance(code, NoCompression):
         return
     kind, _, amount = code.short_name.partition(", ")
-    yield "compression", kind, f"{amount}; {code.describe()}"
+    yield "compression", kind, "; ".join(filter(None, (amount, code.describe())))
     if exceptions := code.exceptions.describe():
         yield "", "", f"but {exceptions}"
     decay, what = code.describe_feedback()

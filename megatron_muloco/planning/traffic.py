@@ -9,25 +9,11 @@ exactly as the reducers send them.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_muloco.comm.chunking import (
-    chunk_pieces,
-    encoded_wire_bytes,
-    payload_sizes,
-    row_places,
-    uncoded_wire_bytes,
-)
-from megatron_muloco.compress.format import payload_size, spec_of
+from megatron_muloco.comm.chunking import ring_bytes
+from megatron_muloco.comm.costs import reducer_cost
 from megatron_muloco.config.derived import derive, sketch_width
 from megatron_muloco.config.inner import MuonInner
-from megatron_muloco.config.outer import (
-    AverageOuter,
-    CompressionConfig,
-    LossyCompression,
-    NesterovOuter,
-    NoCompression,
-    NoOuter,
-    TopKCompression,
-)
+from megatron_muloco.config.outer import AverageOuter, NesterovOuter, NoOuter
 from megatron_muloco.config.schema import RunConfig
 from megatron_muloco.outer.schedule import LineCalendar, SyncSchedule
 from megatron_muloco.params import Shard
@@ -35,17 +21,13 @@ from megatron_muloco.planning.layout import (
     BYTES,
     Slice,
     by_fragment,
-    rank_shards,
     stage_shards,
     stage_slices,
 )
-from megatron_muloco.topology import Coords, Topology
+from megatron_muloco.topology import Topology
 
 __all__ = [
     "TrafficPlan",
-    "chunk_payloads",
-    "mean_wire_bytes",
-    "outer_bytes",
     "planned_on_accelerator",
     "round_bytes",
     "traffic_plan",
@@ -64,25 +46,17 @@ __all__ = [
 # all-reduce they own different chunks, and so send different numbers of bytes.
 
 
-def outer_bytes(
-    config: RunConfig, topology: Topology, coords: Coords, *, sketch: bool = True
-) -> int:
-    """Return the bytes that one rank sends in a round.
+def round_bytes(
+    config: RunConfig, topology: Topology, shards: Sequence[Shard], *, sketch: bool = True
+) -> list[int]:
+    """Return the bytes that the ranks with these shards send in a round, by replica.
 
     Args:
         config: A checked config.
         topology: Topology of the world.
-        coords: The rank's place in the topology.
+        shards: Shards of ranks at one position of their replicas.
         sketch: Whether the round compares replicas, and so sends sketches.
     """
-    shards = rank_shards(config, topology, coords)
-    return round_bytes(config, topology, shards, sketch=sketch)[coords.replica]
-
-
-def round_bytes(
-    config: RunConfig, topology: Topology, shards: Sequence[Shard], *, sketch: bool = True
-) -> list[int]:
-    """Return the bytes that the ranks with these shards send in a round, by replica."""
     outer, sent = config.outer, [0] * topology.num_replicas
     if isinstance(outer, NoOuter):
         return sent
@@ -90,79 +64,17 @@ def round_bytes(
     width = sketch_width(config, topology) if sketch else 0
     for fragment in by_fragment(config, shards):
         metadata = numbers + (width if fragment else 0)
-        launch = _launch_bytes(outer.compression, fragment, topology.num_replicas, metadata)
-        sent = [total + more for total, more in zip(sent, launch, strict=True)]
+        cost = reducer_cost(outer.compression, fragment, len(sent), metadata_count=metadata)
+        sent = [total + more for total, more in zip(sent, cost.sent, strict=True)]
     return sent
 
 
 def uncoded_bytes(config: RunConfig, topology: Topology, shards: Sequence[Shard]) -> int:
     """Return the bytes that fp32 all-reduces of a round's values would send, without metadata."""
     return sum(
-        uncoded_wire_bytes(_numel(fragment), topology.num_replicas)
+        ring_bytes(sum(shard.numel for shard in fragment), topology.num_replicas)
         for fragment in by_fragment(config, shards)
     )
-
-
-def _launch_bytes(
-    code: CompressionConfig, shards: Sequence[Shard], num_replicas: int, metadata: int
-) -> list[int]:
-    """Return the bytes that one launch of a fragment's shards sends, by replica."""
-    if isinstance(code, NoCompression):
-        mean = mean_wire_bytes(
-            _numel(shards),
-            num_replicas,
-            code.wire_dtype,
-            metadata,
-            deterministic=code.deterministic,
-        )
-        return [mean] * num_replicas
-    sizes = chunk_payloads(code, shards, num_replicas)
-    if isinstance(code, TopKCompression):
-        return [(num_replicas - 1) * (4 * (1 + metadata) + sum(sizes))] * num_replicas
-    return [encoded_wire_bytes(sizes, index, metadata) for index in range(num_replicas)]
-
-
-def chunk_payloads(code: LossyCompression, shards: Sequence[Shard], num_replicas: int) -> list[int]:
-    """Return the encoded bytes of a fragment's chunks; top-k has one chunk."""
-    chunks = chunk_pieces(
-        [(shard.name, shard.numel) for shard in shards],
-        1 if isinstance(code, TopKCompression) else num_replicas,
-        row_places(shards),
-    )
-    kinds = {shard.name: shard.param.kind for shard in shards}
-    return payload_sizes(chunks, lambda name: payload_size(spec_of(code, kinds[name])))
-
-
-def mean_wire_bytes(
-    elements: int,
-    num_replicas: int,
-    wire_dtype: str,
-    metadata: int = 0,
-    *,
-    deterministic: bool = False,
-) -> int:
-    """Return the bytes that one rank sends for an uncompressed mean over the outer group.
-
-    Args:
-        elements: Number of values in the rank's shards.
-        num_replicas: K, the size of the outer group.
-        wire_dtype: ``fp32`` is an all-reduce of one buffer; ``bf16`` is an all-to-all of chunks and
-            an all-gather of their means.
-        metadata: Number of fp32 metadata values of each replica.
-        deterministic: Whether ``fp32`` is sent in chunks too, like ``bf16``.
-    """
-    if num_replicas == 1:
-        return 0
-    row = 1 + metadata
-    if wire_dtype == "fp32" and not deterministic:
-        return uncoded_wire_bytes(elements + num_replicas * row, num_replicas)
-    chunk = -(-elements // num_replicas)
-    chunk += chunk % 2  # the reducer rounds chunks up to even, so that fp32 rows stay aligned
-    return (num_replicas - 1) * (row * BYTES["fp32"] + 2 * chunk * BYTES[wire_dtype])
-
-
-def _numel(shards: Sequence[Shard]) -> int:
-    return sum(shard.numel for shard in shards)
 
 
 def _lines(config: RunConfig, outer: NesterovOuter | AverageOuter) -> int:

@@ -17,12 +17,11 @@ from megatron_muloco.comm.agreement import gather_objects
 from megatron_muloco.comm.background import BackgroundReducer
 from megatron_muloco.comm.chunking import row_places
 from megatron_muloco.comm.collectives import AllToAll
-from megatron_muloco.comm.compressed import CompressedAllGather, CompressedAllReduce
+from megatron_muloco.comm.compressed import build_compressed_reducer_for
 from megatron_muloco.comm.consistency import check_equal, check_same_shards
 from megatron_muloco.comm.groups import Groups
 from megatron_muloco.comm.reducers import ReplicaSum, build_plain_reducer_for
 from megatron_muloco.comm.replicated import ReplicatedBroadcast
-from megatron_muloco.compress.topk import codec_lookup
 from megatron_muloco.config import RunConfig
 from megatron_muloco.config.derived import Derived, derive, sketch_width
 from megatron_muloco.config.inner import MuonConfig, MuonInner
@@ -30,7 +29,6 @@ from megatron_muloco.config.outer import (
     NoCompression,
     NoOuter,
     SynchronizedOuter,
-    TopKCompression,
 )
 from megatron_muloco.errors import RuntimeMismatch
 from megatron_muloco.optim.exchange import ShardExchange
@@ -324,14 +322,12 @@ def _build_reducer(
             through_host=outer.sends_from_host,
         )
     else:
-        sparse = isinstance(compression, TopKCompression)
-        compressed_reducer = CompressedAllGather if sparse else CompressedAllReduce
-        reducer = compressed_reducer(
+        reducer = build_compressed_reducer_for(
             groups.exchange,
             device,
-            codec_lookup(compression, {shard.name: shard.param.kind for shard in shards}),
+            compression,
             row_places(shards),
-            compression.error_decay if compression.error_feedback else None,
+            {shard.name: shard.param.kind for shard in shards},
             through_host=outer.sends_from_host,
         )
     # With overlap, a thread works on the phases of a reduction. One all-reduce needs no thread.

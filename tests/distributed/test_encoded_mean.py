@@ -11,16 +11,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_muloco.comm.background import BackgroundReducer
-from megatron_muloco.comm.chunking import (
-    chunk_pieces,
-    encoded_wire_bytes,
-    payload_sizes,
-)
-from megatron_muloco.comm.compressed import CompressedAllGather, CompressedAllReduce
+from megatron_muloco.comm.chunking import chunk_pieces, payload_sizes, two_way_bytes
+from megatron_muloco.comm.compressed import CompressedAllReduce, build_compressed_reducer_for
 from megatron_muloco.comm.reducers import build_plain_reducer_for
 from megatron_muloco.compress.format import CodingUnit, Grouping
 from megatron_muloco.compress.quantizers import Linear, Statistical
-from megatron_muloco.compress.topk import codec_lookup
 from megatron_muloco.config.outer import LinearCompression, LossyCompression, NesterovOuter
 from megatron_muloco.outer.guard import Guard
 from megatron_muloco.outer.reducer import Reducer
@@ -85,14 +80,8 @@ class Case:
         )
 
     def reducer(self) -> Reducer:
-        encoding = CompressedAllGather if self.code.kind == "topk" else CompressedAllReduce
-        reducer = encoding(
-            dist.group.WORLD,
-            CPU,
-            codec_lookup(self.code, CLASSES),
-            ROWS,
-            self.code.error_decay if self.code.error_feedback else None,
-            through_host=self.through_host,
+        reducer = build_compressed_reducer_for(
+            dist.group.WORLD, CPU, self.code, ROWS, CLASSES, through_host=self.through_host
         )
         return BackgroundReducer(reducer, CPU) if self.beside_training else reducer
 
@@ -260,7 +249,7 @@ def test_shapes_weights_and_bytes(weights: list[float], sizes: dict[str, int]) -
     for rank, (mean, seen, metadata, wire_bytes, own) in enumerate(by_rank):
         assert seen == weights
         assert metadata == [[float(k), 0.5] for k in range(len(weights))]
-        assert wire_bytes == encoded_wire_bytes(payloads, rank, 2)
+        assert wire_bytes == two_way_bytes(payloads, rank, row=3)
         assert own == (sum(p.unit.numel for p in chunks[rank]) if any(weights) else 0)
         for name, size in sizes.items():
             assert mean[name].shape == (size,)

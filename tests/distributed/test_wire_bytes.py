@@ -16,7 +16,7 @@ from megatron_muloco.outer.schedule import LineCalendar
 from megatron_muloco.planning import render_plan, traffic_plan
 from megatron_muloco.planning.layout import rank_shards
 from megatron_muloco.planning.report import human_bytes
-from megatron_muloco.planning.traffic import outer_bytes, uncoded_bytes
+from megatron_muloco.planning.traffic import round_bytes, uncoded_bytes
 from megatron_muloco.topology import Coords, Topology
 from tests.support.spawn import run_ranks
 from tests.support.tiny_models import finish_tiny, start_tiny, tiny_config
@@ -83,9 +83,10 @@ def counted_of_all(configs: list[RunConfig]) -> list[list[tuple[int, int]]]:
 
 def planned(config: RunConfig, topology: Topology, place: Coords) -> list[tuple[int, int]]:
     """Return the same from arithmetic; every second round compares replicas."""
-    uncoded = uncoded_bytes(config, topology, rank_shards(config, topology, place))
+    shards = rank_shards(config, topology, place)
+    uncoded = uncoded_bytes(config, topology, shards)
     return [
-        (outer_bytes(config, topology, place, sketch=compares), uncoded)
+        (round_bytes(config, topology, shards, sketch=compares)[place.replica], uncoded)
         for compares in (False, True)
     ]
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from megatron_muloco.comm.chunking import RowPlaces, chunk_pieces
+from megatron_muloco.compress.codecs import codec_lookup
 from megatron_muloco.compress.format import CodingUnit
-from megatron_muloco.compress.topk import codec_lookup
-from megatron_muloco.config.outer import LossyCompression, NoCompression, TopKCompression
+from megatron_muloco.config.outer import LossyCompression, NoCompression
 from megatron_muloco.params import ParamKind
 
 __all__ = ["reference_keys"]
@@ -42,16 +42,17 @@ def reference_keys(
         codec_of(name).decode(codec_of(name).encode(values, unit), unit, out)
         return out
 
-    gathered = isinstance(compression, TopKCompression)
     units: dict[str, list[tuple[int, int]]] = {}
     for sizes in fragments:
-        for pieces in chunk_pieces(list(sizes.items()), 1 if gathered else num_replicas, rows):
+        for pieces in chunk_pieces(
+            list(sizes.items()), num_replicas if compression.mean_is_encoded else 1, rows
+        ):
             for piece in pieces:
                 units.setdefault(piece.name, []).append((piece.start, piece.end))
     return {
         "codec": round_trip,
         "coding_units": units,
-        "encode_mean": not gathered,
+        "encode_mean": compression.mean_is_encoded,
         "error_feedback": compression.error_feedback,
         "error_decay": compression.error_decay,
     }

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_muloco.compress import quantizers
 from megatron_muloco.compress.codec import Codec, Uncoded
-from megatron_muloco.compress.format import CodingUnit, Granularity, Grouping, TopKSize
+from megatron_muloco.compress.format import CodingUnit, Granularity, Grouping, TopKFormat
 from megatron_muloco.compress.quantizers import E3M0, Linear, Statistical
 from megatron_muloco.compress.topk import TopK
 from megatron_muloco.errors import SyncError
@@ -171,7 +171,7 @@ def topk(density: float, wire_dtype: str, block_size: int, value_bits: int | Non
 
 def assert_chooses_the_largest(codec: TopK, exact: Tensor, found: Tensor) -> Tensor:
     """Return, for each value, the smallest magnitude that its block keeps."""
-    size, thresholds = TopKSize(codec.density, 4, codec.grouping), []
+    size, thresholds = TopKFormat(codec.density, 4, codec.grouping), []
     blocks = (each.split(codec.grouping.block_size) for each in (exact, found))
     for given_block, found_block in zip(*blocks, strict=True):
         kept = size.kept(len(given_block))
@@ -228,7 +228,7 @@ def test_topk_with_coded_values(
     values = draw(shape, numel, seed)
     codec, plain = (topk(density, wire_dtype, block_size, each) for each in (bits, None))
     result = decoded(codec, values, unit)
-    sizes = TopKSize(density, 2 if wire_dtype == "bf16" else 4, codec.grouping, bits)
+    sizes = TopKFormat(density, 2 if wire_dtype == "bf16" else 4, codec.grouping, bits)
     kept = sum(sizes.kept(len(block)) for block in values.split(block_size))
     if codec.payload_bytes(unit) == unit.raw_bytes or not sizes.is_coded(kept):
         assert codec.payload_bytes(unit) == plain.payload_bytes(unit)
@@ -383,7 +383,7 @@ def test_places_take_no_more_than_their_bits() -> None:
 
 def test_sizes_are_known_without_torch() -> None:
     code = (
-        "import sys, megatron_muloco.compress.format, megatron_muloco.comm.chunking; "
+        "import sys, megatron_muloco.compress.codecs, megatron_muloco.comm.costs; "
         "sys.exit('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)

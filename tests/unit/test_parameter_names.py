@@ -3,7 +3,8 @@
 import pytest
 from torch import nn
 
-from megatron_muloco.compress.format import spec_of
+from megatron_muloco.compress.codecs import format_of
+from megatron_muloco.compress.format import RawFormat
 from megatron_muloco.config.outer import LinearCompression
 from megatron_muloco.model.names import describe_parameters
 from megatron_muloco.optim.matrices import LayerShape, route, split
@@ -102,5 +103,5 @@ def test_an_architecture_with_other_names_needs_another_table_only() -> None:
         bits=4,
         exceptions={"norm": "none"},
     )
-    raw = [name for name, info in infos.items() if spec_of(code, info.kind).kind == "raw"]
+    raw = [n for n, info in infos.items() if isinstance(format_of(code, info.kind), RawFormat)]
     assert raw == ["blocks.2.scale.weight", "blocks.3.scale.weight", "last_scale.weight"]

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_muloco.comm.costs import all_reduce_cost, chunked_all_reduce_cost
 from megatron_muloco.config import RunConfig, load_config, topology_of
 from megatron_muloco.config.derived import parameter_counts, sketch_width
 from megatron_muloco.config.inner import MuonConfig
@@ -16,16 +17,14 @@ from megatron_muloco.planning import memory_plan, render_plan, traffic_plan
 from megatron_muloco.planning.layout import (
     by_fragment,
     cut_buffer,
+    rank_shards,
     stage_parameters,
     stage_shards,
     stage_slices,
 )
 from megatron_muloco.planning.memory import OuterMemory
 from megatron_muloco.planning.report import human_bytes, human_count
-from megatron_muloco.planning.traffic import (
-    mean_wire_bytes,
-    outer_bytes,
-)
+from megatron_muloco.planning.traffic import round_bytes
 from megatron_muloco.topology import Coords, Topology
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -340,12 +339,12 @@ def test_a_mean_sends_two_copies_less_two_shares(
 ) -> None:
     ideal = 2 * (replicas - 1) / replicas * elements
     row = 1 + metadata
-    full = mean_wire_bytes(elements, replicas, "fp32", metadata)
-    half = mean_wire_bytes(elements, replicas, "bf16", metadata)
+    full = all_reduce_cost(elements, replicas, row).sent[0]
+    half = chunked_all_reduce_cost(elements, replicas, row, value_bytes=2).sent[0]
     # at most one element of padding per chunk, three in bf16, and a row per replica, both ways
     assert 4 * ideal <= full <= 4 * ideal + 2 * (replicas - 1) * 4 * (row + 1)
     assert 2 * ideal <= half <= 2 * ideal + (replicas - 1) * (4 * row + 3 * 4)
-    assert mean_wire_bytes(elements, 1, "fp32", metadata) == 0
+    assert all_reduce_cost(elements, 1, row).sent == (0,)
 
 
 def test_replicas_send_the_model_whatever_the_layout() -> None:
@@ -363,13 +362,16 @@ def test_replicas_send_the_model_whatever_the_layout() -> None:
 
 def test_fragments_send_the_same_parameters_in_more_launches() -> None:
     layout = Topology(2, 1, 2, 1)
+
+    def sent_by_stages(config: RunConfig, *, sketch: bool) -> list[int]:
+        shards = [rank_shards(config, layout, Coords(0, stage, 0, 0, 0)) for stage in (0, 1)]
+        return [round_bytes(config, layout, each, sketch=sketch)[0] for each in shards]
+
     sent = {}
     for count in (1, 2, 4):
         config = config_of(f"outer.fragments.count={count}", "model.num_layers=4")
-        sent[count] = [
-            outer_bytes(config, layout, Coords(0, stage, 0, 0, 0), sketch=False) for stage in (0, 1)
-        ]
-        with_sketch = [outer_bytes(config, layout, Coords(0, stage, 0, 0, 0)) for stage in (0, 1)]
+        sent[count] = sent_by_stages(config, sketch=False)
+        with_sketch = sent_by_stages(config, sketch=True)
         # K = 2: two rows a launch; a stage without a share of a fragment has nothing to sketch
         launches = {1: 1, 2: 1, 4: 2}[count]
         extra = launches * 2 * sketch_width(config, layout) * 4

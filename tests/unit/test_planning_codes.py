@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_muloco.comm.chunking import encoded_wire_bytes
+from megatron_muloco.comm.chunking import ring_bytes
+from megatron_muloco.comm.costs import reducer_cost
 from megatron_muloco.compress.format import CodingUnit
 from megatron_muloco.config import RunConfig, load_config, topology_of
 from megatron_muloco.config.derived import parameter_counts
@@ -21,8 +22,6 @@ from megatron_muloco.config.outer import (
 )
 from megatron_muloco.params import ParamInfo, Shard
 from megatron_muloco.planning import memory_plan, render_plan, traffic_plan
-from megatron_muloco.planning.memory import reducer_memory, residual_bytes
-from megatron_muloco.planning.traffic import chunk_payloads, mean_wire_bytes
 from megatron_muloco.topology import Topology
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -68,9 +67,8 @@ def test_planned_buffers_and_residuals_are_those_of_the_reducers(name: str) -> N
     import torch
 
     from megatron_muloco.comm.chunking import row_places
-    from megatron_muloco.comm.compressed import CompressedAllGather, CompressedAllReduce
+    from megatron_muloco.comm.compressed import build_compressed_reducer_for
     from megatron_muloco.comm.reducers import build_plain_reducer_for
-    from megatron_muloco.compress.topk import codec_lookup
 
     code, shards, device = CODES[name], whole_shards(), torch.device("cpu")
     reducer: Any
@@ -80,22 +78,20 @@ def test_planned_buffers_and_residuals_are_those_of_the_reducers(name: str) -> N
             None, device, wire_dtype=wire, deterministic=deterministic
         )
     else:
-        encoding = CompressedAllGather if isinstance(code, TopKCompression) else CompressedAllReduce
-        decay = code.error_decay if code.error_feedback else None
         kinds = {shard.name: shard.param.kind for shard in shards}
-        reducer = encoding(None, device, codec_lookup(code, kinds), row_places(shards), decay)
+        reducer = build_compressed_reducer_for(None, device, code, row_places(shards), kinds)
     metadata = torch.zeros(3)
     tensors = {shard.name: torch.randn(shard.numel) for shard in shards}
     flight = reducer.launch(0, tensors, 1.0, metadata, round_index=1)
     held = {buffer.data_ptr(): buffer.nbytes for buffer in flight.buffers}
-    planned = reducer_memory(code, shards, 1).buffers
+    cost = reducer_cost(code, shards, 1)
     # in each of two buffers a row of weight and metadata; a chunk is even
     row = 4 * (1 + len(metadata))
-    assert planned <= sum(held.values()) <= planned + 2 * row + 3 * 4
+    assert cost.buffers <= sum(held.values()) <= cost.buffers + 2 * row + 3 * 4
     reducer.wait(flight)
     kept = reducer.residuals([{shard.name: shard.numel for shard in shards}])
     residuals = sum(tensor.nbytes for kind in kept.values() for tensor in kind.values())
-    assert residual_bytes(code, [shards], 1) == residuals
+    assert cost.residuals == residuals
 
 
 @pytest.mark.parametrize(
@@ -106,7 +102,7 @@ def test_planned_temporaries_cover_those_of_the_codecs(name: str) -> None:
     import torch
 
     from megatron_muloco.compress.codec import encode
-    from megatron_muloco.compress.topk import codec_lookup
+    from megatron_muloco.compress.codecs import codec_lookup
     from tests.support.allocated import AllocatedBytes
 
     code = CODES[name]
@@ -119,7 +115,7 @@ def test_planned_temporaries_cover_those_of_the_codecs(name: str) -> None:
         encode(codec, unit, values, payload, residual, 0.9)
     most = allocated.most
     param = ParamInfo.from_name("decoder.layers.0.a.weight", (1 << 12, 256), None)
-    planned = reducer_memory(code, [Shard(param, 0, param.numel)], 1).launching
+    planned = reducer_cost(code, [Shard(param, 0, param.numel)], 1).launching
     assert most <= planned <= 2 * most
 
 
@@ -150,12 +146,10 @@ def test_four_bits_send_an_eighth_and_two_a_sixteenth(
         for index, size in enumerate(units * replicas)
     ]
     shards = [Shard(param, 0, param.numel) for param in params]
-    sizes = chunk_payloads(code, shards, replicas)
-    assert len(set(sizes)) == 1
-    sent = encoded_wire_bytes(sizes, 0, metadata_count=0) - (replicas - 1) * 4  # without the weight
-    assert sent * BARS[bits] <= mean_wire_bytes(
-        sum(units) * replicas, replicas, "fp32", metadata=-1
-    )
+    cost = reducer_cost(code, shards, replicas)
+    assert len(set(cost.sent)) == 1
+    sent = cost.sent[0] - (replicas - 1) * 4  # without the weight
+    assert sent * BARS[bits] <= ring_bytes(sum(units) * replicas, replicas)
 
 
 @pytest.mark.parametrize("kind", ["linear", "statistical"])
@@ -172,11 +166,11 @@ def test_the_15b_run_meets_the_same_bars(kind: str, bits: Literal[4, 2]) -> None
 def test_chunk_owners_send_different_bytes() -> None:
     code = LinearCompression(kind="linear", bits=4)
     (first, *_) = whole_shards()
-    sizes = chunk_payloads(code, [first], 3)
-    sent = [encoded_wire_bytes(sizes, index, 0) for index in range(3)]
     # 2^17 values in thirds of 43,691, the last one of 43,690: half a byte each, and a head of 8
-    assert sizes == [21_846 + 8, 21_846 + 8, 21_845 + 8]
-    assert sent == [2 * 4 + sum(sizes) + size for size in sizes]
+    sizes = [21_846 + 8, 21_846 + 8, 21_845 + 8]
+    # the weight and another's chunk to each of two, and the own mean to both
+    sent = tuple(2 * 4 + sum(sizes) + size for size in sizes)
+    assert reducer_cost(code, [first], 3).sent == sent
 
 
 def test_the_plan_shows_the_code_and_what_it_costs() -> None:
