@@ -41,10 +41,10 @@ class CodecKind:
     """One kind of codec.
 
     Attributes:
-        format: Returns the payload format that a section of the config describes, with other bits
-            per value where an exception gives them, else ``None``. Must not import torch.
-        codec: Returns the codec of such a format. May import torch. Codecs must send exactly
-            ``format.payload_bytes`` for every unit.
+        format: Function of a section of the config and the bits per value that an exception sets
+            (else ``None``); returns the payload format. In this package it loads no torch.
+        codec: Function of such a format; returns the codec, whose payloads have exactly
+            ``format.payload_bytes`` for every unit. Here it imports torch when it is called.
     """
 
     format: Callable[[Any, int | None], Format]

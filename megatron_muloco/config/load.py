@@ -15,11 +15,12 @@ from megatron_muloco.config.document import (
     without_nulls,
 )
 from megatron_muloco.config.messages import Problem, locate, validation_problems
+from megatron_muloco.config.outer import LossyCompression, NoOuter
 from megatron_muloco.config.rules import find_problems
 from megatron_muloco.config.schema import RunConfig
 from megatron_muloco.errors import ConfigError
 
-__all__ = ["load_config", "load_document"]
+__all__ = ["load_config", "load_document", "with_compression"]
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
@@ -45,6 +46,33 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     if problems:
         raise ConfigError(_formatted(problems, document, str(path)))
     return config
+
+
+def with_compression(config: RunConfig, compression: LossyCompression) -> RunConfig:
+    """Return the same run with a compression that no file can name.
+
+    Files name the codes of this package only. A program that has its own codec loads a config, and
+    then replaces ``outer.compression`` here. Everything after that (plan, optimizer, digests,
+    checkpoints) treats it like the others.
+
+    Args:
+        config: A checked config with an outer step.
+        compression: Section of a code that `compress.codecs.register_codec` knows.
+
+    Raises:
+        ConfigError: There is no outer step, or the section does not fit the rest of the run.
+    """
+    if isinstance(config.outer, NoOuter):
+        raise ConfigError(
+            "outer.kind: none has no outer step, so nothing is sent that could be compressed.\n"
+            "  Use outer.kind nesterov or average."
+        )
+    outer = config.outer.model_copy(update={"compression": compression})
+    changed = config.model_copy(update={"outer": outer})
+    problems = find_problems(changed)
+    if problems:
+        raise ConfigError([problem.format(changed.where) for problem in problems])
+    return changed
 
 
 def load_document(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Document:

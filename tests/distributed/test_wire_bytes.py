@@ -11,6 +11,7 @@ import torch
 
 from megatron_muloco.config import RunConfig
 from megatron_muloco.config.derived import topology_of
+from megatron_muloco.config.load import with_compression
 from megatron_muloco.config.outer import NoOuter
 from megatron_muloco.outer.schedule import LineCalendar
 from megatron_muloco.planning import render_plan, traffic_plan
@@ -18,6 +19,7 @@ from megatron_muloco.planning.layout import rank_shards
 from megatron_muloco.planning.report import human_bytes
 from megatron_muloco.planning.traffic import round_bytes, uncoded_bytes
 from megatron_muloco.topology import Coords, Topology
+from tests.support.own_codec import SignCompression
 from tests.support.spawn import run_ranks
 from tests.support.tiny_models import finish_tiny, start_tiny, tiny_config
 
@@ -168,6 +170,11 @@ def test_coded_bytes_are_the_planners(layout: str) -> None:
     others = [name for name in LAYOUTS if name != "k2-tp2"]  # together they have every code again
     codes = CODES if layout not in others else CODES[others.index(layout) :: len(others)]
     check(sizes, [config_of(sizes, outer, **sections) for outer in codes])
+
+
+def test_bytes_of_a_codec_from_outside_are_the_planners() -> None:
+    sections = [SignCompression(), SignCompression(block_size=32, error_feedback=False)]
+    check((2, 1, 1, 2), [with_compression(config_of((2, 1, 1, 2)), each) for each in sections])
 
 
 def test_bytes_do_not_depend_on_how_they_travel() -> None:
