@@ -5,7 +5,11 @@ Saving describes the live tensors as Megatron's `ShardedTensor`s and the plain v
 live state. Where directories are, and when a new one becomes visible, is `store`'s part.
 """
 
+import os
+import warnings
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,11 +18,27 @@ from typing import Any
 import torch
 import yaml
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreLoadPlanner,
+    MCoreSavePlanner,
+    mcore_to_pyt_state_dict,
+)
 from torch import Tensor
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 
-from megatron_muloco.checkpoint.digest import model_digests, render
-from megatron_muloco.checkpoint.layout import CONFIG_FILE, FINAL_ANCHOR, STATE_FILE, write_file
-from megatron_muloco.checkpoint.sharding import ModelSpace, sharded_tensors
+from megatron_muloco.checkpoint.layout import (
+    COMMON_FILE,
+    CONFIG_FILE,
+    FINAL_ANCHOR,
+    STATE_FILE,
+    sync_directory,
+    write_file,
+)
+from megatron_muloco.checkpoint.sharding import ModelSpace, model_digests, render, sharded_tensors
 from megatron_muloco.checkpoint.state import (
     ANCHOR,
     FORMAT,
@@ -33,31 +53,165 @@ from megatron_muloco.checkpoint.state import (
     rng_tensors,
     set_rng_tensors,
 )
-from megatron_muloco.checkpoint.storage import (
-    everywhere,
-    finish_directory,
-    missing_bytes,
-    read_tensors,
-    stored_keys,
-)
-from megatron_muloco.comm.agreement import gather_objects, sum_over
+from megatron_muloco.comm.collectives import gather_objects, sum_over
 from megatron_muloco.comm.groups import Groups
 from megatron_muloco.errors import CheckpointError, SyncError
 from megatron_muloco.params import Shard
-from megatron_muloco.runtime.accelerator import training_device
 
 __all__ = [
     "Kinds",
     "describe",
     "digests_of",
+    "everywhere",
+    "finish_directory",
     "load_anchor",
     "load_run",
     "masters_differ",
+    "missing_bytes",
+    "read_tensors",
     "run_kinds",
     "sharded_kinds",
     "sharded_rng",
+    "stored_keys",
     "write_description",
+    "write_tensors",
 ]
+
+
+# ------------------------------------------------------------------------------------------
+# Tensors in one directory, in Megatron's torch_dist format.
+#
+# Megatron's own writer uses forked processes and a spawned manager, which let it save in the
+# background. A save that training waits for needs neither. They cost a second each, do not work in
+# daemonic ranks and require a main guard in the user's script. So Megatron's `ShardedTensor`
+# describes the tensors and Megatron's planner plans the write, but this process does the writing.
+# The parts of Megatron used here are the same in both supported versions, and so is the format:
+# each version reads what the other wrote.
+
+
+@contextmanager
+def everywhere(what: str, remedy: str) -> Iterator[None]:
+    """Turn a failure on any rank into the same `CheckpointError` on all ranks.
+
+    Args:
+        what: First words of the message, such as ``"the checkpoint X could not be written"``.
+        remedy: Last sentence of the message: what is still safe, and what to do.
+
+    Collectives: gathers one short text from every rank of the job when the body ends, so every rank
+    must enter and leave it. The body may contain a collective only if a rank that fails there still
+    takes part in it; torch's checkpoint functions do, because they agree on failures themselves.
+    """
+    message: str | None = None
+    try:
+        yield
+    except CheckpointError as error:  # its message is complete
+        message = str(error)
+    except CheckpointException as error:  # torch's: it lists the failures of all ranks
+        rank, (cause, _) = min(error.failures.items(), key=lambda item: item[0])
+        message = f"{what}: rank {rank}: {_describe(cause)}. {remedy}"
+    # Reading a damaged file can raise anything. A rank that left here alone would make the others
+    # wait in the next collective until its time limit.
+    except Exception as error:  # noqa: BLE001
+        message = f"{what}: rank {torch.distributed.get_rank()}: {_describe(error)}. {remedy}"
+    first = next((text for text in gather_objects(None, message) if text is not None), None)
+    if first is not None:
+        raise CheckpointError(first)
+
+
+def write_tensors(directory: Path, entries: Iterable[ShardedBase]) -> None:
+    """Write this rank's tensors and objects, and fsync them.
+
+    Exactly one rank must give each element of each key.
+
+    Collectives: torch's checkpoint planning gathers and scatters small objects over the whole job;
+    every rank calls it.
+    """
+    by_key: dict[str, list[ShardedBase]] = defaultdict(list)
+    for entry in entries:
+        key = entry.unique_key if isinstance(entry, ShardedObject) else entry.key
+        by_key[key].append(entry)
+    state_dict_saver.save(
+        mcore_to_pyt_state_dict(by_key),
+        storage_writer=FileSystemWriter(directory, sync_files=True),
+        planner=MCoreSavePlanner(flatten_state_dict=False),
+    )
+
+
+def read_tensors(directory: Path, tensors: Sequence[ShardedTensor]) -> None:
+    """Fill the given tensors, each a slab of a stored tensor. No collectives.
+
+    Raises:
+        KeyError: A key is not in the checkpoint.
+        CheckpointingException: Megatron's error for a shape that differs from the stored one.
+    """
+    if not tensors:
+        return
+    by_key: dict[str, list[ShardedTensor]] = defaultdict(list)
+    for tensor in tensors:
+        by_key[tensor.key].append(tensor)
+    planner = MCoreLoadPlanner(
+        shapes_validation_sharded_tensors=tensors,
+        flatten_state_dict=False,
+        flatten_sharded_tensors=False,
+    )
+    with warnings.catch_warnings():
+        # torch warns about no_dist, which is on purpose: reading needs no coordination, and a rank
+        # that fails must not leave the others in a collective; `everywhere` agrees on failures.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        state_dict_loader.load(
+            mcore_to_pyt_state_dict(by_key, is_loading=True),
+            storage_reader=FileSystemReader(directory),
+            planner=planner,
+            no_dist=True,
+        )
+
+
+def finish_directory(directory: Path, common: dict[str, Any]) -> None:
+    """Write the small files that Megatron's loader expects. One rank calls it.
+
+    Args:
+        directory: Directory of the tensors.
+        common: Plain values that Megatron calls the common state.
+    """
+    torch.save(common, directory / COMMON_FILE)
+    save_config(CheckpointingConfig("torch_dist", 1), str(directory))
+    for name in (COMMON_FILE, "metadata.json"):
+        with (directory / name).open("rb") as stream:
+            os.fsync(stream.fileno())
+    sync_directory(directory)
+
+
+def stored_keys(directory: Path) -> frozenset[str]:
+    """Return the keys of all tensors in a checkpoint."""
+    return frozenset(FileSystemReader(directory).read_metadata().state_dict_metadata)
+
+
+def missing_bytes(directory: Path) -> list[str]:
+    """Return a phrase for each file of a checkpoint that is missing or too short."""
+    metadata = FileSystemReader(directory).read_metadata()
+    needed: dict[str, int] = defaultdict(int)
+    # The index names every stored byte range. A file may be longer than its last range, never
+    # shorter.
+    for place in metadata.storage_data.values():
+        needed[place.relative_path] = max(needed[place.relative_path], place.offset + place.length)
+    problems = []
+    for name, size in sorted(needed.items()):
+        path = directory / name
+        if not path.is_file():
+            problems.append(f"{name} is missing")
+        elif path.stat().st_size < size:
+            problems.append(f"{name} has {path.stat().st_size} bytes of {size}")
+    return problems
+
+
+def _describe(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    first = text[0] if text else ""
+    return first if isinstance(error, OSError) else f"{type(error).__name__}: {first}"
+
+
+# ------------------------------------------------------------------------------------------
+# The state of a run.
 
 Kinds = Mapping[str, Mapping[str, Tensor]]  # key prefix -> parameter name -> flat shard
 Wanted = Mapping[str, Sequence[str]]  # key prefix -> parameter names
@@ -113,12 +267,19 @@ def _tensors_of(kinds: Kinds, space: ModelSpace) -> Iterator[ShardedTensor]:
             yield from sharded_tensors(f"{kind}.{name}", space.cut(name), piece)
 
 
-def digests_of(groups: Groups, shards: Sequence[Shard], kinds: Kinds) -> dict[str, str]:
+def digests_of(
+    groups: Groups, shards: Sequence[Shard], kinds: Kinds, device: torch.device
+) -> dict[str, str]:
     """Return the digest of each kind.
+
+    Args:
+        groups: This rank's groups.
+        shards: This rank's shards.
+        kinds: The tensors.
+        device: The device that the replica's backend sends from.
 
     Collectives: one all-reduce over the replica, 8 bytes a kind; all its ranks call it.
     """
-    device = training_device()
 
     def all_reduce(total: Tensor) -> None:
         total.copy_(sum_over(groups.replica, total.to(device)))
@@ -151,7 +312,9 @@ def masters_differ(state: RunState) -> bool:
     return any(gather_objects(None, differs))
 
 
-def describe(state: RunState, kinds: Kinds, *, step: int, has_masters: bool) -> Description:
+def describe(
+    state: RunState, kinds: Kinds, *, step: int, has_masters: bool, device: torch.device
+) -> Description:
     """Return the plain part of a checkpoint of ``kinds``, complete on every rank.
 
     Collectives: the digests over the replica, then one small object from every rank of the job.
@@ -161,7 +324,7 @@ def describe(state: RunState, kinds: Kinds, *, step: int, has_masters: bool) -> 
     """
     groups = state.groups
     own: dict[str, Any] = {
-        "digests": digests_of(groups, state.view.shards, kinds),
+        "digests": digests_of(groups, state.view.shards, kinds, device),
         "inner_step": state.inner.step_count,
         "synchronizer": None,
     }
@@ -179,7 +342,7 @@ def describe(state: RunState, kinds: Kinds, *, step: int, has_masters: bool) -> 
         has_masters=has_masters,
         scalars=state.scalars,
         replicas=replicas,
-        config=state.config.model_dump(mode="json"),
+        config=state.resolved,
     )
 
 
@@ -238,7 +401,7 @@ def load_run(path: Path, into: RunState, space: ModelSpace) -> Description:
     wanted = _wanted(description, stored, into, space)
     pieces = _read(path, wanted, space)
     own = description.replicas[into.groups.coords.replica]
-    found = digests_of(into.groups, into.view.shards, pieces)
+    found = digests_of(into.groups, into.view.shards, pieces, space.device)
     _check_digests(path, found, own["digests"])
     _apply(description, pieces, into)
     # Generator states belong to ranks. In another layout rank r does other work, so every rank
@@ -276,7 +439,7 @@ def load_anchor(
         description = read_description(path)
         _stored(path)
     pieces = _read(path, {ANCHOR: list(view.infos)}, space)
-    found = digests_of(groups, view.shards, pieces)
+    found = digests_of(groups, view.shards, pieces, space.device)
     _check_digests(path, found, {ANCHOR: description.anchor_digest})
     _fill(view, pieces[ANCHOR])
     view.publish()
@@ -284,7 +447,7 @@ def load_anchor(
 
 
 def _check_config(path: Path, description: Description, into: RunState) -> None:
-    changed = differences(description.config, into.config.model_dump(mode="json"))
+    changed = differences(description.config, into.resolved)
     if changed:
         listed = "".join(f"\n  {line}" for line in changed)
         raise CheckpointError(

@@ -83,6 +83,7 @@ class RunState:
         config: The run's configuration.
         scalars: Plain numbers, texts, lists and dicts of the training run, equal on all ranks, such
             as the consumed samples; replaced on load.
+        resolved: The configuration as plain values, as a checkpoint stores it.
     """
 
     groups: Groups
@@ -91,6 +92,11 @@ class RunState:
     synchronizer: Synchronizer | None
     config: RunConfig
     scalars: dict[str, Any] = field(default_factory=dict)
+    resolved: dict[str, Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Resolve the configuration once, rather than at every save."""
+        self.resolved = self.config.model_dump(mode="json")
 
     def anchors(self) -> Mapping[str, Tensor]:
         """Return the anchor of the shards that this rank synchronises, by name."""
@@ -107,7 +113,7 @@ class Description:
         format: Version of the checkpoint format.
         step: Number of inner steps made.
         topology: Sizes of the axes of the world that saved it.
-        anchor_digest: Digest of the anchor (`megatron_muloco.checkpoint.digest`).
+        anchor_digest: Digest of the anchor (`megatron_muloco.checkpoint.sharding`).
         versions: Package name -> version that wrote it; information for people.
         has_masters: Whether masters are stored, because they differ from the anchor.
         scalars: Plain values of the training run (`RunState.scalars`).

@@ -28,6 +28,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedBase
 from megatron_muloco.checkpoint import layout
 from megatron_muloco.checkpoint.io import (
     describe,
+    everywhere,
     load_anchor,
     load_run,
     masters_differ,
@@ -35,12 +36,12 @@ from megatron_muloco.checkpoint.io import (
     sharded_kinds,
     sharded_rng,
     write_description,
+    write_tensors,
 )
 from megatron_muloco.checkpoint.layout import Found
 from megatron_muloco.checkpoint.sharding import ModelSpace
 from megatron_muloco.checkpoint.state import ANCHOR, Description, Masters, RunState
-from megatron_muloco.checkpoint.storage import everywhere, write_tensors
-from megatron_muloco.comm.agreement import broadcast_object
+from megatron_muloco.comm.collectives import broadcast_object
 from megatron_muloco.comm.groups import Groups
 from megatron_muloco.runtime.accelerator import training_device
 
@@ -61,7 +62,7 @@ class CheckpointStore:
 
     def __init__(self, directory: Path, groups: Groups, *, keep: int = 2) -> None:
         self.directory, self.keep = directory, keep
-        self._groups = groups
+        self._groups, self._device = groups, training_device()
 
     def latest(self) -> Found | None:
         """Return the checkpoint to resume from and a note for the user; ``None`` if there is none.
@@ -98,7 +99,9 @@ class CheckpointStore:
         path = layout.checkpoint_path(self.directory, step)
         has_masters = masters_differ(state)
         kinds = run_kinds(state, with_masters=has_masters)
-        description = describe(state, kinds, step=step, has_masters=has_masters)
+        description = describe(
+            state, kinds, step=step, has_masters=has_masters, device=self._device
+        )
         _write_published(
             path,
             chain(sharded_kinds(state, kinds, self._space(state.view)), sharded_rng()),
@@ -124,7 +127,9 @@ class CheckpointStore:
         Collectives: as `save`.
         """
         kinds = {ANCHOR: state.anchors()}
-        description = describe(state, kinds, step=layout.step_of(path), has_masters=False)
+        description = describe(
+            state, kinds, step=layout.step_of(path), has_masters=False, device=self._device
+        )
         target = path / layout.FINAL_ANCHOR
         _write_published(
             target,
@@ -143,7 +148,7 @@ class CheckpointStore:
         return load_anchor(path, self._groups, view, self._space(view), flushed=flushed)
 
     def _space(self, view: Masters) -> ModelSpace:
-        return ModelSpace(self._groups, view.infos, view.shards, training_device())
+        return ModelSpace(self._groups, view.infos, view.shards, self._device)
 
 
 def _write_published(

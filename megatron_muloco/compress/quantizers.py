@@ -34,9 +34,9 @@ from megatron_muloco.compress.format import (
     Grouping,
     e3m0_format,
     linear_format,
+    packed_bytes,
     statistical_format,
 )
-from megatron_muloco.compress.packing import pack, unpack
 
 __all__ = [
     "E3M0",
@@ -44,9 +44,93 @@ __all__ = [
     "Linear",
     "Statistical",
     "column_blocks",
+    "pack",
     "table_index",
+    "unpack",
     "write_codes",
 ]
+
+
+# ------------------------------------------------------------------------------------------
+# Packing of codes into bytes without gaps: `pack` and `unpack`.
+#
+# Widths of 1, 2, 4 and 8 bits divide a byte: value i of a byte is in bits ``[i * bits, ...)``. To
+# pack, as many codes as fill a byte are read as one integer word, and one multiplication moves all
+# of them into the word's highest byte. So packing is one operation over contiguous memory. Other
+# widths (indices) are packed bit by bit. Words are little-endian, as on every host of torch's
+# accelerators.
+
+
+_WORDS = {1: torch.int64, 2: torch.int32, 4: torch.int16}
+# Code i of a word starts at bit 8 * i and must move to ``top + i * bits``, where top is 8 bits
+# below the end of the word. Each move is a shift, and the sum of the shifts is one factor. The
+# other products either fall off the end, or land below the top without overlapping, so none
+# carries.
+_GATHER = {
+    bits: sum(1 << (8 * (8 // bits - 1) - i * (8 - bits)) for i in range(8 // bits))
+    for bits in _WORDS
+}
+# Steps (shift, mask) from packed to unpacked; each one doubles the number of separate fields.
+_SPREAD = {
+    1: ((28, 0x0000000F_0000000F), (14, 0x0003_0003_0003_0003), (7, 0x01010101_01010101)),
+    2: ((12, 0x000F_000F), (6, 0x03030303)),
+    4: ((4, 0x0F0F),),
+}
+_MAX_BITS = 16
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Return ``codes`` as packed bytes.
+
+    Args:
+        codes: Integers in ``[0, 2**bits)``, flat; uint8 for up to 8 bits, else int32.
+        bits: Width of a code, 1 to 16.
+
+    Returns:
+        uint8, ``[packed_bytes(len(codes), bits)]``; unused bits of the last byte are 0.
+    """
+    if bits == 8:
+        return codes.to(torch.uint8, copy=True)
+    if bits not in _WORDS:
+        return _pack_any(codes, bits)
+    per_byte = 8 // bits
+    surplus = -codes.numel() % per_byte
+    padded = torch.nn.functional.pad(codes, (0, surplus)) if surplus else codes.contiguous()
+    word = padded.view(-1, per_byte).view(_WORDS[bits]).flatten()
+    # The shift is arithmetic and copies the sign; the conversion to uint8 drops these bits.
+    return (word * _GATHER[bits] >> 8 * (per_byte - 1)).to(torch.uint8)
+
+
+def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
+    """Return ``count`` codes that `pack` packed; uint8 for up to 8 bits, else int32."""
+    assert packed.numel() == packed_bytes(count, bits), (packed.numel(), bits, count)
+    if bits == 8:
+        return packed.clone()
+    if bits not in _WORDS:
+        return _unpack_any(packed, bits, count)
+    word = packed.to(_WORDS[bits])
+    for shift, mask in _SPREAD[bits]:
+        word = word.bitwise_or_(word << shift).bitwise_and_(mask)
+    return word.view(torch.uint8)[:count]
+
+
+def _pack_any(codes: Tensor, bits: int) -> Tensor:
+    assert 1 <= bits <= _MAX_BITS, bits
+    places = torch.arange(bits, dtype=torch.int32, device=codes.device)
+    single = ((codes.to(torch.int32)[:, None] >> places) & 1).flatten().to(torch.uint8)
+    return pack(single, 1)
+
+
+def _unpack_any(packed: Tensor, bits: int, count: int) -> Tensor:
+    assert 1 <= bits <= _MAX_BITS, bits
+    places = torch.arange(bits, dtype=torch.int32, device=packed.device)
+    single = unpack(packed, 1, packed.numel() * 8)[: count * bits].view(count, bits)
+    codes = (single.to(torch.int32) << places).sum(1, dtype=torch.int32)
+    return codes.to(torch.uint8) if bits < 8 else codes
+
+
+# ------------------------------------------------------------------------------------------
+# What all quantizers share.
 
 # 512 KiB of fp32, the fastest of 2**13 to 2**18 in a measurement. Smaller blocks would stay in the
 # second-level cache, but the overhead of more operator calls is larger than that gain.
@@ -57,7 +141,7 @@ _DEVICE_BLOCK_VALUES = 1 << 22
 # Dtype whose element is as large as the decoded fp32 values of one packed byte, by bits. Viewed as
 # this dtype, the table of all bytes is indexed with one copy per byte. The largest dtype has 16
 # bytes, so at 1 bit an element holds half a byte's values, and a table row two elements.
-_WORDS = {8: torch.float32, 4: torch.float64, 2: torch.complex128, 1: torch.complex128}
+_ENTRIES = {8: torch.float32, 4: torch.float64, 2: torch.complex128, 1: torch.complex128}
 
 
 class GroupedCodec(RawFallback, ABC):
@@ -143,7 +227,7 @@ class GroupedCodec(RawFallback, ABC):
         """Decode a unit of one group with a table of all 256 bytes: one look-up per byte."""
         per_byte = 8 // self.bits
         table = levels.index_select(0, _codes_of_bytes(self.bits, packed.device))
-        table = table.view(256, per_byte).view(_WORDS[self.bits]).squeeze(1)
+        table = table.view(256, per_byte).view(_ENTRIES[self.bits]).squeeze(1)
         for part, place in zip(
             packed.split(block_values(packed.device) // per_byte),
             out.split(block_values(packed.device)),
@@ -207,6 +291,7 @@ def column_blocks(matrix: Tensor) -> Iterator[slice]:
 
 
 # ------------------------------------------------------------------------------------------
+# The quantizers.
 
 
 class Linear(GroupedCodec):
@@ -244,9 +329,6 @@ class Linear(GroupedCodec):
         steps = self.level_count - 1
         place = torch.arange(self.level_count, dtype=torch.float64, device=heads.device) / steps
         return torch.lerp(low, high, place).float()
-
-
-# ------------------------------------------------------------------------------------------
 
 
 _RANGE = 6.0  # standard deviations, MuLoCo's research code (facebookresearch/MuLoCo)
@@ -316,9 +398,6 @@ def _moments(values: Tensor) -> tuple[Tensor, Tensor]:
     mean = total / values.shape[1]
     variance = (squares / values.shape[1] - mean * mean).clamp_(min=0)
     return mean, variance.sqrt()
-
-
-# ------------------------------------------------------------------------------------------
 
 
 _EXPONENTS = 8

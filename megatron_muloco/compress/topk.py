@@ -14,8 +14,7 @@ from megatron_muloco.compress.codec import (
     to_bytes,
 )
 from megatron_muloco.compress.format import CodingUnit, Grouping, TopKFormat
-from megatron_muloco.compress.packing import pack, unpack
-from megatron_muloco.compress.quantizers import Statistical
+from megatron_muloco.compress.quantizers import Statistical, pack, unpack
 
 __all__ = ["TopK"]
 

@@ -163,7 +163,7 @@ def shutdown() -> None:
     """
     import torch
 
-    from megatron_muloco.comm.agreement import barrier
+    from megatron_muloco.comm.collectives import barrier
 
     if torch.distributed.is_initialized():
         barrier()

@@ -18,7 +18,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from torch import Tensor
 
-from megatron_muloco.comm.agreement import gather_objects
+from megatron_muloco.comm.collectives import gather_objects
 from megatron_muloco.comm.groups import Groups
 from megatron_muloco.errors import RuntimeMismatch
 from megatron_muloco.model.names import describe_parameters

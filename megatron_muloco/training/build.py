@@ -13,7 +13,7 @@ from megatron.core.distributed import DistributedDataParallel
 
 from megatron_muloco.checkpoint.state import Description, RunState, residual_changes
 from megatron_muloco.checkpoint.store import CheckpointStore
-from megatron_muloco.comm.agreement import gather_objects, job_store
+from megatron_muloco.comm.collectives import gather_objects, job_store
 from megatron_muloco.comm.groups import Groups
 from megatron_muloco.config import RunConfig
 from megatron_muloco.config.derived import Derived, derive

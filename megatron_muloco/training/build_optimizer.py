@@ -13,15 +13,13 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 
-from megatron_muloco.comm.agreement import gather_objects
 from megatron_muloco.comm.background import BackgroundReducer
 from megatron_muloco.comm.chunking import row_places
-from megatron_muloco.comm.collectives import AllToAll
+from megatron_muloco.comm.collectives import AllToAll, ReplicatedBroadcast, gather_objects
 from megatron_muloco.comm.compressed import build_compressed_reducer_for
 from megatron_muloco.comm.consistency import check_equal, check_same_shards
 from megatron_muloco.comm.groups import Groups
 from megatron_muloco.comm.reducers import ReplicaSum, build_plain_reducer_for
-from megatron_muloco.comm.replicated import ReplicatedBroadcast
 from megatron_muloco.config import RunConfig
 from megatron_muloco.config.derived import Derived, derive, sketch_width
 from megatron_muloco.config.inner import MuonConfig, MuonInner

@@ -17,7 +17,7 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
-from megatron_muloco.comm.agreement import sum_over
+from megatron_muloco.comm.collectives import sum_over
 from megatron_muloco.comm.groups import Groups
 from megatron_muloco.data.batches import BatchSource, document_ids
 from megatron_muloco.model.attention import document_mask

@@ -18,13 +18,14 @@ from torch.profiler import record_function
 from megatron_muloco.checkpoint.io import digests_of
 from megatron_muloco.checkpoint.layout import checkpoint_path
 from megatron_muloco.checkpoint.state import ANCHOR
-from megatron_muloco.comm.agreement import sum_over
+from megatron_muloco.comm.collectives import sum_over
 from megatron_muloco.config import RunConfig
 from megatron_muloco.errors import CheckpointError
 from megatron_muloco.monitor.monitor import Value
 from megatron_muloco.monitor.profiler import profiled
 from megatron_muloco.optim.muon import MuonAdamW
 from megatron_muloco.outer.diagnostics import OuterReport
+from megatron_muloco.runtime.accelerator import training_device
 from megatron_muloco.runtime.distributed import shutdown
 from megatron_muloco.training.build import RunContext, build_run, scalars_of
 from megatron_muloco.training.forward import anchor_in_place, evaluate, generate
@@ -263,7 +264,8 @@ def _finish(context: RunContext, last_step: int) -> Outcome:
     _evaluate(context, last_step)
     _sample(context)
     state = context.state
-    digests = digests_of(state.groups, state.view.shards, {ANCHOR: state.anchors()})
+    kinds = {ANCHOR: state.anchors()}
+    digests = digests_of(state.groups, state.view.shards, kinds, training_device())
     context.monitor.say(f"final anchor digest: {digests[ANCHOR]}")
     return Outcome.DONE if saved else Outcome.SAVE_FAILED
 

@@ -20,8 +20,8 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_muloco.comm.collectives import ReplicatedBroadcast
 from megatron_muloco.comm.consistency import check_equal
-from megatron_muloco.comm.replicated import ReplicatedBroadcast
 from megatron_muloco.config import RunConfig
 from megatron_muloco.config.derived import Derived
 from megatron_muloco.config.inner import learning_rate

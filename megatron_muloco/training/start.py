@@ -5,7 +5,7 @@ from datetime import timedelta
 import torch
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from megatron_muloco.comm.agreement import gather_objects
+from megatron_muloco.comm.collectives import gather_objects
 from megatron_muloco.comm.groups import Groups, build_groups
 from megatron_muloco.config import RunConfig
 from megatron_muloco.config.derived import topology_of

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_muloco.checkpoint.digest import digest_sum, render, whole_index
-from megatron_muloco.checkpoint.sharding import Cut
+from megatron_muloco.checkpoint.sharding import Cut, digest_sum, render, whole_index
 from megatron_muloco.params import ParamInfo, Shard
 
 FC1 = "decoder.layers.0.mlp.linear_fc1.weight"
@@ -108,5 +107,5 @@ def test_it_is_sixteen_digits() -> None:
 def test_long_shards_are_visited_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     model = whole_model()
     expected = digest(model, tp=2, dp=2)
-    monkeypatch.setattr("megatron_muloco.checkpoint.digest._CHUNK", 5)
+    monkeypatch.setattr("megatron_muloco.checkpoint.sharding._CHUNK", 5)
     assert digest(model, tp=2, dp=2) == expected

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_muloco.compress.format import packed_bytes
-from megatron_muloco.compress.packing import pack, unpack
+from megatron_muloco.compress.quantizers import pack, unpack
 from tests.support.tensors import assert_equal
 
 BITS = [*range(1, 17)]
