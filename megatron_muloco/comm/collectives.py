@@ -360,8 +360,9 @@ class AllToAll:
 # ------------------------------------------------------------------------------------------
 # Collectives for control: small objects, small sums, a barrier and the job's key-value store.
 #
-# They never carry the data of an outer step. All of them block. In each, every rank of the group must take part at the same point of the
-# program: a rank that stays away blocks the others until the group's time limit.
+# They never carry the data of an outer step. All of them block. In each, every rank of the group
+# must take part at the same point of the program: a rank that stays away blocks the others until
+# the group's time limit.
 
 
 Value = TypeVar("Value")

@@ -107,6 +107,7 @@ def build_replica_optimizer(
     *,
     names: ParameterNames = GPT_NAMES,
     matrix_update: MatrixUpdate | None = None,
+    outer_optimizer: OuterOptimizer | None = None,
 ) -> ReplicaOptimizer:
     """Build Megatron's distributed optimizer for ``model`` and wrap it; see `wrap_optimizer`."""
     # Megatron makes master weights and moments for some torch optimizer. `wrap_optimizer` replaces
@@ -119,7 +120,13 @@ def build_replica_optimizer(
         model, groups, placeholder, _build_optimizer_config(config)
     )
     return wrap_optimizer(
-        distributed, model, config, groups, names=names, matrix_update=matrix_update
+        distributed,
+        model,
+        config,
+        groups,
+        names=names,
+        matrix_update=matrix_update,
+        outer_optimizer=outer_optimizer,
     )
 
 

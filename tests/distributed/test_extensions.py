@@ -5,7 +5,8 @@ from typing import Any
 import torch
 
 from megatron_muloco.config import RunConfig
-from tests.support.extensions import OTHER_NAMES, SignedMomentum, with_other_names
+from megatron_muloco.outer.optimizer import OuterOptimizer
+from tests.support.extensions import OTHER_NAMES, HeavyBall, SignedMomentum, with_other_names
 from tests.support.spawn import run_ranks
 from tests.support.tensors import assert_equal
 from tests.support.tiny_models import MUON, finish_tiny, start_tiny, tiny_config
@@ -88,3 +89,36 @@ def test_another_update_rule_takes_the_place_of_muon() -> None:
     for name, (actual, expected) in moved.items():
         # Parameters below 1 round to 6e-8, steps are lr / sqrt(1024) an element.
         assert abs(actual - expected) <= 1e-3 * expected, name
+
+
+def anchors_of_two_rounds(
+    config: RunConfig, outer_optimizer: OuterOptimizer | None
+) -> list[dict[str, torch.Tensor]]:
+    """Train two rounds and return the anchor after each of them."""
+    run = start_tiny(config, outer_optimizer=outer_optimizer)
+    synchronizer = run.optimizer.synchronizer
+    assert synchronizer is not None
+    anchors = []
+    for _ in range(2):
+        run.train(config.outer.sync_interval)
+        anchors.append({name: anchor.clone() for name, anchor in synchronizer.anchors().items()})
+    finish_tiny()
+    return anchors
+
+
+def test_another_outer_optimizer_takes_the_place_of_nesterov() -> None:
+    """From zero momentum Nesterov is heavy ball with 1 + mu times the learning rate, bit for bit.
+
+    With eta = 1 and mu = 1/2 both subtract D + D/2, rounded once. In the second round they differ.
+    """
+    outer = {"kind": "nesterov", "lr": 1.0, "momentum": 0.5, "sync_interval": 2}
+    config = tiny_config(outer=outer, parallel={"num_replicas": 2})
+    nesterov = run_ranks(anchors_of_two_rounds, 2, config, None)
+    ranks = run_ranks(anchors_of_two_rounds, 2, config, HeavyBall(1.5, 0.5))
+    for (first, second), (own_first, own_second) in zip(ranks, nesterov, strict=True):
+        assert first.keys() == own_first.keys()
+        for name, anchor in first.items():
+            assert_equal(anchor, own_first[name], name)
+        assert not any(torch.equal(anchor, own_second[name]) for name, anchor in second.items())
+    for name, anchor in ranks[0][1].items():
+        assert_equal(anchor, ranks[1][1][name], f"{name} of both replicas")

@@ -1,6 +1,5 @@
 """Relations between whole runs of the real model, schedules and optimizers."""
 
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -10,10 +9,10 @@ import torch
 from megatron_muloco.comm.groups import Groups
 from megatron_muloco.config import RunConfig
 from megatron_muloco.errors import RuntimeMismatch
-from megatron_muloco.outer.optimizer import OuterOptimizer
 from megatron_muloco.training.build_optimizer import wrap_optimizer
 from megatron_muloco.training.forward import ForwardBackward
 from tests.support.collectives import counted_collectives
+from tests.support.extensions import HeavyBall
 from tests.support.spawn import run_ranks
 from tests.support.tensors import assert_equal
 from tests.support.tiny_models import (
@@ -321,7 +320,10 @@ def _refusal(config: RunConfig, what: str) -> str:
             next(iter(run.optimizer.view.masters.values())).add_(1.0)
             run.train(1)
         elif what == "outer optimizer":
-            rewrap(run, HeavyBall(lr=1.0, momentum=0.5))
+            optimizer = run.optimizer.view.optimizer
+            wrap_optimizer(
+                optimizer, run.model, config, run.groups, outer_optimizer=HeavyBall(1.0, 0.5)
+            )
         else:
             run.optimizer.view.optimizer.config.clip_grad = 0.5
             wrap_optimizer(run.optimizer.view.optimizer, run.model, config, run.groups)
@@ -345,63 +347,3 @@ def test_what_would_silently_be_another_run_is_refused(what: str, said: str) -> 
     sections = {"outer": NO_OUTER} if what == "outer optimizer" else {}
     (refused,) = run_ranks(_refusal, 1, config_of("muon", 1, **sections), what)
     assert said in refused
-
-
-@dataclass(frozen=True)
-class HeavyBall:
-    """An outer optimizer outside the package: ``u <- mu u + D; theta <- theta - eta u``."""
-
-    lr: float
-    momentum: float
-
-    def step(
-        self, anchor: torch.Tensor, momentum: torch.Tensor, mean: torch.Tensor, *, round_index: int
-    ) -> None:
-        momentum.mul_(self.momentum).add_(mean)
-        anchor.sub_(mean.copy_(momentum).mul_(self.lr))
-
-
-def rewrap(run: TinyRun, outer_optimizer: OuterOptimizer) -> TinyRun:
-    run.optimizer = wrap_optimizer(
-        run.optimizer.view.optimizer,
-        run.model,
-        run.config,
-        run.groups,
-        outer_optimizer=outer_optimizer,
-    )
-    return run
-
-
-def _anchors_with(
-    config: RunConfig, outer_optimizer: OuterOptimizer | None
-) -> list[dict[str, torch.Tensor]]:
-    """Train two rounds and return the anchor after each of them."""
-    run = start_tiny(config, own_samples)
-    if outer_optimizer is not None:
-        rewrap(run, outer_optimizer)
-    anchors = []
-    for _ in range(2):
-        run.train(config.outer.sync_interval)
-        assert run.optimizer.synchronizer is not None
-        anchors.append({n: a.clone() for n, a in run.optimizer.synchronizer.anchors().items()})
-    finish_tiny()
-    return anchors
-
-
-def test_an_outer_optimizer_outside_the_package_moves_the_anchor() -> None:
-    """From zero momentum Nesterov is heavy ball with 1 + mu times the learning rate, bit for bit.
-
-    With eta = 1 and mu = 1/2 both subtract D + D/2, rounded once. In the second round they differ.
-    """
-    nesterov = {"kind": "nesterov", "lr": 1.0, "momentum": 0.5, "sync_interval": 2}
-    config = config_of("adamw", 2, outer=nesterov)
-    given = run_ranks(_anchors_with, 2, config, HeavyBall(lr=1.5, momentum=0.5))
-    built_in = run_ranks(_anchors_with, 2, config, None)
-    for (first, second), (first_nesterov, second_nesterov) in zip(given, built_in, strict=True):
-        assert first.keys() == first_nesterov.keys()
-        for name, anchor in first.items():
-            assert_equal(anchor, first_nesterov[name], name)
-        assert any(not torch.equal(a, second_nesterov[name]) for name, a in second.items())
-    # both replicas made the same step
-    for name, anchor in given[0][1].items():
-        assert_equal(anchor, given[1][1][name], name)

@@ -1,6 +1,7 @@
-"""Extensions of the package that live outside of it: other parameter names, another update rule."""
+"""Extensions that live outside the package: parameter names, an update rule, an outer optimizer."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from megatron.core.transformer.mlp import MLP
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from megatron_muloco.params import ParameterNames
 
-__all__ = ["OTHER_NAMES", "FeedForward", "SignedMomentum", "with_other_names"]
+__all__ = ["OTHER_NAMES", "FeedForward", "HeavyBall", "SignedMomentum", "with_other_names"]
 
 OTHER_NAMES = ParameterNames(
     layers="decoder.layers",
@@ -60,3 +61,16 @@ class SignedMomentum:
 
     def update(self, stacked: Tensor) -> Tensor:
         return stacked / torch.linalg.vector_norm(stacked, dim=(-2, -1), keepdim=True)
+
+
+@dataclass(frozen=True)
+class HeavyBall:
+    """An `OuterOptimizer`: ``u <- mu u + D; theta <- theta - eta u``."""
+
+    lr: float
+    momentum: float
+
+    def step(self, anchor: Tensor, momentum: Tensor, mean: Tensor, *, round_index: int) -> None:
+        momentum.mul_(self.momentum).add_(mean)
+        update = mean.copy_(momentum).mul_(self.lr)
+        anchor.sub_(update)
