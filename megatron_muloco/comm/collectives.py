@@ -95,7 +95,7 @@ class BufferPool:
     def __init__(self, device: torch.device, *, pin_memory: bool = False) -> None:
         self._device, self._pin_memory = device, pin_memory
         self._free: list[Tensor] = []
-        self._lent: list[tuple[Tensor, Tensor]] = []
+        self._acquired: list[tuple[Tensor, Tensor]] = []
 
     def acquire(self, numel: int, dtype: torch.dtype) -> Tensor:
         """Return a flat buffer of exactly ``numel`` elements with undefined contents."""
@@ -112,14 +112,14 @@ class BufferPool:
                 wanted, dtype=torch.uint8, device=self._device, pin_memory=self._pin_memory
             )
         buffer = storage[:wanted].view(dtype)
-        self._lent.append((buffer, storage))
+        self._acquired.append((buffer, storage))
         return buffer
 
     def release(self, *buffers: Tensor) -> None:
         """Return buffers to the pool; views of them stay readable until the next `acquire`."""
         for buffer in buffers:
-            index = next(i for i, (lent, _) in enumerate(self._lent) if lent is buffer)
-            self._free.append(self._lent.pop(index)[1])
+            index = next(i for i, (acquired, _) in enumerate(self._acquired) if acquired is buffer)
+            self._free.append(self._acquired.pop(index)[1])
 
 
 # ------------------------------------------------------------------------------------------
@@ -277,20 +277,20 @@ class _OnHost:
         pool: Owner of the copies.
         staged: Host copy that receives the result.
         into: The caller's tensor for the result.
-        borrowed: All host copies of this collective.
+        buffers: All host copies of this collective.
     """
 
     pending: Any
     pool: BufferPool
     staged: Tensor
     into: Tensor
-    borrowed: tuple[Tensor, ...]
+    buffers: tuple[Tensor, ...]
 
     def wait(self) -> None:
         """See `Pending.wait`."""
         self.pending.wait()
         self.into.copy_(self.staged)
-        for buffer in self.borrowed:
+        for buffer in self.buffers:
             self.pool.release(buffer)
 
 
@@ -514,10 +514,10 @@ class ReplicatedBroadcast:
             ):
                 if not torch.equal(own.view(torch.int32), other.view(torch.int32)):
                     rank = torch.distributed.get_rank()
-                    holder = torch.distributed.get_global_rank(group, 0)
+                    primary = torch.distributed.get_global_rank(group, 0)
                     raise SyncError(
                         f"round {round_index}: {shard.name}: rank {rank} holds other values than "
-                        f"rank {holder}, though both hold the same parameter. The copies inside "
+                        f"rank {primary}, though both hold the same parameter. The copies inside "
                         "the replica have drifted apart. Resume from a checkpoint before this "
                         "round; if it happens again, suspect the hardware of one of them."
                     )

@@ -96,8 +96,8 @@ def test_resumed_at_any_step_is_never_stopped(case: str, prefix: str, tmp_path: 
     run_ranks(stop_everywhere, world, prefix, replicas, sections, tmp_path, timeout_s=120)
 
 
-def resume_with_a_code(prefix: str, directory: Path) -> str:
-    """Save without a code, resume with one; return what the run says."""
+def resume_with_compression(prefix: str, directory: Path) -> str:
+    """Save without compression, resume with it; return what the run says."""
     checkpoint = {"dir": str(directory), "save_interval": ROUND, "keep": STEPS}
     run_here(config_of(prefix, 2, outer={**CODED, "compression": {}}, checkpoint=checkpoint))
     there = {"dir": str(directory / "coded"), "resume": str(directory / "iter_0000003")}
@@ -107,7 +107,7 @@ def resume_with_a_code(prefix: str, directory: Path) -> str:
 
 
 def test_a_run_says_that_residuals_begin_with_zeros(prefix: str, tmp_path: Path) -> None:
-    said, _ = run_ranks(resume_with_a_code, 2, prefix, tmp_path)
+    said, _ = run_ranks(resume_with_compression, 2, prefix, tmp_path)
     expected = (
         "error feedback: compression error of the pseudogradients (e) and compression error of the "
         "mean (f): zero, the checkpoint has none"

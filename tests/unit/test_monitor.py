@@ -253,7 +253,7 @@ def test_what_a_stop_leaves_is_written_with_the_own_value_and_marked(tmp_path):
     assert run.stream.getvalue().count("outcome") == 1
 
 
-def test_riders_have_one_size_and_nothing_between_launches(tmp_path):
+def test_line_values_have_one_size_and_nothing_between_launches(tmp_path):
     run = Replicas(tmp_path, schedule=SyncSchedule(10, 40, 3, 2), log_interval=3)
     run.train(40, by_step)
     assert len({line_values.shape for line_values in run.line_values.values()}) == 1

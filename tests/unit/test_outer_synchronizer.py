@@ -377,7 +377,7 @@ def test_the_report_measures_the_round() -> None:
         assert metrics["muloco/cosine_to_mean"] == pytest.approx(math.sqrt(0.5))
 
 
-def test_riders_reach_every_replica() -> None:
+def test_line_values_reach_every_replica() -> None:
     def body(k: int, reducer: ExchangeReducer) -> Tensor:
         replica = Replica(start())
         s = settings(sync_interval=1, train_iters=1)
