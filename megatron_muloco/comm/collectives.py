@@ -95,7 +95,7 @@ class BufferPool:
     def __init__(self, device: torch.device, *, pin_memory: bool = False) -> None:
         self._device, self._pin_memory = device, pin_memory
         self._free: list[Tensor] = []
-        self._acquired: list[tuple[Tensor, Tensor]] = []
+        self._in_use: list[tuple[Tensor, Tensor]] = []
 
     def acquire(self, numel: int, dtype: torch.dtype) -> Tensor:
         """Return a flat buffer of exactly ``numel`` elements with undefined contents."""
@@ -112,14 +112,14 @@ class BufferPool:
                 wanted, dtype=torch.uint8, device=self._device, pin_memory=self._pin_memory
             )
         buffer = storage[:wanted].view(dtype)
-        self._acquired.append((buffer, storage))
+        self._in_use.append((buffer, storage))
         return buffer
 
     def release(self, *buffers: Tensor) -> None:
         """Return buffers to the pool; views of them stay readable until the next `acquire`."""
         for buffer in buffers:
-            index = next(i for i, (acquired, _) in enumerate(self._acquired) if acquired is buffer)
-            self._free.append(self._acquired.pop(index)[1])
+            index = next(i for i, (used, _) in enumerate(self._in_use) if used is buffer)
+            self._free.append(self._in_use.pop(index)[1])
 
 
 # ------------------------------------------------------------------------------------------
@@ -277,20 +277,20 @@ class _OnHost:
         pool: Owner of the copies.
         staged: Host copy that receives the result.
         into: The caller's tensor for the result.
-        buffers: All host copies of this collective.
+        copies: All host copies of this collective.
     """
 
     pending: Any
     pool: BufferPool
     staged: Tensor
     into: Tensor
-    buffers: tuple[Tensor, ...]
+    copies: tuple[Tensor, ...]
 
     def wait(self) -> None:
         """See `Pending.wait`."""
         self.pending.wait()
         self.into.copy_(self.staged)
-        for buffer in self.buffers:
+        for buffer in self.copies:
             self.pool.release(buffer)
 
 

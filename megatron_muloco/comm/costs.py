@@ -135,16 +135,16 @@ def compressed_all_reduce_cost(
     """Return the cost of `CompressedAllReduce`."""
     chunks, sizes = _encoded(compression, shards, num_replicas)
     numel = sum(shard.numel for shard in shards)
-    unit, form = _largest_unit(chunks), main_format(compression)
+    unit, payload_format = _largest_unit(chunks), main_format(compression)
     fp32, payload, own = _FP32 * numel, sum(sizes), max(sizes)
     buffers = payload + num_replicas * own
     owned = min(numel, chunk_length([(s.name, s.numel) for s in shards], num_replicas))
-    averaging = _FP32 * unit + form.encoding_bytes(unit)  # by the owner
-    decoding = payload + fp32 + form.decoding_bytes(unit)  # of all chunks
+    averaging = _FP32 * unit + payload_format.encoding_bytes(unit)  # by the owner
+    decoding = payload + fp32 + payload_format.decoding_bytes(unit)  # of all chunks
     return ReducerCost(
         sent=tuple(two_way_bytes(sizes, index, row) for index in range(num_replicas)),
         buffers=buffers,
-        launching=form.encoding_bytes(unit),
+        launching=payload_format.encoding_bytes(unit),
         waiting=own + max(averaging, decoding),
         staged=buffers,
         residuals=_FP32 * (numel + owned) if compression.error_feedback else 0,
@@ -157,13 +157,13 @@ def compressed_all_gather_cost(
     """Return the cost of `CompressedAllGather`."""
     chunks, sizes = _encoded(compression, shards, 1)
     fp32, payload = _FP32 * sum(shard.numel for shard in shards), sum(sizes)
-    unit, form = _largest_unit(chunks), main_format(compression)
+    unit, payload_format = _largest_unit(chunks), main_format(compression)
     buffers = (1 + num_replicas) * payload
     return ReducerCost(
         sent=((num_replicas - 1) * (_FP32 * row + payload),) * num_replicas,
         buffers=buffers,
-        launching=form.encoding_bytes(unit),
-        waiting=fp32 + form.decoding_bytes(unit),  # the mean, and one replica's values
+        launching=payload_format.encoding_bytes(unit),
+        waiting=fp32 + payload_format.decoding_bytes(unit),  # the mean, and one replica's values
         staged=buffers,
         residuals=fp32 if compression.error_feedback else 0,
     )

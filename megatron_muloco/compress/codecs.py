@@ -3,7 +3,7 @@
 The planner calls `format_of`, which loads no torch; the reducers call `codec_lookup`. Neither knows
 a codec by its name. A new codec is a section of the config (`LossyCompression`), a codec class, and
 one entry here. A codec outside of this package adds its entry with `register_codec`, and its
-section with `config.load.with_compression`.
+section with `config.with_compression`.
 """
 
 from collections.abc import Callable, Mapping
@@ -61,29 +61,34 @@ def _topk_format(section: TopKCompression, bits: int | None) -> TopKFormat:
     return TopKFormat(section.density, value_bytes, grouping, section.value_bits)
 
 
-def _linear(form: GroupedFormat) -> "Codec":
+def _linear(payload_format: GroupedFormat) -> "Codec":
     from megatron_muloco.compress.quantizers import Linear
 
-    return Linear(form.bits, form.grouping)
+    return Linear(payload_format.bits, payload_format.grouping)
 
 
-def _statistical(form: GroupedFormat) -> "Codec":
+def _statistical(payload_format: GroupedFormat) -> "Codec":
     from megatron_muloco.compress.quantizers import Statistical
 
-    return Statistical(form.bits, form.grouping)
+    return Statistical(payload_format.bits, payload_format.grouping)
 
 
-def _e3m0(form: GroupedFormat) -> "Codec":
+def _e3m0(payload_format: GroupedFormat) -> "Codec":
     from megatron_muloco.compress.quantizers import E3M0
 
-    return E3M0(form.grouping)
+    return E3M0(payload_format.grouping)
 
 
-def _topk(form: TopKFormat) -> "Codec":
+def _topk(payload_format: TopKFormat) -> "Codec":
     from megatron_muloco.compress.topk import TopK
 
-    wire_dtype: Literal["fp32", "bf16"] = "bf16" if form.value_bytes == 2 else "fp32"
-    return TopK(form.density, wire_dtype, form.grouping.block_size, form.value_bits)
+    wire_dtype: Literal["fp32", "bf16"] = "bf16" if payload_format.value_bytes == 2 else "fp32"
+    return TopK(
+        payload_format.density,
+        wire_dtype,
+        payload_format.grouping.block_size,
+        payload_format.value_bits,
+    )
 
 
 _CODECS: dict[str, CodecKind] = {
@@ -146,8 +151,8 @@ def codec_lookup(
     build = cache(_entry(compression).codec)  # parameters of one format share a codec
 
     def codec_of(name: str) -> "Codec":
-        form = format_of(compression, kinds[name])
-        return Uncoded() if isinstance(form, RawFormat) else build(form)
+        payload_format = format_of(compression, kinds[name])
+        return Uncoded() if isinstance(payload_format, RawFormat) else build(payload_format)
 
     return cache(codec_of)
 

@@ -2,7 +2,7 @@
 
 from megatron_muloco.config.derived import Derived, derive, smallest_topology, topology_of
 from megatron_muloco.config.inner import learning_rate
-from megatron_muloco.config.load import load_config
+from megatron_muloco.config.load import load_config, with_compression
 from megatron_muloco.config.messages import Problem
 from megatron_muloco.config.rules import RULES, Rule, check, find_problems
 from megatron_muloco.config.schema import RunConfig
@@ -20,4 +20,5 @@ __all__ = [
     "load_config",
     "smallest_topology",
     "topology_of",
+    "with_compression",
 ]

@@ -51,13 +51,13 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 def with_compression(config: RunConfig, compression: LossyCompression) -> RunConfig:
     """Return the same run with a compression that no file can name.
 
-    Files name the codes of this package only. A program that has its own codec loads a config, and
-    then replaces ``outer.compression`` here. Everything after that (plan, optimizer, digests,
-    checkpoints) treats it like the others.
+    Files name only the compressions of this package. A program with its own codec loads a config
+    and then replaces ``outer.compression`` here. Everything after that (rules, plan, optimizer,
+    digests, checkpoints) treats the section like those of the package.
 
     Args:
         config: A checked config with an outer step.
-        compression: Section of a code that `compress.codecs.register_codec` knows.
+        compression: Section whose kind was registered with `compress.codecs.register_codec`.
 
     Raises:
         ConfigError: There is no outer step, or the section does not fit the rest of the run.

@@ -109,7 +109,7 @@ class LossyCompression(Section):
     """Keys of every lossy compression, and what the rest of the package asks it.
 
     A codec outside of this package has a subclass of this section. It is registered with
-    `compress.codecs.register_codec` and put into a config with `config.load.with_compression`.
+    `compress.codecs.register_codec` and put into a config with `config.with_compression`.
 
     Attributes:
         mean_is_encoded: Whether the owner of a chunk encodes the mean again. Otherwise every rank

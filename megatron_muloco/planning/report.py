@@ -129,9 +129,9 @@ def traffic_rows(config: RunConfig, traffic: TrafficPlan, layout: Topology) -> I
             yield f"  {name}", human_bytes(size), ""
     if isinstance(config.outer, NoOuter):
         return
-    code = config.outer.compression
+    compression = config.outer.compression
     others = layout.num_replicas - 1
-    note = f"to {others} other {'replicas' if others > 1 else 'replica'}, {code.short_name}"
+    note = f"to {others} other {'replicas' if others > 1 else 'replica'}, {compression.short_name}"
     if config.outer.fragments.count > 1:
         note += f", in {config.outer.fragments.count} launches"
     if layout.num_replicas == 1:
@@ -144,7 +144,7 @@ def traffic_rows(config: RunConfig, traffic: TrafficPlan, layout: Topology) -> I
     )
     sent = human_bytes(traffic.outer_per_replica)
     yield "  whole replica", sent, f"sent by its ranks: {seconds} Gbit/s"
-    if not code.is_all_reduce:
+    if not compression.is_all_reduce:
         ratio = traffic.outer_uncoded / traffic.outer_per_replica
         all_reduce = human_bytes(traffic.outer_uncoded)
         yield "  ratio", f"1/{ratio:.2f}", f"of {all_reduce}, what fp32 all-reduces would send"
@@ -304,13 +304,13 @@ def _overlap_words(outer: NesterovOuter | AverageOuter) -> tuple[str, str]:
     return f"{steps} {'step' if steps == 1 else 'steps'}", f"from launch to apply; {rule}"
 
 
-def _compression_rows(code: CompressionConfig) -> Iterator[Row]:
+def _compression_rows(compression: CompressionConfig) -> Iterator[Row]:
     """Yield the compression of pseudogradients; nothing without one."""
-    if isinstance(code, NoCompression):
+    if isinstance(compression, NoCompression):
         return
-    kind, _, amount = code.short_name.partition(", ")
-    yield "compression", kind, "; ".join(filter(None, (amount, code.describe())))
-    if exceptions := code.exceptions.describe():
+    kind, _, amount = compression.short_name.partition(", ")
+    yield "compression", kind, "; ".join(filter(None, (amount, compression.describe())))
+    if exceptions := compression.exceptions.describe():
         yield "", "", f"but {exceptions}"
-    decay, what = code.describe_feedback()
+    decay, what = compression.describe_feedback()
     yield "error feedback", decay, what

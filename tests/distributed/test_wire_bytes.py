@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_muloco.config import RunConfig
+from megatron_muloco.config import RunConfig, with_compression
 from megatron_muloco.config.derived import topology_of
-from megatron_muloco.config.load import with_compression
 from megatron_muloco.config.outer import NoOuter
 from megatron_muloco.outer.schedule import LineCalendar
 from megatron_muloco.planning import render_plan, traffic_plan

@@ -10,11 +10,10 @@ from megatron_muloco.comm.compressed import build_compressed_reducer_for
 from megatron_muloco.comm.costs import reducer_cost
 from megatron_muloco.compress.codecs import CodecKind, codec_lookup, format_of, register_codec
 from megatron_muloco.compress.format import CodingUnit, RawFormat
-from megatron_muloco.config import RunConfig, load_config
-from megatron_muloco.config.load import with_compression
+from megatron_muloco.config import RunConfig, load_config, with_compression
 from megatron_muloco.config.outer import ExceptionsConfig
 from megatron_muloco.errors import ConfigError
-from megatron_muloco.params import ParamInfo, Shard
+from megatron_muloco.params import ParamInfo, ParamKind, Shard
 from megatron_muloco.planning import render_plan, traffic_plan
 from megatron_muloco.topology import Topology
 from tests.support.own_codec import Sign, SignCompression, sign_format
@@ -22,6 +21,7 @@ from tests.support.tensors import assert_equal
 
 CPU = Path(__file__).parents[2] / "configs" / "cpu_k2.yaml"
 MATRIX = "decoder.layers.0.mlp.linear_fc1.weight"
+KINDS: dict[str, ParamKind | None] = {MATRIX: "fc1"}
 
 
 def config_of(section: SignCompression | None = None) -> RunConfig:
@@ -30,22 +30,24 @@ def config_of(section: SignCompression | None = None) -> RunConfig:
 
 def test_a_payload_has_the_planned_bytes_and_decodes_to_scaled_signs() -> None:
     section, unit = SignCompression(block_size=64), CodingUnit(1000)
-    codec = codec_lookup(section)(MATRIX)
+    codec = codec_lookup(section, KINDS)(MATRIX)
     values = torch.randn(unit.numel, generator=torch.Generator().manual_seed(0))
     payload, decoded = codec.encode(values, unit), torch.empty(unit.numel)
     # 16 blocks, the last one shorter: a scale each; and a bit for every value
-    assert format_of(section, MATRIX).payload_bytes(unit) == payload.numel() == 16 * 4 + 125
+    assert format_of(section, "fc1").payload_bytes(unit) == payload.numel() == 16 * 4 + 125
     codec.decode(payload, unit, decoded)
     assert_equal(decoded.sign(), values.sign())
     for block, found in zip(values.split(64), decoded.split(64), strict=True):
         torch.testing.assert_close(found.abs(), block.abs().mean().expand_as(found))
 
 
-def test_exceptions_are_those_of_every_code() -> None:
+def test_exceptions_are_those_of_every_compression() -> None:
     section = SignCompression(exceptions=ExceptionsConfig(norm="none"))
-    assert isinstance(format_of(section, "decoder.final_layernorm.weight"), RawFormat)
-    assert isinstance(codec_lookup(section)(MATRIX), Sign)
-    with pytest.raises(ConfigError, match=r"exceptions\.norm: 8, but kind sign has one code"):
+    assert isinstance(format_of(section, "norm"), RawFormat)
+    assert isinstance(codec_lookup(section, KINDS)(MATRIX), Sign)
+    with pytest.raises(
+        ConfigError, match=r"exceptions\.norm: 8, but kind sign has no choice of bits"
+    ):
         config_of(SignCompression(exceptions=ExceptionsConfig(norm=8)))
 
 
@@ -61,8 +63,8 @@ def test_the_plan_counts_it_and_names_it() -> None:
 
 def test_a_reducer_keeps_what_the_plan_says() -> None:
     section = SignCompression()
-    shard = Shard(ParamInfo(MATRIX, (64, 512), None, False), 0, 64 * 512)
-    reducer = build_compressed_reducer_for(None, torch.device("cpu"), section, {})
+    shard = Shard(ParamInfo.from_name(MATRIX, (64, 512), None), 0, 64 * 512)
+    reducer = build_compressed_reducer_for(None, torch.device("cpu"), section, {}, KINDS)
     values = {MATRIX: torch.randn(shard.numel, generator=torch.Generator().manual_seed(1))}
     reduced = reducer.wait(reducer.launch(0, values, 1.0, torch.zeros(0), round_index=1))
     assert reduced.mean[MATRIX].abs().sum() > 0
@@ -90,4 +92,4 @@ def test_a_kind_has_one_codec() -> None:
     with pytest.raises(ValueError, match="a codec of kind 'linear' exists"):
         register_codec("linear", CodecKind(format=sign_format, codec=Sign))
     with pytest.raises(ValueError, match="there is no codec of kind 'unknown'"):
-        format_of(SignCompression.model_construct(kind="unknown"), MATRIX)
+        format_of(SignCompression.model_construct(kind="unknown"), "fc1")
