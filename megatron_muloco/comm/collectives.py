@@ -507,10 +507,10 @@ class ReplicatedBroadcast:
         """
         for group, shards in self._routes:
             mine = self._packed(shards)
-            spoken = mine.clone()
-            torch.distributed.broadcast(spoken, group=group, group_src=0)
+            received = mine.clone()
+            torch.distributed.broadcast(received, group=group, group_src=0)
             for shard, own, other in zip(
-                shards, self._pieces(mine, shards), self._pieces(spoken, shards), strict=True
+                shards, self._pieces(mine, shards), self._pieces(received, shards), strict=True
             ):
                 if not torch.equal(own.view(torch.int32), other.view(torch.int32)):
                     rank = torch.distributed.get_rank()
