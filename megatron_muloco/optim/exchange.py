@@ -124,6 +124,7 @@ class ShardExchange:
         )
         self.rank = rank
         self._numel = _shard_sizes(self.matrices, layout[rank])
+        # Not initialised: `_shard_sizes` has checked that the routes fill every element.
         self._pieces = {
             name: torch.empty(numel, dtype=torch.float32, device=device)
             for name, numel in self._numel.items()
@@ -203,6 +204,7 @@ class ShardExchange:
             with timer.phase("collect"):
                 bucket.wait()
             for batch in bucket.batches:
+                # Phases do not overlap: `function` times its own work between these two.
                 with timer.phase("collect"):
                     stacked = bucket.assemble(batch)
                 updates = function(batch.matrices, stacked)
@@ -211,6 +213,7 @@ class ShardExchange:
             with timer.phase("return"):
                 bucket.start_return()
         # Only now wait for returns, so that none of them delays the computation of a later bucket.
+        # While one is unpacked, later ones still arrive.
         with timer.phase("return"):
             for bucket in self._buckets:
                 bucket.wait()
@@ -262,10 +265,10 @@ class Batch:
 
     Attributes:
         matrices: The matrices.
-        matrices: Their values, ``[matrices, rows, columns]``, in scratch memory that all batches of
+        stacked: Their values, ``[matrices, rows, columns]``, in scratch memory that all batches of
             an exchange share.
         places: Source of each cell: the route and the rectangle of it.
-        cells: Rectangular views of ``matrices`` that together contain every element once.
+        cells: Rectangular views of ``stacked`` that together contain every element once.
         runs: View of the buffer from which each cell is filled and into which its update is put. A
             group of one rank has no buffers: there these are views of the pieces, and cells are
             filled from the shards.
@@ -319,13 +322,18 @@ class ExchangeBucket:
         self._shards: Mapping[str, Tensor] = {}
         self._pieces = _shard_runs(pieces, paths.shard_routes)
         sizes = (sum(paths.shard_splits), sum(paths.owner_splits)) if transport else (0, 0)
+        # One pair of buffers serves both directions: once the batches are assembled, nothing that
+        # the collect sent or delivered is read again.
         self._shard_side, self._owner_side = map(scratch.new_empty, sizes)
         self._shard_views: list[Tensor] = []
+        # In a group of one rank both lists of routes are the same, so the views of the pieces are
+        # the owner's runs.
         moved = self._pieces
         if transport is not None:
             self._shard_views = _consecutive(self._shard_side, paths.shard_routes)
             moved = _consecutive(self._owner_side, paths.owner_routes)
         owned = [matrix for matrix, owner in zip(matrices, owners, strict=True) if owner == rank]
+        # A route identifies its run: no two ranks hold one element, so no two routes are equal.
         runs = dict(zip(paths.owner_routes, moved, strict=True))
         self.batches = tuple(_batch(batch, runs, scratch) for batch in by_shape(owned))
         self.planned_bytes = paths.elements_sent(rank) * scratch.element_size()
@@ -344,6 +352,8 @@ class ExchangeBucket:
         if self._transport is None:
             self._shards = shards
             return
+        # The shards are sliced in every call, unlike the buffer: with Nesterov they are new tensors
+        # in every step. The copy rounds fp32 to the wire dtype.
         _copy_all(self._shard_views, _shard_runs(shards, self._paths.shard_routes))
         self._start(
             self._shard_side, self._paths.shard_splits, self._owner_side, self._paths.owner_splits
@@ -368,6 +378,8 @@ class ExchangeBucket:
 
     def assemble(self, batch: Batch) -> Tensor:
         """Return the values of a batch, in scratch memory that the next batch overwrites."""
+        # In a group of one rank this copy rounds to the wire dtype, as packing does in larger
+        # groups, so that Newton-Schulz gets the same values in every layout.
         _copy_all(batch.cells, batch.runs if self._transport else _place_runs(self._shards, batch))
         return batch.stacked
 
@@ -375,7 +387,10 @@ class ExchangeBucket:
     def cut(batch: Batch, updates: Tensor) -> None:
         """Round the updates of a batch to the wire dtype and copy them to the sending buffer."""
         # Through the scratch also in fp32: the cells are views of it, and ``updates`` may alias it.
+        # This also rounds in a group of one rank, whose runs are the fp32 pieces.
         batch.stacked.copy_(updates)
+        # Only into the runs of this batch: the buffer still holds the values of the bucket's later
+        # batches.
         _copy_all(batch.runs, batch.cells)
 
     def unpack(self) -> None:

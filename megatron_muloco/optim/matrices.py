@@ -112,6 +112,7 @@ def newton_schulz_flops(
     m, n = sorted((rows, columns))
     if ns_impl == "plain":
         return steps * (4 * m * m * n + 2 * m * m * m)
+    # Half of X X^T, and all of B X: the second has no symmetry to use.
     alone = 3 * m * m * n + m * m * m
     if ns_impl == "triangle" or steps < 2:
         return steps * alone
@@ -286,6 +287,8 @@ def split(
             )
         dim = 0  # one tensor rank: the piece is the whole matrix in either dimension
     head = layer.kv_channels if split_heads and param.kind == "qkv" else None
+    # From shapes over all tensor-parallel ranks: name, cost and implementation of a matrix must not
+    # depend on the layout, or its update would.
     return tuple(
         _muon_matrix(param, kind, r, dim, tensor_size, steps, choose_impl, head)
         for kind, r in rows.items()
@@ -351,6 +354,8 @@ def _split_qkv(
     param: ParamInfo, layer: LayerShape, tensor_size: int
 ) -> dict[str, tuple[Rows, ...]]:
     """Return the rows of q, k and v: Megatron has one block ``[q ... q k v]`` per query group."""
+    # Megatron allows more tensor-parallel ranks than query groups. It then cuts through a block and
+    # gathers q, k and v in the forward pass. Such a piece has no q, k and v rows of its own.
     groups = _divide(layer.num_query_groups, tensor_size, f"query groups of {param.name}")
     d = layer.kv_channels
     q = layer.heads_per_group * d
@@ -366,6 +371,8 @@ def _split_gate_up(
     param: ParamInfo, layer: LayerShape, tensor_size: int
 ) -> dict[str, tuple[Rows, ...]]:
     """Return the rows of gate and up: each tensor-parallel rank has ``[its gate; its up]``."""
+    # Each rank's MLP splits its own activations in two halves. So gate and up alternate rank by
+    # rank in the whole parameter, and neither is a contiguous half of it.
     ffn = _divide(layer.ffn_hidden_size, tensor_size, f"gate rows of {param.name}")
     return {"gate": ((0, ffn),), "up": ((ffn, 2 * ffn),)}
 

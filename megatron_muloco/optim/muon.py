@@ -141,18 +141,25 @@ class Muon:
         """
         mu, M = self._config.momentum, state["momentum_buffer"]
         fresh = 1 - mu if self._config.accumulation == "ema" else 1.0
+        # In fp32 on the shards and not on the owners: a bf16 wire then rounds what one step sends,
+        # but never the momentum that the next steps build on.
         torch._foreach_mul_(M, mu)
         torch._foreach_add_(M, gradients, alpha=fresh)
         if not self._config.nesterov:
             return M
+        # New tensors: M must stay, and the gradients may be views of Megatron's gradient buffer,
+        # which its ``.float()`` does not copy if it is fp32.
         ahead = list(torch._foreach_mul(M, mu))
         torch._foreach_add_(ahead, gradients, alpha=fresh)
         return ahead
 
     def update(self, stacked: Tensor) -> Tensor:
         """Return the orthogonalised matrices, scaled by the factor of their shape."""
+        # Where heads are split, this is the shape of one head. The factor belongs to what is
+        # orthogonalised, not to the parameter.
         rows, columns = stacked.shape[-2:]
         factor = scale_factor(self._config.scale_mode, rows, columns)
+        # A replacement of Newton-Schulz may return bf16, which would round the product again.
         return self.orthogonalise(stacked).float() * factor
 
 
@@ -163,7 +170,7 @@ class BoundShard:
     Attributes:
         name: Parameter of which it is a piece.
         tensor: The fp32 master.
-        matrix: Whether Muon updates it; else AdamW.
+        is_matrix: Whether Muon updates it; else AdamW.
     """
 
     name: str
@@ -238,8 +245,8 @@ class MuonAdamW(torch.optim.AdamW):
         super().__init__(
             params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=True
         )
-        # One count per group instead of torch's count per tensor: tensors of empty shards and of
-        # matrices have none, and bias correction must not depend on which shards a rank holds.
+        # One count per group instead of torch's count per tensor: matrices need none, and the
+        # state of a tensor then holds only fp32 moments of its size, all of them saved by name.
         for group in self.param_groups:
             group.setdefault("step", 0)
 
@@ -264,6 +271,8 @@ class MuonAdamW(torch.optim.AdamW):
         self._bound, self._exchange = bound, exchange
         self.table = table
         self.timer = PhaseTimer(next((b.tensor.device for b in chain(*bound)), "cpu"))
+        # From the table and not from the exchange, so that each step compares what the exchange did
+        # with something that the exchange did not compute.
         self._planned = table.owned_by(exchange.rank) if exchange else ()
         # Allocated here and not in the first step, so that a checkpoint before the first step has
         # the same state names as a later one.
@@ -286,8 +295,8 @@ class MuonAdamW(torch.optim.AdamW):
         if closure is not None:
             raise RuntimeMismatch("MuonAdamW.step takes no closure")
         groups = self._groups()
-        # Before any collective: a rank that raised inside the exchange would leave the others
-        # waiting for it.
+        # Before anything changes: an error here leaves masters, moments and step count at the end
+        # of one and the same step.
         lost = [b.name for _, bound in groups for b in bound if b.tensor.grad is None]
         if lost:
             raise RuntimeMismatch(
@@ -307,7 +316,8 @@ class MuonAdamW(torch.optim.AdamW):
             return
         beta1, beta2 = group["betas"]
         # The function increments the step count of every tensor itself. One count per group is
-        # enough, since all tensors are updated in every step.
+        # enough, since all tensors are updated in every step. The counts are on the CPU on purpose:
+        # torch reads them on the host, and counts on an accelerator would make it wait for each.
         before = torch.full((len(tensors),), float(group["step"] - 1))
         adamw(
             tensors,
@@ -335,18 +345,22 @@ class MuonAdamW(torch.optim.AdamW):
         def update(matrices: tuple[MuonMatrix, ...], batch: Tensor) -> Tensor:
             done.extend(matrices)
             with self.timer.phase("newton_schulz"):
+                # The rows of a block are adjacent and all matrices of a batch have the same blocks,
+                # so a view turns each block into a matrix of the batch.
                 blocks = batch.view(-1, *matrices[0].block_shape)
                 return self.matrix_update.update(blocks).reshape(batch.shape)
 
         with self.timer.phase("collect"):
             directions = self._accumulate([b for _, chosen in masters for b in chosen])
         updates = exchange.transform(directions, update, self.timer)
+        # Before the updates are applied: the update of a wrong set of matrices reaches no weight.
         self._check_done([matrix.name for matrix in done])
         with self.timer.phase("return"):
             for group, chosen in masters:
                 if chosen:
                     tensors = [b.tensor for b in chosen]
-                    # Decay before the update, as AdamW does: the update itself is not decayed.
+                    # Decay before the update, as AdamW does: the update itself is not decayed. In
+                    # place, because an fp32 model's masters are views of its parameters.
                     torch._foreach_mul_(tensors, 1 - group["lr"] * group["weight_decay"])
                     steps = [updates[b.name] for b in chosen]
                     torch._foreach_add_(tensors, steps, alpha=-group["lr"])
@@ -448,6 +462,8 @@ class MuonAdamW(torch.optim.AdamW):
         Raises:
             RuntimeMismatch: Called after `bind`. Megatron would save Adam's moments only.
         """
+        # Not refused before `bind`, because Megatron's DistributedOptimizer loads the state dict of
+        # the optimizer that it is constructed with back into it, after replacing its param groups.
         self._refuse_after_bind("state_dict", "named_state")
         return super().state_dict()
 
@@ -475,6 +491,7 @@ class MuonAdamW(torch.optim.AdamW):
                 "MuonAdamW is not bound to its shards yet; call bind() after Megatron's "
                 "DistributedOptimizer was constructed."
             )
+        # Read anew in every call: the schedule writes learning rate and decay into these dicts.
         return list(zip(self.param_groups, self._bound, strict=True))
 
 
@@ -507,6 +524,7 @@ def bind_shards(
     Raises:
         RuntimeMismatch: A tensor without shard, a shard without tensor, or one of a wrong shape.
     """
+    # By identity: masters have no names, and ``==`` of tensors compares their elements.
     by_id = {id(tensor): shard for tensor, shard in shards}
     bound = [[_bind(tensor, by_id, table) for tensor in group] for group in groups]
     flat = list(chain.from_iterable(bound))

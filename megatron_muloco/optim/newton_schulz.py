@@ -261,6 +261,7 @@ def iterate(X: Tensor, triples: Sequence[Triple], *, pairs: bool) -> Tensor:
             else:
                 _step_alone(here, group[0], there, work)
             here, there = there, here
+    # Each group writes into the other buffer, so their number tells where the result is.
     return X if len(groups) % 2 == 0 else other
 
 
@@ -292,7 +293,7 @@ def _step_pair(X: Tensor, first: Triple, second: Triple, out: Tensor, work: _Wor
     symmetric_product(A, A, B1, add=A, beta=b1, alpha=c1)
     symmetric_product(A, B1, T, add=A, beta=a1)  # A (a1 + B1)
     symmetric_product(T, B1, A, add=T, beta=a1)  # A (a1 + B1)^2, the Gram matrix after one step
-    B2 = T
+    B2 = T  # in T's memory, which no later product reads
     symmetric_product(A, A, B2, add=A, beta=b2, alpha=c2)
     Z = torch.mul(B1, a2, out=A).add_(B2, alpha=a1)
     symmetric_product(B1, B2, Z, add=Z)  # a2 B1 + a1 B2 + B1 B2

@@ -171,6 +171,7 @@ def build_parameter_table(
         RuntimeMismatch: A parameter without a rule, a name given twice, or multipliers of a
             parameter that does not exist.
     """
+    # Routes, masters and checkpoints are keyed by name; a name given twice would hide a parameter.
     names = [param.name for param in params]
     _, repeated = coverage(names, names)
     unknown = sorted(set(multipliers or {}) - set(names))
@@ -310,6 +311,8 @@ def assign(matrices: Sequence[MuonMatrix], ranks: int) -> Assignment:
     """
     if ranks < 1:
         raise ValueError(f"matrices need at least one rank to own them, not {ranks}")
+    # Pairs compare by load, then by rank. Costs are integers, so loads are exact and equal ones are
+    # equal on every rank; sums of floats would make ties depend on the order of addition.
     queue = [(0, rank) for rank in range(ranks)]
     costs = [matrix.cost for matrix in matrices]
     owned: list[list[int]] = [[] for _ in range(ranks)]
@@ -334,14 +337,17 @@ def _refine(owned: list[list[int]], costs: Sequence[int]) -> list[int]:
     improved = True
     while improved:
         improved = False
+        # Of several busiest ranks the lowest, hence -rank.
         busiest = max(range(len(owned)), key=lambda rank: (loads[rank], -rank))
         for other in sorted(range(len(owned)), key=lambda rank: (loads[rank], rank)):
             if other == busiest:
                 continue
+            # Sorted, because `_half` prefers earlier matrices and moves have mixed up the lists.
             both = sorted(owned[busiest] + owned[other])
             kept = _half(both, costs) if len(both) <= _MOST_SHARED_UNITS else ()
             rest = [index for index in both if index not in kept]
             halves = [sum(costs[index] for index in half) for half in (kept, rest)]
+            # Strictly less: with equal loads two ranks could exchange matrices for ever.
             if max(halves) < loads[busiest]:
                 owned[busiest], owned[other] = list(kept), rest
                 loads[busiest], loads[other] = halves
@@ -352,8 +358,11 @@ def _refine(owned: list[list[int]], costs: Sequence[int]) -> list[int]:
 
 def _half(indices: Sequence[int], costs: Sequence[int]) -> tuple[int, ...]:
     """Return the subset whose cost is as close to half of the total as possible."""
+    # One subset for each sum that can be reached, the first one found, so all ranks find the same.
+    # The matrices of a decoder have few different costs, hence far fewer sums than subsets.
     subsets: dict[int, tuple[int, ...]] = {0: ()}
     for index in indices:
+        # Over a copy, so that an index enters each subset once.
         for load, subset in list(subsets.items()):
             subsets.setdefault(load + costs[index], (*subset, index))
     total = sum(costs[index] for index in indices)

@@ -31,18 +31,23 @@ class PhaseTimer:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the time spent inside to phase ``name``, a span ``muloco/<name>`` of a profile."""
+        # A host clock would time the launches of an accelerator, not the work.
         if not self._on_stream:
             started = time.perf_counter()
             with record_function(f"muloco/{name}"):
                 yield
             self._add(name, (time.perf_counter() - started) * 1e3)
             return
+        # The events are on the stream that the phase works on. Waiting for a collective makes this
+        # stream wait, so the phase includes what is not hidden of the network's time.
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         with record_function(f"muloco/{name}"):
             yield
         end.record()
         self._events.append((name, begin, end))
+        # Events of a stream pass in the order in which they were recorded, so the first that has
+        # not passed ends the loop. Reading a pair that has passed does not wait.
         while self._events and self._events[0][2].query():
             self._read_oldest()
 

@@ -102,6 +102,7 @@ def matrix_routes(matrix: MuonMatrix, shards: RankShards) -> tuple[RangeRoute, .
         return ()
     start, end = shards.ranges[matrix.param]
     columns = matrix.local_columns
+    # All tensor-parallel ranks hold pieces of one shape, so each begins at a multiple of its size.
     staged = shards.tensor_rank * matrix.local_shape[0] * columns
     found = []
     # Rows of one matrix may lie apart in the local tensor (the q of every query group) and are
@@ -112,6 +113,9 @@ def matrix_routes(matrix: MuonMatrix, shards: RankShards) -> tuple[RangeRoute, .
             found.append(
                 RangeRoute(matrix, low - start, staged + low - first * columns, high - low)
             )
+        # Also past rows that this shard lacks, because other ranks hold them. Rows between two
+        # ranges are other matrices of the parameter, such as k and v between two q, and are not
+        # counted.
         staged += (last - first) * columns
     return tuple(found)
 
@@ -144,12 +148,16 @@ def rectangles(route: RangeRoute) -> tuple[Rectangle, ...]:
     """
     matrix = route.matrix
     rows, width = matrix.local_shape
+    # One division for the whole route: a shard lies in one tensor rank's piece, so its routes do.
     piece, first = divmod(route.matrix_offset, rows * width)
     top, left = (piece * rows, 0) if matrix.partition_dim == 0 else (0, piece * width)
     found = []
     position, end = first, first + route.length
     while position < end:
         row, column = divmod(position, width)
+        # Whole rows are taken together only from the start of a row: a started row must be finished
+        # first. With columns split, a local row is only a part of a row of the matrix, so several
+        # whole rows are a rectangle in it but no contiguous range.
         whole_rows = (end - position) // width if column == 0 else 0
         count = whole_rows * width or min(width - column, end - position)
         found.append(
@@ -173,6 +181,8 @@ def check_coverage(matrices: Sequence[MuonMatrix], layout: Sequence[RankShards])
     Raises:
         RuntimeMismatch: No rank holds some element, or two ranks do.
     """
+    # Every rank checks the whole layout and not only its own part, so all ranks raise together and
+    # none waits in a collective for a rank that has failed.
     for matrix in matrices:
         runs = sorted(
             (route.matrix_offset, route.length, rank)
@@ -203,7 +213,9 @@ def plan_routes(
     for matrix, owner in zip(matrices, owners, strict=True):
         by_owner[owner].append(matrix)
     to_owner = [_routes_of(owned, layout[rank]) for owned in by_owner]
-    # For each sending rank in the order in which that rank packs for this one.
+    # An all-to-all orders a buffer by rank alone. Within the part from rank r to owner o, both
+    # sides list the routes of o's matrices from r's shards, in the order of the matrices. In
+    # another order the sizes would still fit, and elements would land in wrong places.
     from_rank = [_routes_of(by_owner[rank], shards) for shards in layout]
     return RoutingPlan(
         shard_routes=tuple(chain.from_iterable(to_owner)),
@@ -257,16 +269,21 @@ def divide(
         total, before = sum(matrices[index].numel for index in owned), 0
         for index in sorted(owned, key=lambda i: (matrices[i].shape, matrices[i].blocks, i)):
             # floor((before + numel / 2) / total * buckets), in integers: exact, so always less than
-            # `buckets` and the same on every rank.
+            # `buckets` and the same on every rank. By its middle and not its beginning: a large
+            # matrix may begin at the very end of a part.
             middle = 2 * before + matrices[index].numel
             members[middle * buckets // (2 * total)].append(index)
             before += matrices[index].numel
+    # Only buckets that are empty for all owners are dropped, so every rank drops the same ones and
+    # starts the same number of all-to-alls.
     return tuple(tuple(sorted(bucket)) for bucket in members if bucket)
 
 
 def by_shape(matrices: Sequence[MuonMatrix]) -> list[list[MuonMatrix]]:
     """Return the batches that an owner computes: matrices of one shape and number of blocks."""
     batches: dict[tuple[tuple[int, int], int], list[MuonMatrix]] = {}
+    # The shape alone does not decide: with split heads a square q has the shape of proj, but is
+    # computed in blocks, and all of a batch must have blocks of one shape.
     for matrix in matrices:
         batches.setdefault((matrix.shape, matrix.blocks), []).append(matrix)
     return list(batches.values())
