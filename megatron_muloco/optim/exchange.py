@@ -317,11 +317,11 @@ class ExchangeBucket:
         pieces: Mapping[str, Tensor],
     ) -> None:
         self._transport, self._rank = transport, rank
-        self._paths = paths = plan_routes(matrices, owners, layout, rank)
+        self._plan = plan = plan_routes(matrices, owners, layout, rank)
         self._pending: Pending | None = None
         self._shards: Mapping[str, Tensor] = {}
-        self._pieces = _shard_runs(pieces, paths.shard_routes)
-        sizes = (sum(paths.shard_splits), sum(paths.owner_splits)) if transport else (0, 0)
+        self._pieces = _shard_runs(pieces, plan.shard_routes)
+        sizes = (sum(plan.shard_splits), sum(plan.owner_splits)) if transport else (0, 0)
         # One pair of buffers serves both directions: once the batches are assembled, nothing that
         # the collect sent or delivered is read again.
         self._shard_side, self._owner_side = map(scratch.new_empty, sizes)
@@ -330,13 +330,13 @@ class ExchangeBucket:
         # the owner's runs.
         moved = self._pieces
         if transport is not None:
-            self._shard_views = _consecutive(self._shard_side, paths.shard_routes)
-            moved = _consecutive(self._owner_side, paths.owner_routes)
+            self._shard_views = _consecutive(self._shard_side, plan.shard_routes)
+            moved = _consecutive(self._owner_side, plan.owner_routes)
         owned = [matrix for matrix, owner in zip(matrices, owners, strict=True) if owner == rank]
         # A route identifies its run: no two ranks hold one element, so no two routes are equal.
-        runs = dict(zip(paths.owner_routes, moved, strict=True))
+        runs = dict(zip(plan.owner_routes, moved, strict=True))
         self.batches = tuple(_batch(batch, runs, scratch) for batch in by_shape(owned))
-        self.planned_bytes = paths.elements_sent(rank) * scratch.element_size()
+        self.planned_bytes = plan.elements_sent(rank) * scratch.element_size()
         self.bytes_sent = 0
 
     @property
@@ -354,9 +354,9 @@ class ExchangeBucket:
             return
         # The shards are sliced in every call, unlike the buffer: with Nesterov they are new tensors
         # in every step. The copy rounds fp32 to the wire dtype.
-        _copy_all(self._shard_views, _shard_runs(shards, self._paths.shard_routes))
+        _copy_all(self._shard_views, _shard_runs(shards, self._plan.shard_routes))
         self._start(
-            self._shard_side, self._paths.shard_splits, self._owner_side, self._paths.owner_splits
+            self._shard_side, self._plan.shard_splits, self._owner_side, self._plan.owner_splits
         )
 
     def start_return(self) -> None:
@@ -365,9 +365,9 @@ class ExchangeBucket:
         if self._transport is not None:
             self._start(
                 self._owner_side,
-                self._paths.owner_splits,
+                self._plan.owner_splits,
                 self._shard_side,
-                self._paths.shard_splits,
+                self._plan.shard_splits,
             )
 
     def wait(self) -> None:
@@ -452,7 +452,8 @@ def _consecutive(buffer: Tensor, routes: Sequence[RangeRoute]) -> list[Tensor]:
 def _shard_runs(shards: Mapping[str, Tensor], routes: Sequence[RangeRoute]) -> list[Tensor]:
     """Return the views of the shards that the routes describe."""
     return [
-        shards[s.matrix.param].view(-1)[s.shard_offset : s.shard_offset + s.length] for s in routes
+        shards[route.matrix.param].view(-1)[route.shard_offset : route.shard_offset + route.length]
+        for route in routes
     ]
 
 

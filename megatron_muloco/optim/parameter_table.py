@@ -295,7 +295,7 @@ def parameter_report(stages: Sequence[ParameterTable]) -> ParameterReport:
 
 # Trying all subsets of more matrices than this takes too long, and the greedy schedule of so many
 # is even enough.
-_MOST_SHARED_UNITS = 20
+_MOST_SHARED_MATRICES = 20
 
 
 def assign(matrices: Sequence[MuonMatrix], ranks: int) -> Assignment:
@@ -344,7 +344,7 @@ def _refine(owned: list[list[int]], costs: Sequence[int]) -> list[int]:
                 continue
             # Sorted, because `_half` prefers earlier matrices and moves have mixed up the lists.
             both = sorted(owned[busiest] + owned[other])
-            kept = _half(both, costs) if len(both) <= _MOST_SHARED_UNITS else ()
+            kept = _half(both, costs) if len(both) <= _MOST_SHARED_MATRICES else ()
             rest = [index for index in both if index not in kept]
             halves = [sum(costs[index] for index in half) for half in (kept, rest)]
             # Strictly less: with equal loads two ranks could exchange matrices for ever.

@@ -219,9 +219,9 @@ def plan_routes(
     from_rank = [_routes_of(by_owner[rank], shards) for shards in layout]
     return RoutingPlan(
         shard_routes=tuple(chain.from_iterable(to_owner)),
-        shard_splits=tuple(sum(s.length for s in routes) for routes in to_owner),
+        shard_splits=tuple(sum(route.length for route in routes) for routes in to_owner),
         owner_routes=tuple(chain.from_iterable(from_rank)),
-        owner_splits=tuple(sum(s.length for s in routes) for routes in from_rank),
+        owner_splits=tuple(sum(route.length for route in routes) for routes in from_rank),
     )
 
 
