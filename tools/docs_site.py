@@ -23,7 +23,8 @@ from mkdocs.structure.pages import Page
 
 _ROOT = Path(__file__).resolve().parent.parent
 _PACKAGE = "megatron_muloco"
-_LINK = re.compile(r"(!?\[[^\]]*\])\(([^)\s]+)\)")
+# A link up to its target, inline or as the definition of a reference: [a](b.md), or [a]: b.md
+_LINK = re.compile(r"(!?\[[^\]]*\]\(|^\[[^\]]+\]: )([^)\s]+)", re.MULTILINE)
 _FENCE = re.compile(r"(^```.*?^```)", re.MULTILINE | re.DOTALL)
 _LANGUAGES = {".py": "python", ".yaml": "yaml", ".sbatch": "bash"}
 # What a browser fetches by itself; a plain link to another site is followed only by the reader.
@@ -123,7 +124,7 @@ def _relinked(markdown: str, path: str) -> str:
     place = posixpath.dirname(_site_path(path))
 
     def relink(match: re.Match[str]) -> str:
-        label, link = match.groups()
+        opening, link = match.groups()
         target, hash_mark, anchor = link.partition("#")
         if not target or ":" in target:
             return match.group()
@@ -132,7 +133,7 @@ def _relinked(markdown: str, path: str) -> str:
             _log.warning("%s links to %s, which does not exist", path, target)
             return match.group()
         site_path = posixpath.relpath(_site_path(repository_path), place or ".")
-        return f"{label}({site_path}{hash_mark}{anchor})"
+        return f"{opening}{site_path}{hash_mark}{anchor}"
 
     return "".join(
         part if part.startswith("```") else _LINK.sub(relink, part)
