@@ -5,8 +5,16 @@ from typing import Any
 import torch
 
 from megatron_muloco.config import RunConfig
+from megatron_muloco.optim.muon import MatrixUpdate, Muon
 from megatron_muloco.outer.optimizer import OuterOptimizer
-from tests.support.extensions import OTHER_NAMES, HeavyBall, SignedMomentum, with_other_names
+from tests.support.extensions import (
+    OTHER_NAMES,
+    HeavyBall,
+    SignedMomentum,
+    polar_factor,
+    with_other_names,
+    wrap_with_own_parts,
+)
 from tests.support.spawn import run_ranks
 from tests.support.tensors import assert_equal
 from tests.support.tiny_models import MUON, finish_tiny, start_tiny, tiny_config
@@ -63,9 +71,11 @@ def test_a_model_with_other_names_trains_as_the_one_it_renames() -> None:
             assert_equal(values, own_values, name)
 
 
-def step_signed(config: RunConfig) -> tuple[dict[str, tuple[float, float]], set[str]]:
-    """Return how far one step moved each whole matrix parameter, and how far it should have."""
-    run = start_tiny(config, matrix_update=SignedMomentum())
+def step_by(
+    config: RunConfig, update: MatrixUpdate
+) -> tuple[dict[str, tuple[float, float, list[tuple[int, int]]]], set[str]]:
+    """Return how far one step moved each matrix parameter, the learning rate, and the matrices."""
+    run = start_tiny(config, matrix_update=update)
     before = run.masters()
     run.train(1)
     inner, last = run.optimizer.inner, run.optimizer.last_inner
@@ -75,7 +85,7 @@ def step_signed(config: RunConfig) -> tuple[dict[str, tuple[float, float]], set[
         if row.route == "matrix":
             kept = 1 - last.lr * inner.param_groups[0]["weight_decay"]
             step = run.masters()[row.name][1] - kept * before[row.name][1]
-            moved[row.name] = (step.norm().item(), last.lr * len(row.matrices) ** 0.5)
+            moved[row.name] = (step.norm().item(), last.lr, [m.shape for m in row.matrices])
     names = set(inner.named_state())
     finish_tiny()
     return moved, names
@@ -83,12 +93,25 @@ def step_signed(config: RunConfig) -> tuple[dict[str, tuple[float, float]], set[
 
 def test_another_update_rule_takes_the_place_of_muon() -> None:
     """Each matrix, q, k, v, gate and up apart, moves by one learning rate in Frobenius norm."""
-    ((moved, names),) = run_ranks(step_signed, 1, tiny_config(inner=MUON, outer={"kind": "none"}))
+    config = tiny_config(inner=MUON, outer={"kind": "none"})
+    ((moved, names),) = run_ranks(step_by, 1, config, SignedMomentum())
     assert names == {"velocity", "exp_avg", "exp_avg_sq"}
     assert len(moved) == 2 * 4
-    for name, (actual, expected) in moved.items():
+    for name, (actual, lr, shapes) in moved.items():
         # Parameters below 1 round to 6e-8, steps are lr / sqrt(1024) an element.
-        assert abs(actual - expected) <= 1e-3 * expected, name
+        assert abs(actual / (lr * len(shapes) ** 0.5) - 1) <= 1e-3, name
+
+
+def test_another_orthogonaliser_takes_the_place_of_newton_schulz() -> None:
+    """All singular values of an update are sqrt(rows / columns): exactly, unlike with Muon."""
+    config = tiny_config(inner=MUON, outer={"kind": "none"})
+    update = Muon(config.inner.muon, polar_factor)
+    ((moved, names),) = run_ranks(step_by, 1, config, update)
+    assert names == {"momentum_buffer", "exp_avg", "exp_avg_sq"}
+    assert len(moved) == 2 * 4
+    for name, (actual, lr, shapes) in moved.items():
+        square = sum(rows / columns * min(rows, columns) for rows, columns in shapes)
+        assert abs(actual / (lr * square**0.5) - 1) <= 1e-3, name  # roundings as above
 
 
 def anchors_of_two_rounds(
@@ -122,3 +145,26 @@ def test_another_outer_optimizer_takes_the_place_of_nesterov() -> None:
         assert not any(torch.equal(anchor, own_second[name]) for name, anchor in second.items())
     for name, anchor in ranks[0][1].items():
         assert_equal(anchor, ranks[1][1][name], f"{name} of both replicas")
+
+
+def train_with_own_parts(config: RunConfig) -> tuple[dict[str, torch.Tensor], set[str]]:
+    """Train two rounds with names, update rule and outer optimizer from outside."""
+    run = start_tiny(config, change=with_other_names, names=OTHER_NAMES)
+    run.optimizer = wrap_with_own_parts(run.optimizer.view.optimizer, run.model, config, run.groups)
+    run.train(4)
+    synchronizer = run.optimizer.synchronizer
+    assert synchronizer is not None
+    anchors = {name: anchor.clone() for name, anchor in synchronizer.anchors().items()}
+    names = set(run.optimizer.inner.named_state())
+    finish_tiny()
+    return anchors, names
+
+
+def test_all_of_them_work_together() -> None:
+    ranks = run_ranks(train_with_own_parts, 2, config_of(tensor=1, replicas=2))
+    (anchors, names), (other_anchors, _) = ranks
+    assert names == {"velocity", "exp_avg", "exp_avg_sq"}
+    assert any("gate_and_up" in name for name in anchors)
+    for name, anchor in anchors.items():
+        assert anchor.isfinite().all()
+        assert_equal(anchor, other_anchors[name], name)
