@@ -31,7 +31,7 @@ REPORT = re.compile(r"^\d+ problems? in the input:$", re.MULTILINE)
 
 
 @dataclass
-class ReplicaMetadata:
+class Example:
     """Block of the guide: its files, the command, and the message of the program."""
 
     command: str = ""
@@ -44,10 +44,10 @@ class ReplicaMetadata:
         return "--config run.yaml" in self.command
 
 
-def blocks_of(text: str) -> Iterator[ReplicaMetadata]:
+def blocks_of(text: str) -> Iterator[Example]:
     """Read the fenced blocks that begin with a command."""
     for block in re.findall(r"^```\n(\$ .*?)^```$", text, re.MULTILINE | re.DOTALL):
-        shown = ReplicaMetadata()
+        shown = Example()
         for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
             command, _, rest = part.partition("\n")
             if command.startswith("cat "):
@@ -109,7 +109,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "shown", [s for s in SHOWN if not s.resumes], ids=lambda s: s.command.split()[-1]
 )
 def test_bad_input_is_explained_as_the_guide_shows(
-    shown: ReplicaMetadata, directory: Path, monkeypatch: pytest.MonkeyPatch
+    shown: Example, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, text in shown.files.items():
         (directory / name).write_text(text)
