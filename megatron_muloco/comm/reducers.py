@@ -77,6 +77,7 @@ class OuterGroup:
 
     def row(self, weight: float, metadata: Tensor) -> Tensor:
         """Return ``[weight, metadata]`` of this replica, fp32, on the device of the tensors."""
+        assert 0.0 <= weight <= 1.0, weight
         head = torch.tensor([weight], dtype=torch.float32)
         return torch.cat([head.to(metadata.device), metadata.float()]).to(self.device)
 

@@ -175,6 +175,13 @@ def test_a_single_replica_needs_no_group(kind: str, weight: float) -> None:
         assert (weights, wire_bytes) == ([weight], 0)
 
 
+@pytest.mark.parametrize("weight", [-0.5, 1.5, math.nan])
+def test_a_weight_that_is_no_share_is_refused(weight: float) -> None:
+    reducer = build_plain_reducer_for(None, CPU)
+    with pytest.raises(AssertionError):
+        reducer.launch(0, {"a": torch.ones(4)}, weight, torch.zeros(1), round_index=1)
+
+
 def miss_a_peer(kind: str) -> str:
     """Rank 1 does not come to the second reduction."""
     pair = dist.new_group([0, 1], timeout=timedelta(seconds=1))
