@@ -15,6 +15,7 @@ metric of communication needs no change in the outer step or the monitor.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -124,8 +125,8 @@ def summed_over_replica(
 def combined(fragments: Sequence[Measurements]) -> dict[str, float]:
     """Return the value of every metric over fragments applied after one inner step, by tag.
 
-    A metric that some fragments lack is that of the others. All numbers cross to the host in one
-    transfer.
+    A metric that some fragments lack is that of the others. All numbers on a device cross to the
+    host in one transfer.
     """
     by_tag: dict[str, list[tuple[Measurement, list[float]]]] = {}
     everything = [(tag, each) for fragment in fragments for tag, each in fragment.items()]
@@ -145,14 +146,16 @@ def _over_fragments(parts: Sequence[tuple[Measurement, list[float]]]) -> float |
 
 
 def _on_host(measurements: Sequence[Measurement]) -> list[list[float]]:
-    """Return the numbers of measurements, with one transfer per call."""
-    if not measurements:
-        return []
-    # Numbers of a device go there first, so that only one tensor crosses to the host.
-    device = next((m.numbers.device for m in measurements if m.numbers.is_cuda), None)
-    numbers = [each.numbers if device is None else each.numbers.to(device) for each in measurements]
-    flat = iter(torch.cat(numbers).tolist())
-    return [[next(flat) for _ in range(each.numbers.numel())] for each in measurements]
+    """Return the numbers of measurements; those on a device cross to the host in one transfer."""
+    # Numbers that are on the host stay there: a copy to the device would wait for it, too.
+    on_device = [each.numbers for each in measurements if each.numbers.is_cuda]
+    crossed = iter(torch.cat(on_device).tolist() if on_device else ())
+    return [
+        list(islice(crossed, each.numbers.numel()))
+        if each.numbers.is_cuda
+        else each.numbers.tolist()
+        for each in measurements
+    ]
 
 
 def _stack(numbers: Sequence[float | Tensor]) -> Tensor:

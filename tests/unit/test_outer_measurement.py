@@ -2,9 +2,11 @@
 
 import math
 from statistics import fmean
+from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from megatron_muloco.outer.diagnostics import FragmentReport, OuterReport
 from megatron_muloco.outer.guard import Verdict
@@ -75,6 +77,42 @@ def test_a_metric_of_some_fragments_is_that_of_these() -> None:
         "b": 2.0,
     }
     assert combined([]) == {}
+
+
+class OnDevice(torch.Tensor):
+    """A tensor that says it is on an accelerator, for a machine without one."""
+
+    is_cuda = True
+
+
+class Copies(TorchFunctionMode):
+    """Counts what waits for a device: reads of its tensors, and copies to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads = self.writes = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        self.reads += name == "tolist" and isinstance(args[0], OnDevice)
+        self.writes += name in {"to", "cuda", "copy_"}
+        return func(*args, **(kwargs or {}))
+
+
+def test_numbers_on_a_device_cross_at_once_and_those_of_the_host_stay() -> None:
+    squares = [torch.tensor([number], dtype=torch.float64) for number in (9.0, 16.0)]
+    fragments = [
+        {
+            "norm": Measurement(square.as_subclass(OnDevice), math.sqrt),
+            "own": Measurement.of(2.0),
+            "share": Measurement.ratio(1.0, 4.0),
+        }
+        for square in squares
+    ]
+    with Copies() as copies:
+        found = combined(fragments)
+    assert found == {"norm": 5.0, "own": 4.0, "share": 0.25}
+    assert (copies.reads, copies.writes) == (1, 0)
 
 
 def test_an_outer_report_combines_its_fragments() -> None:
