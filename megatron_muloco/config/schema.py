@@ -230,7 +230,8 @@ class ProfileConfig(Section):
     with_stack: bool = Field(False, description="Record Python stacks.")
     record_shapes: bool = Field(False, description="Record the shapes of operator inputs.")
     nvtx: bool = Field(
-        False, description="Emit the spans as NVTX ranges as well, for Nsight; CUDA only."
+        False,
+        description="Emit the spans as NVTX ranges for Nsight in place of a trace; CUDA only.",
     )
 
 

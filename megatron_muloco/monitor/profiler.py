@@ -1,4 +1,4 @@
-"""`StepProfiler` records a window of inner steps with torch's profiler and writes a Chrome trace.
+"""`StepProfiler` records a window of inner steps: a Chrome trace, or NVTX ranges for Nsight.
 
 The program marks its phases with `torch.profiler.record_function`, under these names::
 
@@ -12,7 +12,7 @@ Any other profiler sees the same spans. Open the trace in Perfetto or ``chrome:/
 
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
@@ -37,8 +37,8 @@ class StepProfiler:
         config: What is recorded.
         directory: Directory for the trace; made when the trace is written.
         rank: This rank, part of the file's name.
-        device: The device that the rank trains on; on CUDA its kernels are recorded too, and NVTX
-            ranges are emitted where ``config.nvtx`` asks for them.
+        device: The device that the rank trains on; on CUDA its kernels are recorded too, or, where
+            ``config.nvtx`` asks for them, NVTX ranges are emitted and no trace is written.
         monitor: Says where the trace is; its clock stands still while the trace is written.
     """
 
@@ -57,7 +57,7 @@ class StepProfiler:
         self._cuda = device.type == "cuda"
         self._monitor = monitor
         self._running: profile | None = None
-        self._ranges = ExitStack()
+        self._ranges: AbstractContextManager[object] | None = None
         self._begun = self._ended = self._first
 
     def before(self, step: int) -> None:
@@ -65,14 +65,20 @@ class StepProfiler:
 
         A run that resumes inside the window records the rest of it.
         """
-        if self._running is not None:
+        if self._is_running:
             self._ended = step
-        if self._running is not None or not self._first <= step <= self._last:
+        if self._is_running or not self._first <= step <= self._last:
+            return
+        self._begun = self._ended = step
+        if self._config.nvtx and self._cuda:
+            # In place of the trace: torch refuses a second profiler on a thread, and only one of
+            # Nsight and torch's profiler can record the kernels of a process.
+            self._ranges = torch.autograd.profiler.emit_nvtx(
+                record_shapes=self._config.record_shapes
+            )
+            self._ranges.__enter__()
             return
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self._cuda
-        if self._config.nvtx and self._cuda:
-            # Nsight reads these ranges; torch's own profiler reads record_function itself.
-            self._ranges.enter_context(torch.autograd.profiler.emit_nvtx())
         self._running = profile(
             activities=activities,
             profile_memory=self._config.with_memory,
@@ -82,21 +88,27 @@ class StepProfiler:
             experimental_config=_ExperimentalConfig(profile_all_threads=True),
         )
         self._running.start()
-        self._begun = self._ended = step
 
     def after(self, step: int) -> None:
-        """Write the trace after the last step of the window."""
-        if self._running is not None and step >= self._last:
-            self._write()
+        """Write the trace, or end the ranges, after the last step of the window."""
+        if step >= self._last:
+            self.close()
 
     def close(self) -> None:
-        """Write what a run that ends inside the window has recorded."""
+        """Write what has been recorded, also of a run that ends inside the window."""
+        if self._ranges is not None:
+            ranges, self._ranges = self._ranges, None
+            ranges.__exit__(None, None, None)
+            self._monitor.say(f"NVTX ranges of iterations {self._begun} to {self._ended}")
         if self._running is not None:
-            self._write()
+            running, self._running = self._running, None
+            self._write(running)
 
-    def _write(self) -> None:
-        assert self._running is not None
-        running, self._running = self._running, None
+    @property
+    def _is_running(self) -> bool:
+        return self._running is not None or self._ranges is not None
+
+    def _write(self, running: profile) -> None:
         started = time.perf_counter()
         with self._monitor.paused():
             said = self._export(running)
@@ -105,7 +117,6 @@ class StepProfiler:
 
     def _export(self, running: profile) -> str:
         running.stop()
-        self._ranges.close()
         path = trace_path(self._directory, self._rank, self._begun, self._ended)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -74,6 +74,22 @@ def test_a_trace_that_cannot_be_written_does_not_end_the_run(tmp_path: Path) -> 
     assert said[0].startswith("monitor.profile: cannot write")
 
 
+def test_ranges_for_nsight_take_the_place_of_the_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # ITT ranges are made as NVTX ranges are, and need no GPU: torch runs one profiler per thread.
+    monkeypatch.setattr(torch.autograd.profiler, "emit_nvtx", torch.autograd.profiler.emit_itt)
+    said: list[str] = []
+    config, device = ProfileConfig(steps=(2, 3), nvtx=True), torch.device("cuda")
+    profiler = StepProfiler(config, tmp_path, rank=0, device=device, monitor=listener(said))
+    steps(profiler, 1, 4)
+    profiler.close()
+    assert said == ["NVTX ranges of iterations 2 to 3"]
+    assert not list(tmp_path.iterdir())
+    steps(build(tmp_path, said, (5, 5)), 5, 5)  # torch's profiler is free again
+    assert [trace_path(tmp_path, 0, 5, 5)] == list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("config", "rank", "built"),
     [
