@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from megatron_muloco.config import load_config
     from megatron_muloco.model.initialise import initialise_weights
     from megatron_muloco.model.layer_spec import decoder_block_spec
+    from megatron_muloco.optim.muon import MatrixUpdate
     from megatron_muloco.outer.optimizer import OuterOptimizer
+    from megatron_muloco.params import ParameterNames
     from megatron_muloco.training.build_optimizer import wrap_optimizer
     from megatron_muloco.training.replica_optimizer import ReplicaOptimizer
     from megatron_muloco.training.start import initialize_replicas
@@ -32,7 +34,9 @@ if TYPE_CHECKING:
 __all__ = [
     "CheckpointStore",
     "Groups",
+    "MatrixUpdate",
     "OuterOptimizer",
+    "ParameterNames",
     "ReplicaOptimizer",
     "RunState",
     "decoder_block_spec",
@@ -47,7 +51,9 @@ __version__ = "0.1.0"
 _HOMES = {
     "CheckpointStore": "megatron_muloco.checkpoint.store",
     "Groups": "megatron_muloco.comm.groups",
+    "MatrixUpdate": "megatron_muloco.optim.muon",
     "OuterOptimizer": "megatron_muloco.outer.optimizer",
+    "ParameterNames": "megatron_muloco.params",
     "ReplicaOptimizer": "megatron_muloco.training.replica_optimizer",
     "RunState": "megatron_muloco.checkpoint.state",
     "decoder_block_spec": "megatron_muloco.model.layer_spec",
