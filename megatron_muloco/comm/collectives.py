@@ -534,8 +534,7 @@ class ReplicatedBroadcast:
 def _check_equal_ranges(group: Any, shards: Sequence[Shard]) -> None:
     """Raise unless all ranks of ``group`` hold the same ranges of the replicated parameters."""
     mine = [(shard.name, shard.start, shard.end) for shard in shards]
-    theirs: list[Any] = [None] * group.size()
-    torch.distributed.all_gather_object(theirs, mine, group=group)
+    theirs = gather_objects(group, mine)
     if any(other != mine for other in theirs):
         raise RuntimeMismatch(
             "ranks that hold the same parameters shard them differently over data-parallel ranks: "

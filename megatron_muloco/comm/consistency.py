@@ -8,13 +8,13 @@ the rest of the run. `check_same_shards` runs once, before the first value is ex
 import hashlib
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
-from typing import Any
 
 import deepspeed.comm as dist
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, get_process_group_ranks
 
+from megatron_muloco.comm.collectives import gather_objects
 from megatron_muloco.errors import RuntimeMismatch, SyncError
 from megatron_muloco.params import Shard
 
@@ -110,8 +110,7 @@ def check_same_shards(group: ProcessGroup, shards: Sequence[Shard]) -> None:
         RuntimeMismatch: Shards differ. The message names the first difference and the ranks.
     """
     mine = [_description(shard) for shard in shards]
-    by_rank: list[Any] = [None] * group.size()
-    torch.distributed.all_gather_object(by_rank, mine, group=group)
+    by_rank = gather_objects(group, mine)
     ranks = get_process_group_ranks(group)
     for rank, theirs in zip(ranks, by_rank, strict=True):
         if theirs == by_rank[0]:

@@ -30,7 +30,15 @@ from torch.distributed import ProcessGroup, get_process_group_ranks
 from torch.profiler import record_function
 
 from megatron_muloco.comm.chunking import all_reduce_length, even_chunk_length, ring_bytes
-from megatron_muloco.comm.collectives import BufferPool, DeviceWire, HostWire, Layout, Pending, Wire
+from megatron_muloco.comm.collectives import (
+    BufferPool,
+    DeviceWire,
+    HostWire,
+    Layout,
+    Pending,
+    Wire,
+    sum_over,
+)
 from megatron_muloco.errors import SyncError
 from megatron_muloco.outer.reducer import Reduced, Reducer, ReductionStats, Residuals, Sizes
 
@@ -391,7 +399,4 @@ class ReplicaSum:
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """Return the sum over the group, bitwise equal on all its ranks, in a new tensor."""
-        total = tensor.clone()
-        if dist.get_world_size(self._group) > 1:
-            dist.all_reduce(total, group=self._group)
-        return total
+        return sum_over(self._group, tensor)

@@ -38,7 +38,7 @@ from megatron_muloco.training.replica_optimizer import ReplicaOptimizer
 from megatron_muloco.training.start import initialize_replicas
 from megatron_muloco.training.stopping import StopAgreement
 
-__all__ = ["RunContext", "build_run", "gather_report"]
+__all__ = ["RunContext", "build_run", "gather_report", "scalars_of"]
 
 
 def gather_report(table: ParameterTable, groups: Groups) -> ParameterReport:
