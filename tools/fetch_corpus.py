@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         "--output", default="data/debian/train.jsonl", help="documents to learn from"
     )
     parser.add_argument(
-        "--held-out", help=f"second file, for {_HELD_OUT_FRACTION:.0%} of the documents"
+        "--held-out", help=f"second file, for {_HELD_OUT_FRACTION:.0%}% of the documents"
     )
     arguments = parser.parse_args(argv)
     return run_tool(lambda: _run(Path(arguments.output), arguments.held_out))
