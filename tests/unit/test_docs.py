@@ -12,6 +12,8 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+# Read by the code host alone; `mkdocs.yml` excludes it from the site.
+TEMPLATE = ROOT / "docs/pull_request_template.md"
 SOURCES = ROOT / "megatron_muloco"
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -182,7 +184,7 @@ def test_every_page_is_on_the_map() -> None:
         (docs / target.partition("#")[0]).resolve()
         for target in LINK.findall((docs / "README.md").read_text(encoding="utf-8"))
     }
-    on_disk = {page.resolve() for page in docs.rglob("*.md")} - {docs / "README.md"}
+    on_disk = {page.resolve() for page in docs.rglob("*.md")} - {docs / "README.md", TEMPLATE}
     # Result pages of measurements are reached through the pages that use them.
     results = {page for page in on_disk if page.parent.name == "performance"}
     assert not on_disk - listed - results
@@ -193,7 +195,11 @@ def test_every_page_is_in_the_navigation_of_the_site() -> None:
     site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     nav = yaml.safe_load(site[site.index("\nnav:") :])["nav"]
     targets = set(re.findall(r"[\w./-]+\.md", str(nav)))
-    on_disk = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}
+    on_disk = {
+        str(path.relative_to(ROOT / "docs"))
+        for path in (ROOT / "docs").rglob("*.md")
+        if path != TEMPLATE
+    }
     packages = {f"reference/api/{path.parent.name}.md" for path in SOURCES.glob("*/__init__.py")}
     assert targets == on_disk | packages
 
