@@ -4,6 +4,10 @@ import re
 import textwrap
 from pathlib import Path
 
+from megatron_muloco.config import load_config
+from megatron_muloco.config.derived import topology_of
+from megatron_muloco.planning.report import render_plan
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -41,3 +45,13 @@ def test_an_excerpt_is_whole_lines_without_changes() -> None:
     assert is_excerpt("a = 1\n\nreturn a\n", code)
     assert not is_excerpt("a = 1\nreturn a\n", code)
     assert not is_excerpt("a = 2\n", code)
+
+
+def test_the_plan_in_the_15b_guide_is_what_the_command_prints() -> None:
+    guide = (ROOT / "docs/guides/15b.md").read_text(encoding="utf-8")
+    excerpt = guide.partition("prints (excerpt):\n\n```\n")[2].partition("```")[0].splitlines()
+    config = load_config(ROOT / "configs/15b_k16.yaml")
+    printed = iter(render_plan(config, topology_of(config, 1024)).splitlines())
+    assert excerpt
+    # "in" consumes the iterator, so the lines must also be in the plan's order.
+    assert not [line for line in excerpt if line not in printed]
