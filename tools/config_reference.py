@@ -22,12 +22,13 @@ INTRODUCTION = """# Config reference
 
 <!-- Written by tools/config_reference.py from the schema; edit the descriptions there. -->
 
-A run is one YAML file. `extends:` names files to start from, relative to the file that says it.
-Later ones win, the file itself wins over them, and `--set section.key=value` wins over all.
-Mappings merge key by key, everything else is replaced, and `null` takes a key back to its default.
-Unknown and repeated keys are refused. Keys that Megatron has keep Megatron's names.
+A run is one YAML file. `extends:` names files to start from, relative to the file that contains
+it. Later ones override earlier ones, the file itself overrides them, and `--set section.key=value`
+overrides everything. Mappings merge key by key, everything else is replaced, and `null` resets a
+key to its default. Unknown and repeated keys are refused. Keys that Megatron has keep Megatron's
+names.
 
-A batch is counted in sequences, an interval in inner steps unless it says rounds.
+Batches are counted in sequences. Intervals are in inner steps unless the description says rounds.
 """
 
 
@@ -84,6 +85,8 @@ def _default(entry: SchemaField) -> str:
         return "not set"
     if value == ():
         return "none"
+    if isinstance(value, tuple):
+        value = list(value)
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 

@@ -17,20 +17,23 @@ _HEAD = """\
 TensorBoard tags of a run; the x axis is the inner step. Tags without a slash are Megatron's, so
 that runs of both overlay. Training points are written every `monitor.log_interval` inner steps;
 with more than one replica they appear at the next outer step, which brings the numbers of the other
-replicas. After a resume, readers no longer see points that an earlier start wrote after the resumed
-step.
+replicas. After a resume, TensorBoard hides the points that an earlier start wrote for later steps.
 
 | tag | unit | over steps | over ranks | when | meaning |
 |---|---|---|---|---|---|
 """
 
-_STEPS = {"mean": "mean since the last point", "last": "that step's", "event": "at the event"}
+_STEPS = {
+    "mean": "mean since the last point",
+    "last": "value of that step",
+    "event": "at the event",
+}
 
 _PEAKS_HEAD = """
-## Peaks behind `perf/mfu`
+## Peaks used for `perf/mfu`
 
-Dense bf16 in TFLOP/s, by the exact name that the driver reports. On every other accelerator, with
-`training.precision: fp32` and on a CPU there is no MFU, neither on the console nor in TensorBoard.
+Dense bf16 peaks in TFLOP/s. The name is exactly that which the driver reports. There is no MFU on
+any other accelerator, on a CPU or with `training.precision: fp32`.
 
 | accelerator | peak | source |
 |---|---:|---|

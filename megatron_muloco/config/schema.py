@@ -38,7 +38,7 @@ class ModelConfig(Section):
     )
     num_attention_heads: PositiveInt = Field(description="Query heads.")
     num_query_groups: PositiveInt | None = Field(
-        None, description="Key/value heads; default num_attention_heads (no grouping)."
+        None, description="Key/value heads; by default num_attention_heads (no grouping)."
     )
     kv_channels: PositiveInt = Field(128, description="Width of one attention head.")
     seq_length: PositiveInt = Field(description="Tokens per sequence.")
@@ -220,11 +220,11 @@ class ProfileConfig(Section):
     steps: tuple[PositiveInt, PositiveInt] | None = Field(
         None,
         strict=False,
-        description="First and last inner step to profile, such as [11, 40]; none profiles "
-        "nothing. Needs monitor.dir; traces go to its directory profile.",
+        description="First and last inner step to profile, such as [11, 40]; when not set, "
+        "nothing is profiled. Needs monitor.dir; traces are written to its directory profile.",
     )
     ranks: tuple[Annotated[int, Field(ge=0)], ...] = Field(
-        (0,), strict=False, description="Ranks that write a Chrome trace each."
+        (0,), strict=False, description="Ranks of which each writes a Chrome trace."
     )
     with_memory: bool = Field(False, description="Record allocations and frees.")
     with_stack: bool = Field(False, description="Record Python stacks.")

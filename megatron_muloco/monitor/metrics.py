@@ -221,7 +221,7 @@ _ROWS = (
     Metric(
         "muon/orthogonality_error", "1", "last", "writing rank", _MUON,
         "Frobenius norm of X·Xᵀ − I divided by the root of the shorter side, for one matrix of "
-        "this rank, another one in each line. It does not reach 0 by default.",
+        "this rank, a different one for each line. The default coefficients do not bring it to 0.",
     ),
     # The outer step: values of the fragments applied after this inner step.
     Metric(
@@ -252,7 +252,7 @@ _ROWS = (
     Metric(
         "muloco/exposed_ms", "ms", "event", "writing rank", _OUTER,
         "Host time of launching reductions and waiting for them; on an accelerator it includes "
-        "work queued before.",
+        "the wait for work queued earlier.",
         _TIMES,
     ),
     Metric(
@@ -298,7 +298,7 @@ _ROWS = (
     ),
     Metric(
         "muloco/residual_norm", "1", "event", "replica 0", _FEEDBACK,
-        "Norm of the residuals that error feedback keeps for the next round, of these fragments.",
+        "Norm of the residuals that error feedback keeps of these fragments for the next round.",
         _NORMS,
     ),
     Metric(
