@@ -52,6 +52,7 @@ __all__ = [
     "rounds_of_schedules_ascend",
     "run_has_a_round",
     "sequence_divides",
+    "tied_embedding_has_a_scale",
     "vocabulary_divides",
 ]
 
@@ -271,6 +272,23 @@ def head_width_is_even(config: RunConfig, topology: Topology | None) -> Iterator
             "model.kv_channels",
             f"{config.model.kv_channels} is odd, but rotary embeddings rotate pairs of "
             "channels.\nUse an even number.",
+        )
+
+
+def tied_embedding_has_a_scale(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
+    """Require branch norms for a tied embedding that starts at the head's scale.
+
+    Without them the residual stream is mostly the input token's own row, and the tied head turns it
+    into a logit of about sqrt(hidden_size): the first loss is many nats above ln(vocabulary).
+    """
+    model = config.model
+    tied = not model.untie_embeddings_and_output_weights
+    if tied and model.init == "muloco" and not model.post_layernorm:
+        yield Problem(
+            "model.untie_embeddings_and_output_weights",
+            "false, but model.init is muloco and model.post_layernorm false; that initialisation "
+            "has no scale\nfor a table that is embedding and output head without norms after the "
+            "branches.\nUse model.init: megatron, or model.post_layernorm: true, or untie them.",
         )
 
 
@@ -524,6 +542,7 @@ RULES: tuple[Rule, ...] = (
     warmup_is_shorter_than_the_run,
     heads_divide,
     head_width_is_even,
+    tied_embedding_has_a_scale,
     ffn_divides,
     vocabulary_divides,
     layers_divide,

@@ -63,7 +63,8 @@ class ModelConfig(Section):
     init: Literal["muloco", "megatron"] = Field(
         "muloco",
         description="Initialisation: muloco as in the MuLoCo code (truncated normal, scaled by "
-        "depth, embeddings of unit variance), or megatron (normal, output layers scaled by depth).",
+        "depth, embeddings of unit variance; a tied embedding has the head's scale "
+        "hidden_size^-0.5), or megatron (normal, output layers scaled by depth).",
     )
     init_method_std: float = Field(
         0.02, gt=0, description="Standard deviation of initial matrices before depth scaling."

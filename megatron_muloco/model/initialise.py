@@ -31,6 +31,10 @@ __all__ = ["initialise_weights"]
 #     q, k, v, gate    truncated normal, std 0.02
 #     proj, up, down   truncated normal, std 0.02 / sqrt(2 (layer + 1))
 #     output head      truncated normal, std hidden_size^-0.5, cut at three standard deviations
+#
+# That code never ties the embedding to the head. A tied table is drawn as the head: with unit
+# variance its logits would have the variance hidden_size, and the first loss be tens of nats.
+# fairseq initialises a tied table with this scale; Mesh TensorFlow applies it to the tied logits.
 _HEAD_CUT = 3.0
 # Layer weights are cut at an absolute 2.0, as in that code; at std 0.02 it has no effect.
 _LAYER_CUT = 2.0
@@ -48,7 +52,8 @@ def initialise_weights(
     """Overwrite the parameters of one pipeline stage with the paper's initial values.
 
     Args:
-        model: The bare GPTModel of this stage, before DDP takes over its storage.
+        model: The bare GPTModel of this stage, before DDP takes over its storage. A tied embedding
+            (``share_embeddings_and_output_weights``) gets the values of an output head.
         pg: Groups of this replica; only tensor-parallel rank and size are read.
         seed: Same on every rank and replica.
         std: Standard deviation of layer weights (0.02 in the paper's configuration).
@@ -62,6 +67,7 @@ def initialise_weights(
     """
     _mark_split_weights(model)
     rank, size = pg.tp.rank(), pg.tp.size()
+    tied = bool(getattr(model, "share_embeddings_and_output_weights", False))
     with torch.no_grad():
         for name, parameter in named_parameters(model, names):
             if parameter.dim() < 2:
@@ -72,7 +78,9 @@ def initialise_weights(
             if dim is not None:
                 shape[dim] *= size
             generator = torch.Generator().manual_seed(_seed_of(name, seed))
-            whole = _draw(info, shape, std=std, hidden_size=hidden_size, generator=generator)
+            whole = _draw(
+                info, shape, std=std, hidden_size=hidden_size, tied=tied, generator=generator
+            )
             parameter.copy_(_local(info, whole, rank, size))
 
 
@@ -100,7 +108,13 @@ def _seed_of(name: str, seed: int) -> int:
 
 
 def _draw(
-    info: ParamInfo, shape: list[int], *, std: float, hidden_size: int, generator: torch.Generator
+    info: ParamInfo,
+    shape: list[int],
+    *,
+    std: float,
+    hidden_size: int,
+    tied: bool,
+    generator: torch.Generator,
 ) -> Tensor:
     """Return the whole tensor, rows in the order in which one tensor-parallel rank holds them."""
     whole = torch.empty(shape, dtype=torch.float32)
@@ -108,9 +122,9 @@ def _draw(
     def truncated(tensor: Tensor, scale: float, cut: float) -> Tensor:
         return nn.init.trunc_normal_(tensor, std=scale, a=-cut, b=cut, generator=generator)
 
-    if info.kind == "embedding":
+    if info.kind == "embedding" and not tied:
         return whole.normal_(generator=generator)
-    if info.kind == "output":
+    if info.kind in ("embedding", "output"):
         scale = hidden_size**-0.5
         return truncated(whole, scale, _HEAD_CUT * scale)
     if info.layer is None:

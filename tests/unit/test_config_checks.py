@@ -31,6 +31,13 @@ RULE_CASES: dict[str, tuple[list[str], list[str]]] = {
         ["parallel.tensor_model_parallel_size: 2 does not divide the 3 attention heads"],
     ),
     "head_width_is_even": (["model.kv_channels=63"], ["model.kv_channels: 63 is odd"]),
+    "tied_embedding_has_a_scale": (
+        ["model.untie_embeddings_and_output_weights=false", "model.post_layernorm=false"],
+        [
+            "model.untie_embeddings_and_output_weights: false, but model.init is muloco",
+            "Use model.init: megatron",
+        ],
+    ),
     "ffn_divides": (
         ["parallel.tensor_model_parallel_size=3", "model.ffn_hidden_size=500"],
         ["model.ffn_hidden_size: 500 is not divisible by tensor_model_parallel_size 3"],
