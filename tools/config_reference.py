@@ -9,6 +9,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic_core import PydanticUndefined
 
+from megatron_muloco.config.inner import PerOptimizer
 from megatron_muloco.config.messages import (
     SchemaField,
     is_tagged,
@@ -108,7 +109,14 @@ def _values(entry: SchemaField) -> str:
         if getattr(item, name, None) is not None
     ]
     words = " ".join([_type_words(annotation), ", ".join(bounds)]).strip()
-    return f"{words}, or a schedule" if _takes_number(entry) else words
+    if not _takes_number(entry):
+        return words
+    other = (
+        "one per optimizer"
+        if PerOptimizer in section_types(entry.info.annotation)
+        else "a schedule"
+    )
+    return f"{words}, or {other}"
 
 
 def _takes_number(entry: SchemaField) -> bool:

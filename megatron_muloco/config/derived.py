@@ -190,10 +190,10 @@ def weight_decay(config: RunConfig) -> float:
     wd0 * (per-replica batch / 512).
     """
     inner = config.inner
-    if inner.weight_decay_base is None:
+    if inner.decay_base is None:
         return inner.weight_decay or 0.0
     replica_batch = config.training.global_batch_size / config.parallel.num_replicas
-    return inner.weight_decay_base * replica_batch / inner.weight_decay_reference_batch
+    return inner.decay_base * replica_batch / inner.weight_decay_reference_batch
 
 
 def spacing_of_launches(outer: NesterovOuter | AverageOuter) -> int:

@@ -1,9 +1,9 @@
 """Config schema of the inner optimizer, and its `learning_rate` as a function of the step."""
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from megatron_muloco.config.section import Section
 
@@ -16,6 +16,7 @@ __all__ = [
     "MuonConfig",
     "MuonInner",
     "NSImplementation",
+    "PerOptimizer",
     "ScaleMode",
     "VectorConfig",
     "learning_rate",
@@ -116,6 +117,32 @@ class VectorConfig(Section):
     weight_decay_mult: float = Field(1.0, ge=0, description="Factor on the weight decay.")
 
 
+class PerOptimizer(Section):
+    """A value for each inner optimizer, so that one model file fits every method."""
+
+    kind: Literal["per_optimizer"] = Field(description="per_optimizer, where not a plain number.")
+    muon: float = Field(ge=0, description="Value with kind muon.")
+    adamw: float = Field(ge=0, description="Value with kind adamw.")
+
+
+def _tag(value: Any) -> str | None:
+    """Return the ``kind`` of a value per optimizer, given as keys or as an object."""
+    if value is None:
+        return "none"
+    if isinstance(value, dict):
+        kind = value.get("kind")
+        return None if kind is None else str(kind)
+    return str(getattr(value, "kind", "number"))
+
+
+_DecayBase = Annotated[
+    Annotated[Annotated[float, Field(ge=0)], Tag("number")]
+    | Annotated[PerOptimizer, Tag("per_optimizer")]
+    | Annotated[None, Tag("none")],
+    Discriminator(_tag),
+]
+
+
 class _Inner(Section):
     """Keys that every inner optimizer has."""
 
@@ -133,11 +160,11 @@ class _Inner(Section):
         description="Decoupled weight decay, multiplied by the learning rate of the step. Set "
         "exactly one of weight_decay and weight_decay_base.",
     )
-    weight_decay_base: float | None = Field(
+    weight_decay_base: _DecayBase = Field(
         None,
-        ge=0,
         description="Weight decay at a per-replica batch of weight_decay_reference_batch "
-        "sequences; it scales in proportion to the per-replica batch.",
+        "sequences; it scales in proportion to the per-replica batch. A number, or a number for "
+        "each inner optimizer: {kind: per_optimizer, muon: 0.01, adamw: 0.001}.",
     )
     weight_decay_reference_batch: int = Field(
         512, ge=1, description="Per-replica batch, in sequences, for which weight_decay_base holds."
@@ -154,11 +181,23 @@ class MuonInner(_Inner):
     kind: Literal["muon"] = Field(description="muon or adamw.")
     muon: MuonConfig = Field(default_factory=MuonConfig, description="Muon constants.")
 
+    @property
+    def decay_base(self) -> float | None:
+        """``weight_decay_base`` of Muon; ``None`` if not set."""
+        base = self.weight_decay_base
+        return base.muon if isinstance(base, PerOptimizer) else base
+
 
 class AdamWInner(_Inner):
     """Inner optimizer of DiLoCo: AdamW for every parameter."""
 
     kind: Literal["adamw"] = Field(description="muon or adamw.")
+
+    @property
+    def decay_base(self) -> float | None:
+        """``weight_decay_base`` of AdamW; ``None`` if not set."""
+        base = self.weight_decay_base
+        return base.adamw if isinstance(base, PerOptimizer) else base
 
 
 InnerConfig = Annotated[MuonInner | AdamWInner, Field(discriminator="kind")]

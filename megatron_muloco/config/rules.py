@@ -389,12 +389,12 @@ def one_length(config: RunConfig, topology: Topology | None) -> Iterator[Problem
 def one_weight_decay(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
     """Require exactly one of weight_decay and weight_decay_base."""
     given = config.inner.weight_decay is not None
-    base_given = config.inner.weight_decay_base is not None
+    base_given = config.inner.decay_base is not None
     if given and base_given:
         yield Problem(
             "inner.weight_decay",
             f"{config.inner.weight_decay}, but weight_decay_base "
-            f"({config.inner.weight_decay_base}) is set as well.\nOnly one can be used. Set one of "
+            f"({config.inner.decay_base}) is set as well.\nOnly one can be used. Set one of "
             "them to null.",
         )
     if not given and not base_given:

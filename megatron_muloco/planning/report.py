@@ -243,9 +243,9 @@ def _run_rows(config: RunConfig, layout: Topology, derived: Derived) -> Iterator
         else f"{inner.kind}, {inner.lr_warmup_iters} steps of warm-up, then constant",
     )
     rule = (
-        f"{inner.weight_decay_base:g} x {derived.replica_batch_size} / "
+        f"{inner.decay_base:g} x {derived.replica_batch_size} / "
         f"{inner.weight_decay_reference_batch} sequences per replica"
-        if inner.weight_decay_base is not None
+        if inner.decay_base is not None
         else "as given"
     )
     yield "weight decay", f"{derived.weight_decay:g}", rule

@@ -63,6 +63,38 @@ def test_any_model_goes_with_any_method(tmp_path: Path, model: Path, method: Pat
     assert f"k{config.parallel.num_replicas}" in method.stem or config.outer.kind == "none"
 
 
+# weight decay of the MuLoCo code at 512 sequences per replica: Muon family, AdamW family
+DECAY = {
+    "150m": (0.01, 0.001),
+    "416m": (0.01, 0.01),
+    "914m": (0.01, 0.01),
+    "1.76b": (0.001, 0.001),
+    "3.1b": (0.001, 0.001),
+    "15b": (1e-4, 1e-4),
+}
+
+
+@pytest.mark.parametrize(("model", "method"), list(product(MODELS, METHODS)), ids=name_of)
+def test_weight_decay_is_that_of_the_optimizers_family(
+    tmp_path: Path, model: Path, method: Path
+) -> None:
+    run = tmp_path / "run.yaml"
+    run.write_text(f"extends: [{model}, {method}]\ncheckpoint: {{dir: runs/x}}\n")
+    config = load_config(run)
+    base = DECAY[model.stem][("muon", "adamw").index(config.inner.kind)]
+    assert derive(config).weight_decay == pytest.approx(base / config.parallel.num_replicas)
+
+
+def test_a_number_replaces_the_weight_decay_per_optimizer(tmp_path: Path) -> None:
+    run = tmp_path / "run.yaml"
+    models, methods = CONFIGS / "models", CONFIGS / "methods"
+    run.write_text(
+        f"extends: [{models}/150m.yaml, {methods}/diloco_k1.yaml]\ncheckpoint: {{dir: runs/x}}\n"
+    )
+    config = load_config(run, ["inner.weight_decay_base=0.5"])
+    assert derive(config).weight_decay == 0.5
+
+
 @pytest.mark.parametrize("path", ALL, ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_every_value_has_a_source(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
