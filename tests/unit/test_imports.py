@@ -21,7 +21,7 @@ LEVELS = (
     ("comm",),
     ("model",),
     ("data", "runtime"),
-    ("checkpoint", "planning"),
+    ("checkpoint", "planning", "scaling"),
     ("monitor",),
     ("training",),
 )
@@ -45,6 +45,7 @@ TORCH_FREE = (
     "megatron_muloco.params",
     "megatron_muloco.errors",
     "megatron_muloco.planning",
+    "megatron_muloco.scaling",
     "megatron_muloco.data.sampler",
     "megatron_muloco.model.flops",
 )
