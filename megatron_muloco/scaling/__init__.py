@@ -3,6 +3,16 @@
 Torch-free. Needs scipy, which the extra ``analysis`` installs.
 """
 
+from megatron_muloco.errors import RuntimeMismatch
+
+try:
+    import scipy  # noqa: F401
+except ModuleNotFoundError as error:
+    raise RuntimeMismatch(
+        "megatron_muloco.scaling needs scipy, which is not installed: pip install "
+        "'megatron_muloco[analysis]'."
+    ) from error
+
 from megatron_muloco.scaling.fitting import Fit, fit
 from megatron_muloco.scaling.forms import FORMS, Form, Parameter, make_form
 from megatron_muloco.scaling.intervals import Estimate, LeftOut, bootstrap, estimates, leave_out

@@ -29,11 +29,15 @@ from megatron_muloco.errors import ConfigError
 from megatron_muloco.scaling.forms import Form, log_sum, make_form
 from megatron_muloco.scaling.observations import FloatArray, Observations
 
-__all__ = ["HUBER_DELTA", "METHODS", "Fit", "endpoints", "fit", "minimise", "refit"]
+__all__ = [
+    "HUBER_DELTA", "METHODS", "NEGLIGIBLE", "Fit", "endpoints", "fit", "minimise", "off_zero",
+    "refit",
+]  # fmt: skip
 
 HUBER_DELTA = 1e-3  # Chinchilla, section D.2; DiLoCo does not print its own
 METHODS = ("least_squares", "huber")
 STARTS = 128
+NEGLIGIBLE = 1e-3  # largest share in a prediction of a term that the points do not show
 
 _POLISHED = 6  # of the starts, for least squares
 _FLOOR = 1e-6  # of the smallest response: a coefficient that is projected to zero starts here
@@ -50,8 +54,8 @@ class Fit:
         theta: Parameters, shape (p,); coefficients as logarithms.
         delta: Huber's δ in units of the logarithm; infinite for least squares.
         starts: Number of starts; 1 where the minimum has a closed form.
-        agreeing: How many starts ended within 1 % of the best objective, of those that were
-            followed to the end.
+        followed: How many starts were followed to a minimum.
+        agreeing: How many of those ended within 1 % of the best objective.
     """
 
     form: Form
@@ -59,6 +63,7 @@ class Fit:
     theta: FloatArray
     delta: float = np.inf
     starts: int = 1
+    followed: int = 1
     agreeing: int = 1
 
     @property
@@ -154,7 +159,7 @@ def fit(
     best = min(ends, key=lambda end: end[0])
     agreeing = sum(objective <= 1.01 * best[0] for objective, _ in ends)
     theta = minimise(design, target, best[1], width)
-    return Fit(form, points, theta, width, starts, agreeing)
+    return Fit(form, points, theta, width, starts, len(ends), agreeing)
 
 
 def refit(found: Fit, points: Observations) -> Fit:
@@ -162,8 +167,24 @@ def refit(found: Fit, points: Observations) -> Fit:
 
     For points that differ a little, such as those of a bootstrap or of leaving one out.
     """
-    theta = minimise(found.form.design(points), points.log_values, found.theta, found.delta)
+    theta = minimise(found.form.design(points), points.log_values, off_zero(found), found.delta)
     return Fit(found.form, points, theta, found.delta)
+
+
+def off_zero(found: Fit) -> FloatArray:
+    """Return a fit's parameters with vanished coefficients raised to where they have an effect.
+
+    Coefficients are logarithms, so a descent cannot leave zero: the gradient vanishes there.
+    """
+    shares = log_sum(found.design, found.theta)[1].max(axis=0)
+    raised = [index for index in found.form.coefficients if shares[index] < NEGLIGIBLE]
+    if not raised:
+        return found.theta
+    target = found.points.log_values
+    theta = found.theta.copy()
+    theta[raised] = target.min() + np.log(NEGLIGIBLE)
+    others = [index for index in range(len(theta)) if index not in raised]
+    return minimise(found.design, target, theta, found.delta, others)
 
 
 def endpoints(
@@ -220,7 +241,7 @@ def minimise(
         trial[free] += np.linalg.lstsq(left, right, rcond=None)[0] / lengths
         with np.errstate(over="ignore", invalid="ignore"):
             values, trial_jacobian = log_sum(design, trial)
-        lower = _rho(values - target, delta).sum()
+            lower = _rho(values - target, delta).sum()
         if np.isfinite(lower) and lower < objective:
             done = objective - lower <= 1e-13 * objective
             theta, residuals, jacobian, objective = trial, values - target, trial_jacobian, lower

@@ -19,7 +19,7 @@ import numpy as np
 from scipy.stats import t as student
 
 from megatron_muloco.errors import ConfigError
-from megatron_muloco.scaling.fitting import Fit, fit, minimise, refit
+from megatron_muloco.scaling.fitting import NEGLIGIBLE, Fit, fit, minimise, off_zero, refit
 from megatron_muloco.scaling.forms import log_sum
 from megatron_muloco.scaling.observations import BoolArray, FloatArray, Observations
 
@@ -29,7 +29,6 @@ INTERVALS = ("profile", "bootstrap")
 
 _WIDE_FACTOR = 100.0  # between the ends of a coefficient's interval
 _FARTHEST = 60.0  # standard errors that a profile is followed
-_NEGLIGIBLE = 1e-3  # share of a term in every prediction
 
 
 @dataclass(frozen=True)
@@ -131,17 +130,20 @@ def profile(found: Fit, index: int, level: float = 0.95) -> tuple[float, float]:
             "a profile interval needs a least-squares fit; Huber's loss is no likelihood. Use the "
             "bootstrap."
         )
-    jacobian = log_sum(found.design, found.theta)[1]
+    theta = off_zero(found)
+    jacobian = log_sum(found.design, theta)[1]
     quantile = float(student.ppf((1 + level) / 2, found.freedom))
     error = found.sigma * _inverse_length(jacobian, index)
     if len(found.form.terms) == 1:
-        centre = found.theta[index]
+        centre = theta[index]
         return centre - quantile * error, centre + quantile * error
-    if not 0 < error < np.inf:
-        return (-np.inf, np.inf) if error else (found.theta[index], found.theta[index])
+    if error == 0:
+        return float(theta[index]), float(theta[index])
+    if not found.form.parameters[index].is_exponent:
+        error = min(error, 1.0)  # larger steps of a logarithm overflow
     return (
-        _profile_end(found, index, -error, quantile),
-        _profile_end(found, index, error, quantile),
+        _profile_end(found, theta, index, -error, quantile),
+        _profile_end(found, theta, index, error, quantile),
     )
 
 
@@ -206,7 +208,9 @@ def _inverse_length(jacobian: FloatArray, index: int) -> float:
     return 1 / length if length > 0 else float("inf")
 
 
-def _profile_end(found: Fit, index: int, step: float, quantile: float) -> float:
+def _profile_end(
+    found: Fit, centre_theta: FloatArray, index: int, step: float, quantile: float
+) -> float:
     """Return where the signed root of the likelihood ratio reaches a quantile, by false position.
 
     The root is nearly linear in the parameter, so a few refits of the others are enough.
@@ -214,19 +218,24 @@ def _profile_end(found: Fit, index: int, step: float, quantile: float) -> float:
     best = float(found.residuals @ found.residuals)
     free = [i for i in range(len(found.theta)) if i != index]
     target = found.points.log_values
-    centre = float(found.theta[index])
+    centre = float(centre_theta[index])
 
     def root(distance: float, start: FloatArray) -> tuple[float, FloatArray]:
         trial = start.copy()
         trial[index] = centre + distance * step
-        theta = minimise(found.design, target, trial, free=free)
-        residuals = log_sum(found.design, theta)[0] - target
-        excess = max(0.0, float(residuals @ residuals) - best)
-        return float(np.sqrt(excess)) / found.sigma, theta
+        ends = [minimise(found.design, target, trial, free=free)]
+        shares = log_sum(found.design, ends[0])[1].max(axis=0)
+        lost = [i for i in found.form.coefficients if i != index and shares[i] < NEGLIGIBLE]
+        if lost:  # a descent does not come back from zero, so try from the other side as well
+            trial[lost] = target.min() + np.log(0.5)
+            ends.append(minimise(found.design, target, trial, free=free))
+        sums = [float(((log_sum(found.design, end)[0] - target) ** 2).sum()) for end in ends]
+        lowest = int(np.argmin(sums))
+        return float(np.sqrt(max(0.0, sums[lowest] - best))) / found.sigma, ends[lowest]
 
     # Refits start from the inner end of the bracket. The outer one may lie in a flat valley, from
     # which the way back to the best fit is long.
-    inner, inner_root, nearest, outer = 0.0, 0.0, found.theta, quantile
+    inner, inner_root, nearest, outer = 0.0, 0.0, centre_theta, quantile
     while True:
         outer_root, theta = root(outer, nearest)
         if outer_root >= quantile:
@@ -267,13 +276,15 @@ def _estimate(found: Fit, index: int, low: float, high: float, level: float) -> 
 def _exponent_problem(value: float, low: float, high: float) -> str:
     if not np.isfinite([low, high]).all():
         return "ill-conditioned: the points do not bound it"
-    if high - low > max(2 * abs(value), 1e-12) and low < 0 < high:
+    if high - low <= max(2 * abs(value), 1e-12):
+        return ""
+    if low < 0 < high:
         return "its interval includes 0 and is wider than twice its value: no trend is shown"
-    return ""
+    return "ill-conditioned: its interval is wider than twice its value"
 
 
 def _coefficient_problem(found: Fit, index: int, low: float, high: float, level: float) -> str:
-    if _share(found, index) < _NEGLIGIBLE:
+    if _share(found, index) < NEGLIGIBLE:
         return "at zero: the points show no such term"
     if low <= 0.0 and not np.isfinite(high):
         return "ill-conditioned: the points do not bound it"
