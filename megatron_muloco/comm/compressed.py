@@ -24,7 +24,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from megatron_muloco.comm.chunking import (
     Piece,
@@ -37,7 +36,7 @@ from megatron_muloco.comm.chunking import (
     two_way_bytes,
 )
 from megatron_muloco.comm.collectives import BufferPool, Layout, Pending
-from megatron_muloco.comm.reducers import OuterGroup, Stopwatch
+from megatron_muloco.comm.reducers import OuterGroup, OuterPeers, Stopwatch
 from megatron_muloco.compress.codec import Codec, ErrorFeedback, encode, from_bytes
 from megatron_muloco.compress.codecs import codec_lookup
 from megatron_muloco.config.outer import LossyCompression
@@ -66,7 +65,7 @@ CodecOf = Callable[[str], Codec]
 
 
 def build_compressed_reducer_for(
-    group: ProcessGroup | None,
+    group: OuterPeers,
     device: torch.device,
     compression: LossyCompression,
     rows: RowPlaces,
@@ -276,7 +275,7 @@ class CompressedAllReduce:
 
     def __init__(
         self,
-        group: ProcessGroup | None,
+        group: OuterPeers,
         device: torch.device,
         codec_of: CodecOf,
         rows: RowPlaces,
@@ -468,7 +467,7 @@ class CompressedAllGather:
 
     def __init__(
         self,
-        group: ProcessGroup | None,
+        group: OuterPeers,
         device: torch.device,
         codec_of: CodecOf,
         rows: RowPlaces,

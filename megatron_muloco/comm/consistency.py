@@ -9,12 +9,10 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 
-import deepspeed.comm as dist
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup, get_process_group_ranks
 
-from megatron_muloco.comm.collectives import gather_objects
+from megatron_muloco.comm.reducers import OuterGroup, OuterPeers
 from megatron_muloco.errors import RuntimeMismatch, SyncError
 from megatron_muloco.params import Shard
 
@@ -41,7 +39,7 @@ def digests(tensors: Mapping[str, Tensor]) -> Tensor:
 
 def check_equal(
     tensors: Mapping[str, Tensor],
-    group: ProcessGroup,
+    group: OuterPeers,
     device: torch.device,
     *,
     what: str,
@@ -62,20 +60,20 @@ def check_equal(
         SyncError: Some ranks differ. The message names the first differing parameter, the round
             and the ranks.
     """
-    size = dist.get_world_size(group)
-    if size == 1 or not tensors:
+    outer = OuterGroup(group, device)
+    if outer.size == 1 or not tensors:
         return
     own = digests(tensors).to(device)
-    gathered = own.new_empty(size * own.numel())
-    dist.all_gather_into_tensor(gathered, own, group=group)
-    by_rank = gathered.view(size, -1).cpu()
+    gathered = own.new_empty(outer.size * own.numel())
+    outer.wire.all_gather(gathered, own).wait()
+    by_rank = gathered.view(outer.size, -1).cpu()
     differing = (by_rank != by_rank[0]).any(dim=0).nonzero().flatten().tolist()
     if differing:
         column = by_rank[:, differing[0]].tolist()
         raise SyncError(
             f"{f'round {round_index}' if round_index else 'before the first round'}: {what} of "
             f"{sorted(tensors)[differing[0]]} differs between ranks "
-            f"({_camps(column, get_process_group_ranks(group))}); {len(differing)} parameters of "
+            f"({_camps(column, outer.ranks)}); {len(differing)} parameters of "
             f"{len(tensors)} differ. {_AFTER_A_ROUND if round_index else _AT_THE_START}"
         )
 
@@ -94,7 +92,7 @@ def _digest(tensor: Tensor) -> int:
     return int.from_bytes(value, "little", signed=True)
 
 
-def check_same_shards(group: ProcessGroup, shards: Sequence[Shard]) -> None:
+def check_same_shards(group: OuterPeers, shards: Sequence[Shard]) -> None:
     """Raise on every rank of the outer group unless all hold the same shards in the same order.
 
     Reducers add elements of different replicas by their place in a flat buffer. If ranks at the
@@ -109,9 +107,9 @@ def check_same_shards(group: ProcessGroup, shards: Sequence[Shard]) -> None:
     Raises:
         RuntimeMismatch: Shards differ. The message names the first difference and the ranks.
     """
-    mine = [_description(shard) for shard in shards]
-    by_rank = gather_objects(group, mine)
-    ranks = get_process_group_ranks(group)
+    outer = OuterGroup(group, torch.device("cpu"))
+    by_rank = outer.gather_objects([_description(shard) for shard in shards])
+    ranks = outer.ranks
     for rank, theirs in zip(ranks, by_rank, strict=True):
         if theirs == by_rank[0]:
             continue

@@ -18,10 +18,11 @@ every run and on any network, and can send bf16.
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import deepspeed.comm as dist
 import torch
@@ -37,8 +38,10 @@ from megatron_muloco.comm.collectives import (
     Layout,
     Pending,
     Wire,
+    gather_objects,
     sum_over,
 )
+from megatron_muloco.comm.in_process import InProcessGroup
 from megatron_muloco.errors import SyncError
 from megatron_muloco.outer.reducer import Reduced, Reducer, ReductionStats, Residuals, Sizes
 
@@ -47,6 +50,7 @@ __all__ = [
     "ChunkedAllReduce",
     "LaunchedMean",
     "OuterGroup",
+    "OuterPeers",
     "ReplicaSum",
     "Stopwatch",
     "build_plain_reducer_for",
@@ -55,6 +59,10 @@ __all__ = [
 
 # ------------------------------------------------------------------------------------------
 # Parts that all reducers share.
+
+
+OuterPeers = ProcessGroup | InProcessGroup | None
+"""An outer group, in replica order; ``None`` for a single replica."""
 
 
 class OuterGroup:
@@ -66,6 +74,8 @@ class OuterGroup:
         index: This rank's place among them.
         size: K, the number of members.
         wire: Collectives over the group.
+        gather_objects: Function that returns the value that it is given of every member; all of
+            them call it.
 
     Args:
         group: The outer group, in replica order; ``None`` for a single replica.
@@ -75,13 +85,20 @@ class OuterGroup:
     """
 
     def __init__(
-        self, group: ProcessGroup | None, device: torch.device, *, through_host: bool = False
+        self, group: OuterPeers, device: torch.device, *, through_host: bool = False
     ) -> None:
         self.device = device
+        self.wire: Wire
+        self.gather_objects: Callable[[Any], list[Any]]
+        if isinstance(group, InProcessGroup):
+            self.ranks, self.index, self.size = group.ranks, group.index, group.size()
+            self.wire, self.gather_objects = group, group.gather_objects
+            return
         self.ranks = get_process_group_ranks(group) if group is not None else [0]
         self.index = dist.get_rank(group) if group is not None else 0
         self.size = len(self.ranks)
-        self.wire: Wire = HostWire(group, device) if through_host else DeviceWire(group)
+        self.wire = HostWire(group, device) if through_host else DeviceWire(group)
+        self.gather_objects = partial(gather_objects, group)
 
     def row(self, weight: float, metadata: Tensor) -> Tensor:
         """Return ``[weight, metadata]`` of this replica, fp32, on the device of the tensors."""
@@ -144,7 +161,7 @@ WireDtype = Literal["fp32", "bf16"]
 
 
 def build_plain_reducer_for(
-    group: ProcessGroup | None,
+    group: OuterPeers,
     device: torch.device,
     *,
     wire_dtype: WireDtype = "fp32",
@@ -221,7 +238,7 @@ class AllReduce(_WithoutResiduals):
     returns_views = True
 
     def __init__(
-        self, group: ProcessGroup | None, device: torch.device, *, through_host: bool = False
+        self, group: OuterPeers, device: torch.device, *, through_host: bool = False
     ) -> None:
         self._outer = OuterGroup(group, device, through_host=through_host)
         self._pool = BufferPool(device)
@@ -292,7 +309,7 @@ class ChunkedAllReduce(_WithoutResiduals):
 
     def __init__(
         self,
-        group: ProcessGroup | None,
+        group: OuterPeers,
         device: torch.device,
         *,
         wire_dtype: torch.dtype,

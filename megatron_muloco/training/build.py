@@ -18,7 +18,7 @@ from megatron_muloco.comm.groups import Groups
 from megatron_muloco.config import RunConfig
 from megatron_muloco.config.derived import Derived, derive
 from megatron_muloco.data.batches import BatchSource
-from megatron_muloco.data.datasets import build_datasets
+from megatron_muloco.data.datasets import Datasets, build_datasets
 from megatron_muloco.data.sampler import BatchLayout
 from megatron_muloco.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_muloco.errors import CheckpointError, ConfigError
@@ -32,13 +32,22 @@ from megatron_muloco.optim.parameter_table import ParameterReport, ParameterTabl
 from megatron_muloco.planning.report import render_plan
 from megatron_muloco.runtime.accelerator import training_device
 from megatron_muloco.runtime.megatron import wrap_data_parallel
+from megatron_muloco.topology import Topology
 from megatron_muloco.training.build_optimizer import build_replica_optimizer
 from megatron_muloco.training.forward import ForwardBackward
 from megatron_muloco.training.replica_optimizer import ReplicaOptimizer
 from megatron_muloco.training.start import initialize_replicas
 from megatron_muloco.training.stopping import StopAgreement
 
-__all__ = ["RunContext", "build_run", "gather_report", "scalars_of"]
+__all__ = [
+    "RunContext",
+    "RunData",
+    "build_context",
+    "build_run",
+    "gather_report",
+    "load_data",
+    "scalars_of",
+]
 
 
 def gather_report(table: ParameterTable, groups: Groups) -> ParameterReport:
@@ -103,6 +112,19 @@ class RunContext:
     first_step: int
 
 
+@dataclass(frozen=True)
+class RunData:
+    """What a run reads; the same on all ranks.
+
+    Attributes:
+        tokenizer: The tokenizer of the data.
+        datasets: All samples, in their global order.
+    """
+
+    tokenizer: Tokenizer
+    datasets: Datasets
+
+
 def build_run(config: RunConfig) -> RunContext:
     """Join the job, build data, model and optimizers, and load the checkpoint to resume from.
 
@@ -112,13 +134,55 @@ def build_run(config: RunConfig) -> RunContext:
     Collectives: every rank of the job calls it.
     """
     groups = initialize_replicas(config)
-    derived = derive(config, groups.topology)
+    writes = torch.distributed.get_rank() == 0
+    return build_context(config, groups, load_data(config, groups.topology), writes=writes)
+
+
+def load_data(config: RunConfig, topology: Topology) -> RunData:
+    """Return tokenizer and datasets of a run.
+
+    Raises:
+        ConfigError: Data or tokenizer do not fit the configuration.
+
+    Collectives: as `build_datasets`; every rank of the job calls it.
+    """
+    training = config.training
     tokenizer = load_tokenizer(
         config.data.tokenizer_type,
         config.data.tokenizer_model,
         model_vocab_size=config.model.vocab_size,
     )
-    train_data, valid_data = _build_data(config, derived, groups, tokenizer)
+    evaluates = bool(config.data.valid) and training.eval_interval > 0
+    batch = training.global_batch_size
+    datasets = build_datasets(
+        train=config.data.train,
+        valid=config.data.valid,
+        train_samples=derive(config, topology).train_iters * batch,
+        valid_samples=training.eval_iters * batch if evaluates else 0,
+        seq_length=config.model.seq_length,
+        seed=config.data.seed,
+        tokenizer=tokenizer,
+        cache_dir=config.data.cache_dir,
+    )
+    return RunData(tokenizer, datasets)
+
+
+def build_context(config: RunConfig, groups: Groups, data: RunData, *, writes: bool) -> RunContext:
+    """Build model, optimizers and monitor, and load the checkpoint to resume from.
+
+    Args:
+        config: The configuration of the run.
+        groups: This rank's process groups.
+        data: What the run reads.
+        writes: Whether this rank writes console lines and TensorBoard events.
+
+    Raises:
+        ConfigError: The checkpoint does not fit the configuration.
+
+    Collectives: every rank of the job calls it.
+    """
+    derived = derive(config, groups.topology)
+    train_data, valid_data = _batch_sources(config, derived, groups, data.datasets)
     model = _build_model(config, groups)
     optimizer = build_replica_optimizer(model, config, groups)
     probe = _build_probe(optimizer)
@@ -132,7 +196,7 @@ def build_run(config: RunConfig) -> RunContext:
         groups.topology,
         optimizer.schedule,
         device=training_device(),
-        writes=torch.distributed.get_rank() == 0,
+        writes=writes,
         resumed_step=resumed,
         plan_text=render_plan(config, groups.topology),
         parameters=gather_report(optimizer.inner.table, groups),
@@ -142,7 +206,7 @@ def build_run(config: RunConfig) -> RunContext:
         config=config,
         derived=derived,
         groups=groups,
-        tokenizer=tokenizer,
+        tokenizer=data.tokenizer,
         model=model,
         optimizer=optimizer,
         forward=ForwardBackward(
@@ -150,7 +214,7 @@ def build_run(config: RunConfig) -> RunContext:
             groups,
             micro_batch_size=config.training.micro_batch_size,
             seq_length=config.model.seq_length,
-            end_of_document=tokenizer.eod if config.data.mask_document_boundaries else None,
+            end_of_document=data.tokenizer.eod if config.data.mask_document_boundaries else None,
         ),
         train_data=train_data,
         valid_data=valid_data,
@@ -184,24 +248,12 @@ def _build_model(config: RunConfig, groups: Groups) -> DistributedDataParallel:
     )
 
 
-def _build_data(
-    config: RunConfig, derived: Derived, groups: Groups, tokenizer: Tokenizer
+def _batch_sources(
+    config: RunConfig, derived: Derived, groups: Groups, datasets: Datasets
 ) -> tuple[BatchSource, BatchSource | None]:
     """Return this rank's training data, and its held-out data where the run evaluates."""
-    training = config.training
-    evaluates = bool(config.data.valid) and training.eval_interval > 0
+    training, topology, coords = config.training, groups.topology, groups.coords
     batch = training.global_batch_size
-    datasets = build_datasets(
-        train=config.data.train,
-        valid=config.data.valid,
-        train_samples=derived.train_iters * batch,
-        valid_samples=training.eval_iters * batch if evaluates else 0,
-        seq_length=config.model.seq_length,
-        seed=config.data.seed,
-        tokenizer=tokenizer,
-        cache_dir=config.data.cache_dir,
-    )
-    topology, coords = groups.topology, groups.coords
     layout = BatchLayout(batch, topology.num_replicas, topology.data, training.micro_batch_size)
     train = BatchSource(
         datasets.train,

@@ -19,6 +19,7 @@ from megatron_muloco.comm.collectives import AllToAll, ReplicatedBroadcast, gath
 from megatron_muloco.comm.compressed import build_compressed_reducer_for
 from megatron_muloco.comm.consistency import check_equal, check_same_shards
 from megatron_muloco.comm.groups import Groups
+from megatron_muloco.comm.in_process import InProcessGroup
 from megatron_muloco.comm.reducers import ReplicaSum, build_plain_reducer_for
 from megatron_muloco.config import RunConfig
 from megatron_muloco.config.derived import Derived, derive, sketch_width
@@ -335,8 +336,12 @@ def _build_reducer(
             {shard.name: shard.param.kind for shard in shards},
             through_host=outer.sends_from_host,
         )
+    # Replicas of one process take turns. A thread that waits for another replica beside them would
+    # wait for ever.
+    if not outer.reduces_in_thread or isinstance(groups.exchange, InProcessGroup):
+        return reducer
     # With overlap, a thread works on the phases of a reduction. One all-reduce needs no thread.
-    return BackgroundReducer(reducer, device) if outer.reduces_in_thread else reducer
+    return BackgroundReducer(reducer, device)
 
 
 def _build_flush_reducer(outer: SynchronizedOuter, groups: Groups, device: torch.device) -> Reducer:

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from megatron_muloco.comm.collectives import ReplicatedBroadcast
 from megatron_muloco.comm.consistency import check_equal
+from megatron_muloco.comm.reducers import OuterPeers
 from megatron_muloco.config import RunConfig
 from megatron_muloco.config.derived import Derived
 from megatron_muloco.config.inner import learning_rate
@@ -54,7 +54,7 @@ class OuterChecks:
         self,
         anchors: Mapping[str, Tensor],
         replicated: ReplicatedBroadcast,
-        group: ProcessGroup,
+        group: OuterPeers,
         device: torch.device,
         *,
         interval: int,

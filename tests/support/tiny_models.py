@@ -161,6 +161,19 @@ def start_tiny(
     may change the model before anything is built on it; ``options`` go to `wrap_optimizer`.
     """
     groups = initialize_replicas(config)
+    return build_tiny(config, groups, assignment, bucket_size=bucket_size, change=change, **options)
+
+
+def build_tiny(
+    config: RunConfig,
+    groups: Groups,
+    assignment: Assignment = global_order,
+    *,
+    bucket_size: int | None = None,
+    change: Callable[[Any], Any] | None = None,
+    **options: Any,
+) -> TinyRun:
+    """Build everything for one rank with these groups; see `start_tiny`."""
     stage = build_model(config, groups)
     if change is not None:
         stage = change(stage)
