@@ -20,7 +20,7 @@ WORKER_ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Trace every method and print what it crosses; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--functions", action="store_true", help="print the functions, too")
+    parser.add_argument("--functions", action="store_true", help="print the functions too")
     options = parser.parse_args(arguments)
     os.environ.update(WORKER_ENVIRONMENT)  # before torch and DeepSpeed are imported
     from tests.support import spawn

@@ -42,10 +42,15 @@ _HELD_OUT_FRACTION = 0.04
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(description="Build the demo's corpus, tokenizer and datasets.")
-    parser.add_argument("--output-dir", default="data/demo")
-    parser.add_argument("--packages", nargs="+", default=list(DEFAULT_PACKAGES))
-    parser.add_argument("--vocab-size", type=int, default=_VOCAB_SIZE)
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--output-dir", default="data/demo", help="directory to write to")
+    parser.add_argument(
+        "--packages",
+        nargs="+",
+        default=list(DEFAULT_PACKAGES),
+        help="packages whose docstrings are read",
+    )
+    parser.add_argument("--vocab-size", type=int, default=_VOCAB_SIZE, help="ids of the tokenizer")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="worker processes")
     arguments = parser.parse_args(argv)
     return run_tool(lambda: _run(arguments))
 

@@ -28,10 +28,11 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--output", default="data/debian/train.jsonl", help="documents to learn from"
+        "--output", default="data/debian/train.jsonl", help="file of the training documents"
     )
     parser.add_argument(
-        "--held-out", help=f"second file, for {_HELD_OUT_FRACTION:.0%}% of the documents"
+        "--held-out",
+        help=f"second file, of held-out documents: {_HELD_OUT_FRACTION:.0%}% of the documents",
     )
     arguments = parser.parse_args(argv)
     return run_tool(lambda: _run(Path(arguments.output), arguments.held_out))

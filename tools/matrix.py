@@ -65,8 +65,8 @@ class Row:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the cases; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--match", default="", help="only cases whose names contain this")
-    parser.add_argument("--page", type=Path, help="file to write; with --match none by default")
+    parser.add_argument("--match", default="", help="run only cases whose names contain this text")
+    parser.add_argument("--page", type=Path, help="file to write; by default none with --match")
     options = parser.parse_args(arguments)
     os.environ.update(WORKER_ENVIRONMENT)
     from tests.support import spawn

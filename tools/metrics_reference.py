@@ -54,7 +54,7 @@ def render() -> str:
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code, 1 where --check finds the page out of date."""
     parser = argparse.ArgumentParser(description="Write docs/reference/metrics.md.")
-    parser.add_argument("--check", action="store_true", help="only say whether it is up to date")
+    parser.add_argument("--check", action="store_true", help="compare instead of writing")
     if parser.parse_args(argv).check:
         current = _PAGE.exists() and _PAGE.read_text() == render()
         print(f"{_PAGE.name}: {'up to date' if current else 'run tools/metrics_reference.py'}")

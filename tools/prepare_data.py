@@ -23,12 +23,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--input", nargs="+", required=True, help="text or JSON lines, plain or .gz"
     )
-    parser.add_argument("--output-prefix", required=True, help="dataset path without suffix")
-    parser.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, default="sentencepiece")
-    parser.add_argument("--tokenizer-model", help="file of the tokenizer; none for byte-level")
+    parser.add_argument("--output-prefix", required=True, help="path of the dataset without suffix")
+    parser.add_argument(
+        "--tokenizer-type",
+        choices=TOKENIZER_TYPES,
+        default="sentencepiece",
+        help="type of the tokenizer",
+    )
+    parser.add_argument("--tokenizer-model", help="file of the tokenizer; byte-level needs none")
     parser.add_argument(
         "--format", choices=("auto", "jsonl", "text", "paragraphs"), default="auto",
-        help="auto: by file name; text: a document per file; paragraphs: blank lines separate",
+        help="auto: by file name; text: one document per file; paragraphs: split at blank lines",
     )  # fmt: skip
     parser.add_argument(
         "--json-keys", nargs="+", default=["text"],
@@ -38,10 +43,10 @@ def _parser() -> argparse.ArgumentParser:
         "--append-eod", action=argparse.BooleanOptionalAction, default=True,
         help="end every document with the end-of-document id",
     )  # fmt: skip
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="worker processes")
     parser.add_argument(
         "--on-error", choices=("fail", "skip"), default="fail",
-        help="what a bad record does; skipped ones are named and counted",
+        help="stop at a bad record, or print, count and skip it",
     )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
     return parser

@@ -34,10 +34,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output", required=True, help="model file to write, e.g. data/tokenizer.model"
     )
-    parser.add_argument("--vocab-size", type=int, default=4096, help="ids in all (default 4096)")
+    parser.add_argument(
+        "--vocab-size", type=int, default=4096, help="total number of ids (default 4096)"
+    )
     parser.add_argument(
         "--format", choices=("auto", "jsonl", "text", "paragraphs"), default="auto",
-        help="auto: by file name; text: a document per file; paragraphs: blank lines separate",
+        help="auto: by file name; text: one document per file; paragraphs: split at blank lines",
     )  # fmt: skip
     parser.add_argument("--json-keys", default="text", help="field with the text (default text)")
     parser.add_argument(

@@ -229,7 +229,9 @@ def main() -> None:
     """Measure, print, and write the result page if asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="configs/cpu_k2.yaml", help="model and data")
-    parser.add_argument("--repetitions", type=int, default=40, help="of every measurement")
+    parser.add_argument(
+        "--repetitions", type=int, default=40, help="repetitions of every measurement"
+    )
     parser.add_argument("--write", type=Path, help="result page to write")
     options = parser.parse_args()
     warnings.simplefilter("ignore")

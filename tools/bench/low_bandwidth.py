@@ -67,23 +67,32 @@ def _parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--phase", nargs="+", choices=[*_PHASES, "report"], help="default: all")
-    add("--out", type=Path, default=Path("runs/low_bandwidth"), help="readings, logs, event files")
-    add("--methods", nargs="+", choices=METHODS, default=[], help="default: all")
-    add("--rates", nargs="+", type=float, default=[100, 10], help="of the table, Mbit/s")
-    add("--overlap-rate", type=float, default=20, help="of phase overlap, Mbit/s")
-    add("--whole-rate", type=float, default=10, help="of phase whole, Mbit/s")
-    add("--delay-ms", type=float, default=0, help="added between two ranks, one way")
+    add("--phase", nargs="+", choices=[*_PHASES, "report"], help="all by default")
+    add(
+        "--out",
+        type=Path,
+        default=Path("runs/low_bandwidth"),
+        help="directory of readings, logs and events",
+    )
+    add("--methods", nargs="+", choices=METHODS, default=[], help="all by default")
+    add("--rates", nargs="+", type=float, default=[100, 10], help="rates in the table, Mbit/s")
+    add("--overlap-rate", type=float, default=20, help="rate in phase overlap, Mbit/s")
+    add("--whole-rate", type=float, default=10, help="rate in phase whole, Mbit/s")
+    add("--delay-ms", type=float, default=0, help="delay added between two ranks, one way")
     add("--loss", type=float, default=0, help="share of frames lost between two ranks")
     add("--steps", type=int, default=600, help="inner steps of a training; a multiple of 30")
-    add("--batch", type=int, default=8, help="sequences of a step over the four ranks")
+    add("--batch", type=int, default=8, help="sequences per step over the four ranks")
     add("--dp-steps", type=int, default=20, help="data-parallel steps that are measured")
     add("--rounds", type=int, default=3, help="rounds that are measured")
-    add("--seeds", nargs="+", type=int, default=[42, 43, 44], help="the first is the table's")
-    add("--timeout", type=float, default=3600, help="seconds for one run")
-    add("--target", type=float, help="held-out loss to reach; default the largest last one")
+    add("--seeds", nargs="+", type=int, default=[42, 43, 44], help="the table shows the first")
+    add("--timeout", type=float, default=3600, help="limit of one run in seconds")
+    add(
+        "--target",
+        type=float,
+        help="held-out loss to reach; by default the largest of the last ones",
+    )
     add("--write", type=Path, help="result page; its plot goes beside it")
-    add("--sweep", action="store_true", help="only remove what killed laboratories have left")
+    add("--sweep", action="store_true", help="only remove what killed laboratories left")
     return parser.parse_args()
 
 

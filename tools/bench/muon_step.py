@@ -63,7 +63,9 @@ class Stage:
 def main() -> int:
     """Measure, print, and write the result page if asked; 1 if a bar is missed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--width", type=int, default=1024, help="hidden size; FFN is 2.75 of it")
+    parser.add_argument(
+        "--width", type=int, default=1024, help="hidden size; the FFN has 2.75 times as many"
+    )
     parser.add_argument("--vocabulary", type=int, default=4096, help="rows of embedding and head")
     parser.add_argument("--pairs", type=int, default=3, help="pairs of steps that are timed")
     parser.add_argument("--write", type=Path, help="result page to write")

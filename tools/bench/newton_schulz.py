@@ -202,10 +202,10 @@ def report(recorded: dict[str, dict[str, list[Clocks]]], loads: list[float]) -> 
 def main() -> None:
     """Measure if asked, print what all samples say, and put it into the page if asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--width", type=int, help="measure this hidden width")
-    parser.add_argument("--seconds", type=float, default=120, help="how long")
-    parser.add_argument("--samples", type=Path, required=True, help="file that samples are kept in")
-    parser.add_argument("--write", type=Path, help="page whose measured part is replaced")
+    parser.add_argument("--width", type=int, help="hidden width to measure")
+    parser.add_argument("--seconds", type=float, default=120, help="duration of the measurement")
+    parser.add_argument("--samples", type=Path, required=True, help="file of the samples")
+    parser.add_argument("--write", type=Path, help="result page; its measured part is replaced")
     options = parser.parse_args()
     recorded: dict[str, dict[str, list[Clocks]]] = {}
     loads: list[float] = []

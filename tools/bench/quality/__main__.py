@@ -27,11 +27,20 @@ COMMAND = "python -m tools.bench.quality"
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(description="Measure the quality of outer steps.")
-    parser.add_argument("--out", type=Path, default=Path("runs/quality"), help="results, one a run")
-    parser.add_argument("--variants", nargs="+", default=[], help="names; default all")
-    parser.add_argument("--only", default="", help="of these, those with this text in the name")
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    parser.add_argument("--report-only", action="store_true", help="start no run")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/quality"),
+        help="directory of the results, one file per run",
+    )
+    parser.add_argument("--variants", nargs="+", default=[], help="variants to run; all by default")
+    parser.add_argument("--only", default="", help="keep only runs whose names contain this text")
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=list(SEEDS), help="seeds of each variant"
+    )
+    parser.add_argument(
+        "--report-only", action="store_true", help="report on finished runs and start none"
+    )
     parser.add_argument("--write", type=Path, help="page to write, with a drawing beside it")
     options = parser.parse_args(argv)
     return run_tool(lambda: campaign(options))
