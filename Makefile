@@ -1,9 +1,9 @@
-# The verbs of this repository. Every one of them works from a bare clone: the virtual environment is
+# The commands of this repository. Every one of them works from a bare clone: the virtual environment is
 # built when first needed and kept until the pins or setup.py change.
 #
 #   make demo         train a small MuLoCo model on real text, on a CPU, and look at the result
 #   make test         the whole suite, without the tests marked slow
-#   make test-312     a named subset on Python 3.12 and the newest Megatron-core
+#   make test-312     unit and distributed tests on Python 3.12 and the newest Megatron-core
 #   make test-matrix  every method x K x layout x precision: long
 #   make unit|dist|e2e   one tier
 #   make docs         build the documentation site into build/docs; warnings are errors
