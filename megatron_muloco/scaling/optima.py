@@ -7,7 +7,7 @@ optimal batch. The learning rate is found alike, with the roles exchanged. Only 
 best point enters the parabola, because losses rise faster than a parabola towards divergence.
 
 An optimum whose best run is at the end of a grid is only a bound. Such a cell is named and takes no
-part in the laws.
+part in the laws of either knob.
 
 The *regret* of a law in a cell it did not see: how much more the run nearest to the law's learning
 rate and batch lost than the best run of the cell, as a fraction.
@@ -173,27 +173,27 @@ def law_variables(cells: Sequence[Cell]) -> tuple[list[str], list[str]]:
 
 
 def optimum_laws(cells: Sequence[Cell], variables: Sequence[str]) -> dict[str, Fit]:
-    """Return the power law of each knob over the interior optima.
+    """Return the power law of each knob, over the cells where both optima are interior.
+
+    Where one knob ends at an edge, the best value of the other is not that of the optimum either.
 
     Raises:
-        ConfigError: Too few cells have an interior optimum; edges are named.
+        ConfigError: Too few cells have interior optima; edges are named.
     """
-    laws: dict[str, Fit] = {}
-    problems = []
+    edges = {cell.name: [o.edge for k in KNOBS if (o := cell.optimum(k)).edge] for cell in cells}
+    usable = [cell for cell in cells if not edges[cell.name]]
+    needed = len(variables) + 2
+    if len(usable) < needed:
+        named = "; ".join(f"{name}: {', '.join(why)}" for name, why in edges.items() if why)
+        raise ConfigError(
+            f"{len(usable)} of {len(cells)} cells have interior optima of {' and '.join(KNOBS)}; a "
+            f"law in {', '.join(variables) or 'nothing'} needs {needed}. "
+            + (f"Extend the grids: {named}" if named else "Add cells.")
+        )
+    laws = {}
     for knob in KNOBS:
-        found = interior(cells, knob)
-        needed = len(variables) + 2
-        if len(found) < needed:
-            edges = [f"{c.name}: {o.edge}" for c in cells if (o := c.optimum(knob)).edge]
-            problems.append(
-                f"{len(found)} of {len(cells)} cells have an interior optimum of {knob}; a law in "
-                f"{', '.join(variables)} needs {needed}. Extend the grids: " + "; ".join(edges)
-            )
-            continue
-        points = _points(found, knob, variables)
+        points = _points([(cell, cell.optimum(knob)) for cell in usable], knob, variables)
         laws[knob] = fit(make_form("power", points), points)
-    if problems:
-        raise ConfigError(problems)
     return laws
 
 

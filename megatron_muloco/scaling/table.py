@@ -18,9 +18,13 @@ import numpy as np
 from megatron_muloco.errors import ConfigError
 from megatron_muloco.scaling.observations import BoolArray, FloatArray, Observations, listed
 
-__all__ = ["BATCH_UNITS", "Columns", "Table", "points_of", "read_runs", "read_table"]
+__all__ = [
+    "BATCH_UNITS", "REPEATS", "Columns", "Table", "check_repeats", "drop_non_finite",
+    "mean_of_repeats", "points_of", "read_runs", "read_table", "without_repeats",
+]  # fmt: skip
 
 BATCH_UNITS = ("tokens", "sequences")
+REPEATS = ("refuse", "mean")
 
 _SUFFIXES = {"K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
 # More than this between the smallest and the largest size, token count or batch of one table is a
@@ -214,9 +218,21 @@ def read_runs(table: Table, columns: Columns) -> Observations:
 
 
 def points_of(
-    table: Table, response: str, variables: Sequence[str], series: str = ""
+    table: Table,
+    response: str,
+    variables: Sequence[str],
+    series: str = "",
+    repeats: str = "refuse",
 ) -> Observations:
     """Return columns of a table as observations.
+
+    Args:
+        table: The table.
+        response: Column of the response.
+        variables: Columns of the variables.
+        series: Column of the series; empty where there is one.
+        repeats: One of `REPEATS`: rows that agree in all variables and differ in the response are
+            refused, or become one with their mean.
 
     Raises:
         ConfigError: A column is missing, units are mixed, a value is not positive and finite, or
@@ -227,14 +243,21 @@ def points_of(
         _check_one_unit(table, name, column)
     labels = table.column(series) if series else ()
     points = Observations(columns, table.numbers(response), response, table.rows, labels)
-    check_repeats(points)
-    return points
+    return without_repeats(points, repeats)
 
 
 def drop_non_finite(table: Table, loss: str) -> tuple[Table, list[str]]:
     """Return the rows with a finite loss, and the names of the others."""
     finite = np.isfinite(table.numbers(loss))
     return table.where(finite), [table.rows[i] for i in np.flatnonzero(~finite).tolist()]
+
+
+def without_repeats(points: Observations, repeats: str) -> Observations:
+    """Return points with repeats refused or averaged, as one of `REPEATS` says."""
+    if repeats == "mean":
+        return mean_of_repeats(points)
+    check_repeats(points)
+    return points
 
 
 def check_repeats(points: Observations) -> None:
