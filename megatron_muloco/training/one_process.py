@@ -8,10 +8,12 @@ The bits are those of K ranks wherever the order of the mean's sum is this packa
 ``outer.compression.deterministic``, bf16 or a codec. The default all-reduce of three or more
 replicas rounds differently, because a library chooses its order.
 
-Memory is that of K replicas. Anchor and outer momentum, which are the same on all replicas, are
-kept by each of them as on K ranks.
+Memory is that of K replicas, without K interpreters. Anchor and outer momentum, which are the same
+on all replicas, are kept by each of them as on K ranks. With Muon, fp32 and the deterministic
+reducer, the peak was about 60 bytes for each parameter and replica, and at least 5 MiB a replica.
 """
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -151,6 +153,9 @@ def run_replicas(config: RunConfig, body: Callable[[Groups], Result]) -> list[Re
         return run_in_turns(topology.num_replicas, replica)
     finally:
         unmirror_groups()
+        # Models and their hooks refer to each other. Without a collection the next run of a study
+        # would be built beside this one.
+        gc.collect()
 
 
 # ---- start ---------------------------------------------------------------------------------------

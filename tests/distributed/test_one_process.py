@@ -1,13 +1,18 @@
 """K replicas in one process are the run of K ranks, bit for bit."""
 
+import os
 import resource
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from megatron_muloco.comm.groups import Groups
@@ -19,6 +24,7 @@ from megatron_muloco.training.one_process import run_in_one_process, run_replica
 from megatron_muloco.training.start import initialize_replicas
 from tests.support.byte_runs import byte_config, byte_dataset, run_here
 from tests.support.faults import count_calls
+from tests.support.rank_worker import WORKER_ENV
 from tests.support.spawn import run_ranks
 from tests.support.tensors import assert_equal
 from tests.support.tiny_models import (
@@ -245,6 +251,26 @@ def test_the_program_gives_losses_digest_and_bytes_of_ranks(dataset: str) -> Non
         assert together.held_out == rank.held_out
         assert together.anchor_digest == rank.digest
     assert together.losses[0] == sum(rank.losses[0] for rank in apart) / 3
+
+
+def test_the_command_prints_the_result(dataset: str, tmp_path: Path) -> None:
+    """In a fresh process, without a launcher and without a job to join."""
+    config = program_config(dataset, 2)
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    command = [sys.executable, "tools/one_process.py", "--config", str(path), "--quiet"]
+    environment = {**os.environ, **WORKER_ENV}
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    (expected,) = run_ranks(run_in_one_process, 1, config)
+    assert f"anchor digest: {expected.anchor_digest}\n" in done.stdout
+    last = max(expected.held_out)
+    assert f"after iteration {last}: {expected.held_out[last]:.6f}\n" in done.stdout
+    assert len(done.stdout.splitlines()) == len(expected.held_out) + 3  # no line of the run itself
+    command += ["--set", "parallel.tensor_model_parallel_size=2"]
+    refused = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "one process" in refused.stderr
 
 
 def sixteen(config: RunConfig) -> tuple[Any, float]:
