@@ -27,6 +27,7 @@ from megatron_muloco.comm.groups import Groups, build_groups
 from megatron_muloco.comm.in_process import InProcessGroup, run_in_turns
 from megatron_muloco.config import RunConfig
 from megatron_muloco.config.derived import smallest_topology
+from megatron_muloco.config.messages import Problem
 from megatron_muloco.config.rules import check
 from megatron_muloco.data.checks import check_run_data
 from megatron_muloco.errors import ConfigError
@@ -44,6 +45,8 @@ from megatron_muloco.training.stopping import StopRequest
 __all__ = ["OneProcessResult", "ReplicaResult", "run_in_one_process", "run_replicas"]
 
 Result = TypeVar("Result")
+
+_ELSEWHERE = "or use launch/pretrain.py."
 
 
 @dataclass
@@ -195,26 +198,34 @@ def _problems(config: RunConfig) -> list[str]:
     topology = smallest_topology(config)
     if topology.replica_size > 1:
         problems.append(
-            f"parallel: a replica is tp {topology.tensor} x pp {topology.pipeline}, but in one "
-            "process it is a single rank. Set both sizes to 1, or use launch/pretrain.py."
+            Problem(
+                "parallel",
+                f"a replica is tp {topology.tensor} x pp {topology.pipeline}, but in one process "
+                f"it is a single rank.\nSet both sizes to 1, {_ELSEWHERE}",
+            )
         )
     if config.checkpoint.dir is not None:
         problems.append(
-            f"checkpoint.dir: {config.checkpoint.dir} is set, but a checkpoint is written by K "
-            "ranks, and replicas in one process neither save nor resume. Set it to null, or use "
-            "launch/pretrain.py."
+            Problem(
+                "checkpoint.dir",
+                f"{config.checkpoint.dir}, but a checkpoint is written by K ranks, and replicas in "
+                f"one process neither save nor resume.\nSet it to null, {_ELSEWHERE}",
+            )
         )
     if config.monitor.profile.steps is not None:
         problems.append(
-            "monitor.profile.steps: a trace would mix all replicas of the process. Set it to null, "
-            "or use launch/pretrain.py."
+            Problem(
+                "monitor.profile.steps",
+                f"a trace would mix all replicas of the process.\nSet it to null, {_ELSEWHERE}",
+            )
         )
+    texts = [problem.format(config.where) for problem in problems]
     if torch.cuda.is_available():
-        problems.append(
+        texts.append(
             "this machine has an accelerator, and replicas in one process are for CPUs. Hide it "
-            "(CUDA_VISIBLE_DEVICES=''), or use launch/pretrain.py."
+            f"(CUDA_VISIBLE_DEVICES=''), {_ELSEWHERE}"
         )
-    return problems
+    return texts
 
 
 # ---- training ------------------------------------------------------------------------------------
