@@ -418,10 +418,10 @@ class GuardConfig(Section):
     max_norm_ratio: float = Field(
         0.0,
         ge=0,
-        description="Exclude a replica from the mean when the norm of its pseudogradient is more "
-        "than max_norm_ratio times the median of the previous round, or less than the median "
-        "divided by it. 0 is off; needs at least 4 replicas. A pseudogradient that is not finite "
-        "is always excluded.",
+        description="Exclude a replica from the mean when the norm of its pseudogradient, divided "
+        "by the sum of the round's inner learning rates, is more than max_norm_ratio times the "
+        "median of the previous round, or less than the median divided by it. 0 is off; needs at "
+        "least 4 replicas. A pseudogradient that is not finite is always excluded.",
     )
 
 

@@ -52,17 +52,20 @@ def local_statistics(tensors: list[Tensor], device: torch.device) -> Tensor:
 class Guard:
     """Decides by its norm whether a replica's pseudogradient enters the mean.
 
-    The same inputs give the same verdict on every rank. The band of accepted norms is
-    ``[m / max_norm_ratio, m * max_norm_ratio]`` around the median ``m`` of the replicas' norms in
-    the fragment's previous round. A median means little for two or three replicas, hence
-    ``min_replicas``. All finite norms enter the median, also those of excluded replicas, so that
-    the band follows when all norms change together.
+    The same inputs give the same verdict on every rank. What is compared is the norm divided by
+    the sum of the inner learning rates of its interval, ``q = norm / lr_sum``: a pseudogradient is
+    a sum of updates, each of which is proportional to its learning rate, so warm-up and decay alone
+    change the norm but hardly ``q``. The band of accepted values is ``[m / max_norm_ratio,
+    m * max_norm_ratio]`` around the median ``m`` of the replicas' ``q`` in the fragment's previous
+    round. Learning rates are known in advance, and the norms of the previous round came with its
+    data, so the verdict needs no message between replicas. A median means little for two or three
+    replicas, hence ``min_replicas``. All finite norms enter the median, also those of excluded
+    replicas, so that the band follows when all norms change together.
 
     Attributes:
         num_replicas: K.
-        max_norm_ratio: Largest accepted ratio of norm and median, in both directions. The default
-            of 10 is chosen: during warm-up, norms of consecutive full rounds differ by a factor of
-            at most 3.
+        max_norm_ratio: Largest accepted ratio of ``q`` and median, in both directions. The default
+            of 10 is chosen.
         min_replicas: Smallest K for which the band is used.
     """
 
@@ -78,7 +81,7 @@ class Guard:
         total: Callable[[Tensor], Tensor],
         device: torch.device,
         *,
-        use_band: bool = True,
+        lr_sum: float | None,
     ) -> tuple[Verdict, float]:
         """Return the verdict for this replica and its pseudogradient norm, NaN if not finite.
 
@@ -88,8 +91,9 @@ class Guard:
                 primary rank. May be empty.
             total: Sum over the ranks of the replica.
             device: Device of the tensor given to ``total``.
-            use_band: Whether to compare with the band. It compares intervals of equal length only,
-                since the norm grows with the number of inner steps.
+            lr_sum: Sum of the inner learning rates of the interval, in any unit; ``None`` or 0
+                does not compare with the band. Intervals of another length than the previous one
+                are not compared: how the norm grows with the number of steps is not known.
 
         Collectives: one call of ``total``; all ranks of the replica call this method.
         """
@@ -97,39 +101,45 @@ class Guard:
         # they leave the tensors out (0 * NaN would be NaN).
         bad, square = total(local_statistics(list(deltas.values()), device)).tolist()
         norm = math.nan if bad else math.sqrt(square)
-        if use_band:
-            return self.judge(fragment, non_finite=bad > 0, norm=norm), norm
-        return (Verdict.NON_FINITE if bad else Verdict.GOOD), norm
+        return self.judge(fragment, non_finite=bad > 0, norm=norm, lr_sum=lr_sum), norm
 
-    def judge(self, fragment: int, *, non_finite: bool, norm: float) -> Verdict:
+    def judge(
+        self, fragment: int, *, non_finite: bool, norm: float, lr_sum: float | None
+    ) -> Verdict:
         """Return the verdict for the replica's summed statistics of ``fragment``."""
         if non_finite:
             return Verdict.NON_FINITE
         middle = self._medians.get(fragment)
-        if middle is None or self.num_replicas < self.min_replicas:
+        if middle is None or not lr_sum or self.num_replicas < self.min_replicas:
             return Verdict.GOOD
-        inside = middle / self.max_norm_ratio <= norm <= middle * self.max_norm_ratio
+        inside = middle / self.max_norm_ratio <= norm / lr_sum <= middle * self.max_norm_ratio
         return Verdict.GOOD if inside else Verdict.OUTLIER
 
-    def observe(self, fragment: int, norms: list[float]) -> None:
+    def observe(self, fragment: int, norms: list[float], *, lr_sum: float) -> None:
         """Set the fragment's median from the replicas' norms of a full interval.
 
         Args:
             fragment: Index of the fragment.
             norms: Norm of every replica, NaN where it is not finite; equal on all ranks, since they
                 come from the metadata of the reduction.
+            lr_sum: Sum of the inner learning rates of the interval; with 0 nothing is set.
         """
         finite = [norm for norm in norms if norm == norm]
-        if finite and median(finite) > 0.0:
-            self._medians[fragment] = median(finite)
+        if finite and median(finite) > 0.0 and lr_sum > 0.0:
+            self._medians[fragment] = median(finite) / lr_sum
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the medians, keyed by the fragment's index as text, for JSON."""
-        return {str(fragment): middle for fragment, middle in self._medians.items()}
+        """Return ``{"medians_per_lr": {fragment's index as text: median}}``, for JSON."""
+        return {"medians_per_lr": {str(i): middle for i, middle in self._medians.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        self._medians = {int(fragment): float(middle) for fragment, middle in state.items()}
+        """Restore what `state_dict` returned.
+
+        A state without ``medians_per_lr`` holds medians of undivided norms, which would be compared
+        with the wrong scale. It is not used: each fragment's first launch then has no band.
+        """
+        medians = state.get("medians_per_lr", {})
+        self._medians = {int(fragment): float(middle) for fragment, middle in medians.items()}
 
 
 # ---- weights by tokens ---------------------------------------------------------------------------

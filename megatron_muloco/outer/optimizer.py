@@ -140,6 +140,10 @@ def _at(value: float | RoundSchedule, round_index: int) -> float:
 class MergeRule(Protocol):
     """Rule by which a replica takes the new anchor after an outer step."""
 
+    @property
+    def kept_progress(self) -> float:
+        """Share of the progress between launch and apply that the merge keeps, in [0, 1]."""
+
     def merge(self, local: Tensor, anchor: Tensor, at_launch: Tensor) -> None:
         """Write the new local parameters into ``local``.
 
@@ -162,6 +166,11 @@ class Mix:
 
     mixing_weight: float = 0.0
 
+    @property
+    def kept_progress(self) -> float:
+        """Share of the progress between launch and apply that the merge keeps."""
+        return self.mixing_weight
+
     def merge(self, local: Tensor, anchor: Tensor, at_launch: Tensor) -> None:
         """Write ``(1 - alpha) theta + alpha theta_k`` into ``local``; see `MergeRule.merge`."""
         if self.mixing_weight == 0.0:  # needed for correctness: 0 * NaN is NaN
@@ -173,6 +182,11 @@ class Mix:
 @dataclass(frozen=True, slots=True)
 class Additive:
     """``theta_k <- theta + (theta_k - theta_k at launch)``: keeps all steps since the launch."""
+
+    @property
+    def kept_progress(self) -> float:
+        """Share of the progress between launch and apply that the merge keeps."""
+        return 1.0
 
     def merge(self, local: Tensor, anchor: Tensor, at_launch: Tensor) -> None:
         """Write the anchor plus the change of ``local`` since the launch; see `MergeRule.merge`."""

@@ -15,6 +15,7 @@ and masters are copied to model parameters. `ReplicaPort` is the access to the r
 needs.
 """
 
+import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -101,6 +102,8 @@ class Synchronizer:
         state_device: Device of anchor and momentum, by default that of the masters. On the host of
             an accelerator the memory is pinned, and one shard at a time is copied to the device.
         sketch: Sketch for comparing the replicas' pseudogradients; ``None`` does not compare.
+        learning_rate: Inner learning rate of an inner step, by which the guard divides norms; a
+            constant by default. A pure function, equal on all ranks.
         weigh_by_tokens: Whether a replica's weight is the share of the interval's tokens that it
             trained on; otherwise all usable replicas have weight 1.
 
@@ -125,6 +128,7 @@ class Synchronizer:
         *,
         state_device: torch.device | None = None,
         sketch: PseudogradientSketch | None = None,
+        learning_rate: Callable[[int], float] = lambda step: 1.0,
         weigh_by_tokens: bool = False,
     ) -> None:
         if plan.count != schedule.fragment_count:
@@ -144,6 +148,7 @@ class Synchronizer:
         self._state = AnchorState(masters, state_device or replica.device)
         self._sizes = [{name: masters[name].numel() for name in group} for group in self._owned]
         self._in_flight = InFlightTable()
+        self._learning_rate = learning_rate
         self._weigh_by_tokens = weigh_by_tokens
         self._progress = [Progress() for _ in self._owned]
         self.step = 0
@@ -241,8 +246,9 @@ class Synchronizer:
             deltas,
             self._replica.total,
             self._replica.device,
-            # The norm grows with the steps of an interval, so only equal intervals are compared.
-            use_band=self._schedule.repeats_interval(self.step, fragment),
+            lr_sum=self._lr_sum(self.step, fragment)
+            if self._schedule.repeats_interval(self.step, fragment)
+            else None,
         )
         # Start counting the next interval even where the share is not used as a weight.
         share = self._progress[fragment].take()
@@ -285,7 +291,9 @@ class Synchronizer:
         # After the wait, not at the launch: all replicas then see the same norms, hence all ranks
         # keep the same medians. The first, shorter intervals would set them too low.
         if self._schedule.is_full_interval(flight.launched_at):
-            self._guard.observe(flight.fragment, flight.metadata().norms.tolist())
+            norms = flight.metadata().norms.tolist()
+            lr_sum = self._lr_sum(flight.launched_at, flight.fragment)
+            self._guard.observe(flight.fragment, norms, lr_sum=lr_sum)
         usable = bool(reduced.stats.weights.any())
         # lr and momentum of the round of the launch: with overlap the apply may be in the next one.
         round_index = self._schedule.round(flight.launched_at)
@@ -314,7 +322,7 @@ class Synchronizer:
         """
         deltas = self._pseudogradients(fragment)
         verdict, norm = self._guard.judge_replica(
-            fragment, deltas, self._replica.total, self._replica.device, use_band=False
+            fragment, deltas, self._replica.total, self._replica.device, lr_sum=None
         )
         round_index = self._schedule.round(self.step)
         flight = InFlight(
@@ -351,6 +359,19 @@ class Synchronizer:
             name: self._state.pseudogradient(name, self._replica.masters[name])
             for name in self._owned[fragment]
         }
+
+    def _lr_sum(self, launched_at: int, fragment: int) -> float:
+        """Return the sum of the inner learning rates whose steps a launched pseudogradient holds.
+
+        Steps between the previous launch and its apply count by the share that the merge kept.
+        """
+        before = self._schedule.last_launch(launched_at - 1, fragment)
+        applied = before + self._schedule.overlap_steps if before else 0
+        kept = self._merge.kept_progress
+        return math.fsum(
+            self._learning_rate(step) * (1.0 if step > applied else kept)
+            for step in range(before + 1, launched_at + 1)
+        )
 
     def _snapshot(self, fragment: int) -> dict[str, Tensor]:
         return {name: self._replica.masters[name].clone() for name in self._owned[fragment]}

@@ -6,6 +6,7 @@ copies its first anchor from them.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from megatron_muloco.comm.in_process import InProcessGroup
 from megatron_muloco.comm.reducers import ReplicaSum, build_plain_reducer_for
 from megatron_muloco.config import RunConfig
 from megatron_muloco.config.derived import Derived, derive, sketch_width
-from megatron_muloco.config.inner import MuonConfig, MuonInner
+from megatron_muloco.config.inner import MuonConfig, MuonInner, learning_rate
 from megatron_muloco.config.outer import (
     NoCompression,
     NoOuter,
@@ -301,6 +302,8 @@ def _build_outer_step(
         ),
         state_device=torch.device("cpu") if outer.state_device == "cpu" else None,
         sketch=_build_sketch(config, groups),
+        # The rates that `ReplicaOptimizer` sets.
+        learning_rate=partial(learning_rate, config.inner, derived.train_iters),
         weigh_by_tokens=outer.weighting == "tokens",
     )
     checks = OuterChecks(

@@ -323,19 +323,24 @@ def test_an_outlier_among_four_is_left_out_of_one_mean() -> None:
         assert_same(local, anchor, "local")
 
 
-def weights_seen(s: Settings, strides: Callable[[int], float]) -> set[tuple[float, ...]]:
-    """Return the weights of all applies when four replicas move alike by ``strides(t)``."""
+def weights_seen(
+    s: Settings,
+    strides: Callable[[int], float],
+    factors: Callable[[int, int], float] = lambda k, t: 1.0,
+    **options: Any,
+) -> set[tuple[float, ...]]:
+    """Return the weights of all applies when replica k moves ``factors(k, t) * strides(t)``."""
 
     def inner(k: int) -> Callable[[Parameters, int], None]:
         def step(local: Parameters, t: int) -> None:
             for tensor in local.values():
-                tensor.sub_(strides(t))
+                tensor.sub_(factors(k, t) * strides(t))
 
         return step
 
     return {
         tuple(fragment.weights.tolist())
-        for _, _, reports in train(s, 4, inner)
+        for _, _, reports in train(s, 4, inner, **options)
         for report in reports
         for fragment in report.applied
     }
@@ -352,6 +357,46 @@ def test_an_interval_of_another_length_is_not_held_against_the_band() -> None:
     s = settings(sync_interval=Steps(kind="steps", values=((1, 2), (2, 40))), train_iters=82)
     assert weights_seen(s, lambda t: 1.0) == {(1.0,) * 4}
     assert weights_seen(s, lambda t: 1.0 if t <= 42 else 20.0) == {(1.0,) * 4, (0.0,) * 4}
+
+
+@pytest.mark.parametrize("fragments", [1, 2])
+@pytest.mark.parametrize(
+    "overlap",
+    [
+        {},
+        {"overlap_steps": 3},
+        {"overlap_steps": 3, "additive": True},
+        {"overlap_steps": 1, "mixing_weight": 0.5},
+    ],
+    ids=["at once", "overlap", "additive", "mix"],
+)
+def test_a_falling_learning_rate_excludes_nobody(fragments: int, overlap: dict[str, Any]) -> None:
+    # The sums of the last two rounds have the ratio 10 to 26, and the replicas differ a little.
+    s = settings(
+        fragments=FRAGMENTS[fragments],
+        train_iters=24,
+        outer_lr=1.0,
+        outer_momentum=0.0,
+        **overlap,
+    )
+
+    def lr(t: int) -> float:
+        return 0.01 * (25 - t)
+
+    def guard() -> Guard:
+        return Guard(4, max_norm_ratio=2.5)
+
+    def unlike(k: int, t: int) -> float:
+        return (0.96, 1.0, 1.0, 1.04)[k]
+
+    def ten_times(k: int, t: int) -> float:
+        return 10.0 if k == 2 and t > 18 else 1.0
+
+    constant = weights_seen(s, lr, unlike, guard=guard())
+    assert constant != {(1.0,) * 4}, "the case does not show what the learning rate is for"
+    assert weights_seen(s, lr, unlike, guard=guard(), learning_rate=lr) == {(1.0,) * 4}
+    leapt = weights_seen(s, lr, ten_times, guard=guard(), learning_rate=lr)
+    assert leapt == {(1.0,) * 4, (1.0, 1.0, 0.0, 1.0)}
 
 
 def test_the_flush_knows_no_band() -> None:
