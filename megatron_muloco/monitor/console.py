@@ -85,7 +85,8 @@ class TrainingLine:
         round: Round of the step; ``None`` without outer steps.
         sync_ms: Time that training waited for outer steps since the last line; printed if not 0.
         peak_gib: Peak memory of the writing rank; ``None`` if it is that of the last line.
-        alone: Whether loss, gradient norm and skipped steps are of this replica only.
+        alone: Whether loss, gradient norm and skipped steps are those of replica 0 only; their keys
+            then end in ``(replica 0)``.
     """
 
     iteration: int
@@ -105,17 +106,18 @@ class TrainingLine:
     @override
     def __str__(self) -> str:
         width = len(str(self.train_iters))
+        whose = " (replica 0)" if self.alone else ""
         fields = [
             f"iteration {self.iteration:{width}d}/{self.train_iters}",
             f"consumed samples: {self.consumed_samples}",
             f"elapsed time per iteration (ms): {self.elapsed_ms:.1f}",
             f"learning rate: {self.learning_rate:.3E}",
-            f"lm loss{' (this replica)' if self.alone else ''}: {self.loss:.4f}",
+            f"lm loss{whose}: {self.loss:.4f}",
         ]
         if self.grad_norm is not None:
-            fields.append(f"grad norm: {self.grad_norm:.3f}")
+            fields.append(f"grad norm{whose}: {self.grad_norm:.3f}")
         if self.skipped:
-            fields.append(f"number of skipped iterations: {self.skipped}")
+            fields.append(f"number of skipped iterations{whose}: {self.skipped}")
         if self.mfu is not None:
             fields.append(f"mfu: {self.mfu:.1%}")
         if self.round is not None:

@@ -115,6 +115,7 @@ _ALWAYS = "always"
 _EVALUATION = "`training.eval_interval` above 0"
 _KNOWN_PEAK = "an accelerator with a known peak"
 _MUON = "`inner.kind: muon`"
+_UNSENT = "K > 1, lines after the last launch"
 _OUTER = "an outer step"
 _REPLICAS = "an outer step, K > 1"
 _COMPARED = "an outer step, K > 1, replicas compared"
@@ -125,6 +126,7 @@ _FEEDBACK = "error feedback"
 # Charts on TensorBoard's custom-scalars page that show several metrics.
 _OUTER_STEP = "MuLoCo outer step"
 _LOSS = Chart("Training", "loss")
+_GRADIENT_NORM = Chart("Training", "gradient norm")
 _NORMS = Chart(_OUTER_STEP, "pseudogradient and update norm")
 _COSINES = Chart(_OUTER_STEP, "cosines")
 _TIMES = Chart(_OUTER_STEP, "time (ms)")
@@ -136,7 +138,14 @@ _ROWS = (
     # Training; tags without a slash are Megatron's.
     Metric(
         "lm loss", "nats per token", "mean", "mean over replicas", _ALWAYS,
-        "Training loss. After a stop within a round, the last points are those of replica 0 alone.",
+        "Training loss. With K > 1, steps after the last launch of a start have no point: see "
+        "`lm loss replica 0`.",
+        _LOSS,
+    ),
+    Metric(
+        "lm loss replica 0", "nats per token", "mean", "replica 0", _UNSENT,
+        "Training loss of replica 0 alone. A start that ends within a round has no launch that "
+        "could send its last values to the other replicas.",
         _LOSS,
     ),
     Metric(
@@ -151,7 +160,12 @@ _ROWS = (
     Metric(
         "grad-norm", "1", "last", "mean over replicas", _ALWAYS,
         "Norm of a replica's gradient before clipping; not finite if a step was skipped.",
-        Chart("Training", "gradient norm"),
+        _GRADIENT_NORM,
+    ),
+    Metric(
+        "grad-norm replica 0", "1", "last", "replica 0", _UNSENT,
+        "Gradient norm of replica 0 alone, where there is `lm loss replica 0`.",
+        _GRADIENT_NORM,
     ),
     Metric(
         "learning-rate", "1", "last", "the same everywhere", _ALWAYS,

@@ -171,6 +171,9 @@ class TrainingClock:
 
 SAMPLE_TAG = "run/sample"
 
+# Tags of the values that were not averaged over the replicas, so that no curve mixes the two.
+_TAGS_OF_REPLICA_0 = {"lm loss": "lm loss replica 0", "grad-norm": "grad-norm replica 0"}
+
 # As in Megatron: without a cap the perplexity of an untrained model would set the chart's scale.
 _LARGEST_EXPONENT = 20.0
 
@@ -376,7 +379,10 @@ class Monitor:
             self._writer.text(SAMPLE_TAG, text)
 
     def close(self, outcome: str = "done") -> None:
-        """Write the waiting lines with this replica's own values, and the summary; only once.
+        """Write the lines that no launch has sent, and the summary; only once.
+
+        These lines have replica 0's own values, marked on the console and with tags of their own:
+        a mean over replicas would need a collective, and the others may have stopped already.
 
         Args:
             outcome: Reason of the end.
@@ -426,7 +432,10 @@ class Monitor:
     def _write_line(
         self, line: DueLine, shared: tuple[Value, Value, Value], *, alone: bool = False
     ) -> None:
-        """Write one line and its points; ``shared`` replaces this rank's own values."""
+        """Write one line and its points; ``shared`` replaces this rank's own values.
+
+        ``alone`` says that ``shared`` are replica 0's values and not means.
+        """
         if self._console is None:
             return
         numbers = floats([*shared, *line.values.values()])
@@ -438,6 +447,8 @@ class Monitor:
         self._skipped += int(skipped)
         text = self._training_line(line, values, skipped=int(skipped), alone=alone)
         self._console.stamped(str(text))
+        if alone:
+            values = {_TAGS_OF_REPLICA_0.get(tag, tag): value for tag, value in values.items()}
         self.scalars(line.step, values | self._own_points(line.speed))
 
     def _own_points(self, speed: Speed) -> dict[str, float]:

@@ -226,7 +226,7 @@ def test_lines_wait_for_the_outer_step_and_come_out_as_the_mean_over_replicas(tm
     assert run.losses() == expected
     run.close()
     assert run.points("lm loss") == expected
-    assert run.losses("lm loss (this replica)") == []
+    assert run.losses("lm loss (replica 0)") == []
 
 
 @pytest.mark.parametrize(("fragments", "overlap"), [(1, 0), (1, 2), (3, 0), (3, 1), (2, 4)])
@@ -240,14 +240,20 @@ def test_every_due_line_is_written_once_and_in_order(tmp_path, fragments, overla
     averaged = run.losses()
     # Steps s-4..s have the mean 10 (s - 2); two replicas shift it by 2.
     assert averaged == [(s, 10.0 * (s - 2) + 2.0) for s, _ in averaged]
-    assert len(averaged) + len(run.losses("lm loss (this replica)")) == 4
+    assert len(averaged) + len(run.losses("lm loss (replica 0)")) == 4
 
 
 def test_what_a_stop_leaves_is_written_with_the_own_value_and_marked(tmp_path):
     run = Replicas(tmp_path, schedule=SyncSchedule(6, 12))
     run.train(9, by_step)
     run.close("stopped on request, state saved")
-    assert run.losses("lm loss (this replica)") == [(8, 75.0)]
+    assert run.losses("lm loss (replica 0)") == [(8, 75.0)]
+    # No curve mixes means over replicas and values of one.
+    assert run.points("lm loss") == [(2, 17.0), (4, 37.0), (6, 57.0)]
+    assert run.points("lm loss replica 0") == [(8, 75.0)]
+    assert [step for step, _ in run.points("grad-norm")] == [2, 4, 6]
+    assert [step for step, _ in run.points("grad-norm replica 0")] == [8]
+    assert [step for step, _ in run.points("learning-rate")] == [2, 4, 6, 8]
     assert "stopped on request, state saved, at iteration 9" in run.stream.getvalue()
     run.close()
     assert run.stream.getvalue().count("outcome") == 1

@@ -82,9 +82,10 @@ def test_a_line_has_about_200_characters(line):
 
 
 def test_a_line_of_one_replica_says_so():
-    alone = fields(replace(LINE, alone=True))
-    assert "lm loss (this replica)" in alone
-    assert "lm loss" not in alone
+    keys = {"lm loss", "grad norm", "number of skipped iterations"}
+    together, alone = (fields(replace(LINE, skipped=1, alone=own)) for own in (False, True))
+    assert keys <= together.keys()
+    assert alone.keys() == together.keys() - keys | {f"{key} (replica 0)" for key in keys}
 
 
 def test_the_evaluation_line():

@@ -14,8 +14,8 @@ from megatron_muloco.monitor.tensorboard import EventWriter, layout_of
 
 LAYOUT = {
     "Training": {
-        "loss": ("lm loss", "lm loss validation"),
-        "gradient norm": ("grad-norm",),
+        "loss": ("lm loss", "lm loss replica 0", "lm loss validation"),
+        "gradient norm": ("grad-norm", "grad-norm replica 0"),
         "learning rate": ("learning-rate",),
         "tokens per second": ("perf/tokens_per_s",),
         "TFLOP per second and rank": ("throughput",),
