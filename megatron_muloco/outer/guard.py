@@ -74,6 +74,11 @@ class Guard:
     min_replicas: int = 4
     _medians: dict[int, float] = field(default_factory=dict, init=False)
 
+    @property
+    def has_band(self) -> bool:
+        """Whether norms are compared at all."""
+        return self.num_replicas >= self.min_replicas and math.isfinite(self.max_norm_ratio)
+
     def judge_replica(
         self,
         fragment: int,
@@ -110,7 +115,7 @@ class Guard:
         if non_finite:
             return Verdict.NON_FINITE
         middle = self._medians.get(fragment)
-        if middle is None or not lr_sum or self.num_replicas < self.min_replicas:
+        if middle is None or not lr_sum or not self.has_band:
             return Verdict.GOOD
         inside = middle / self.max_norm_ratio <= norm / lr_sum <= middle * self.max_norm_ratio
         return Verdict.GOOD if inside else Verdict.OUTLIER

@@ -247,7 +247,7 @@ class Synchronizer:
             self._replica.total,
             self._replica.device,
             lr_sum=self._lr_sum(self.step, fragment)
-            if self._schedule.repeats_interval(self.step, fragment)
+            if self._guard.has_band and self._schedule.repeats_interval(self.step, fragment)
             else None,
         )
         # Start counting the next interval even where the share is not used as a weight.
@@ -290,7 +290,7 @@ class Synchronizer:
         reduced = flight.wait(self._reducer)
         # After the wait, not at the launch: all replicas then see the same norms, hence all ranks
         # keep the same medians. The first, shorter intervals would set them too low.
-        if self._schedule.is_full_interval(flight.launched_at):
+        if self._guard.has_band and self._schedule.is_full_interval(flight.launched_at):
             norms = flight.metadata().norms.tolist()
             lr_sum = self._lr_sum(flight.launched_at, flight.fragment)
             self._guard.observe(flight.fragment, norms, lr_sum=lr_sum)
