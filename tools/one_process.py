@@ -21,6 +21,8 @@ def train(config_path: str, overrides: Sequence[str], *, quiet: bool) -> None:
     result = run_in_one_process(config, writes=not quiet)
     for step, loss in result.held_out.items():
         print(f"held-out loss after iteration {step}: {loss:.6f}")
+    if result.test_loss is not None:
+        print(f"loss on data.test: {result.test_loss:.6f}")
     print(f"training loss of the last iteration: {result.losses[-1]:.6f}")
     print(f"bytes sent per rank in outer steps, had there been ranks: {max(result.wire_bytes):,}")
     print(f"anchor digest: {result.anchor_digest}")

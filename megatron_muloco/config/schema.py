@@ -114,6 +114,12 @@ class DataConfig(Section):
         strict=False, min_length=1, description="Training datasets."
     )
     valid: tuple[DataSource, ...] = Field((), strict=False, description="Held-out datasets.")
+    test: tuple[DataSource, ...] = Field(
+        (),
+        strict=False,
+        description="Held-out datasets that are evaluated once, at the end of the run, for results "
+        "on text that no choice was made with.",
+    )
     tokenizer_type: Literal["sentencepiece", "huggingface", "tiktoken", "byte-level"] = Field(
         description="Type of the tokenizer."
     )

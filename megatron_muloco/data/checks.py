@@ -80,7 +80,7 @@ def check_data(
 def _first_keys(data: "DataConfig") -> dict[str, str]:
     """Return path -> the first key that names it, so that each dataset is checked once."""
     keys: dict[str, str] = {}
-    for name, sources in (("train", data.train), ("valid", data.valid)):
+    for name, sources in (("train", data.train), ("valid", data.valid), ("test", data.test)):
         for index, source in enumerate(sources):
             keys.setdefault(source.path, f"data.{name}.{index}.path")
     return keys

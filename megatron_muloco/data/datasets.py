@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Protocol
 
 import torch
 
@@ -30,7 +30,7 @@ _HASHED_BYTES = 1024 * 1024
 
 
 class Source(Protocol):
-    """One entry of ``data.train`` or ``data.valid``."""
+    """One entry of ``data.train``, ``data.valid`` or ``data.test``."""
 
     @property
     def path(self) -> str:
@@ -50,10 +50,12 @@ class Datasets:
     Attributes:
         train: Training samples.
         valid: Held-out samples; ``None`` without held-out data.
+        test: Held-out samples for the end of the run; ``None`` without them.
     """
 
     train: SampleDataset
     valid: SampleDataset | None
+    test: SampleDataset | None = None
 
 
 def build_datasets(
@@ -66,6 +68,8 @@ def build_datasets(
     seed: int,
     tokenizer: Tokenizer,
     cache_dir: str | None = None,
+    test: Sequence[Source] = (),
+    test_samples: int = 0,
 ) -> Datasets:
     """Return datasets of at least the requested numbers of samples.
 
@@ -81,6 +85,8 @@ def build_datasets(
         tokenizer: From `tokenizer.load_tokenizer`.
         cache_dir: Directory of the index arrays, which all ranks must see; beside the first source
             by default.
+        test: Held-out sources for the end of the run; may be empty.
+        test_samples: Samples of their evaluation.
 
     Raises:
         ConfigError: A source cannot be read or is shorter than one sample, or the cache cannot be
@@ -90,27 +96,30 @@ def build_datasets(
     at the same point. Rank 0 writes the cache, the others read it. Without torch.distributed the
     calling process does all of it.
     """
-    held_out = [*valid] if valid_samples > 0 else []
-    if problems := check_sources([source.path for source in (*train, *held_out)], seq_length):
+    samples = (train_samples, valid_samples, test_samples)
+    splits = [
+        [*sources] if count > 0 else []
+        for sources, count in zip((train, valid, test), samples, strict=True)
+    ]
+    used = [source for split in splits for source in split]
+    if problems := check_sources([source.path for source in used], seq_length):
         raise ConfigError(problems)
     with warnings.catch_warnings():
         # About optional GPU packages, and about pad ids, which complete samples never contain.
         warnings.simplefilter("ignore", UserWarning)
-        built = _build(train, held_out, train_samples, valid_samples, seq_length, seed, tokenizer,
-                       _cache_directory([*train, *held_out], cache_dir))  # fmt: skip
-    return Datasets(built[0], built[1])
+        cache = _cache_directory(used, cache_dir)
+        return _build(splits, samples, seq_length, seed, tokenizer, cache)
 
 
 def _build(
-    train: Sequence[Source],
-    valid: Sequence[Source],
-    train_samples: int,
-    valid_samples: int,
+    splits: Sequence[Sequence[Source]],
+    samples: Sequence[int],
     seq_length: int,
     seed: int,
     tokenizer: Tokenizer,
     cache: Path,
-) -> tuple[SampleDataset, SampleDataset | None]:
+) -> Datasets:
+    """Return the datasets of the three splits, training first; see `build_datasets`."""
     from megatron.core.datasets.blended_megatron_dataset_builder import (
         BlendedMegatronDatasetBuilder,
     )
@@ -119,7 +128,7 @@ def _build(
     config = GPTDatasetConfig(
         random_seed=seed,
         sequence_length=seq_length,
-        blend_per_split=[_blend(train), _blend(valid), None],
+        blend_per_split=[_blend(sources) for sources in splits],
         path_to_cache=str(cache),
         tokenizer=tokenizer,
         reset_position_ids=False,
@@ -127,10 +136,8 @@ def _build(
         eod_mask_loss=False,
         create_attention_mask=False,
     )
-    builder = BlendedMegatronDatasetBuilder(
-        GPTDataset, [train_samples, valid_samples, 0], lambda: True, config
-    )
-    alone = max(len(train), len(valid)) > 1 and not torch.distributed.is_initialized()
+    builder = BlendedMegatronDatasetBuilder(GPTDataset, [*samples], lambda: True, config)
+    alone = max(len(sources) for sources in splits) > 1 and not torch.distributed.is_initialized()
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with _one_rank_world() if alone else contextlib.nullcontext():
@@ -140,7 +147,7 @@ def _build(
             f"data.cache_dir: {cache} cannot be written ({error}). Name a directory that every "
             f"rank can write to."
         ) from error
-    return cast(tuple[SampleDataset, SampleDataset | None], (built[0], built[1]))
+    return Datasets(*built)
 
 
 def _blend(sources: Sequence[Source]) -> tuple[list[str], list[float] | None] | None:

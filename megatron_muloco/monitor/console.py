@@ -134,11 +134,13 @@ class EvaluationLine:
     """Line of an evaluation: held-out loss of the anchor.
 
     Attributes:
+        split: ``validation`` or ``test``.
         iteration: Inner steps before the evaluation.
         loss: Held-out loss in nats per token.
         perplexity: Perplexity as written to TensorBoard.
     """
 
+    split: str
     iteration: int
     loss: float
     perplexity: float
@@ -146,7 +148,7 @@ class EvaluationLine:
     @override
     def __str__(self) -> str:
         return (
-            f"validation loss at iteration {self.iteration:8d} | "
+            f"{self.split} loss at iteration {self.iteration:8d} | "
             f"lm loss value: {_exponent(self.loss)} | lm loss PPL: {_exponent(self.perplexity)} |"
         )
 

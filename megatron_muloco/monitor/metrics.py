@@ -113,6 +113,7 @@ class MetricTable:
 # Conditions that several rows share.
 _ALWAYS = "always"
 _EVALUATION = "`training.eval_interval` above 0"
+_TEST = "`data.test`; once, at the end of the run"
 _KNOWN_PEAK = "an accelerator with a known peak"
 _MUON = "`inner.kind: muon`"
 _UNSENT = "K > 1, lines after the last launch"
@@ -155,6 +156,15 @@ _ROWS = (
     ),
     Metric(
         "lm loss validation ppl", "1", "event", "the same everywhere", _EVALUATION,
+        "Perplexity: exp(loss), with the loss capped at 20 as in Megatron.",
+    ),
+    Metric(
+        "lm loss test", "nats per token", "event", "the same everywhere", _TEST,
+        "Loss of the last anchor on `data.test`.",
+        _LOSS,
+    ),
+    Metric(
+        "lm loss test ppl", "1", "event", "the same everywhere", _TEST,
         "Perplexity: exp(loss), with the loss capped at 20 as in Megatron.",
     ),
     Metric(

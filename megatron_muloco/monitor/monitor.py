@@ -358,14 +358,22 @@ class Monitor:
 
     def evaluation(self, step: int, loss: Value) -> None:
         """Write the held-out loss of the anchor after inner step ``step``."""
+        self._held_out("validation", step, loss)
+
+    def test(self, step: int, loss: Value) -> None:
+        """Write the loss of the last anchor on ``data.test``."""
+        self._held_out("test", step, loss)
+
+    def _held_out(self, split: str, step: int, loss: Value) -> None:
         if self._console is None:
             return
         (number,) = floats([loss])
         # The order matters: min(nan, cap) is nan, min(cap, nan) is the cap.
         perplexity = math.exp(min(number, _LARGEST_EXPONENT))
-        self._evaluations.append((step, number))
-        self._console.stamped(str(EvaluationLine(step, number, perplexity)))
-        self.scalars(step, {"lm loss validation": number, "lm loss validation ppl": perplexity})
+        if split == "validation":
+            self._evaluations.append((step, number))
+        self._console.stamped(str(EvaluationLine(split, step, number, perplexity)))
+        self.scalars(step, {f"lm loss {split}": number, f"lm loss {split} ppl": perplexity})
 
     def say(self, text: str) -> None:
         """Write a line of plain text with a time stamp; nothing if empty or on other ranks."""

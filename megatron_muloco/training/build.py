@@ -17,7 +17,7 @@ from megatron_muloco.comm.collectives import gather_objects, job_store
 from megatron_muloco.comm.groups import Groups
 from megatron_muloco.config import RunConfig
 from megatron_muloco.config.derived import Derived, derive
-from megatron_muloco.data.batches import BatchSource
+from megatron_muloco.data.batches import BatchSource, SampleDataset
 from megatron_muloco.data.datasets import Datasets, build_datasets
 from megatron_muloco.data.sampler import BatchLayout
 from megatron_muloco.data.tokenizer import Tokenizer, load_tokenizer
@@ -85,6 +85,7 @@ class RunContext:
         forward: The forward and backward pass of one inner step.
         train_data: Training microbatches by step.
         valid_data: Held-out microbatches; ``None`` without evaluation.
+        test_data: Held-out microbatches for the end of the run; ``None`` without ``data.test``.
         monitor: Console and TensorBoard output.
         profiler: The profiler of a window of inner steps; ``None`` where this rank has none.
         probe: Measures how orthogonal samples of Newton-Schulz results are; ``None`` without Muon.
@@ -103,6 +104,7 @@ class RunContext:
     forward: ForwardBackward
     train_data: BatchSource
     valid_data: BatchSource | None
+    test_data: BatchSource | None
     monitor: Monitor
     profiler: StepProfiler | None
     probe: OrthogonalisationProbe | None
@@ -163,6 +165,8 @@ def load_data(config: RunConfig, topology: Topology) -> RunData:
         seed=config.data.seed,
         tokenizer=tokenizer,
         cache_dir=config.data.cache_dir,
+        test=config.data.test,
+        test_samples=training.eval_iters * batch if config.data.test else 0,
     )
     return RunData(tokenizer, datasets)
 
@@ -182,7 +186,7 @@ def build_context(config: RunConfig, groups: Groups, data: RunData, *, writes: b
     Collectives: every rank of the job calls it.
     """
     derived = derive(config, groups.topology)
-    train_data, valid_data = _batch_sources(config, derived, groups, data.datasets)
+    datasets = data.datasets
     model = _build_model(config, groups)
     optimizer = build_replica_optimizer(model, config, groups)
     probe = _build_probe(optimizer)
@@ -216,8 +220,9 @@ def build_context(config: RunConfig, groups: Groups, data: RunData, *, writes: b
             seq_length=config.model.seq_length,
             end_of_document=data.tokenizer.eod if config.data.mask_document_boundaries else None,
         ),
-        train_data=train_data,
-        valid_data=valid_data,
+        train_data=_train_source(config, derived, groups, datasets.train),
+        valid_data=_held_out_source(config, groups, datasets.valid),
+        test_data=_held_out_source(config, groups, datasets.test),
         monitor=monitor,
         profiler=build_profiler(
             config.monitor,
@@ -248,25 +253,39 @@ def _build_model(config: RunConfig, groups: Groups) -> DistributedDataParallel:
     )
 
 
-def _batch_sources(
-    config: RunConfig, derived: Derived, groups: Groups, datasets: Datasets
-) -> tuple[BatchSource, BatchSource | None]:
-    """Return this rank's training data, and its held-out data where the run evaluates."""
-    training, topology, coords = config.training, groups.topology, groups.coords
-    batch = training.global_batch_size
-    layout = BatchLayout(batch, topology.num_replicas, topology.data, training.micro_batch_size)
-    train = BatchSource(
-        datasets.train,
-        layout,
+def _train_source(
+    config: RunConfig, derived: Derived, groups: Groups, samples: SampleDataset
+) -> BatchSource:
+    """Return this rank's training microbatches."""
+    coords = groups.coords
+    return BatchSource(
+        samples,
+        _batch_layout(config, groups),
         replica=coords.replica,
         dp_rank=coords.dp,
         steps=derived.train_iters,
     )
-    if datasets.valid is None:
-        return train, None
-    held_out = layout.held_out()
-    return train, BatchSource(
-        datasets.valid, held_out, replica=0, dp_rank=coords.dp, steps=training.eval_iters
+
+
+def _held_out_source(
+    config: RunConfig, groups: Groups, samples: SampleDataset | None
+) -> BatchSource | None:
+    """Return this rank's microbatches of held-out samples, if there are any."""
+    if samples is None:
+        return None
+    return BatchSource(
+        samples,
+        _batch_layout(config, groups).held_out(),
+        replica=0,
+        dp_rank=groups.coords.dp,
+        steps=config.training.eval_iters,
+    )
+
+
+def _batch_layout(config: RunConfig, groups: Groups) -> BatchLayout:
+    training, topology = config.training, groups.topology
+    return BatchLayout(
+        training.global_batch_size, topology.num_replicas, topology.data, training.micro_batch_size
     )
 
 

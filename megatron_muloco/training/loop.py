@@ -20,6 +20,7 @@ from megatron_muloco.checkpoint.layout import checkpoint_path
 from megatron_muloco.checkpoint.state import ANCHOR
 from megatron_muloco.comm.collectives import sum_over
 from megatron_muloco.config import RunConfig
+from megatron_muloco.data.batches import BatchSource
 from megatron_muloco.errors import CheckpointError
 from megatron_muloco.monitor.monitor import Value
 from megatron_muloco.monitor.profiler import profiled
@@ -206,17 +207,28 @@ def _phase_times(inner: MuonAdamW, steps: int) -> dict[str, Value]:
 
 def _evaluate(context: RunContext, step: int) -> None:
     """Record the held-out loss of the anchor if the run has held-out data."""
-    if context.valid_data is None:
-        return
-    with context.monitor.paused(), record_function("muloco/evaluate"):
-        loss = evaluate(
+    if context.valid_data is not None:
+        with context.monitor.paused():
+            context.monitor.evaluation(step, _loss_on(context, context.valid_data))
+
+
+def _test(context: RunContext, step: int) -> None:
+    """Record the anchor's loss on ``data.test`` at the end of the run, if there is such data."""
+    if context.test_data is not None:
+        with context.monitor.paused():
+            context.monitor.test(step, _loss_on(context, context.test_data))
+
+
+def _loss_on(context: RunContext, source: BatchSource) -> float:
+    """Return the anchor's loss on held-out data; collectives as in `evaluate`."""
+    with record_function("muloco/evaluate"):
+        return evaluate(
             context.forward,
             context.optimizer,
-            context.valid_data,
+            source,
             context.groups,
             steps=context.config.training.eval_iters,
         )
-        context.monitor.evaluation(step, loss)
 
 
 def _stop(context: RunContext, step: int) -> Outcome:
@@ -262,6 +274,7 @@ def _finish(context: RunContext, last_step: int) -> Outcome:
         context.monitor.outer_step(report)
     saved = saved and _save_final_anchor(context, last_step)
     _evaluate(context, last_step)
+    _test(context, last_step)
     _sample(context)
     state = context.state
     kinds = {ANCHOR: state.anchors()}

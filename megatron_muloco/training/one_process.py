@@ -56,12 +56,15 @@ class ReplicaResult:
     Attributes:
         losses: Mean loss of each inner step, in nats per token.
         held_out: Loss of the anchor on held-out data, by inner step; replica 0 alone has it.
+        test_loss: Loss of the last anchor on ``data.test``; ``None`` without it, and on others than
+            replica 0.
         wire_bytes: Bytes that the replica's rank would have sent in outer steps.
         anchor_digest: Digest of the anchor at the end, equal on all replicas.
     """
 
     losses: list[float] = field(default_factory=list)
     held_out: dict[int, float] = field(default_factory=dict)
+    test_loss: float | None = None
     wire_bytes: int = 0
     anchor_digest: str = ""
 
@@ -86,6 +89,11 @@ class OneProcessResult:
     def held_out(self) -> dict[int, float]:
         """Loss of the anchor on held-out data, by inner step; empty without evaluation."""
         return self.replicas[0].held_out
+
+    @property
+    def test_loss(self) -> float | None:
+        """Loss of the last anchor on ``data.test``; ``None`` without it."""
+        return self.replicas[0].test_loss
 
     @property
     def anchor_digest(self) -> str:
@@ -255,16 +263,22 @@ class _Recorder:
         self._result.held_out[step] = loss
         self._monitor.evaluation(step, loss)
 
+    def test(self, step: int, loss: float) -> None:
+        """See `Monitor.test`."""
+        self._result.test_loss = loss
+        self._monitor.test(step, loss)
+
 
 def _train(config: RunConfig, groups: Groups, data: RunData, *, writes: bool) -> ReplicaResult:
     """Train one replica to the end and flush."""
     context = build_context(config, groups, data, writes=writes)
     result = ReplicaResult()
     recorder: Any = _Recorder(context.monitor, result)
-    # All replicas hold the same anchor, so one of them evaluates it.
-    valid_data = context.valid_data if groups.coords.replica == 0 else None
+    if groups.coords.replica:
+        # All replicas hold the same anchor, so one of them evaluates it.
+        context = replace(context, valid_data=None, test_data=None)
     # A request that never comes: an interrupt ends all replicas at once.
-    outcome = train(replace(context, monitor=recorder, valid_data=valid_data), StopRequest())
+    outcome = train(replace(context, monitor=recorder), StopRequest())
     context.monitor.close(outcome.value)
     anchors = {ANCHOR: context.state.anchors()}
     shards = context.optimizer.view.shards

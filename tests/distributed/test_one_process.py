@@ -22,7 +22,7 @@ from megatron_muloco.config.derived import derive
 from megatron_muloco.errors import ConfigError, SyncError
 from megatron_muloco.training.one_process import run_in_one_process, run_replicas
 from megatron_muloco.training.start import initialize_replicas
-from tests.support.byte_runs import byte_config, byte_dataset, run_here
+from tests.support.byte_runs import byte_config, byte_dataset, byte_sections, run_here
 from tests.support.faults import count_calls
 from tests.support.rank_worker import WORKER_ENV
 from tests.support.spawn import run_ranks
@@ -213,6 +213,7 @@ class Said:
 
     losses: list[float]
     held_out: dict[int, float]
+    test: list[tuple[int, float]]
     digest: str
     wire_bytes: int
 
@@ -224,7 +225,7 @@ def program_on_ranks(config: RunConfig) -> Said:
     @contextmanager
     def noted(context: Any) -> Iterator[None]:
         with ExitStack() as stack:
-            for method in ("say", "evaluation", "outer_step"):
+            for method in ("say", "evaluation", "test", "outer_step"):
                 noted = count_calls(context.monitor, method)
                 calls[method] = stack.enter_context(noted)
             yield
@@ -235,13 +236,15 @@ def program_on_ranks(config: RunConfig) -> Said:
     return Said(
         list(ended.losses.values()),
         {step: float(loss) for step, loss in calls["evaluation"]},
+        [(step, float(loss)) for step, loss in calls["test"]],
         digests[-1],
         sum(int(metrics.get("muloco/wire_bytes", 0)) for metrics in reports),
     )
 
 
 def test_the_program_gives_losses_digest_and_bytes_of_ranks(dataset: str) -> None:
-    config = program_config(dataset, 3)
+    test_split = {**byte_sections(dataset)["data"], "test": ({"path": dataset},)}
+    config = program_config(dataset, 3, data=test_split)
     (together,) = run_ranks(run_in_one_process, 1, config)
     apart = run_ranks(program_on_ranks, 3, config)
     assert [replica.losses for replica in together.replicas] == [rank.losses for rank in apart]
@@ -249,6 +252,7 @@ def test_the_program_gives_losses_digest_and_bytes_of_ranks(dataset: str) -> Non
     assert together.wire_bytes[0] > 0
     for rank in apart:
         assert together.held_out == rank.held_out
+        assert [(7, together.test_loss)] == rank.test  # once, after the last step
         assert together.anchor_digest == rank.digest
     assert together.losses[0] == sum(rank.losses[0] for rank in apart) / 3
 

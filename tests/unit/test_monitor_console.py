@@ -89,7 +89,7 @@ def test_a_line_of_one_replica_says_so():
 
 
 def test_the_evaluation_line():
-    text = str(EvaluationLine(50, 5.0, 148.4))
+    text = str(EvaluationLine("validation", 50, 5.0, 148.4))
     assert text.startswith("validation loss at iteration       50 | lm loss value:  5.000000E+00 |")
 
 
