@@ -1,15 +1,16 @@
 """Build the demo's data from the docstrings of the installed packages: no download, about 20 s.
 
 Writes, under ``data/demo``: ``tokenizer.model``, and for ``train`` and ``valid`` the documents
-(``.jsonl``) and the indexed dataset (``.bin .idx .json``). A second run does nothing, unless a
-package was updated or a file is missing or damaged.
+(``.jsonl``) and the indexed dataset (``.bin .idx .json``). With ``--test-split`` half of the
+held-out documents become ``test``. A second run does nothing, unless a package was updated or a
+file is missing or damaged.
 """
 
 import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from tools.corpora.docstrings import (
     Corpus,
     Document,
     collect,
+    is_held_out,
     package_versions,
 )
 from tools.corpora.statistics import unigram_cross_entropy
@@ -50,6 +52,11 @@ def main(argv: list[str] | None = None) -> int:
         help="packages whose docstrings are read",
     )
     parser.add_argument("--vocab-size", type=int, default=_VOCAB_SIZE, help="ids of the tokenizer")
+    parser.add_argument(
+        "--test-split",
+        action="store_true",
+        help="divide the held-out documents into valid and test",
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="worker processes")
     arguments = parser.parse_args(argv)
     return run_tool(lambda: _run(arguments))
@@ -63,9 +70,15 @@ def _run(arguments: argparse.Namespace) -> None:
         "held_out_fraction": _HELD_OUT_FRACTION,
         "packages": package_versions(arguments.packages),
     }
+    if arguments.test_split:
+        recipe["splits"] = ["train", "valid", "test"]
     if not _up_to_date(directory, recipe):
         _build(directory, recipe, arguments.packages, arguments.workers)
-    _summarise(directory)
+    _summarise(directory, _splits(recipe))
+
+
+def _splits(recipe: Mapping[str, Any]) -> list[str]:
+    return list(recipe.get("splits", ["train", "valid"]))
 
 
 def _up_to_date(directory: Path, recipe: dict[str, Any]) -> bool:
@@ -74,7 +87,7 @@ def _up_to_date(directory: Path, recipe: dict[str, Any]) -> bool:
     if not model.is_file():
         return False
     digest = tokenizer_digest("sentencepiece", str(model))
-    for name in ("train", "valid"):
+    for name in _splits(recipe):
         prefix = str(directory / name)
         try:
             manifest = read_manifest(prefix)
@@ -82,7 +95,10 @@ def _up_to_date(directory: Path, recipe: dict[str, Any]) -> bool:
             return False
         if manifest is None or check_indexed(prefix) or manifest.tokenizer_digest != digest:
             return False
-        if {key: manifest.origin.get(key) for key in recipe} != recipe:
+        if {key: manifest.origin.get(key) for key in {*recipe, "splits"}} != {
+            "splits": None,
+            **recipe,
+        }:
             return False
     return True
 
@@ -99,7 +115,7 @@ def _build(directory: Path, recipe: dict[str, Any], packages: Sequence[str], wor
         )
     directory.mkdir(parents=True, exist_ok=True)
     _write_tokenizer(directory / "tokenizer.model", corpus, recipe["vocab_size"])
-    for name, documents in (("train", corpus.train), ("valid", corpus.held_out)):
+    for name, documents in _divided(corpus, recipe).items():
         _write_documents(directory / f"{name}.jsonl", documents)
         options = PrepareOptions(
             "sentencepiece", str(directory / "tokenizer.model"), workers=workers, overwrite=True,
@@ -110,6 +126,20 @@ def _build(directory: Path, recipe: dict[str, Any], packages: Sequence[str], wor
                 [str(directory / f"{name}.jsonl")], str(directory / name), options,
                 progress=lambda read, _, bar=bar: bar.update(read - bar.n),
             )  # fmt: skip
+
+
+def _divided(corpus: Corpus, recipe: Mapping[str, Any]) -> dict[str, Sequence[Document]]:
+    """Return the documents of each split; a held-out one goes to `test` by a hash of its text."""
+    if "test" not in _splits(recipe):
+        return {"train": corpus.train, "valid": corpus.held_out}
+    # The same hash decides what is held out, so among held-out texts half of the fraction is half.
+    in_test = [is_held_out(doc.text, _HELD_OUT_FRACTION / 2) for doc in corpus.held_out]
+    pairs = list(zip(corpus.held_out, in_test, strict=True))
+    return {
+        "train": corpus.train,
+        "valid": [doc for doc, test in pairs if not test],
+        "test": [doc for doc, test in pairs if test],
+    }
 
 
 def _write_tokenizer(path: Path, corpus: Corpus, vocab_size: int) -> None:
@@ -128,21 +158,22 @@ def _write_documents(path: Path, documents: Sequence[Document]) -> None:
     partial.replace(path)
 
 
-def _summarise(directory: Path) -> None:
-    train, valid = _manifest(directory / "train"), _manifest(directory / "valid")
+def _summarise(directory: Path, splits: Sequence[str]) -> None:
+    manifests = {name: _manifest(directory / name) for name in splits}
+    train, valid = manifests["train"], manifests["valid"]
     origin = train.origin
     versions = ", ".join(f"{name} {version}" for name, version in origin["packages"].items())
     baseline = unigram_cross_entropy(
         [str(directory / "train")], [str(directory / "valid")], train.vocab_size
     )
     print(f"corpus      docstrings of {versions}")
-    megabytes = (train.text_bytes + valid.text_bytes) / 1e6
+    megabytes = sum(manifest.text_bytes for manifest in manifests.values()) / 1e6
     print(f"            {megabytes:.1f} MB, digest {origin['digest'][:16]}")
     print(
         f"tokenizer   {directory / 'tokenizer.model'}: {train.vocab_size} ids, "
         f"{valid.text_bytes / (valid.tokens - valid.documents):.2f} bytes per token"
     )
-    for name, manifest in (("train", train), ("valid", valid)):
+    for name, manifest in manifests.items():
         print(f"{name:11} {manifest.documents:,} documents, {manifest.tokens:,} tokens")
     print(f"baseline    unigram cross-entropy of the held-out text: {baseline:.3f} nats per token")
 
