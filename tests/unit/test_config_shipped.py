@@ -12,7 +12,8 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 RUNS = sorted(path for path in CONFIGS.glob("*.yaml") if path.name != "paper.yaml")
 MODELS = sorted((CONFIGS / "models").glob("*.yaml"))
 METHODS = sorted((CONFIGS / "methods").glob("*.yaml"))
-ALL = sorted(CONFIGS.rglob("*.yaml"))
+# A study file is a grid of runs; its values are what is tried, not what is recommended.
+ALL = sorted(p for p in CONFIGS.rglob("*.yaml") if "\nslices:" not in p.read_text("utf-8"))
 
 
 def name_of(path: Path) -> str:

@@ -1,0 +1,1 @@
+"""Parts of `tools/sweep.py`: study files, searches, the table of runs, workers, SLURM, plots."""
