@@ -34,7 +34,7 @@ setup(
         "typing_extensions>=4.6",
     ],
     extras_require={
-        "analysis": ["scipy>=1.11", "matplotlib>=3.8"],
+        "analysis": ["scipy>=1.11", "matplotlib>=3.8", "pyarrow>=15"],
         "dev": [
             "pytest>=8",
             "pytest-timeout>=2.3",

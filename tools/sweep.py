@@ -18,11 +18,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run as a file, from anywhere
 
 from megatron_muloco.errors import ConfigError, run_tool
+from tools.bench.provenance import commit
+from tools.sweeps.plots import draw_slices
 from tools.sweeps.runs import Runs
 from tools.sweeps.search import CellState, Search
+from tools.sweeps.slurm import collect_rows, read_wave, submit, write_row, write_wave
 from tools.sweeps.study import Study, read_study
 from tools.sweeps.table import ResultTable
-from tools.sweeps.workers import execute
+from tools.sweeps.workers import execute, finished_now, train_run
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,8 +39,26 @@ def main(argv: list[str] | None = None) -> int:
     run.add_argument("--hours", type=float, default=math.inf, help="start no run after this time")
     run.add_argument("--dry-run", action="store_true", help="print what would run now")
     _command(commands, "status", "print every cell: its best point, or what it waits for")
+    slurm = _command(commands, "slurm", "write the runs that can start now as a SLURM array")
+    slurm.add_argument("--submit", action="store_true", help="give the array to sbatch")
+    slurm.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="OPTION",
+        help="option of sbatch, again for more: --option=--partition=cpu",
+    )
+    task = _command(commands, "task", "train one run of an array; the batch script calls it")
+    task.add_argument("--wave", type=Path, required=True, help="list of the array's runs")
+    task.add_argument("--index", type=int, required=True, help="index in the array")
+    plot = _command(commands, "plot", "draw every slice")
+    plot.add_argument("--output", type=Path, required=True, help="directory of the figures")
+    _command(commands, "parquet", "write the table as Parquet beside the CSV file")
     options = parser.parse_args(argv)
-    bodies = {"run": _run, "status": _status}
+    bodies = {
+        "run": _run, "status": _status, "slurm": _slurm, "task": _task, "plot": _plot,
+        "parquet": _parquet,
+    }  # fmt: skip
     return run_tool(lambda: bodies[options.command](options))
 
 
@@ -86,6 +107,45 @@ def _status(options: argparse.Namespace) -> None:
         print(f"{state.cell.name:48s} {_described(state, table)}")
     for cell in search.waiting(table.losses, slices):
         print(f"{cell.name:48s} waits for an earlier slice")
+
+
+def _slurm(options: argparse.Namespace) -> None:
+    study, table, search = _open(options)
+    with table.writing():
+        collected = collect_rows(table)
+        search.check()
+        missing = search.missing(table.losses, tuple(options.slices))
+        print(f"{collected} new rows, {len(table.rows)} in {table.path}")
+        if not missing:
+            print("nothing is missing")
+            return
+        wave = write_wave(study.path, table, missing, options.option)
+    print(f"{len(wave.keys)} runs in {wave.script}")
+    print(submit(wave) if options.submit else f"submit it with: sbatch {wave.script}")
+
+
+def _task(options: argparse.Namespace) -> None:
+    study, table, search = _open(options)
+    key = read_wave(options.wave, options.index)
+    run = next((r for r in search.missing(table.losses) if r.key == key), None)
+    if run is None:
+        print(f"run {key} is in {table.path}, or the study has changed: nothing to do")
+        return
+    outcome = train_run(study.base, run)
+    row = table.row(run, outcome, commit(), finished_now())
+    print(f"{write_row(table, row)}: {outcome.status}, loss {row['loss'] or 'n/a'}")
+
+
+def _plot(options: argparse.Namespace) -> None:
+    _, table, search = _open(options)
+    states = list(search.states(table.losses, tuple(options.slices)))
+    for path in draw_slices(states, table, options.output):
+        print(path)
+
+
+def _parquet(options: argparse.Namespace) -> None:
+    _, table, _ = _open(options)
+    print(f"{len(table.rows)} runs in {table.write_parquet()}")
 
 
 def _described(state: CellState, table: ResultTable) -> str:

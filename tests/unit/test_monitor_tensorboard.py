@@ -14,7 +14,7 @@ from megatron_muloco.monitor.tensorboard import EventWriter, layout_of
 
 LAYOUT = {
     "Training": {
-        "loss": ("lm loss", "lm loss replica 0", "lm loss validation"),
+        "loss": ("lm loss", "lm loss replica 0", "lm loss validation", "lm loss test"),
         "gradient norm": ("grad-norm", "grad-norm replica 0"),
         "learning rate": ("learning-rate",),
         "tokens per second": ("perf/tokens_per_s",),

@@ -10,12 +10,13 @@ from megatron_muloco.scaling.fitting import Fit, fit
 from megatron_muloco.scaling.optima import KNOBS, Cell
 from tools.scaling.published import diloco_losses, muloco_fit, muloco_losses
 
-__all__ = ["draw_cells", "draw_fit", "draw_published"]
+__all__ = ["draw_cells", "draw_fit", "draw_published", "pyplot"]
 
 _MULOCO_SHOWN = ("dp_adamw", "dp_muon", "diloco_k1", "muloco_k1", "diloco_k16", "muloco_k16")
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """Return matplotlib's pyplot, which draws to files only."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -27,7 +28,7 @@ def _pyplot() -> Any:
 def _save(figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
-    _pyplot().close(figure)
+    pyplot().close(figure)
 
 
 def draw_fit(found: Fit, path: Path) -> None:
@@ -35,7 +36,7 @@ def draw_fit(found: Fit, path: Path) -> None:
 
     A curve is drawn for every combination of the other variables.
     """
-    figure, (law, rest) = _pyplot().subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    figure, (law, rest) = pyplot().subplots(1, 2, figsize=(12, 4.5), layout="constrained")
     points = found.points
     first, *others = points.variables
     series = points.series or [""] * len(points)
@@ -60,7 +61,7 @@ def draw_fit(found: Fit, path: Path) -> None:
 
 def draw_cells(cells: Sequence[Cell], laws: dict[str, Fit], path: Path) -> None:
     """Write a PNG: the optimum of each cell against the law's value, one panel a knob."""
-    figure, panels = _pyplot().subplots(1, 2, figsize=(10, 4.5), layout="constrained")
+    figure, panels = pyplot().subplots(1, 2, figsize=(10, 4.5), layout="constrained")
     for panel, knob in zip(panels, KNOBS, strict=True):
         for edge in (False, True):
             chosen = [cell for cell in cells if bool(cell.optimum(knob).edge) == edge]
@@ -81,7 +82,7 @@ def draw_cells(cells: Sequence[Cell], laws: dict[str, Fit], path: Path) -> None:
 
 def draw_published(path: Path) -> None:
     """Write a PNG: losses of both papers with the refitted laws."""
-    figure, (diloco, muloco) = _pyplot().subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    figure, (diloco, muloco) = pyplot().subplots(1, 2, figsize=(12, 4.5), layout="constrained")
     grid = np.geomspace(3e7, 1.2e10, 60)
     points = diloco_losses()
     joint, offset = fit("power", points), fit("exponent_linear_offset", points)

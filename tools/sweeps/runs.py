@@ -21,6 +21,8 @@ from tools.sweeps.study import TOKENS, Cell, Study
 
 __all__ = ["Run", "Runs"]
 
+_SPLITS = ("train", "valid", "test")
+
 Point = tuple[tuple[str, float], ...]
 """Key of an axis -> its value."""
 
@@ -90,8 +92,8 @@ class Runs:
         """
         document = load_document(self._study.base, _texts(self._study.settings)).values
         found = []
-        for split in ("train", "valid", "test"):
-            for entry in document.get("data", {}).get(split) or []:
+        for split in _SPLITS:
+            for entry in document["data"].get(split) or []:
                 manifest = read_manifest(entry["path"])
                 if manifest is None:
                     raise ConfigError(
@@ -100,9 +102,8 @@ class Runs:
                         "with tools/prepare_data.py."
                     )
                 origin = (manifest.origin or {}).get("digest", "")
-                found.append(
-                    [split, manifest.tokens, manifest.documents, manifest.tokenizer_digest, origin]
-                )
+                identity = [manifest.tokens, manifest.documents, manifest.tokenizer_digest, origin]
+                found.append([split, entry.get("weight", 1.0), *identity])
         return sha256(json.dumps(found).encode()).hexdigest()[:8]
 
     def run(self, cell: Cell, taken: Mapping[str, Any], point: Point, seed: int) -> Run:
@@ -135,8 +136,8 @@ class Runs:
         study = self._study
         chosen = {
             **study.methods[cell.method],
-            **cell.part.settings,
             **taken,
+            **cell.part.settings,
             **dict(cell.over),
             **cell.part.variants[cell.variant],
             **dict(point),
@@ -196,10 +197,12 @@ class Runs:
         return lengths
 
     def _key(self, overrides: tuple[str, ...]) -> str:
-        """Return the digest of a run's merged file and its data."""
+        """Return the digest of a run's merged file and its data, wherever the data lies."""
         values = load_document(self._study.base, overrides).values
         for section in ("monitor", "checkpoint"):
             values.pop(section, None)
+        for name in (*_SPLITS, "tokenizer_model", "cache_dir"):
+            values["data"].pop(name, None)
         text = json.dumps([values, self.data], sort_keys=True)
         return sha256(text.encode()).hexdigest()[:12]
 

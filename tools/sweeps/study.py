@@ -30,7 +30,7 @@ _SLICE_KEYS = {
 }  # fmt: skip
 _USE_KEYS = {"slice", "methods_as", "replicas_as"}
 _AXIS_KEYS = {"start", "factor", "limits", "values"}
-_DIGITS = 6  # of a generated value: sqrt(2) grids keep the same text in every slice
+_DIGITS = 10  # of a generated value: sqrt(2) grids have the same values in every slice
 
 
 @dataclass(frozen=True)

@@ -103,6 +103,12 @@ class ResultTable:
         Raises:
             OSError: The disk is full, say. The table is as it was before.
         """
+        if run.key in self.rows:
+            raise ConfigError(f"{self.path}: run {run.key} is there already.")
+        self._write(self.row(run, outcome, commit, finished))
+
+    def row(self, run: Run, outcome: Outcome, commit: str, finished: str) -> dict[str, str]:
+        """Return the row of a finished run."""
         values: dict[str, Any] = {
             **dict(run.settings),
             **{name: getattr(run, name) for name in FIXED if hasattr(run, name)},
@@ -112,10 +118,7 @@ class ResultTable:
             "finished": finished,
             "data": self._data,
         }
-        row = {name: _text(values.get(name)) for name in self.columns}
-        if run.key in self.rows:
-            raise ConfigError(f"{self.path}: run {run.key} is there already.")
-        self._write(row)
+        return {name: _text(values.get(name)) for name in self.columns}
 
     def merge(self, row: Mapping[str, str]) -> None:
         """Append a row that another process made; one that is there already must be equal."""

@@ -28,7 +28,7 @@ from tools.sweeps.search import Search
 from tools.sweeps.study import Study
 from tools.sweeps.table import Outcome, ResultTable
 
-__all__ = ["execute", "train_run"]
+__all__ = ["execute", "finished_now", "train_run"]
 
 _ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 _TAIL = 0.1  # share of the steps whose mean is the training loss at the end
@@ -70,12 +70,16 @@ def execute(
                 if not pool.busy:
                     return done
                 for run, outcome in pool.finished():
-                    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-                    table.add(run, outcome, commit(), now)
+                    table.add(run, outcome, commit(), finished_now())
                     progress.advance(run)
                     done += 1
         finally:
             progress.close()
+
+
+def finished_now() -> str:
+    """Return the time as the table has it, UTC."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def train_run(base: Path, run: Run) -> Outcome:
@@ -84,12 +88,13 @@ def train_run(base: Path, run: Run) -> Outcome:
     A loss that is not finite, or an outer step that refuses such a pseudogradient, is the outcome
     ``diverged``: an answer of the sweep, not a failure of it.
     """
+    from megatron_muloco.runtime.distributed import silence_known_warnings
+
+    silence_known_warnings()  # before Megatron is imported, which warns
     from megatron_muloco.config import load_config
     from megatron_muloco.errors import SyncError
-    from megatron_muloco.runtime.distributed import silence_known_warnings
     from megatron_muloco.training.one_process import run_in_one_process
 
-    silence_known_warnings()
     started = time.perf_counter()
     try:
         result = run_in_one_process(load_config(base, run.overrides), writes=False)
