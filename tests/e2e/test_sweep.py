@@ -3,6 +3,7 @@
 import csv
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -10,10 +11,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from tests.support.byte_runs import byte_config, byte_dataset
+from tests.support.minislurm import MiniSlurm, why_unavailable
 from tests.support.rank_worker import WORKER_ENV
+
+pytestmark = pytest.mark.e2e
 
 ROOT = Path(__file__).resolve().parents[2]
 KILLS = 5
@@ -93,3 +98,34 @@ def test_kills_change_nothing(tmp_path: Path) -> None:
     found = rows_of(killed)
     assert [row["run"] for row in found] == sorted({row["run"] for row in found}), "a run twice"
     assert found == expected
+
+
+@pytest.mark.slurm
+@pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
+def test_arrays_of_slurm_give_the_table_of_a_local_sweep(tmp_path: Path) -> None:
+    local, arrays = study_at(tmp_path / "local"), study_at(tmp_path / "arrays")
+    for study in (local, arrays):
+        values = yaml.safe_load(study.read_text())
+        del values["slices"]["outer"]
+        study.write_text(yaml.safe_dump(values, sort_keys=False))
+    alone = started(local)
+    assert alone.wait(300) == 0, (local.parent / "log").read_text()
+    command = [sys.executable, "tools/sweep.py", "slurm", str(arrays), "--submit"]
+    with MiniSlurm(nodes=1, gpus_per_node=0) as slurm:
+        for _ in range(4):  # the start, its neighbours, the seeds of the report, and nothing
+            done = slurm.run(*command, cwd=ROOT, env=WORKER_ENV)
+            assert done.returncode == 0, done.stderr
+            if "nothing is missing" in done.stdout:
+                break
+            number = re.search(r"Submitted batch job (\d+)", done.stdout)
+            assert number, done.stdout
+            queue = ("squeue", "-h", "-j", number[1])
+            log = arrays.parent / "table.rows" / f"{number[1]}_0.log"
+            slurm.wait_for(
+                "the array",
+                lambda queue=queue: not slurm.run(*queue).stdout.strip(),
+                timeout_s=180,
+                log=log,
+            )
+        assert "nothing is missing" in done.stdout
+    assert rows_of(arrays) == rows_of(local)
