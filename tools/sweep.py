@@ -25,7 +25,8 @@ from tools.sweeps.search import CellState, Search
 from tools.sweeps.slurm import collect_rows, read_wave, submit, write_row, write_wave
 from tools.sweeps.study import Study, read_study
 from tools.sweeps.table import ResultTable
-from tools.sweeps.workers import execute, finished_now, train_run
+from tools.sweeps.training import train_run
+from tools.sweeps.workers import execute, finished_now
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -131,7 +132,7 @@ def _task(options: argparse.Namespace) -> None:
     if run is None:
         print(f"run {key} is in {table.path}, or the study has changed: nothing to do")
         return
-    outcome = train_run(study.base, run)
+    outcome = train_run(study, run)
     row = table.row(run, outcome, commit(), finished_now())
     print(f"{write_row(table, row)}: {outcome.status}, loss {row['loss'] or 'n/a'}")
 

@@ -100,6 +100,24 @@ def test_kills_change_nothing(tmp_path: Path) -> None:
     assert found == expected
 
 
+def test_a_launched_run_gives_the_row_of_a_run_in_one_process(tmp_path: Path) -> None:
+    """But for the training loss, which event files have for due steps, and rounded losses."""
+    here, launched = study_at(tmp_path / "here"), study_at(tmp_path / "launched")
+    for study in (here, launched):
+        values = yaml.safe_load(study.read_text())
+        values["slices"] = {"one": {"methods": ["dp"], "set": {"inner.lr": 0.02}}}
+        if study is launched:
+            values["launch"] = ["python", "launch/pretrain.py"]
+        study.write_text(yaml.safe_dump(values, sort_keys=False))
+        sweep = started(study)
+        assert sweep.wait(300) == 0, (study.parent / "log").read_text()
+    (expected,), (found,) = rows_of(here), rows_of(launched)
+    # Event files hold fp32.
+    assert float(found.pop("loss")) == pytest.approx(float(expected.pop("loss")), rel=2**-24)
+    del found["train_loss"], expected["train_loss"]
+    assert found == expected
+
+
 @pytest.mark.slurm
 @pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
 def test_arrays_of_slurm_give_the_table_of_a_local_sweep(tmp_path: Path) -> None:
@@ -112,7 +130,7 @@ def test_arrays_of_slurm_give_the_table_of_a_local_sweep(tmp_path: Path) -> None
     assert alone.wait(300) == 0, (local.parent / "log").read_text()
     command = [sys.executable, "tools/sweep.py", "slurm", str(arrays), "--submit"]
     with MiniSlurm(nodes=1, gpus_per_node=0) as slurm:
-        for _ in range(4):  # the start, its neighbours, the seeds of the report, and nothing
+        for _ in range(12):  # waves: the start, neighbours until these are worse, the reports
             done = slurm.run(*command, cwd=ROOT, env=WORKER_ENV)
             assert done.returncode == 0, done.stderr
             if "nothing is missing" in done.stdout:

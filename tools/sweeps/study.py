@@ -21,8 +21,8 @@ TOKENS = "tokens_per_parameter"
 """Key of the token budget, which is no key of a run's config in a study."""
 
 _STUDY_KEYS = {
-    "study", "base", "table", TOKENS, "parameters", "steps_multiple", "warmup_fraction", "set",
-    "sizes", "methods", "slices",
+    "study", "base", "table", "launch", TOKENS, "parameters", "steps_multiple", "warmup_fraction",
+    "set", "sizes", "methods", "slices",
 }  # fmt: skip
 _SLICE_KEYS = {
     "sizes", "methods", "replicas", "seed", "report_seeds", "grid", "over", "variants", "use",
@@ -135,6 +135,8 @@ class Study:
         name: Name of the study.
         base: Config file of all runs.
         table: CSV file of finished runs.
+        launch: Command that starts the training program on the ranks of a run; empty to train all
+            replicas of a run in one process on one core.
         tokens_per_parameter: Tokens of a run for each parameter, unless a slice says otherwise.
         count_embeddings: Whether these parameters include embedding and output head.
         steps_multiple: Multiple to which the steps of a run are rounded.
@@ -150,6 +152,7 @@ class Study:
     name: str
     base: Path
     table: Path
+    launch: tuple[str, ...]
     tokens_per_parameter: float
     count_embeddings: bool
     steps_multiple: int
@@ -230,6 +233,7 @@ class _Reader:
             name=str(values.get("study", self._path.stem)),
             base=here / str(values["base"]),
             table=here / str(values["table"]),
+            launch=self._command("launch", values.get("launch", [])),
             tokens_per_parameter=self._number(TOKENS, values.get(TOKENS, 20)),
             count_embeddings=counted == "total",
             steps_multiple=int(self._number("steps_multiple", values.get("steps_multiple", 1))),
@@ -429,6 +433,12 @@ class _Reader:
             self._problem(key, "expected a mapping")
             return {}
         return value
+
+    def _command(self, key: str, value: Any) -> tuple[str, ...]:
+        if not isinstance(value, list):
+            self._problem(key, f"{value}, but it is a list of words, such as [deepspeed, ...]")
+            return ()
+        return tuple(str(word) for word in value)
 
     def _number(self, key: str, value: Any) -> float:
         if not _all([value], int, float) or value <= 0:

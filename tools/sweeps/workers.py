@@ -8,6 +8,7 @@ when that is killed.
 import math
 import multiprocessing
 import os
+import signal
 import threading
 import time
 import traceback
@@ -16,7 +17,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -27,11 +27,11 @@ from tools.sweeps.runs import Run, Runs
 from tools.sweeps.search import Search
 from tools.sweeps.study import Study
 from tools.sweeps.table import Outcome, ResultTable
+from tools.sweeps.training import train_run
 
-__all__ = ["execute", "finished_now", "train_run"]
+__all__ = ["execute", "finished_now"]
 
 _ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-_TAIL = 0.1  # share of the steps whose mean is the training loss at the end
 _RECYCLE = 40  # runs after which a worker is replaced, so that no leak can add up
 
 
@@ -57,7 +57,7 @@ def execute(
     """
     runs = Runs(study)
     search = Search(study, runs)
-    with table.writing(), _Pool(workers, study.base) as pool:
+    with table.writing(), _Pool(workers, study) as pool:
         done = 0
         progress = _Progress(search, slices)
         try:
@@ -82,40 +82,6 @@ def finished_now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def train_run(base: Path, run: Run) -> Outcome:
-    """Train one run in this process and return what it gave.
-
-    A loss that is not finite, or an outer step that refuses such a pseudogradient, is the outcome
-    ``diverged``: an answer of the sweep, not a failure of it.
-    """
-    from megatron_muloco.runtime.distributed import silence_known_warnings
-
-    silence_known_warnings()  # before Megatron is imported, which warns
-    from megatron_muloco.config import load_config
-    from megatron_muloco.errors import SyncError
-    from megatron_muloco.training.one_process import run_in_one_process
-
-    started = time.perf_counter()
-    try:
-        result = run_in_one_process(load_config(base, run.overrides), writes=False)
-    except SyncError:
-        return Outcome("diverged", seconds=round(time.perf_counter() - started, 1))
-    seconds = round(time.perf_counter() - started, 1)
-    tail = result.losses[-max(1, int(_TAIL * len(result.losses))) :]
-    loss, test_loss = result.held_out[run.steps], result.test_loss
-    values = (loss, sum(tail) / len(tail), *([] if test_loss is None else [test_loss]))
-    if not all(math.isfinite(value) for value in values):
-        return Outcome("diverged", seconds=seconds)
-    return Outcome(
-        "ok",
-        loss=loss,
-        test_loss=math.nan if test_loss is None else test_loss,
-        train_loss=sum(tail) / len(tail),
-        wire_bytes=max(result.wire_bytes),
-        seconds=seconds,
-    )
-
-
 # ---- processes -----------------------------------------------------------------------------------
 
 
@@ -132,11 +98,11 @@ class _Pool:
 
     Args:
         size: Largest number of processes.
-        base: Config file of all runs.
+        study: Study of all runs.
     """
 
-    def __init__(self, size: int, base: Path) -> None:
-        self._size, self._base = size, base
+    def __init__(self, size: int, study: Study) -> None:
+        self._size, self._study = size, study
         self._workers: list[_Worker] = []
         self._context = multiprocessing.get_context("spawn")
 
@@ -197,13 +163,14 @@ class _Pool:
 
     def _new(self) -> _Worker:
         here, there = self._context.Pipe()
-        process = self._context.Process(target=_work, args=(there, self._base), daemon=True)
+        process = self._context.Process(target=_work, args=(there, self._study), daemon=True)
         kept = {name: os.environ.get(name) for name in _ENVIRONMENT}
-        os.environ.update(_ENVIRONMENT)  # read when the worker loads torch
+        if not self._study.launch:
+            os.environ.update(_ENVIRONMENT)  # read when the worker loads torch
         process.start()
         for name, value in kept.items():
             if value is None:
-                del os.environ[name]
+                os.environ.pop(name, None)
             else:
                 os.environ[name] = value
         there.close()
@@ -219,8 +186,9 @@ class _Pool:
             worker.process.join()
 
 
-def _work(pipe: "Connection[Any, Any]", base: Path) -> None:
+def _work(pipe: "Connection[Any, Any]", study: Study) -> None:
     """Train every run that comes through the pipe; send back its outcome or a failure's text."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to report
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
@@ -230,7 +198,7 @@ def _work(pipe: "Connection[Any, Any]", base: Path) -> None:
         except EOFError:
             return
         try:
-            pipe.send(train_run(base, run))
+            pipe.send(train_run(study, run))
         except Exception:  # noqa: BLE001 (the parent reports it, whatever it is)
             pipe.send(traceback.format_exc())
 
