@@ -9,8 +9,8 @@ Two kinds of tensors are stored, each under ``<prefix>.<model-wide parameter nam
 
 The last part decides which configuration may resume a checkpoint. Keys that determine the meaning
 of the saved tensors, or which samples come next, must keep their values. All others (learning
-rates, schedules, lengths, intervals, paths, the layout of a replica) may change, and the run
-continues from the same state with the new values.
+rates, schedules, lengths, the batch, intervals, paths, the layout of a replica) may change, and the
+run continues from the same state with the new values.
 """
 
 import json
@@ -219,7 +219,6 @@ FIXED_KEYS: dict[str, str] = {
     "parallel.num_replicas": "changing the number of replicas is not available yet",
     "data.seed": "it orders the samples, so some would repeat and others never come",
     "data.tokenizer_type": "token ids would mean other text",
-    "training.global_batch_size": "the position in the data is counted in steps of this size",
     "inner.kind": "the stored moments belong to this optimizer",
     "outer.kind": "the stored outer state belongs to this optimizer",
     "outer.sync_interval": "it defines the round that the stored state is in",

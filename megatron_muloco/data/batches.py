@@ -53,7 +53,7 @@ class BatchSource:
         dp_rank: int,
         steps: int,
     ) -> None:
-        needed = steps * layout.global_batch_size
+        needed = layout.consumed(steps)
         if len(dataset) < needed:
             raise ValueError(f"{steps} steps need {needed} samples; the dataset has {len(dataset)}")
         self.layout = layout

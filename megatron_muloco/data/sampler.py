@@ -10,14 +10,14 @@ For B = 8, two replicas, dp 2, micro-batch 1::
 
 Blocks are contiguous, so the set of samples of a step depends on neither K, nor dp, nor the
 micro-batch size: all of them can change between two steps and no sample is repeated or skipped.
-Resuming needs the step number only.
+Resuming needs the step number, and after a change of B the samples read before (`offset`).
 """
 
 from dataclasses import dataclass, replace
 
 from megatron_muloco.errors import ConfigError
 
-__all__ = ["BatchLayout", "consumed_samples", "samples_of_step"]
+__all__ = ["BatchLayout", "samples_of_step"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +29,15 @@ class BatchLayout:
         num_replicas: Number of replicas (K).
         data_parallel_size: Ranks of one replica that read different samples (dp).
         micro_batch_size: Samples of one forward pass.
+        offset: What a change of B adds to every index: the samples read before it, less those that
+            as many steps of this B read. Negative after a smaller B.
     """
 
     global_batch_size: int
     num_replicas: int
     data_parallel_size: int
     micro_batch_size: int
+    offset: int = 0
 
     def __post_init__(self) -> None:
         """Raise if the batch cannot be divided evenly."""
@@ -55,7 +58,15 @@ class BatchLayout:
 
     def held_out(self) -> "BatchLayout":
         """Return the layout of evaluation: every replica reads the same samples."""
-        return replace(self, num_replicas=1)
+        return replace(self, num_replicas=1, offset=0)
+
+    def resumed(self, step: int, consumed: int) -> "BatchLayout":
+        """Return the layout that goes on after ``step`` steps that read ``consumed`` samples."""
+        return replace(self, offset=consumed - step * self.global_batch_size)
+
+    def consumed(self, step: int) -> int:
+        """Return how many samples all replicas together have read after ``step`` steps."""
+        return self.offset + step * self.global_batch_size
 
     def indices(self, step: int, replica: int, dp_rank: int, microbatch: int) -> range:
         """Return the indices in the global order that one forward pass reads.
@@ -78,17 +89,12 @@ class BatchLayout:
         rank = replica * self.data_parallel_size + dp_rank
         forward_pass = rank * self.num_microbatches + microbatch
         first = samples_of_step(step, self.global_batch_size).start
-        start = first + forward_pass * self.micro_batch_size
+        start = self.offset + first + forward_pass * self.micro_batch_size
         return range(start, start + self.micro_batch_size)
 
 
 def samples_of_step(step: int, global_batch_size: int) -> range:
-    """Return the indices in the global order that all ranks together read at a step (from 1)."""
+    """Return the indices that all ranks together read at a step (from 1), for an offset of 0."""
     if step < 1:
         raise ValueError(f"step {step}: steps are counted from 1")
     return range((step - 1) * global_batch_size, step * global_batch_size)
-
-
-def consumed_samples(steps: int, global_batch_size: int) -> int:
-    """Return how many samples all replicas together have read after ``steps`` steps."""
-    return steps * global_batch_size

@@ -35,6 +35,7 @@ def build_monitor(
     device: torch.device,
     writes: bool,
     resumed_step: int = 0,
+    sample_offset: int = 0,
     plan_text: str = "",
     parameters: ParameterReport | None = None,
     console: Console | None = None,
@@ -50,6 +51,7 @@ def build_monitor(
         writes: Whether this rank writes; true on one rank of the job.
         resumed_step: Inner step that this start continues from, 0 for a new run. Readers no longer
             see points of later steps that an earlier start wrote.
+        sample_offset: Samples of earlier steps with another batch, see `RunFacts`.
         plan_text: Plan of the run, written to TensorBoard beside the configuration.
         parameters: Parameter report: its summary goes to the console, its table to TensorBoard and
             to `PARAMETERS_FILE` beside the event files.
@@ -67,6 +69,7 @@ def build_monitor(
         flops_per_token=flops_per_token(config.model).total,
         peak_tflops=peak_tflops(name, config.training.precision),
         resumed_step=resumed_step,
+        sample_offset=sample_offset,
     )
     calendar = LineCalendar(config.monitor.log_interval, schedule)
     if not writes:

@@ -191,6 +191,7 @@ class RunFacts:
         flops_per_token: Model FLOPs of one token, forward and backward.
         peak_tflops: Peak of one rank's accelerator in TFLOP/s; ``None`` if unknown.
         resumed_step: Inner step that this start continues from, 0 for a new run.
+        sample_offset: What is added to steps x batch to count samples, after a change of the batch.
     """
 
     num_replicas: int
@@ -201,6 +202,7 @@ class RunFacts:
     flops_per_token: float
     peak_tflops: float | None = None
     resumed_step: int = 0
+    sample_offset: int = 0
 
 
 class Monitor:
@@ -477,7 +479,7 @@ class Monitor:
         return TrainingLine(
             iteration=line.step,
             train_iters=facts.train_iters,
-            consumed_samples=line.step * facts.global_batch_size,
+            consumed_samples=facts.sample_offset + line.step * facts.global_batch_size,
             elapsed_ms=line.speed.seconds_per_step * 1e3,
             learning_rate=values["learning-rate"],
             loss=values["lm loss"],

@@ -195,6 +195,7 @@ def build_context(config: RunConfig, groups: Groups, data: RunData, *, writes: b
     if config.checkpoint.dir is not None:
         store = CheckpointStore(Path(config.checkpoint.dir), groups, keep=config.checkpoint.keep)
     resumed, note = _resume(config, store, state, optimizer)
+    layout = _train_layout(config, groups, state, resumed, len(datasets.train))
     monitor = build_monitor(
         config,
         groups.topology,
@@ -202,6 +203,7 @@ def build_context(config: RunConfig, groups: Groups, data: RunData, *, writes: b
         device=training_device(),
         writes=writes,
         resumed_step=resumed,
+        sample_offset=layout.offset,
         plan_text=render_plan(config, groups.topology),
         parameters=gather_report(optimizer.inner.table, groups),
     )
@@ -220,7 +222,13 @@ def build_context(config: RunConfig, groups: Groups, data: RunData, *, writes: b
             seq_length=config.model.seq_length,
             end_of_document=data.tokenizer.eod if config.data.mask_document_boundaries else None,
         ),
-        train_data=_train_source(config, derived, groups, datasets.train),
+        train_data=BatchSource(
+            datasets.train,
+            layout,
+            replica=groups.coords.replica,
+            dp_rank=groups.coords.dp,
+            steps=derived.train_iters,
+        ),
         valid_data=_held_out_source(config, groups, datasets.valid),
         test_data=_held_out_source(config, groups, datasets.test),
         monitor=monitor,
@@ -253,18 +261,35 @@ def _build_model(config: RunConfig, groups: Groups) -> DistributedDataParallel:
     )
 
 
-def _train_source(
-    config: RunConfig, derived: Derived, groups: Groups, samples: SampleDataset
-) -> BatchSource:
-    """Return this rank's training microbatches."""
-    coords = groups.coords
-    return BatchSource(
-        samples,
-        _batch_layout(config, groups),
-        replica=coords.replica,
-        dp_rank=coords.dp,
-        steps=derived.train_iters,
-    )
+def _train_layout(
+    config: RunConfig, groups: Groups, state: RunState, step: int, samples: int
+) -> BatchLayout:
+    """Return the layout of training after inner step ``step``, which goes on where samples ended.
+
+    Raises:
+        ConfigError: The batch changed, and length or data do not allow it.
+    """
+    layout = _batch_layout(config, groups)
+    layout = layout.resumed(step, state.scalars.get("consumed_samples", layout.consumed(step)))
+    if not layout.offset:
+        return layout
+    last = derive(config, groups.topology).train_iters
+    problems = []
+    if config.training.train_iters is None:
+        problems.append(
+            f"training.global_batch_size: it is {layout.global_batch_size}, and the first {step} "
+            f"steps read {layout.consumed(step)} samples with another. A length in tokens would "
+            f"count those steps with the new one. Set training.train_iters."
+        )
+    if layout.consumed(last) > samples:
+        problems.append(
+            f"training.global_batch_size: with {layout.global_batch_size} from step {step} on, the "
+            f"run ends at sample {layout.consumed(last)}, and there are {samples}. Train for fewer "
+            f"steps, or with a batch that is not smaller than before."
+        )
+    if problems:
+        raise ConfigError(problems)
+    return layout
 
 
 def _held_out_source(
@@ -342,6 +367,6 @@ def _residual_changes(description: Description, state: RunState) -> list[str]:
     return residual_changes(description.replicas[0]["digests"], state.synchronizer.kinds())
 
 
-def scalars_of(step: int, config: RunConfig) -> dict[str, Any]:
+def scalars_of(step: int, layout: BatchLayout) -> dict[str, Any]:
     """Return the numbers of the run that go into a checkpoint."""
-    return {"step": step, "consumed_samples": step * config.training.global_batch_size}
+    return {"step": step, "consumed_samples": layout.consumed(step)}

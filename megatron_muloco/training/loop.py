@@ -249,7 +249,7 @@ def _save(context: RunContext, step: int) -> bool:
     if context.store is None:
         return True
     with context.monitor.paused(), record_function("muloco/save"):
-        context.state.scalars.update(scalars_of(step, context.config))
+        context.state.scalars.update(scalars_of(step, context.train_data.layout))
         try:
             path = context.store.save(step, context.state)
         except CheckpointError as error:  # raised on all ranks alike

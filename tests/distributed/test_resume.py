@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from megatron_muloco.checkpoint import store as store_module
+from megatron_muloco.checkpoint.state import read_description
+from megatron_muloco.errors import ConfigError
 from megatron_muloco.training import loop
 from tests.support.byte_runs import Ended, byte_config, byte_dataset, run_here
 from tests.support.faults import fail_call, signal_at_call
@@ -113,6 +115,48 @@ def test_a_run_says_that_residuals_begin_with_zeros(prefix: str, tmp_path: Path)
         "mean (f): zero, the checkpoint has none"
     )
     assert expected in " ".join(said.split())
+
+
+def resume_with_batches(prefix: str, directory: Path) -> list[dict[str, Any]]:
+    """Train 3 steps of 4 samples, 2 of 8, and 2 of 4; return the scalars of each checkpoint."""
+    found, resume = [], "none"
+    for last, batch in ((3, 4), (5, 8), (7, 4)):
+        checkpoint = {"dir": str(directory / f"until{last}"), "resume": resume}
+        training = {"train_iters": last, "global_batch_size": batch}
+        ended = run_here(config_of(prefix, 2, training=training, checkpoint=checkpoint))
+        path = directory / f"until{last}" / f"iter_{last:07d}"
+        resume = str(path)
+        found.append({**read_description(path).scalars, "losses": len(ended.losses)})
+    return found
+
+
+def test_a_run_goes_on_with_another_batch_where_its_samples_ended(
+    prefix: str, tmp_path: Path
+) -> None:
+    found, _ = run_ranks(resume_with_batches, 2, prefix, tmp_path)
+    assert found == [
+        {"step": 3, "consumed_samples": 12, "losses": 3},
+        {"step": 5, "consumed_samples": 28, "losses": 2},
+        {"step": 7, "consumed_samples": 36, "losses": 2},
+    ]
+
+
+def change_batch_of_a_length_in_tokens(prefix: str, directory: Path) -> str:
+    config = config_of(prefix, checkpoint={"dir": str(directory)})
+    run_here(config)
+    tokens = 100 * 8 * config.model.seq_length
+    training = {"train_iters": None, "train_tokens": tokens, "global_batch_size": 8}
+    try:
+        run_here(config_of(prefix, training=training, checkpoint={"dir": str(directory)}))
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_another_batch_needs_a_length_in_steps(prefix: str, tmp_path: Path) -> None:
+    (said,) = run_ranks(change_batch_of_a_length_in_tokens, 1, prefix, tmp_path)
+    assert "the first 7 steps read 28 samples with another" in said
+    assert "Set training.train_iters" in said
 
 
 Fault = Callable[[Any], AbstractContextManager[Any]]

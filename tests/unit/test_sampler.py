@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_muloco.data.sampler import BatchLayout, consumed_samples, samples_of_step
+from megatron_muloco.data.sampler import BatchLayout, samples_of_step
 from megatron_muloco.errors import ConfigError
 
 SIZES = st.sampled_from([1, 2, 3, 4, 8])
@@ -45,7 +45,20 @@ def test_ranks_partition_the_samples_of_a_step(layout, step):
 def test_changing_the_cut_between_steps_neither_repeats_nor_skips(data, batch):
     steps = data.draw(st.lists(layouts(batch), min_size=1, max_size=6))
     samples = [index for step, layout in enumerate(steps, 1) for index in read(layout, step)]
-    assert samples == list(range(consumed_samples(len(steps), batch)))
+    assert samples == list(range(len(steps) * batch))
+
+
+@given(st.lists(layouts(), min_size=1, max_size=6))
+def test_changing_the_batch_between_steps_neither_repeats_nor_skips(steps):
+    samples = []
+    for step, layout in enumerate(steps, 1):
+        samples += read(layout.resumed(step - 1, len(samples)), step)
+    assert samples == list(range(sum(layout.global_batch_size for layout in steps)))
+
+
+@given(layouts(), st.integers(0, 9), st.integers(0, 999))
+def test_held_out_data_has_no_offset(layout, step, consumed):
+    assert layout.resumed(step, consumed).held_out() == layout.held_out()
 
 
 @given(layouts(), st.integers(1, 100))
