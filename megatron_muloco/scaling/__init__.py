@@ -1,4 +1,4 @@
-"""Scaling laws: forms, fits, intervals, and the optima of sweeps.
+"""Scaling laws: forms, fits, intervals, the optima of sweeps, and critical batches.
 
 Torch-free. Needs scipy, which the extra ``analysis`` installs.
 """
@@ -13,6 +13,16 @@ except ModuleNotFoundError as error:
         "'megatron_muloco[analysis]'."
     ) from error
 
+from megatron_muloco.scaling.critical import (
+    Largest,
+    LossCurve,
+    StepsLaw,
+    critical_batch,
+    first_reach,
+    fit_steps,
+    largest_below,
+    loss_curve,
+)
 from megatron_muloco.scaling.fitting import Fit, fit
 from megatron_muloco.scaling.forms import FORMS, Form, Parameter, make_form
 from megatron_muloco.scaling.intervals import Estimate, LeftOut, bootstrap, estimates, leave_out
@@ -22,7 +32,6 @@ from megatron_muloco.scaling.optima import (
     Optimum,
     Regret,
     cells_of,
-    critical_batch,
     optimum_laws,
     regrets,
 )
@@ -35,18 +44,25 @@ __all__ = [
     "Estimate",
     "Fit",
     "Form",
+    "Largest",
     "LeftOut",
+    "LossCurve",
     "Observations",
     "Optimum",
     "Parameter",
     "Regret",
+    "StepsLaw",
     "Table",
     "bootstrap",
     "cells_of",
     "critical_batch",
     "estimates",
+    "first_reach",
     "fit",
+    "fit_steps",
+    "largest_below",
     "leave_out",
+    "loss_curve",
     "make_form",
     "optimum_laws",
     "points_of",

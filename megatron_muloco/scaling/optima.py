@@ -24,8 +24,8 @@ from megatron_muloco.scaling.forms import make_form
 from megatron_muloco.scaling.observations import FloatArray, Observations
 
 __all__ = [
-    "KNOBS", "Cell", "Optimum", "Regret", "cells_of", "critical_batch", "interior", "law_variables",
-    "optimum_laws", "parabola_minimum", "regrets",
+    "KNOBS", "Cell", "Optimum", "Regret", "cells_of", "interior", "law_variables", "optimum_laws",
+    "parabola_minimum", "regrets",
 ]  # fmt: skip
 
 KNOBS = ("lr", "batch")
@@ -248,24 +248,3 @@ def parabola_minimum(x: FloatArray, losses: FloatArray) -> tuple[float, float] |
     if a <= 1e-12 * max(1.0, abs(c)):
         return None
     return float(centre - b / (2 * a)), float(c - b**2 / (4 * a))
-
-
-def critical_batch(
-    batches: Sequence[float], losses: Sequence[float], factor: float = 1.01
-) -> float:
-    """Return the largest batch whose loss is within a factor of the best loss.
-
-    Source: MuLoCo (arXiv 2505.23725), figure of critical batches, factor 1.01.
-
-    Raises:
-        ConfigError: The largest batch that was tried is within the factor: it is only a bound.
-    """
-    order = np.argsort(batches)
-    grid, values = np.asarray(batches, float)[order], np.asarray(losses, float)[order]
-    within = values <= factor * values.min()
-    if within[-1]:
-        raise ConfigError(
-            f"the loss at the largest batch, {grid[-1]:g}, is within {factor:g} of the best: the "
-            f"critical batch lies beyond the grid. Try larger batches."
-        )
-    return float(grid[within][-1])

@@ -20,7 +20,7 @@ from megatron_muloco.scaling.observations import BoolArray, FloatArray, Observat
 
 __all__ = [
     "BATCH_UNITS", "REPEATS", "Columns", "Table", "check_repeats", "drop_non_finite",
-    "mean_of_repeats", "points_of", "read_runs", "read_table", "without_repeats",
+    "mean_of_repeats", "points_of", "read_batches", "read_runs", "read_table", "without_repeats",
 ]  # fmt: skip
 
 BATCH_UNITS = ("tokens", "sequences")
@@ -148,10 +148,7 @@ class Columns:
                 f"batch unit {self.batch_unit} is unknown; choose one of {', '.join(BATCH_UNITS)}."
             )
         if self.batch_unit == "sequences" and not self.seq_length:
-            problems.append(
-                f"column {self.batch} counts sequences, and their length is not given: batches in "
-                f"tokens are unknown. Give the sequence length."
-            )
+            problems.append(_no_length(self.batch))
         if not self.keys:
             problems.append("no column tells cells apart; name the column of the size or tokens.")
         if problems:
@@ -201,20 +198,35 @@ def read_runs(table: Table, columns: Columns) -> Observations:
     """
     variables = {name: table.numbers(name) for name in columns.keys}
     variables["lr"] = table.numbers(columns.lr)
-    variables["batch"] = table.numbers(columns.batch)
-    for name, column in variables.items():
-        if name != "lr":
-            _check_one_unit(table, name if name != "batch" else columns.batch, column)
-    _check_no_hole(columns.batch, variables["batch"])
-    if columns.batch_unit == "sequences" and columns.seq_length:
-        variables["batch"] = variables["batch"] * columns.seq_length
-    elif columns.seq_length and (variables["batch"] < columns.seq_length).any():
-        row = int(np.argmax(variables["batch"] < columns.seq_length))
-        raise ConfigError(
-            f"{table.rows[row]}: a batch of {variables['batch'][row]:g} tokens is less than one "
-            f"sequence of {columns.seq_length}. If column {columns.batch} counts sequences, say so."
-        )
+    for name in columns.keys:
+        _check_one_unit(table, name, variables[name])
+    variables["batch"] = read_batches(table, columns.batch, columns.batch_unit, columns.seq_length)
     return Observations(variables, table.numbers(columns.loss), columns.loss, table.rows)
+
+
+def read_batches(
+    table: Table, column: str, batch_unit: str = BATCH_UNITS[0], seq_length: int | None = None
+) -> FloatArray:
+    """Return a column of batches, in tokens.
+
+    Raises:
+        ConfigError: The column is missing or mixes units, a batch is less than a sequence, or the
+            length of sequences is not given.
+    """
+    batches = table.numbers(column)
+    _check_one_unit(table, column, batches)
+    _check_no_hole(column, batches)
+    if batch_unit == "sequences":
+        if not seq_length:
+            raise ConfigError(_no_length(column))
+        return batches * seq_length
+    if seq_length and (batches < seq_length).any():
+        row = int(np.argmax(batches < seq_length))
+        raise ConfigError(
+            f"{table.rows[row]}: a batch of {batches[row]:g} tokens is less than one sequence of "
+            f"{seq_length}. If column {column} counts sequences, say so."
+        )
+    return batches
 
 
 def points_of(
@@ -301,6 +313,13 @@ def _keys(points: Observations) -> list[tuple[object, ...]]:
 def _described(points: Observations, index: int) -> str:
     parts = [f"{name} = {column[index]:g}" for name, column in points.variables.items()]
     return ", ".join(parts)
+
+
+def _no_length(column: str) -> str:
+    return (
+        f"column {column} counts sequences, and their length is not given: batches in tokens are "
+        f"unknown. Give the sequence length."
+    )
 
 
 def _check_one_unit(table: Table, name: str, column: FloatArray) -> None:

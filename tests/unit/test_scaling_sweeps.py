@@ -15,7 +15,6 @@ from megatron_muloco.scaling.observations import Observations
 from megatron_muloco.scaling.optima import (
     Cell,
     cells_of,
-    critical_batch,
     interior,
     optimum_laws,
     parabola_minimum,
@@ -285,12 +284,6 @@ def test_a_parabola_is_found_exactly() -> None:
     assert found == pytest.approx((18.3, 2.3))
     assert parabola_minimum(x, 2.3 - 0.01 * (x - 18.3) ** 2) is None
     assert parabola_minimum(x, np.full(4, 2.3)) is None
-
-
-def test_critical_batch_is_the_last_within_one_percent() -> None:
-    assert critical_batch([4, 1, 2, 8], [2.01, 2.03, 2.0, 2.05]) == 4
-    with pytest.raises(ConfigError, match="lies beyond the grid"):
-        critical_batch([1, 2], [2.0, 2.001])
 
 
 def test_the_published_tables_are_refitted(

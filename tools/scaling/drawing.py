@@ -10,7 +10,7 @@ from megatron_muloco.scaling.fitting import Fit, fit
 from megatron_muloco.scaling.optima import KNOBS, Cell
 from tools.scaling.published import diloco_losses, muloco_fit, muloco_losses
 
-__all__ = ["draw_cells", "draw_fit", "draw_published", "pyplot"]
+__all__ = ["draw_cells", "draw_fit", "draw_published", "pyplot", "save"]
 
 _MULOCO_SHOWN = ("dp_adamw", "dp_muon", "diloco_k1", "muloco_k1", "diloco_k16", "muloco_k16")
 
@@ -25,7 +25,8 @@ def pyplot() -> Any:
     return pyplot
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
+    """Write a figure to a file, whose directory is made, and close it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     pyplot().close(figure)
@@ -56,7 +57,7 @@ def draw_fit(found: Fit, path: Path) -> None:
     law.legend(fontsize=7)
     rest.set(xscale="log", xlabel=first, ylabel="observed above the law, %")
     rest.axhline(0, color="grey", linewidth=0.8)
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_cells(cells: Sequence[Cell], laws: dict[str, Fit], path: Path) -> None:
@@ -77,7 +78,7 @@ def draw_cells(cells: Sequence[Cell], laws: dict[str, Fit], path: Path) -> None:
         panel.set(xscale="log", yscale="log", xlabel="law", ylabel="optimum of the cell")
         panel.set_title(f"{knob} = {laws[knob].form.formula}")
         panel.legend(fontsize=7)
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_published(path: Path) -> None:
@@ -108,4 +109,4 @@ def draw_published(path: Path) -> None:
     muloco.set(xscale="log", yscale="log", xlabel="6 N D, FLOPs", ylabel="loss, nats per token")
     muloco.set_title("MuLoCo: A C^α + 1.7105")
     muloco.legend(fontsize=7)
-    _save(figure, path)
+    save(figure, path)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_muloco.scaling.critical import critical_batch
 from megatron_muloco.scaling.fitting import Fit, endpoints, fit
 from megatron_muloco.scaling.forms import Form, make_form
 from megatron_muloco.scaling.intervals import leave_out
 from megatron_muloco.scaling.observations import FloatArray, Observations
-from megatron_muloco.scaling.optima import critical_batch
 from megatron_muloco.scaling.table import Table, points_of, read_table
 
 __all__ = ["DIRECTORY", "Comparison", "compare_all", "diloco_losses", "exponent_error"]
