@@ -25,7 +25,14 @@ from megatron_muloco.scaling.critical import (
 )
 from megatron_muloco.scaling.fitting import Fit, fit
 from megatron_muloco.scaling.forms import FORMS, Form, Parameter, make_form
-from megatron_muloco.scaling.intervals import Estimate, LeftOut, bootstrap, estimates, leave_out
+from megatron_muloco.scaling.intervals import (
+    Estimate,
+    LeftOut,
+    bootstrap,
+    estimates,
+    leave_out,
+    prediction_interval,
+)
 from megatron_muloco.scaling.observations import Observations
 from megatron_muloco.scaling.optima import (
     Cell,
@@ -66,6 +73,7 @@ __all__ = [
     "make_form",
     "optimum_laws",
     "points_of",
+    "prediction_interval",
     "read_runs",
     "read_table",
     "regrets",

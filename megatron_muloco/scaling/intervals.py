@@ -8,6 +8,7 @@
   the curvature and is not symmetric.
 - *Bootstrap* (any method): percentiles over fits to ``prediction x exp(resampled residual)``,
   residuals scaled by sqrt(n / (n - p)); seeded.
+- *Prediction*: of one new point, scatter included, from the curvature of least squares.
 - *Leaving out*: fit without the points that share a value, predict them. `leave_out` gives
   ``|ln y - ln prediction|``, the residual of DiLoCo's Table 11 (arXiv 2503.09799v1).
 """
@@ -23,7 +24,10 @@ from megatron_muloco.scaling.fitting import NEGLIGIBLE, Fit, fit, minimise, off_
 from megatron_muloco.scaling.forms import log_sum
 from megatron_muloco.scaling.observations import BoolArray, FloatArray, Observations
 
-__all__ = ["INTERVALS", "Estimate", "LeftOut", "bootstrap", "estimates", "leave_out", "profile"]
+__all__ = [
+    "INTERVALS", "Estimate", "LeftOut", "bootstrap", "estimates", "leave_out",
+    "prediction_interval", "profile",
+]  # fmt: skip
 
 INTERVALS = ("profile", "bootstrap")
 
@@ -158,6 +162,35 @@ def bootstrap(found: Fit, draws: int = 1000, seed: int = 0) -> FloatArray:
         noise = generator.choice(inflated, size=len(points))
         thetas.append(refit(found, points.with_values(np.exp(fitted + noise))).theta)
     return np.array(thetas)
+
+
+def prediction_interval(
+    found: Fit, at: Mapping[str, float], level: float = 0.95
+) -> tuple[float, float]:
+    """Return the interval of one new response at a point, as a law promises it.
+
+    ``prediction x exp(± t σ sqrt(1 + gᵀ (JᵀJ)⁻¹ g))``, g the gradient of ln y at the point: the
+    scatter of a new point and the uncertainty of the law. Exact for power laws, where it is that of
+    a regression; for other forms it is the linear approximation at the fit.
+
+    Args:
+        found: A least-squares fit.
+        at: Variable -> value.
+        level: Coverage.
+
+    Raises:
+        ConfigError: The fit is a Huber fit, whose σ is no standard deviation.
+    """
+    if found.method != "least_squares":
+        raise ConfigError("a prediction interval needs a least-squares fit.")
+    point = found.points.at({name: [value] for name, value in at.items()})
+    values, gradients = log_sum(found.form.design(point), found.theta)
+    jacobian = log_sum(found.design, found.theta)[1]
+    # The shortest x with Jᵀx = g has xᵀx = gᵀ (JᵀJ)⁻¹ g; JᵀJ would square the condition of J.
+    solved = np.linalg.lstsq(jacobian.T, gradients[0], rcond=None)[0]
+    spread = found.sigma * float(np.sqrt(1 + solved @ solved))
+    reach = float(student.ppf((1 + level) / 2, found.freedom)) * spread
+    return float(np.exp(values[0] - reach)), float(np.exp(values[0] + reach))
 
 
 def leave_out(found: Fit, by: str, values: Sequence[float] | None = None) -> list[LeftOut]:
