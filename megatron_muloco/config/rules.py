@@ -512,6 +512,25 @@ def profile_has_a_window(config: RunConfig, topology: Topology | None) -> Iterat
         )
 
 
+def saved_rounds_exist(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
+    """Pseudogradients are saved of rounds in order, and steps where they add up to them."""
+    saved, outer = config.monitor.save_pseudogradients, config.outer
+    if saved.dir is None:
+        return
+    key, (first, last) = "monitor.save_pseudogradients", saved.rounds
+    if isinstance(outer, NoOuter):
+        text = f"{saved.dir}, but outer.kind is none: there are no pseudogradients."
+        yield Problem(f"{key}.dir", f"{text}\nSet it to null, or use another outer.kind.")
+    elif saved.steps and (
+        outer.fragments.count > 1 or outer.overlap_steps or outer.effective_mixing_weight
+    ):
+        text = "true, but the steps of a round add up to its pseudogradient only with one fragment,"
+        remedy = "without overlap and with mixing_weight 0. Use these, or steps: false."
+        yield Problem(f"{key}.steps", f"{text}\n{remedy}")
+    if first > last:
+        yield Problem(f"{key}.rounds", f"[{first}, {last}] ends before it begins.\nSwap the two.")
+
+
 def precision_of_gradients_fits(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
     """Require fp32 accumulation in fp32 runs."""
     if config.training.precision == "fp32" and config.training.accumulate_dtype == "bf16":
@@ -566,6 +585,7 @@ RULES: tuple[Rule, ...] = (
     gram_matrices_have_precision,
     precision_of_gradients_fits,
     profile_has_a_window,
+    saved_rounds_exist,
 )
 
 

@@ -24,6 +24,7 @@ __all__ = [
     "ParallelConfig",
     "ProfileConfig",
     "RunConfig",
+    "SavePseudogradientsConfig",
     "TrainingConfig",
 ]
 
@@ -242,6 +243,25 @@ class ProfileConfig(Section):
     )
 
 
+class SavePseudogradientsConfig(Section):
+    """Which rounds' pseudogradients are saved, and where."""
+
+    dir: str | None = Field(
+        None,
+        description="Directory of the files, visible to all ranks; when not set, nothing is saved.",
+    )
+    rounds: tuple[PositiveInt, PositiveInt] = Field(
+        (1, 1), strict=False, description="First and last round to save, such as [1, 20]."
+    )
+    interval: PositiveInt = Field(1, description="Rounds between two saved ones.")
+    steps: bool = Field(
+        False,
+        description="Also save what each inner step subtracted from the matrices, for the "
+        "decomposition of the nuclear norm: one fp32 copy of them per step. Needs one fragment "
+        "without overlap or mixing.",
+    )
+
+
 class MonitorConfig(Section):
     """Console lines, TensorBoard events and checks."""
 
@@ -266,6 +286,10 @@ class MonitorConfig(Section):
     )
     profile: ProfileConfig = Field(
         default_factory=ProfileConfig, description="Which inner steps are profiled."
+    )
+    save_pseudogradients: SavePseudogradientsConfig = Field(
+        default_factory=SavePseudogradientsConfig,
+        description="Which rounds' pseudogradients are saved, and where.",
     )
 
 

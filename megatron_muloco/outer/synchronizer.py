@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -48,7 +48,24 @@ from megatron_muloco.outer.reducer import Reducer, pack_metadata
 from megatron_muloco.outer.schedule import Apply, Average, Launch, SyncSchedule
 from megatron_muloco.params import Shard
 
-__all__ = ["ReplicaPort", "Synchronizer"]
+__all__ = ["LaunchObserver", "ReplicaPort", "Synchronizer"]
+
+
+class LaunchObserver(Protocol):
+    """Sees what this rank trained, before it is sent; it changes nothing and does not communicate.
+
+    Tensors are live: the observer copies what it keeps.
+    """
+
+    def inner_step(
+        self, step: int, masters: Mapping[str, Tensor], anchors: Mapping[str, Tensor]
+    ) -> None:
+        """See masters and anchors after inner step ``step``, before its launches and applies."""
+
+    def launch(
+        self, step: int, fragment: int, pseudogradients: Mapping[str, Tensor], *, finite: bool
+    ) -> None:
+        """See the pseudogradient of a fragment; ``finite`` is the guard's verdict on it."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +123,7 @@ class Synchronizer:
             constant by default. A pure function, equal on all ranks.
         weigh_by_tokens: Whether a replica's weight is the share of the interval's tokens that it
             trained on; otherwise all usable replicas have weight 1.
+        observer: Sees inner steps and launches; ``None`` without one.
 
     Collectives: all ranks of all replicas call `after_inner_step`, `flush` and `state_dict` after
     the same inner step; all ranks of one replica call `anchor_loaded`. Each event uses a collective
@@ -130,6 +148,7 @@ class Synchronizer:
         sketch: PseudogradientSketch | None = None,
         learning_rate: Callable[[int], float] = lambda step: 1.0,
         weigh_by_tokens: bool = False,
+        observer: LaunchObserver | None = None,
     ) -> None:
         if plan.count != schedule.fragment_count:
             raise ConfigError(
@@ -150,6 +169,7 @@ class Synchronizer:
         self._in_flight = InFlightTable()
         self._learning_rate = learning_rate
         self._weigh_by_tokens = weigh_by_tokens
+        self._observer = observer
         self._progress = [Progress() for _ in self._owned]
         self.step = 0
 
@@ -185,6 +205,8 @@ class Synchronizer:
         self.step = step
         for progress in self._progress:
             progress.add(trained)
+        if self._observer is not None:
+            self._observer.inner_step(step, self._replica.masters, self._state.anchor)
         events = self._schedule.events(step)
         if not events:
             return None
@@ -250,6 +272,9 @@ class Synchronizer:
             if self._guard.has_band and self._schedule.repeats_interval(self.step, fragment)
             else None,
         )
+        if self._observer is not None:  # before the launch, from which on the reducer has them
+            finite = verdict is not Verdict.NON_FINITE
+            self._observer.launch(self.step, fragment, deltas, finite=finite)
         # Start counting the next interval even where the share is not used as a weight.
         share = self._progress[fragment].take()
         round_index = self._schedule.round(self.step)

@@ -31,6 +31,7 @@ from megatron_muloco.config.outer import (
     SynchronizedOuter,
 )
 from megatron_muloco.errors import RuntimeMismatch
+from megatron_muloco.monitor.pseudogradients import build_recorder
 from megatron_muloco.optim.exchange import ShardExchange
 from megatron_muloco.optim.matrices import LayerShape, always_plain, implementation_for, is_vector
 from megatron_muloco.optim.muon import DTYPES, MatrixUpdate, Muon, MuonAdamW
@@ -288,10 +289,11 @@ def _build_outer_step(
         broadcast_replicated=replicated,
         publish=view.publish,
     )
+    schedule = SyncSchedule.from_config(outer, derived.train_iters)
     synchronizer = Synchronizer(
         port,
         FragmentPlan.from_config(outer, view.infos.values(), num_layers=config.model.num_layers),
-        SyncSchedule.from_config(outer, derived.train_iters),
+        schedule,
         optimizer,
         Additive() if outer.apply == "additive" else Mix(outer.effective_mixing_weight),
         _build_reducer(outer, groups, device, view.shards),
@@ -305,6 +307,7 @@ def _build_outer_step(
         # The rates that `ReplicaOptimizer` sets.
         learning_rate=partial(learning_rate, config.inner, derived.train_iters),
         weigh_by_tokens=outer.weighting == "tokens",
+        observer=build_recorder(config, view.shards, schedule, groups.coords, groups.topology),
     )
     checks = OuterChecks(
         synchronizer.anchors(),

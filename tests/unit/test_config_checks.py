@@ -153,6 +153,16 @@ RULE_CASES: dict[str, tuple[list[str], list[str]]] = {
             "monitor.profile.steps: [20, 10], but monitor.dir is not set.",
         ],
     ),
+    "saved_rounds_exist": (
+        [
+            "monitor.save_pseudogradients={dir: saved, rounds: [5, 2], steps: true}",
+            "outer.fragments.count=2",
+        ],
+        [
+            "monitor.save_pseudogradients.steps: true, but the steps of a round add up",
+            "monitor.save_pseudogradients.rounds: [5, 2] ends before it begins.",
+        ],
+    ),
 }
 
 OTHER_CASES = [
