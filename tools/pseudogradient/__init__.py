@@ -1,0 +1,1 @@
+"""Pseudogradient analysis: measures, branches of a run, tables, figures and the study of K."""
