@@ -7,14 +7,16 @@ other packages.
 import logging
 import os
 import warnings
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
 
 from typing_extensions import override
 
+from megatron_muloco.errors import RuntimeMismatch
 from megatron_muloco.runtime.ranks import RankInfo, discover_ranks
 
-__all__ = ["shutdown", "silence_known_warnings", "start_distributed"]
+__all__ = ["hide_unwanted_gpus", "shutdown", "silence_known_warnings", "start_distributed"]
 
 
 # Warnings of other packages that do not concern the user of this one, each with the reason. Every
@@ -67,17 +69,33 @@ def silence_known_warnings() -> None:
         logging.getLogger(name).addFilter(_Drop(beginning))  # an equal one is not added again
 
 
+def hide_unwanted_gpus(environ: MutableMapping[str, str]) -> None:
+    """Hide all GPUs where ``DS_ACCELERATOR`` is ``cpu``; call it before anything uses CUDA.
+
+    DeepSpeed alone obeys that variable. torch and Megatron would still take the GPU.
+
+    Args:
+        environ: Usually ``os.environ``.
+    """
+    if environ.get("DS_ACCELERATOR") == "cpu":
+        environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def start_distributed(*, timeout: timedelta) -> RankInfo:
     """Join the job: find the rank, select the accelerator, initialise ``deepspeed.comm``.
 
-    If torch.distributed is already initialised, its world is the job, and the environment and the
-    current device stay as they are. Without an accelerator this also installs the CPU seam.
+    If torch.distributed is already initialised, its world is the job, and the current device stays
+    as it is. Without an accelerator, or with ``DS_ACCELERATOR=cpu``, this also installs the CPU
+    seam.
 
     Args:
         timeout: Time limit of collectives of the default group.
 
     Returns:
         This process's rank and the size of the job.
+
+    Raises:
+        RuntimeMismatch: ``DS_ACCELERATOR`` is ``cpu``, but this process already uses CUDA.
 
     Collectives: a rendezvous at MASTER_ADDR:MASTER_PORT; every rank of the job must call it.
     """
@@ -89,7 +107,17 @@ def start_distributed(*, timeout: timedelta) -> RankInfo:
     else:
         ranks = discover_ranks(os.environ)
         os.environ.update(ranks.environment())
+    hide_unwanted_gpus(os.environ)
     on_gpu = torch.cuda.is_available()
+    if on_gpu and os.environ.get("DS_ACCELERATOR") == "cpu":
+        raise RuntimeMismatch(
+            "DS_ACCELERATOR is cpu, but this process has used CUDA already, so its GPU cannot be "
+            "hidden any more. Start it with CUDA_VISIBLE_DEVICES='' as well, or unset "
+            "DS_ACCELERATOR."
+        )
+    if on_gpu and not joined:
+        # A scheduler that binds one device to each task leaves only ordinal 0 visible.
+        torch.cuda.set_device(ranks.local_rank if torch.cuda.device_count() > 1 else 0)
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         threads = max(1, (os.cpu_count() or 1) // ranks.local_world_size)
@@ -102,17 +130,15 @@ def start_distributed(*, timeout: timedelta) -> RankInfo:
     # DeepSpeed would compile a shared-memory operator on its first start on a CPU: a minute or
     # more, and a crash without a compiler, for something that only inference uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if on_gpu and not joined:
-        # A scheduler that binds one device to each task leaves only ordinal 0 visible.
-        torch.cuda.set_device(ranks.local_rank if torch.cuda.device_count() > 1 else 0)
-    elif not on_gpu:
+    if not on_gpu:
         from megatron_muloco.runtime.accelerator import enable_cpu_backend
 
         enable_cpu_backend()
-    if not joined and ranks.source == "single":
-        _meet_alone(timeout)
+    backend = "nccl" if on_gpu else "gloo"
+    if not joined:
+        _meet(ranks, backend, timeout)
     deepspeed.init_distributed(
-        dist_backend="nccl" if on_gpu else "gloo",
+        dist_backend=backend,
         auto_mpi_discovery=False,
         timeout=timeout,
         verbose=False,
@@ -135,22 +161,24 @@ def _ranks_of_default_group() -> RankInfo:
     )
 
 
-def _meet_alone(timeout: timedelta) -> None:
-    """Initialise a one-process group on a port that the operating system picks.
+def _meet(ranks: RankInfo, backend: str, timeout: timedelta) -> None:
+    """Initialise torch.distributed, which ``deepspeed.comm`` then adopts.
 
-    A fixed port would collide with another single-process run on the same machine.
+    DeepSpeed would bind the default group to the device of ``LOCAL_RANK``. That device does not
+    exist where a scheduler shows each task one GPU, and every later ``new_group`` of a bound group
+    splits the communicator of the whole job.
     """
     import torch
 
-    store = torch.distributed.TCPStore(  # type: ignore[attr-defined]  # not in its __all__
-        "127.0.0.1", 0, 1, is_master=True, timeout=timeout
-    )
+    store = None
+    if ranks.source == "single":
+        # A port that the operating system picks: a fixed one would collide with another
+        # single-process run on the same machine.
+        store = torch.distributed.TCPStore(  # type: ignore[attr-defined]  # not in its __all__
+            "127.0.0.1", 0, 1, is_master=True, timeout=timeout
+        )
     torch.distributed.init_process_group(
-        "nccl" if torch.cuda.is_available() else "gloo",
-        store=store,
-        rank=0,
-        world_size=1,
-        timeout=timeout,
+        backend, store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=timeout
     )
 
 

@@ -17,7 +17,7 @@ from megatron_muloco.config import RunConfig, load_config
 from megatron_muloco.config.derived import smallest_topology, topology_of
 from megatron_muloco.config.rules import check
 from megatron_muloco.errors import EXIT_BAD_INPUT, ConfigError, MulocoError, TopologyError
-from megatron_muloco.runtime.distributed import silence_known_warnings
+from megatron_muloco.runtime.distributed import hide_unwanted_gpus, silence_known_warnings
 from megatron_muloco.runtime.ranks import RankInfo, discover_ranks
 from megatron_muloco.training.stopping import StopRequest
 
@@ -38,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the program and exit with one of the exit codes above."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = _parse(given)
+    hide_unwanted_gpus(os.environ)
     with StopRequest() as stop:
         try:
             config = load_config(options.config, options.set)
