@@ -316,7 +316,8 @@ class Linear(GroupedCodec):
         steps = self.level_count - 1
         # Computed with halves, because the range of finite values may overflow. A step is 0 for a
         # constant group, or for one so small that its steps underflow; any level is then as good.
-        step = (high / 2 - low / 2) / steps
+        # Divided by a tensor: by a number, CUDA multiplies with the reciprocal, which rounds twice.
+        step = (high / 2 - low / 2) / torch.full_like(high, steps)
         step = torch.where(step > 0, step, 1.0)
         for columns in column_blocks(values):
             scaled = torch.add(-low / 2, values[:, columns], alpha=0.5).div_(step)
@@ -327,7 +328,8 @@ class Linear(GroupedCodec):
     def _levels(self, heads: Tensor) -> Tensor:
         low, high = heads.double().split(1, dim=1)
         steps = self.level_count - 1
-        place = torch.arange(self.level_count, dtype=torch.float64, device=heads.device) / steps
+        place = torch.arange(self.level_count, dtype=torch.float64, device=heads.device)
+        place /= torch.full_like(place, steps)  # as in `_encode_groups`
         return torch.lerp(low, high, place).float()
 
 
@@ -391,8 +393,11 @@ def _moments(values: Tensor) -> tuple[Tensor, Tensor]:
     """
     total = torch.zeros(len(values), 1, dtype=torch.float64, device=values.device)
     squares = torch.zeros_like(total)
+    # An accelerator sums a row in an order of its own, the same each time, and would need several
+    # launches for every run.
+    length = _RUN if values.device.type == "cpu" else values.shape[1]
     for columns in column_blocks(values):
-        for run in values[:, columns].double().split(_RUN, dim=1):
+        for run in values[:, columns].double().split(length, dim=1):
             total += run.sum(1, keepdim=True)
             squares += torch.linalg.vector_norm(run, dim=1, keepdim=True).square_()
     mean = total / values.shape[1]
