@@ -1,0 +1,339 @@
+"""Checks of single parts on one device: Newton-Schulz, codecs, attention, background reduction."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_muloco.comm.background import BackgroundReducer
+from megatron_muloco.comm.compressed import build_compressed_reducer_for
+from megatron_muloco.comm.reducers import build_plain_reducer_for
+from megatron_muloco.compress.codec import Codec
+from megatron_muloco.compress.format import CodingUnit, Grouping
+from megatron_muloco.compress.quantizers import E3M0, Linear, Statistical
+from megatron_muloco.compress.topk import TopK
+from megatron_muloco.config.outer import (
+    LinearCompression,
+    StatisticalCompression,
+    TopKCompression,
+)
+from megatron_muloco.model.attention import SDPACoreAttention, document_mask
+from megatron_muloco.optim.matrices import newton_schulz_flops
+from megatron_muloco.optim.newton_schulz import NSImplementation, newton_schulz
+from megatron_muloco.outer.reducer import Reducer
+from tools.gpu.findings import Finding
+
+__all__ = ["attention", "background", "ceilings", "codecs", "newton_schulz_check"]
+
+WARM_UP, REPEATS = 3, 10
+STEPS = 5
+# Whole matrices of the 15B model: gate and up (transposed down), and the square ones.
+SHAPES_15B = ((4608, 12672), (4608, 4608))
+# Bounds on |out - fp64| / |out|. Five steps amplify a rounding of a small singular value by up to
+# 4^5 = 1,024: of 6e-8 in fp32, and of 4e-3 in bf16, where only the few small ones are that far off.
+NS_BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+# Attention in bf16: values and probabilities have 8 bits, 4e-3 each.
+ATTENTION_BOUND = 2e-2
+
+
+def milliseconds(call: Callable[[], object], device: torch.device) -> float:
+    """Return the median time of a call, by events of the stream or by the host's clock."""
+    for _ in range(WARM_UP):
+        call()
+    times = []
+    for _ in range(REPEATS):
+        if device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            call()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end))
+        else:
+            started = time.perf_counter()
+            call()
+            times.append((time.perf_counter() - started) * 1e3)
+    return statistics.median(times)
+
+
+def rate(amount: float, call: Callable[[], object], device: torch.device) -> float:
+    """Return ``amount`` per second of a call, in units of 1e9."""
+    return amount / milliseconds(call, device) / 1e6
+
+
+def relative_error(values: Tensor, exact: Tensor) -> float:
+    """Return ``|values - exact| / |exact|``, in fp64."""
+    exact = exact.double()
+    return float((values.double() - exact).norm() / exact.norm())
+
+
+# ---- what the device can do ----------------------------------------------------------------------
+
+
+def ceilings(device: torch.device) -> list[Finding]:
+    """Measure matrix products and copies, to which the other figures are compared."""
+    large = device.type == "cuda"
+    size, numel = (8192, 1 << 28) if large else (128, 1 << 16)
+    findings = [Finding(f"versions on {name}", text) for name, text in versions(device).items()]
+    for dtype in (torch.bfloat16, torch.float32):
+        left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+        tflops = rate(2 * size**3, lambda a=left, b=right: a @ b, device) / 1e3  # type: ignore[misc]
+        findings.append(Finding(f"{size}^3 product, {dtype}", f"{tflops:.1f} TFLOP/s"))
+    source, target = (torch.randn(numel, device=device) for _ in range(2))
+    gigabytes = rate(8 * numel, lambda: target.copy_(source), device)
+    findings.append(Finding("copy on the device, read and written", f"{gigabytes:,.0f} GB/s"))
+    host = torch.randn(numel, pin_memory=large)
+    for way, call in (
+        ("to", lambda: target.copy_(host, non_blocking=True)),
+        ("from", lambda: host.copy_(target, non_blocking=True)),
+    ):
+        gigabytes = rate(4 * numel, call, device)
+        findings.append(Finding(f"copy {way} the device, pinned memory", f"{gigabytes:.1f} GB/s"))
+    return findings
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """Return the name of the device and the versions of what runs on it."""
+    from importlib.metadata import version
+
+    packages = ", ".join(f"{name} {version(name)}" for name in ("megatron-core", "deepspeed"))
+    software = f"torch {torch.__version__}, {packages}"
+    if device.type != "cuda":
+        return {"cpu": software}
+    nccl = ".".join(str(part) for part in torch.cuda.nccl.version())
+    software += f", CUDA {torch.version.cuda}, NCCL {nccl}, cuDNN {torch.backends.cudnn.version()}"
+    return {torch.cuda.get_device_name(device): software}
+
+
+# ---- Newton-Schulz -------------------------------------------------------------------------------
+
+
+def newton_schulz_check(device: torch.device) -> list[Finding]:
+    """Compare every implementation with fp64 and time it on the shapes of the 15B model."""
+    large = device.type == "cuda"
+    variants: tuple[tuple[torch.dtype, NSImplementation], ...] = (
+        (torch.bfloat16, "plain"),
+        (torch.float32, "plain"),
+        (torch.float32, "triangle"),
+        (torch.float32, "gram"),
+    )
+    findings: list[Finding] = []
+    for shape in ((1024, 2816), (1024, 1024)) if large else ((64, 176),):
+        generator = torch.Generator().manual_seed(0)
+        matrix = torch.randn(3, *shape, generator=generator).to(device)
+        exact = newton_schulz(matrix, steps=STEPS, dtype=torch.float64, impl="plain")
+        for dtype, impl in variants:
+            result = newton_schulz(matrix, steps=STEPS, dtype=dtype, impl=impl)
+            alone = newton_schulz(matrix[1], steps=STEPS, dtype=dtype, impl=impl)
+            error = relative_error(result, exact)
+            values, wanted = _singular_values(result), _singular_values(exact)
+            findings.append(
+                Finding(
+                    f"Newton-Schulz {shape}, {impl}, {dtype}",
+                    f"error {error:.1e}; singular values {values.min():.3f} to {values.max():.3f}, "
+                    f"fp64 {wanted.min():.3f} to {wanted.max():.3f}; "
+                    f"same bits alone as in a batch: {torch.equal(alone, result[1])}",
+                    error <= NS_BOUNDS[dtype],
+                )
+            )
+    for shape in SHAPES_15B if large else ((64, 176),):
+        matrix = torch.randn(*shape, device=device)
+        for dtype, impl in variants:
+            findings.append(_newton_schulz_speed(matrix, dtype, impl, device))
+    return findings
+
+
+def _singular_values(matrices: Tensor) -> Tensor:
+    return torch.linalg.svdvals(matrices.double())
+
+
+def _newton_schulz_speed(
+    matrix: Tensor, dtype: torch.dtype, impl: NSImplementation, device: torch.device
+) -> Finding:
+    """Time one matrix; the rate counts the FLOPs that the implementation makes."""
+    flops = newton_schulz_flops(*matrix.shape, STEPS, impl)
+    took = milliseconds(lambda: newton_schulz(matrix, steps=STEPS, dtype=dtype, impl=impl), device)
+    left, right = matrix.to(dtype), matrix.mT.to(dtype).contiguous()
+    rows, columns = matrix.shape
+    product = rate(2 * rows * rows * columns, lambda: left @ right, device) / 1e3
+    tflops = flops / took / 1e9
+    return Finding(
+        f"Newton-Schulz {tuple(matrix.shape)}, {impl}, {dtype}, time",
+        f"{took:.2f} ms, {tflops:.0f} TFLOP/s, {tflops / product:.0%} of X X^T alone "
+        f"({product:.0f} TFLOP/s)",
+    )
+
+
+# ---- codecs --------------------------------------------------------------------------------------
+
+
+def codecs(device: torch.device) -> list[Finding]:
+    """Compare payloads of the device with those of the CPU, byte by byte, and time both ways."""
+    large = device.type == "cuda"
+    numel = 1 << 20 if large else 1 << 14
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.randn(numel, generator=generator).div_(2).exp_()
+    values = torch.randn(numel, generator=generator).mul_(scales).mul_(1e-3)
+    there = values.to(device)
+    much = there.repeat(64 if large else 1)
+    groupings = {"tensor": Grouping(), "block": Grouping("block", 256)}
+    variants: dict[str, Codec] = {"e3m0, tensor": E3M0(groupings["tensor"])}
+    for name, grouping in groupings.items():
+        for bits in (8, 4, 2, 1):
+            variants[f"statistical {bits}, {name}"] = Statistical(bits, grouping)
+            variants[f"linear {bits}, {name}"] = Linear(bits, grouping)
+    variants["top-k 1/32"] = TopK(1 / 32)
+    variants["top-k 1/32, values x 4"] = TopK(1 / 32, value_bits=4)
+    return [
+        _codec(name, codec, values, there, much, device) for name, codec in sorted(variants.items())
+    ]
+
+
+def _codec(
+    name: str, codec: Codec, values: Tensor, there: Tensor, much: Tensor, device: torch.device
+) -> Finding:
+    unit, larger = CodingUnit(values.numel()), CodingUnit(much.numel())
+    here, payload = codec.encode(values, unit), codec.encode(there, unit)
+    differing = int((here != payload.cpu()).sum())
+    repeated = torch.equal(payload, codec.encode(there, unit))
+    on_host, on_device = torch.empty_like(values), torch.empty_like(there)
+    codec.decode(here, unit, on_host)
+    codec.decode(here.to(device), unit, on_device)
+    decoded = torch.equal(on_host, on_device.cpu())
+    out, coded = torch.empty_like(much), codec.encode(much, larger)
+    encode = rate(4 * much.numel(), lambda: codec.encode(much, larger), device)
+    decode = rate(4 * much.numel(), lambda: codec.decode(coded, larger, out), device)
+    return Finding(
+        f"codec {name}",
+        f"{differing} of {here.numel():,} bytes differ from the CPU's; encoded twice: "
+        f"{'equal' if repeated else 'DIFFERENT'}; decoded as on the CPU: {decoded}; "
+        f"encode {encode:.1f}, decode {decode:.1f} GB/s",
+        repeated and decoded and differing == 0,
+    )
+
+
+# ---- attention -----------------------------------------------------------------------------------
+
+
+def attention(device: torch.device) -> list[Finding]:
+    """Compare attention with fp64, with and without document boundaries, and time it."""
+    large = device.type == "cuda"
+    length, batch, heads, width = (2048, 4, 9, 128) if large else (64, 2, 3, 16)
+    findings = []
+    for groups in (heads, heads // 3):
+        shapes = ((length, batch, heads, width), *((length, batch, groups, width),) * 2)
+        query, key, value = (
+            torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True)
+            for shape in shapes
+        )
+        documents = (torch.rand(batch, length, device=device) < 8 / length).cumsum(1)
+        for name, mask in (("causal", None), ("documents", document_mask(documents))):
+            label = f"attention, {name}, {heads} heads over {groups}"
+            findings.append(_attention(label, query, key, value, mask, device))
+    return findings
+
+
+def _attention(
+    label: str, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, device: torch.device
+) -> Finding:
+    layer = SDPACoreAttention.__new__(SDPACoreAttention)
+    torch.nn.Module.__init__(layer)
+    layer.softmax_scale = query.shape[-1] ** -0.5
+    out = layer(query, key, value, mask)
+    wide = [each.detach().double()[:, :1] for each in (query, key, value)]
+    exact = layer(*wide, mask if mask is None else mask[:1])
+    error = relative_error(out[:, :1], exact)
+    gradient = torch.randn_like(out)
+
+    def both_ways() -> None:
+        layer(query, key, value, mask).backward(gradient)
+
+    took = milliseconds(both_ways, device)
+    chosen = "n/a"
+    if device.type == "cuda":
+        parts = [each.permute(1, 2, 0, 3) for each in (query, key, value)]
+        choice = torch._fused_sdp_choice(
+            *parts,
+            attn_mask=None if mask is None else ~mask,
+            is_causal=mask is None,
+            enable_gqa=key.shape[2] != query.shape[2],
+        )
+        chosen = torch.nn.attention.SDPBackend(choice).name
+    return Finding(
+        label,
+        f"error {error:.1e}; kernel {chosen}; forward and backward {took:.2f} ms",
+        error <= ATTENTION_BOUND and chosen != "MATH",
+    )
+
+
+# ---- reduction in a thread -----------------------------------------------------------------------
+
+
+def background(device: torch.device) -> list[Finding]:
+    """Reduce in a thread, with delayed producers and reused memory, and compare bit by bit."""
+    rounds, numel = (50, 3_000_000) if device.type == "cuda" else (5, 3_000)
+    lossy: Mapping[str, Any] = {
+        "linear 4": LinearCompression(kind="linear", bits=4),
+        "statistical 2": StatisticalCompression(kind="statistical", bits=2),
+        "top-k": TopKCompression(kind="topk", density=0.02),
+    }
+    findings = []
+    for through_host in (False, True):
+        makers: dict[str, Callable[[], Reducer]] = {
+            name: lambda each=each: build_compressed_reducer_for(  # type: ignore[misc]
+                None,
+                device,
+                each,
+                {"a": (0, 0), "b": (0, 0)},
+                {"a": None, "b": None},
+                through_host=through_host,  # noqa: B023 - called in this iteration
+            )
+            for name, each in lossy.items()
+        }
+        makers["bf16"] = lambda: build_plain_reducer_for(
+            None,
+            device,
+            wire_dtype="bf16",
+            through_host=through_host,  # noqa: B023
+        )
+        for name, make in makers.items():
+            wrong = _reduce_side_by_side(make(), make(), device, rounds, numel)
+            way = "host" if through_host else "device"
+            findings.append(
+                Finding(
+                    f"reduction in a thread, {name}, {way} transport",
+                    f"{wrong} of {rounds} results differ from the foreground's",
+                    wrong == 0,
+                )
+            )
+    return findings
+
+
+def _reduce_side_by_side(
+    foreground: Reducer, hidden: Reducer, device: torch.device, rounds: int, numel: int
+) -> int:
+    """Return how many of the thread's results are not those of the same reducer without it."""
+    thread = BackgroundReducer(hidden, device)
+    generator = torch.Generator(device).manual_seed(0)
+    metadata, wrong = torch.zeros(3, device=device), 0
+    for round_index in range(1, rounds + 1):
+        values = torch.randn(numel, generator=generator, device=device)
+        sources = {"a": torch.empty_like(values), "b": torch.empty(numel // 7, device=device)}
+        if device.type == "cuda":
+            torch.cuda._sleep(20_000_000)  # about 10 ms: the sources are written late
+        sources["a"].copy_(values)
+        sources["b"].copy_(values[: numel // 7]).mul_(3)
+        handle = thread.launch(0, sources, 1.0, metadata, round_index=round_index)
+        copies = {name: each.clone() for name, each in sources.items()}
+        del sources
+        for _ in range(8):  # would take the memory of sources that are freed too early
+            torch.full((numel,), float("nan"), device=device)
+        reduced = thread.wait(handle)
+        expected = foreground.wait(
+            foreground.launch(0, copies, 1.0, metadata, round_index=round_index)
+        )
+        wrong += not all(torch.equal(reduced.mean[name], expected.mean[name]) for name in copies)
+    return wrong
