@@ -16,12 +16,18 @@ from megatron_muloco.compress.format import (
     GroupedFormat,
     Grouping,
     RawFormat,
+    StatisticalFormat,
     TopKFormat,
     e3m0_format,
     linear_format,
     statistical_format,
 )
-from megatron_muloco.config.outer import GroupedCompression, LossyCompression, TopKCompression
+from megatron_muloco.config.outer import (
+    GroupedCompression,
+    LossyCompression,
+    StatisticalCompression,
+    TopKCompression,
+)
 from megatron_muloco.params import ParamKind
 
 if TYPE_CHECKING:
@@ -55,6 +61,10 @@ def _grouping(section: GroupedCompression) -> Grouping:
     return Grouping(section.granularity, section.values_per_block)
 
 
+def _statistical_format(section: StatisticalCompression, bits: int | None) -> StatisticalFormat:
+    return statistical_format(bits or section.bits, _grouping(section), section.bins)
+
+
 def _topk_format(section: TopKCompression, bits: int | None) -> TopKFormat:
     value_bytes = {"fp32": 4, "bf16": 2}[section.wire_dtype]
     grouping = Grouping("block", section.block_size)
@@ -67,10 +77,10 @@ def _linear(payload_format: GroupedFormat) -> "Codec":
     return Linear(payload_format.bits, payload_format.grouping)
 
 
-def _statistical(payload_format: GroupedFormat) -> "Codec":
-    from megatron_muloco.compress.quantizers import Statistical
+def _statistical(payload_format: StatisticalFormat) -> "Codec":
+    from megatron_muloco.compress.statistical import Statistical
 
-    return Statistical(payload_format.bits, payload_format.grouping)
+    return Statistical(payload_format.bits, payload_format.grouping, payload_format.bins)
 
 
 def _e3m0(payload_format: GroupedFormat) -> "Codec":
@@ -95,10 +105,7 @@ _CODECS: dict[str, CodecKind] = {
     "linear": CodecKind(
         lambda section, bits: linear_format(bits or section.bits, _grouping(section)), _linear
     ),
-    "statistical": CodecKind(
-        lambda section, bits: statistical_format(bits or section.bits, _grouping(section)),
-        _statistical,
-    ),
+    "statistical": CodecKind(_statistical_format, _statistical),
     "e3m0": CodecKind(lambda section, bits: e3m0_format(_grouping(section)), _e3m0),
     "topk": CodecKind(_topk_format, _topk),
 }

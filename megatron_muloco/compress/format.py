@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 __all__ = [
+    "Bins",
     "CodingUnit",
     "Format",
     "Granularity",
@@ -26,6 +27,7 @@ __all__ = [
     "Groups",
     "PayloadSize",
     "RawFormat",
+    "StatisticalFormat",
     "TopKFormat",
     "e3m0_format",
     "is_raw",
@@ -40,6 +42,7 @@ __all__ = [
 
 
 Granularity = Literal["tensor", "row", "block"]
+Bins = Literal["least_error", "centred", "edged"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,9 +216,22 @@ def linear_format(bits: int, grouping: Grouping) -> GroupedFormat:
     return GroupedFormat(bits, 2, grouping)
 
 
-def statistical_format(bits: int, grouping: Grouping) -> GroupedFormat:
-    """Return the format of `quantizers.Statistical`; a head is the mean of each bin."""
-    return GroupedFormat(bits, 1 << bits, grouping)
+@dataclass(frozen=True, slots=True)
+class StatisticalFormat(GroupedFormat):
+    """A grouped format of a codec with a choice of bins, which changes no byte count.
+
+    Attributes:
+        bins: Rule for the edges of bins; only the encoder needs it.
+    """
+
+    bins: Bins = "least_error"
+
+
+def statistical_format(
+    bits: int, grouping: Grouping, bins: Bins = "least_error"
+) -> StatisticalFormat:
+    """Return the format of `statistical.Statistical`; a head is the mean of each bin."""
+    return StatisticalFormat(bits, 1 << bits, grouping, bins)
 
 
 def e3m0_format(grouping: Grouping) -> GroupedFormat:

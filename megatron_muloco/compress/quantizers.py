@@ -6,8 +6,9 @@ the level that its code selects::
     payload = [ heads of all groups, fp32 | codes of all values, packed ]
 
 - `Linear`: uniform levels between the smallest and the largest value of a group.
-- `Statistical`: equal bins over six standard deviations, each decoded to the mean of its values.
 - `E3M0`: signed powers of two below the largest magnitude of a group.
+- `statistical.Statistical`: bins around the mean of a group, each decoded to the mean of its
+  values.
 
 Encoding is bitwise reproducible: it depends neither on the number of threads nor on the sizes of
 the blocks in which long units are processed.
@@ -35,14 +36,13 @@ from megatron_muloco.compress.format import (
     e3m0_format,
     linear_format,
     packed_bytes,
-    statistical_format,
 )
 
 __all__ = [
     "E3M0",
     "GroupedCodec",
     "Linear",
-    "Statistical",
+    "block_values",
     "column_blocks",
     "pack",
     "table_index",
@@ -166,6 +166,11 @@ class GroupedCodec(RawFallback, ABC):
         """Number of levels that a code can select."""
         return 1 << self.bits
 
+    @property
+    def _table_width(self) -> int:
+        """Width of the tables that encoding or decoding a group needs."""
+        return self.level_count
+
     @abstractmethod
     def _encode_groups(self, values: Tensor, codes: Tensor) -> Tensor:
         """Write the codes of some groups and return their heads.
@@ -194,7 +199,7 @@ class GroupedCodec(RawFallback, ABC):
             [
                 self._encode_groups(part[rows], into[rows]).flatten()
                 for part, into in zip(parts, codes_of_parts, strict=True)
-                for rows in _row_blocks(part, self.level_count)
+                for rows in _row_blocks(part, self._table_width)
             ]
         )
         refuse_non_finite(head)
@@ -331,78 +336,6 @@ class Linear(GroupedCodec):
         place = torch.arange(self.level_count, dtype=torch.float64, device=heads.device)
         place /= torch.full_like(place, steps)  # as in `_encode_groups`
         return torch.lerp(low, high, place).float()
-
-
-_RANGE = 6.0  # standard deviations, MuLoCo's research code (facebookresearch/MuLoCo)
-# Bin means must not depend on the order of summation, which differs between devices and numbers of
-# threads. So values are first rounded to integer multiples of 2**-21 standard deviations above the
-# lowest edge. Over a group these integers average 3 * 2**21, and fp64 adds 2**30 of them exactly.
-_STEPS = _RANGE * 2.0**21
-# Half of the length from which torch splits a sum over threads (at::internal::GRAIN_SIZE). Above it
-# the order of summation would depend on the number of threads.
-_RUN = 1 << 14
-
-
-class Statistical(GroupedCodec):
-    """Equal bins over mean +- 3 sigma; values beyond fall into the outermost bins.
-
-    The error is at most a bin, ``6 sigma / 2**bits``, plus the distance by which the group exceeds
-    3 sigma, plus roundings. Errors cancel over a group, so its mean is preserved.
-
-    Args:
-        bits: Bits of a code: 8, 4, 2 or 1.
-        grouping: Groups that share the bins and the table of means, ``4 * 2**bits`` bytes each.
-    """
-
-    def __init__(self, bits: int, grouping: Grouping) -> None:
-        super().__init__(statistical_format(bits, grouping))
-
-    @override
-    def _encode_groups(self, values: Tensor, codes: Tensor) -> Tensor:
-        mean, deviation = _moments(values)
-        refuse_non_finite(deviation)  # before it becomes an index into the table
-        bins = self.level_count
-        lowest = mean - _RANGE / 2 * deviation
-        scale = torch.where(deviation > 0, _STEPS / (_RANGE * deviation), 0.0)
-        counts = torch.zeros(len(values), bins, dtype=torch.float64, device=values.device)
-        sums = torch.zeros_like(counts)
-        for columns in column_blocks(values):
-            steps = values[:, columns].double().sub_(lowest).mul_(scale).round_()
-            # Steps inside the range are below 2**24, so fp32 represents them exactly.
-            code = write_codes(steps.float().mul_(bins / _STEPS), codes[:, columns], bins)
-            index, size = table_index(code, bins), len(code) * bins
-            counts += torch.bincount(index, minlength=size).view(-1, bins)
-            sums += torch.bincount(index, steps.flatten(), size).view(-1, bins)
-        # Codes are clamped to the range, the summed steps are not: outliers count in full in the
-        # means of the outermost bins, and so the errors of a group cancel.
-        above = (sums / counts - _STEPS / 2) * torch.where(scale > 0, 1 / scale, 0.0)
-        # An empty bin is never decoded; the group's mean replaces the 0 / 0.
-        heads: Tensor = torch.where(counts > 0, mean + above, mean).float()
-        return heads
-
-    @override
-    def _levels(self, heads: Tensor) -> Tensor:
-        return heads
-
-
-def _moments(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation of each row, fp64, ``[rows, 1]``.
-
-    Variance is the mean of squares minus the squared mean, in one pass. The cancellation leaves an
-    error of about 2**-26 of the largest value in the deviation, below an fp32 ulp.
-    """
-    total = torch.zeros(len(values), 1, dtype=torch.float64, device=values.device)
-    squares = torch.zeros_like(total)
-    # An accelerator sums a row in an order of its own, the same each time, and would need several
-    # launches for every run.
-    length = _RUN if values.device.type == "cpu" else values.shape[1]
-    for columns in column_blocks(values):
-        for run in values[:, columns].double().split(length, dim=1):
-            total += run.sum(1, keepdim=True)
-            squares += torch.linalg.vector_norm(run, dim=1, keepdim=True).square_()
-    mean = total / values.shape[1]
-    variance = (squares / values.shape[1] - mean * mean).clamp_(min=0)
-    return mean, variance.sqrt()
 
 
 _EXPONENTS = 8

@@ -14,7 +14,8 @@ from megatron_muloco.compress.codec import (
     to_bytes,
 )
 from megatron_muloco.compress.format import CodingUnit, Grouping, TopKFormat
-from megatron_muloco.compress.quantizers import Statistical, pack, unpack
+from megatron_muloco.compress.quantizers import pack, unpack
+from megatron_muloco.compress.statistical import Statistical
 
 __all__ = ["TopK"]
 
@@ -37,11 +38,11 @@ class TopK(RawFallback):
     2**-9 in bf16, where magnitudes beyond the largest bf16 number become that number.
 
     With ``value_bits``, all kept values of a unit are encoded with one `Statistical` table, where
-    that is smaller than sending them in ``wire_dtype``. Their error bound is the one of
-    `Statistical`, with sigma the standard deviation of the kept values. Kept values form two
-    clusters with a gap around 0, and a bin mean is never in the gap; with one bit, the code is the
-    sign. A table for each block would cost too much: at density 1/32 a block of 4,096 keeps 128
-    values, 32 bytes at two bits, and its table would add 16 (at eight bits, 1,024 to 128).
+    that is smaller than sending them in ``wire_dtype``, with the bins of least squared error. Kept
+    values form two clusters with a gap around 0. With one bit and clusters of similar size, the
+    code is the sign. A table for each block would cost too much: at density 1/32 a block of 4,096
+    keeps 128 values, 32 bytes at two bits, and its table would add 16 (at eight bits, 1,024 to
+    128).
 
     Args:
         density: Share of the values that is sent, above 0 and at most 1.

@@ -204,11 +204,24 @@ class LinearCompression(_WithBits):
 
 
 class StatisticalCompression(_WithBits):
-    """Quantization to bins over six standard deviations, each decoded to its mean."""
+    """Quantization to bins around the mean, each decoded to the mean of its values."""
 
     _scale: ClassVar[str] = "table"
 
     kind: Literal["statistical"] = Field(description=_KINDS)
+    bins: Literal["least_error", "centred", "edged"] = Field(
+        "least_error",
+        description="Edges of the bins. Widths of six standard deviations over the number of bins: "
+        "centred has a bin around the mean, as the public code of MuLoCo; edged has an edge at the "
+        "mean. least_error chooses among both and what Lloyd's algorithm makes of them, for every "
+        "group of values; with 8 bits it is edged.",
+    )
+
+    @override
+    def describe(self) -> str:
+        """Return which values share a table, and the rule for its bins unless it is the default."""
+        rule = "" if self.bins == "least_error" else f", {self.bins} bins"
+        return super().describe() + rule
 
 
 class E3M0Compression(GroupedCompression):

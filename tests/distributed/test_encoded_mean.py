@@ -15,7 +15,8 @@ from megatron_muloco.comm.chunking import chunk_pieces, payload_sizes, two_way_b
 from megatron_muloco.comm.compressed import CompressedAllReduce, build_compressed_reducer_for
 from megatron_muloco.comm.reducers import build_plain_reducer_for
 from megatron_muloco.compress.format import CodingUnit, Grouping
-from megatron_muloco.compress.quantizers import Linear, Statistical
+from megatron_muloco.compress.quantizers import Linear
+from megatron_muloco.compress.statistical import Statistical
 from megatron_muloco.config.outer import LinearCompression, LossyCompression, NesterovOuter
 from megatron_muloco.outer.guard import Guard
 from megatron_muloco.outer.reducer import Reducer
