@@ -1,19 +1,27 @@
 """The quality bench: its grid can run, its pairs are pairs, its verdicts follow their rules."""
 
+import dataclasses
 import json
 import math
-import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from torch.utils.tensorboard import SummaryWriter
 
 from megatron_muloco.config import load_config
 from megatron_muloco.errors import ConfigError
 from tools.bench.quality import __main__ as command
 from tools.bench.quality import runs
 from tools.bench.quality.drawing import draw
-from tools.bench.quality.grid import COMPARISONS, INTERVALS, PLAIN, VARIANTS, Rule, chosen_variants
+from tools.bench.quality.grid import (
+    COMPARISONS,
+    INTERVALS,
+    PLAIN,
+    VARIANTS,
+    Rule,
+    chosen_variants,
+    seeds_of,
+)
 from tools.bench.quality.page import SWEEPS, page
 from tools.bench.quality.statistics import (
     EQUAL_PERCENT,
@@ -47,7 +55,7 @@ def test_every_variant_is_a_run_that_passes_the_checks(name: str) -> None:
     assert (config.training.seed, config.data.seed) == (3, 3)
     assert config.training.train_iters % config.outer.sync_interval == 0
     assert config.training.eval_interval == config.training.train_iters
-    assert config.parallel.num_replicas == runs.RANKS
+    assert config.parallel.num_replicas == 2  # the page says so
 
 
 def test_variants_differ_from_their_baseline_in_what_their_name_says() -> None:
@@ -148,28 +156,75 @@ def test_rises_are_compared_in_percentage_points() -> None:
     assert rises_less(losses, ["m15", "m120"], ["d15", "missing"]) is None
 
 
+def pretend(tasks: Sequence[runs.Task], commit: str) -> Iterator[runs.Result]:
+    for task in tasks:
+        yield dataclasses.replace(result(task.variant, task.seed, 4.5), commit=commit)
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Runs that the campaign starts, by name; they end at once, and the program is "now"."""
+    names: list[str] = []
+
+    def run_all(
+        out: Path, tasks: Sequence[runs.Task], commit: str, workers: int
+    ) -> Iterator[runs.Result]:
+        for each in pretend(tasks, commit):
+            names.append(f"{each.variant} {each.seed}")
+            runs._store(each, runs.path_of(out, each.variant, each.seed))
+            yield each
+
+    monkeypatch.setattr(command, "run_all", run_all)
+    monkeypatch.setattr(runs, "program_commit", lambda: "now")
+    return names
+
+
 def test_a_run_is_stored_once_and_found_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, started: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    started = []
-
-    def pretend(settings: tuple[str, ...], directory: Path) -> None:
-        started.append(settings)
-        with SummaryWriter(str(directory)) as writer:
-            writer.add_scalar("lm loss validation", 8.75, 0)
-            writer.add_scalar("lm loss validation", 4.5, 480)
-            writer.add_scalar("muloco/wire_bytes", 100, 30)
-            writer.add_scalar("muloco/wire_bytes", 50, 60)
-
-    monkeypatch.setattr(runs, "_run_ranks", pretend)
     arguments = ["--out", str(tmp_path), "--variants", "low-bandwidth", "--seeds", "1", "2"]
     for _ in range(2):
         assert command.main(arguments) == 0
-    assert len(started) == 2
-    stored = runs.read_result(tmp_path, "low-bandwidth", 2, VARIANTS["low-bandwidth"])
-    assert stored is not None
-    assert (stored.iterations, stored.loss, stored.bytes_sent) == (480, 4.5, 150)
+    assert started == ["low-bandwidth 1", "low-bandwidth 2"]
     assert "low-bandwidth" in capsys.readouterr().out
+
+
+def test_a_campaign_needs_a_commit(
+    tmp_path: Path,
+    started: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(runs, "program_commit", lambda: "now+")
+    assert command.main(["--out", str(tmp_path)]) == 2
+    assert "differs from commit now," in capsys.readouterr().err
+    assert not started
+
+
+def test_rows_of_another_commit_are_replaced_only_when_told_so(
+    tmp_path: Path, started: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--out", str(tmp_path), "--variants", PLAIN, "--seeds", "1"]
+    old = result("linear-4", 2, 4.4)
+    runs._store(old, runs.path_of(tmp_path, old.variant, old.seed))
+    assert command.main(arguments) == 2
+    assert "1 of abc, and the program is now" in capsys.readouterr().err
+    assert not started
+    assert command.main([*arguments, "--fresh"]) == 0
+    assert "removed linear-4, seed 2, of abc" in capsys.readouterr().out
+    assert started == ["plain 1"]
+    runs._store(old, runs.path_of(tmp_path, old.variant, old.seed))
+    assert command.main(["--out", str(tmp_path), "--report-only"]) == 2
+    assert "1 of abc, 1 of now" in capsys.readouterr().err
+
+
+def test_comparisons_find_their_seeds_on_both_sides() -> None:
+    for pair in COMPARISONS:
+        for name in (pair.variant, pair.baseline):
+            assert set(range(1, pair.seeds + 1)) <= set(seeds_of(name))
+        two_bits = "-2" in pair.variant + pair.baseline or pair.variant == "low-bandwidth"
+        assert pair.seeds == (8 if two_bits else 3)
+    assert len(seeds_of("muloco-h15")) == 3
 
 
 def test_a_run_of_other_settings_is_refused(tmp_path: Path) -> None:
@@ -180,30 +235,12 @@ def test_a_run_of_other_settings_is_refused(tmp_path: Path) -> None:
     assert runs.read_result(tmp_path, PLAIN, 2, VARIANTS[PLAIN]) is None
 
 
-def fail_as_the_second(rank: int, port: int, log: str, arguments: tuple[str, ...]) -> None:
-    Path(log).write_text(f"rank {rank}: {arguments[0]}", encoding="utf-8")
-    if rank == 1:
-        raise SystemExit(1)
-    time.sleep(600)  # ended by the test's subject
-
-
-def test_a_failed_rank_ends_the_other_and_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in runs.ALL_RANKS.items():
-        monkeypatch.setenv(name, value)  # so that what the run sets is taken back
-    monkeypatch.setattr(runs, "be_rank", fail_as_the_second)
-    monkeypatch.setattr(runs, "PRELOADED", [])
-    with pytest.raises(ConfigError, match=r"rank1\.log\.$"):
-        runs.run(tmp_path, PLAIN, 1, VARIANTS[PLAIN])
-    (log,) = tmp_path.rglob("rank1.log")
-    assert log.read_text(encoding="utf-8") == "rank 1: --set"
+def test_a_failed_run_is_named_and_others_are_stored(tmp_path: Path) -> None:
+    """In real workers; the settings are refused before the program is loaded."""
+    task = runs.Task(PLAIN, 1, ("outer.no_such_key=1",))
+    with pytest.raises(ConfigError, match=r"plain, seed 1: the run failed.*no_such_key"):
+        list(runs.run_all(tmp_path, [task], "now", workers=1))
     assert not list(tmp_path.glob("*.json"))
-
-
-def test_ranks_differ_in_their_number_alone() -> None:
-    first, second = (runs.rank_environment(rank, 1234) for rank in range(2))
-    assert {key for key in first if first[key] != second[key]} == {"RANK", "LOCAL_RANK"}
 
 
 def test_the_page_says_what_was_not_run_and_draws_the_rest(tmp_path: Path) -> None:

@@ -25,11 +25,8 @@ SWEEPS = {method: [f"{method}-h{length}" for length in INTERVALS] for method in 
 """Method -> variants in the order of H."""
 
 MARKDOWN_COLUMNS = 120
-FULL_SEEDS = 3
-"""Fewer are remarked on beside a verdict."""
-
-INTRODUCTION = f"""Two replicas on two CPU ranks train the model of
-`tools/bench/quality/small.yaml` on the demo's text, each variant with the same seeds. A seed sets
+INTRODUCTION = f"""Two replicas train the model of `tools/bench/quality/small.yaml` on the
+demo's text, both in one process of one thread, which gives the bits of two ranks. A seed sets
 the initial weights and the order of samples, so runs of one seed are paired. Loss is that of the
 anchor on held-out text after the last step, nats per token. How learning rates were chosen is in
 the [log](../experiments/LOG.md).
@@ -85,14 +82,14 @@ def _comparison_row(losses: Losses, comparison: Comparison) -> tuple[object, ...
         return (*names, "", "not run", "", claim, "not run")
     of = interval(found)
     each = ", ".join(f"{difference:+.2f}" for difference in found)
-    return (*names, each, f"{of.mean:+.2f}", _ends(of), claim, _said(comparison.rule, of))
+    return (*names, each, f"{of.mean:+.2f}", _ends(of), claim, _said(comparison, of))
 
 
-def _said(rule: Rule, difference: Interval) -> str:
+def _said(comparison: Comparison, difference: Interval) -> str:
     """Return the verdict, with a remark where seeds are missing."""
-    answer = verdict(rule, difference)
-    complete = rule is Rule.SHOWN or difference.count >= FULL_SEEDS
-    return answer if complete else f"{answer}; {difference.count} of {FULL_SEEDS} seeds"
+    answer, seeds = verdict(comparison.rule, difference), comparison.seeds
+    complete = comparison.rule is Rule.SHOWN or difference.count >= seeds
+    return answer if complete else f"{answer}; {difference.count} of {seeds} seeds"
 
 
 def _ends(of: Interval) -> str:
@@ -171,9 +168,7 @@ def _loss_row(name: str, results: Sequence[Result]) -> tuple[object, ...]:
     runs = sorted((r for r in results if r.variant == name), key=lambda r: r.seed)
     each = ", ".join(f"{run.loss:.4f}" for run in runs)
     mean = sum(run.loss for run in runs) / len(runs)
-    sent = runs[0].bytes_sent
-    size = "n/a" if sent is None else f"{sent / 1e6:.2f} MB"
-    return (name, f"{mean:.4f}", each, size)
+    return (name, f"{mean:.4f}", each, f"{runs[0].bytes_sent / 1e6:.2f} MB")
 
 
 def _keys(name: str) -> str:
@@ -187,14 +182,14 @@ def _facts(results: Sequence[Result]) -> str:
     seconds = [result.seconds for result in results]
     rows = [
         ("runs", f"{len(results)}, of {', '.join(map(str, steps))} steps, seeds {seeds}"),
-        ("machine", f"{platform.machine()}, two ranks of one thread"),
+        ("machine", f"{platform.machine()}, one thread a run"),
         ("seconds of a run", f"{min(seconds):.0f} to {max(seconds):.0f}, machine shared"),
         (
             "versions",
             f"Python {platform.python_version()}, torch {version('torch')}, "
             f"megatron-core {version('megatron-core')}",
         ),
-        ("commits", ", ".join(sorted({result.commit for result in results}))),
+        ("commit", results[0].commit),
         ("date", f"{datetime.now(UTC):%Y-%m-%d}"),
     ]
     return _table(("quantity", "value"), rows)

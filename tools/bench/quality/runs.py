@@ -1,34 +1,49 @@
-"""Runs the real program for one variant and seed at a time, and stores one JSON file a run.
+"""Trains variants and seeds, two at a time, and stores one JSON file a run.
 
-Two ranks are started, one thread each, with the variables that a launcher sets. A run whose file
-exists is not repeated, so an interrupted campaign resumes where it stopped. A file made with other
-settings is refused.
+Both replicas of a run share a process of one thread (`training.one_process`); their losses are
+those of two ranks, bit for bit. A worker process imports the program once and trains one run after
+the other. A run whose file exists is not repeated, so an interrupted campaign resumes where it
+stopped. A file made with other settings is refused. So is one of another commit: rows of a page
+are of one version of the program.
 """
 
 import json
 import multiprocessing
 import os
-import socket
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from hashlib import sha256
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import yaml
 
 from megatron_muloco.errors import ConfigError
-from tools.bench.provenance import commit
+from tools.bench.provenance import program_commit
 
-ROOT = Path(__file__).resolve().parents[3]
 CONFIG = Path(__file__).with_name("small.yaml")
-RANKS = 2
-PRELOADED = ["megatron_muloco.training.build", __name__]
-ALL_RANKS = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-_TERMINATE_SECONDS = 10.0  # chosen: a rank that was asked to end is killed after this
-_POLL_SECONDS = 0.2  # chosen: short against a run
+WORKER_ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run to make.
+
+    Attributes:
+        variant: Name in the grid.
+        seed: Seed of weights and of the order of samples.
+        keys: Keys that the variant replaces.
+    """
+
+    variant: str
+    seed: int
+    keys: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """Return the name of the run."""
+        return f"{self.variant}, seed {self.seed}"
 
 
 @dataclass(frozen=True)
@@ -43,9 +58,9 @@ class Result:
         iterations: Inner step of the last evaluation.
         loss: Held-out loss of the anchor at that step, nats per token.
         initial_loss: Held-out loss before the first step.
-        bytes_sent: Bytes sent by the writing rank in all outer steps; ``None`` where not written.
-        seconds: Wall time of the run with its start.
-        commit: Commit of the program; with ``+`` where the program differed from it.
+        bytes_sent: Bytes that rank 0 of two ranks would send in all outer steps.
+        seconds: Wall time of the run on one core, without the start of its worker.
+        commit: Last commit that changed the program.
     """
 
     variant: str
@@ -55,7 +70,7 @@ class Result:
     iterations: int
     loss: float
     initial_loss: float
-    bytes_sent: int | None
+    bytes_sent: int
     seconds: float
     commit: str
 
@@ -95,103 +110,100 @@ def read_result(out: Path, variant: str, seed: int, keys: Sequence[str]) -> Resu
     return result
 
 
-def run(out: Path, variant: str, seed: int, keys: Sequence[str]) -> Result:
-    """Train one variant with one seed, store the result, and return it.
+def clean_commit() -> str:
+    """Return the commit that new runs belong to.
 
     Raises:
-        ConfigError: A rank failed; the message names the file with what it said.
+        ConfigError: The program differs from its commit, so nobody could repeat the runs.
     """
-    from tools.demo_summary import read_points
+    commit = program_commit()
+    if commit.endswith("+"):
+        raise ConfigError(
+            f"the program differs from commit {commit[:-1]}, so its runs could not be repeated. "
+            "Commit the changes first."
+        )
+    return commit
 
-    events = out / "events" / f"{variant}-seed{seed}-{time.time_ns()}"
-    events.mkdir(parents=True)
-    started = time.perf_counter()
-    settings = settings_of(keys, seed)
-    _run_ranks((*settings, f"monitor.dir={events}"), events)
-    seconds = time.perf_counter() - started
-    points = read_points(str(events))
-    held_out = sorted(points["lm loss validation"])
-    sent = points.get("muloco/wire_bytes")
-    result = Result(
-        variant=variant,
-        seed=seed,
+
+def require_one_commit(results: Sequence[Result], commit: str | None = None) -> None:
+    """Raise unless all results are of one commit.
+
+    Args:
+        results: Results that will stand on one page.
+        commit: That commit; None allows any.
+
+    Raises:
+        ConfigError: Some results are of another commit.
+    """
+    expected = {commit} if commit else {result.commit for result in results}
+    if len(expected) == 1 and all(result.commit in expected for result in results):
+        return
+    kinds = sorted({result.commit for result in results})
+    counts = [f"{sum(r.commit == kind for r in results)} of {kind}" for kind in kinds]
+    now = f", and the program is {commit}" if commit else ""
+    raise ConfigError(
+        f"--out: has runs of other commits ({', '.join(counts)}{now}), which cannot stand on one "
+        "page. Choose another --out, or replace them with --fresh."
+    )
+
+
+def train(task: Task, commit: str) -> Result:
+    """Train one run in this process."""
+    from megatron_muloco.runtime.distributed import silence_known_warnings
+
+    silence_known_warnings()  # before Megatron is imported, which warns
+    from megatron_muloco.config import load_config
+    from megatron_muloco.training.one_process import run_in_one_process
+
+    settings, started = settings_of(task.keys, task.seed), time.perf_counter()
+    outcome = run_in_one_process(load_config(CONFIG, settings), writes=False)
+    held_out = outcome.held_out
+    return Result(
+        variant=task.variant,
+        seed=task.seed,
         settings=settings,
         config_digest=config_digest(),
-        iterations=held_out[-1][0],
-        loss=held_out[-1][1],
-        initial_loss=held_out[0][1],
-        bytes_sent=round(sum(value for _, value in sent)) if sent else None,
-        seconds=round(seconds, 1),
-        commit=commit(),
+        iterations=max(held_out),
+        loss=held_out[max(held_out)],
+        initial_loss=held_out[0],
+        bytes_sent=outcome.wire_bytes[0],
+        seconds=round(time.perf_counter() - started, 1),
+        commit=commit,
     )
-    path = path_of(out, variant, seed)
+
+
+def run_all(out: Path, tasks: Sequence[Task], commit: str, workers: int) -> Iterator[Result]:
+    """Train all tasks, ``workers`` at a time; store and yield each result as it is there.
+
+    Raises:
+        ConfigError: A run failed. Results of the others that had finished are stored.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    os.environ.update(WORKER_ENVIRONMENT)  # read when torch is loaded, by the workers
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context)
+    try:
+        futures = {pool.submit(train, task, commit): task for task in tasks}
+        for future in as_completed(futures):
+            try:
+                result = future.result()
+            except (Exception, BrokenProcessPool) as error:
+                raise ConfigError(
+                    f"{futures[future]}: the run failed: {error!r}. Settings: "
+                    f"{' '.join(settings_of(futures[future].keys, futures[future].seed))}"
+                ) from error
+            _store(result, path_of(out, result.variant, result.seed))
+            yield result
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            process.terminate()  # or the end would wait for runs whose results nobody wants
+        raise
+    finally:
+        pool.shutdown()
+
+
+def _store(result: Result, path: Path) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(asdict(result), indent=1) + "\n", encoding="utf-8")
     partial.replace(path)
-    return result
-
-
-def rank_environment(rank: int, port: int) -> dict[str, str]:
-    """Return what a launcher would set for one of the ranks."""
-    return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(RANKS),
-        "LOCAL_WORLD_SIZE": str(RANKS),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-
-
-def _run_ranks(settings: Sequence[str], directory: Path) -> None:
-    """Run all ranks to their end; when one fails, end the others and raise.
-
-    Ranks come from a fork server that has imported the program once: importing it takes as long as
-    a third of a run.
-    """
-    os.environ.update(ALL_RANKS)  # read when torch is loaded, by the fork server
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    port = _free_port()
-    logs = [directory / f"rank{rank}.log" for rank in range(RANKS)]
-    ranks = [
-        context.Process(target=be_rank, args=(rank, port, str(log), ("--set", *settings)))
-        for rank, log in enumerate(logs)
-    ]
-    for rank in ranks:
-        rank.start()
-    try:
-        while any(rank.is_alive() for rank in ranks) and not any(r.exitcode for r in ranks):
-            time.sleep(_POLL_SECONDS)
-    finally:
-        failed = [log for rank, log in zip(ranks, logs, strict=True) if rank.exitcode]
-        _end(ranks)
-    if failed:
-        raise ConfigError(f"the run failed; see {', '.join(map(str, failed))}.")
-
-
-def be_rank(rank: int, port: int, log: str, arguments: Sequence[str]) -> None:
-    """Run one rank of the program in this process, with all its output in ``log``."""
-    with open(log, "wb") as file:
-        os.dup2(file.fileno(), sys.stdout.fileno())
-        os.dup2(file.fileno(), sys.stderr.fileno())
-    os.environ.update(rank_environment(rank, port))
-    from megatron_muloco.training.main import main
-
-    main(("--config", str(CONFIG), *arguments))
-
-
-def _end(ranks: Sequence[BaseProcess]) -> None:
-    for rank in ranks:
-        rank.terminate()
-    for rank in ranks:
-        rank.join(_TERMINATE_SECONDS)
-        if rank.is_alive():
-            rank.kill()
-            rank.join()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
