@@ -245,7 +245,8 @@ def _least_error(below: Tensor, starts: Tensor, grid: _Grid) -> Tensor:
 def _scores(of_bins: Tensor) -> Tensor:
     """Return the score of each group, ``[groups]``; a cumulative sum adds in the order of bins."""
     counts, sums = of_bins
-    return (sums * sums / counts.clamp(min=1)).cumsum_(1)[:, -1]
+    scores: Tensor = (sums * sums / counts.clamp(min=1)).cumsum_(1)[:, -1]
+    return scores
 
 
 def _moved(edges: Tensor, of_bins: Tensor, grid: _Grid) -> Tensor:

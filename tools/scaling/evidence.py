@@ -23,10 +23,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from megatron_muloco.errors import ConfigError
+from megatron_muloco.scaling.critical import critical_batch
 from megatron_muloco.scaling.fitting import Fit, fit
 from megatron_muloco.scaling.intervals import estimates, prediction_interval
 from megatron_muloco.scaling.observations import Observations
-from megatron_muloco.scaling.optima import critical_batch
 from megatron_muloco.scaling.table import Table, points_of, read_table
 from tools.scaling.labelled import Prediction, Target, Value, lr_step, power_of_two
 from tools.scaling.published import DIRECTORY
