@@ -35,7 +35,7 @@ from tools.scaling.advice import (
     round_of,
     shape_near,
 )
-from tools.scaling.evidence import Published
+from tools.scaling.evidence import Published, millions
 from tools.scaling.labelled import METHODS, Target, Value
 from tools.scaling.ready import CONFIGS, Ready, check_text, load_text, ready_config, tokens_of
 from tools.scaling.report import text_table
@@ -273,6 +273,13 @@ def report(suggestion: Suggestion, options: argparse.Namespace) -> str:
         lines.append(
             f"no exchange leaves {options.share:.0%} of a round to compute; the last one leaves "
             f"{chosen.share:.0%}. Use a faster link or fewer, larger replicas."
+        )
+    batch = suggestion.config.training.global_batch_size * target.seq_length
+    critical = Published().critical(target).value
+    if batch > critical:
+        lines.append(
+            f"warning: {machine.gpus} GPUs need a batch of {millions(batch)} tokens, more than the "
+            f"critical {millions(critical)}: the loss is more than 1 % above the best. Use fewer."
         )
     memory = memory_plan(suggestion.config, topology_of(suggestion.config, machine.gpus))
     lines.append(

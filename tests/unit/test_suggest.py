@@ -52,7 +52,7 @@ def options(words: str) -> argparse.Namespace:
         "params=3.07e9 replicas=1 method=dp_muon",
         "params=5e9 replicas=12 gpus=192",
         "params=15e9 replicas=16 gpus=1024 link=100Gbit tokens=300B",
-        "params=15e9 replicas=4 gpus=64 gpu_memory=40",
+        "params=15e9 replicas=4 gpus=64",
         "params=30e9 replicas=8 gpus=512",
     ],
 )
@@ -213,9 +213,12 @@ def test_all_problems_are_named_at_once() -> None:
     assert len(caught.value.problems) == 3
 
 
-def test_a_batch_is_at_least_one_sequence_a_rank() -> None:
-    found = suggest.suggest(options("params=150e6 replicas=2 gpus=1024 tokens=1e9"))
-    assert found.config.training.global_batch_size >= 1024
+def test_a_batch_above_the_critical_one_is_said() -> None:
+    many, few = (options(f"params=150e6 replicas=2 gpus={n} tokens=1e9") for n in (1024, 16))
+    found = suggest.suggest(many)
+    assert found.config.training.global_batch_size >= 1024  # one sequence a rank
+    assert "more than the critical" in suggest.report(found, many)
+    assert "warning" not in suggest.report(suggest.suggest(few), few)
 
 
 def test_the_command_writes_the_config_and_the_report(
