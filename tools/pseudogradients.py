@@ -48,7 +48,7 @@ def _branches_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, required=True, help="YAML file of the run")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="override keys")
     parser.add_argument(
-        "--inner", nargs="+", default=[], metavar="KIND=LR", help="such as muon=0.044 adamw=0.0078"
+        "--inner", nargs="+", default=[], metavar="KIND:LR", help="such as muon:0.044 adamw:0.0078"
     )
     parser.add_argument("--replicas", type=int, nargs="+", default=list(_REPLICAS), metavar="K")
     parser.add_argument("--warm-steps", type=int, default=0, help="inner steps before a branch")

@@ -141,7 +141,7 @@ def test_a_branch_trains_as_a_run_does(
     text = analyse_saved(tmp_path / "saved", None, "gate", tmp_path / "out")
     assert "Autocorrelation at lag 1: pseudogradient" in text
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "layers.csv", "rounds.csv", "spectra.png", "outer.png", "report.md",
+        "layers.csv", "rounds.csv", "spectra.png", "momentum.png", "report.md",
     }  # fmt: skip
 
 

@@ -17,6 +17,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from megatron_muloco.data.sampler import BatchLayout
 from megatron_muloco.errors import CheckpointError
 from megatron_muloco.training import loop, stopping
 from megatron_muloco.training.loop import Outcome
@@ -145,8 +146,11 @@ class Job:
             model=SimpleNamespace(zero_grad_buffer=lambda: None),
             optimizer=optimizer,
             forward=lambda batches, count: torch.zeros(()),
-            train_data=SimpleNamespace(microbatch=lambda step, index: None),
+            train_data=SimpleNamespace(
+                microbatch=lambda step, index: None, layout=BatchLayout(1, 1, 1, 1)
+            ),
             valid_data=None,
+            test_data=None,
             profiler=None,
             monitor=FakeMonitor(),
             probe=None,

@@ -13,7 +13,8 @@ from megatron_muloco.comm.compressed import build_compressed_reducer_for
 from megatron_muloco.comm.reducers import build_plain_reducer_for
 from megatron_muloco.compress.codec import Codec
 from megatron_muloco.compress.format import CodingUnit, Grouping
-from megatron_muloco.compress.quantizers import E3M0, Linear, Statistical
+from megatron_muloco.compress.quantizers import E3M0, Linear
+from megatron_muloco.compress.statistical import Statistical
 from megatron_muloco.compress.topk import TopK
 from megatron_muloco.config.outer import (
     LinearCompression,

@@ -60,7 +60,7 @@ def analyse_saved(directory: Path, reference: Path | None, matrix: str, out: Pat
     draw_spectra([_spectra(last.matrices, matrix, f"round {numbers[-1]}")], out / "spectra.png")
     figures = ["spectra.png"]
     note = _outer(run.config, numbers, means, out)
-    figures += ["outer.png"] if (out / "outer.png").exists() else []
+    figures += ["momentum.png"] if (out / "momentum.png").exists() else []
     rows = {f"round {number}": layers for number, layers in measured.items()}
     replicas = run.topology.num_replicas
     text = section(f"Rounds of {run.config.inner.kind}, K = {replicas}", rows, figures, note)
@@ -87,7 +87,7 @@ def _outer(config: RunConfig, numbers: Sequence[int], means: Sequence[Tensor], o
         "pseudogradient": [autocorrelation(means, lag) for lag in lags],
         "outer momentum": [autocorrelation(momenta, lag) for lag in lags],
     }
-    draw_outer(rounds, correlations, out / "outer.png")
+    draw_outer(rounds, correlations, out / "momentum.png")
     end = rounds[-1]
     text = (
         f"Outer step of round {end.round_index}: aligned gain {end.aligned_gain:.3g}, transverse "
@@ -149,7 +149,7 @@ def analyse_branches(
     Args:
         config: Configuration of the run; its number of replicas is replaced.
         overrides: Keys to override, ``key=value``.
-        inners: Inner optimizers with their learning rates, ``muon=0.044``; the configuration's own
+        inners: Inner optimizers with their learning rates, ``muon:0.044``; the configuration's own
             if empty.
         replicas: Values of K.
         warm_steps: Inner steps of one replica before the branches.
@@ -200,9 +200,9 @@ def _branch_config(
     """Return the configuration of one branch; each replica takes one microbatch a step."""
     keys = list(overrides)
     if inner:
-        kind, equals, lr = inner.partition("=")
-        if not equals:
-            raise ConfigError(f"--inner {inner} is not of the form muon=0.044.")
+        kind, colon, lr = inner.partition(":")
+        if not colon:
+            raise ConfigError(f"--inner {inner} is not of the form muon:0.044.")
         keys += [f"inner.kind={kind}", f"inner.lr={lr}"]
     found = load_config(config, [*keys, "parallel.num_replicas=1"])
     batch, iters = found.training.global_batch_size, found.training.train_iters

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_muloco.scaling.critical import FACTOR, largest_below
 from megatron_muloco.scaling.optima import parabola_minimum
 from tools.bench.quality.statistics import EQUAL_PERCENT, Interval, interval
 from tools.sweeps.search import CellState
@@ -26,7 +27,6 @@ BASELINES = {"muloco": "dp_muon", "diloco": "dp_adamw"}
 """Method -> its data-parallel baseline."""
 
 _BATCH, _INTERVAL = "training.global_batch_size", "outer.sync_interval"
-_WITHIN = 1.01  # of the best loss: MuLoCo's rule for the critical batch
 
 Seeds = dict[int, float]
 """Seed -> value."""
@@ -274,15 +274,9 @@ def critical_batches(found: Losses, method: str, size: str) -> Seeds:
 
 
 def _crossing(curve: Sequence[tuple[int, float]]) -> float:
-    losses = [loss for _, loss in curve]
-    limit = _WITHIN * min(losses)
-    last = max(index for index, loss in enumerate(losses) if loss <= limit)
-    x = float(np.log2(curve[last][0]))
-    if last + 1 == len(curve):
-        return x
-    beyond = float(np.log2(curve[last + 1][0]))
-    share = (limit - losses[last]) / (losses[last + 1] - losses[last])
-    return x + share * (beyond - x)
+    batches, losses = zip(*curve, strict=True)
+    found = largest_below(batches, losses, FACTOR * min(losses))
+    return float(np.log2(found.grid if found.beyond else found.value))
 
 
 def _critical(found: Losses) -> Iterator[Quantity]:

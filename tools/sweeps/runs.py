@@ -184,7 +184,7 @@ class Runs:
         if not study.count_embeddings:
             params -= counts.embedding + counts.output
         steps = ratio * params / (batch * base.model.seq_length)
-        multiple = study.steps_multiple
+        multiple = cell.part.steps_multiple or study.steps_multiple
         iterations = max(multiple, round(steps / multiple) * multiple)
         lengths = {
             "training.global_batch_size": batch,

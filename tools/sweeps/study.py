@@ -25,8 +25,8 @@ _STUDY_KEYS = {
     "set", "sizes", "methods", "slices",
 }  # fmt: skip
 _SLICE_KEYS = {
-    "sizes", "methods", "replicas", "seed", "report_seeds", "grid", "over", "variants", "use",
-    "set",
+    "sizes", "methods", "replicas", "seed", "report_seeds", "steps_multiple", "grid", "over",
+    "variants", "use", "set",
 }  # fmt: skip
 _USE_KEYS = {"slice", "methods_as", "replicas_as"}
 _AXIS_KEYS = {"start", "factor", "limits", "values"}
@@ -83,6 +83,7 @@ class Slice:
         variants: Name -> settings; ``{"": {}}`` where there are none.
         use: Earlier slices whose best values are taken over, later ones last.
         settings: Settings of all runs of the slice.
+        steps_multiple: Multiple to which the steps of its runs are rounded; ``None``: the study's.
     """
 
     name: str
@@ -96,6 +97,7 @@ class Slice:
     variants: Mapping[str, Mapping[str, Any]]
     use: tuple[Used, ...]
     settings: Mapping[str, Any]
+    steps_multiple: int | None = None
 
 
 @dataclass(frozen=True)
@@ -284,6 +286,7 @@ class _Reader:
             },
             use=tuple(self._used(f"{where}.use", values.get("use", []))),
             settings=self._settings(f"{where}.set", values.get("set", {})),
+            steps_multiple=int(values["steps_multiple"]) if "steps_multiple" in values else None,
         )
         self._check_use(where, part, methods, before)
         return part
