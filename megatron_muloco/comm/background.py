@@ -50,8 +50,7 @@ class BackgroundReducer:
         reducer: The reducer to run. From now on only the communication thread may use it and its
             process group.
         device: Device of the tensors. On an accelerator the thread has its own stream; events
-            order it after the launching stream, and the waiting stream after it. That branch has
-            not been run on a GPU yet.
+            order it after the launching stream, and the waiting stream after it.
     """
 
     def __init__(self, reducer: Reducer, device: torch.device) -> None:

@@ -56,7 +56,8 @@ def automatic_implementation(
     """Return the fastest accurate implementation for a matrix of this shape.
 
     - ``plain`` in bf16, where a Gram matrix loses small singular values; on any device but the CPU,
-      where the others have not been measured; and below 512 rows on the smaller side.
+      where bf16 is the default (docs/performance/h100.md has fp32 on a GPU); and below 512 rows on
+      the smaller side.
     - ``gram`` where the longer side is at least 1.5 times the smaller.
     - ``triangle`` otherwise.
 

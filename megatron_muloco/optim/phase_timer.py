@@ -1,8 +1,7 @@
 """`PhaseTimer`: milliseconds of the optimizer's phases, measured without synchronising the device.
 
 On an accelerator it takes the time between two events of the stream. Events are read as soon as
-they have passed, so that few are alive however rarely `PhaseTimer.take` is called. (That branch has
-not been run yet.)
+they have passed, so that few are alive however rarely `PhaseTimer.take` is called.
 """
 
 import time
