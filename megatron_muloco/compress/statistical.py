@@ -24,6 +24,7 @@ The first term is the same for all bins, so the bins of least error have the lar
 
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -166,9 +167,12 @@ class Statistical(GroupedCodec):
         if grid is _BYTES:
             return torch.arange(grid.cells + 1, device=device).expand(groups, -1)
         if self.bins != "least_error":
-            return _rule_edges(self.bits, self.bins, grid, device).expand(groups, -1)
-        starts = [_rule_edges(self.bits, rule, grid, device) for rule in ("edged", "centred")]
-        return _least_error(below, torch.stack(starts), grid)
+            edges = _rule_edges(self.bits, self.bins, grid)
+            return torch.tensor(edges, device=device).expand(groups, -1)
+        starts = _rule_edges(self.bits, "edged", grid), _rule_edges(self.bits, "centred", grid)
+        if groups == 1:
+            return torch.tensor([_least_error_of_one(below[:, 0], starts, grid)], device=device)
+        return _least_error(below, torch.tensor(starts, device=device), grid)
 
     @override
     def _levels(self, heads: Tensor) -> Tensor:
@@ -205,13 +209,12 @@ def _shift(bins: Bins) -> float:
 
 
 @cache
-def _rule_edges(bits: int, bins: Bins, grid: _Grid, device: torch.device) -> Tensor:
-    """Return the edges of a rule, ``[bins + 1]``."""
+def _rule_edges(bits: int, bins: Bins, grid: _Grid) -> tuple[int, ...]:
+    """Return the edges of a rule."""
     count = 1 << bits
-    inner = torch.arange(1, count, dtype=torch.float64)
-    steps = (inner - count / 2 - _shift(bins)) * (_RANGE * _STEPS / count)
-    cell = (steps / grid.steps + grid.cells / 2).long()  # exact
-    return torch.tensor([0, *cell.tolist(), grid.cells], device=device)
+    width = _RANGE * _STEPS / count / grid.steps  # of a bin, in cells; an even number
+    inner = ((k - count / 2 - _shift(bins)) * width + grid.cells / 2 for k in range(1, count))
+    return (0, *map(int, inner), grid.cells)
 
 
 def _of_bins(below: Tensor, edges: Tensor) -> Tensor:
@@ -240,6 +243,44 @@ def _least_error(below: Tensor, starts: Tensor, grid: _Grid) -> Tensor:
     scores.append(_scores(of_bins))
     best = torch.cat(scores).view(-1, groups).argmax(dim=0)  # the first of equals
     return torch.cat(candidates)[best * groups + torch.arange(groups, device=edges.device)]
+
+
+def _least_error_of_one(
+    below: Tensor, starts: tuple[tuple[int, ...], ...], grid: _Grid
+) -> tuple[int, ...]:
+    """Return what `_least_error` does for a single group, ``below`` of ``[2, cells + 1]``.
+
+    The same arithmetic on numbers instead of tensors, because a call of an operator takes longer
+    than computing a few bins: this is most of what small coding units cost.
+    """
+    counts, sums = below.tolist()
+
+    def of_bins(edges: tuple[int, ...]) -> list[tuple[float, float]]:
+        return [(counts[b] - counts[a], sums[b] - sums[a]) for a, b in pairwise(edges)]
+
+    middle, moved = grid.cells // 2, []
+    for edges in starts:
+        for _ in range(grid.iterations):
+            means = [
+                summed / count / grid.steps if count else min(max(0.0, a - middle), b - middle)
+                for (count, summed), (a, b) in zip(of_bins(edges), pairwise(edges), strict=True)
+            ]
+            inner = [round((left + right) / 2 + middle) for left, right in pairwise(means)]
+            before, edges = (
+                edges,
+                (0, *(min(max(each, 0), grid.cells) for each in inner), grid.cells),
+            )
+            if edges == before:
+                break  # it would not move again
+        moved.append(edges)
+
+    def score(edges: tuple[int, ...]) -> float:
+        total = 0.0
+        for count, summed in of_bins(edges):
+            total += summed * summed / max(count, 1.0)  # sum() may compensate roundings
+        return total
+
+    return max((*starts, *moved), key=score)  # the first of equals
 
 
 def _scores(of_bins: Tensor) -> Tensor:

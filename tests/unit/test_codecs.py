@@ -240,9 +240,9 @@ def test_statistical_is_its_slow_reference_in_a_wide_group(shape: str, bits: int
     assert_equal(result, slow_statistical(values, bits, "least_error"))
 
 
-def test_rows_choose_their_bins_by_themselves() -> None:
+@pytest.mark.parametrize("width", [200, 4100], ids=["narrow", "wide"])
+def test_rows_choose_their_bins_by_themselves(width: int) -> None:
     """Rows of different shapes in one matrix have the bits that each has alone."""
-    width = 200
     rows = torch.stack([draw(shape, width, 3) for shape in ("normal", "outliers", "two values")])
     skewed = draw("normal", width, 4).exp()
     values = torch.cat([rows.flatten(), skewed])
