@@ -30,14 +30,14 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from megatron_muloco.compress.codec import refuse_non_finite
-from megatron_muloco.compress.format import Bins, Grouping, statistical_format
-from megatron_muloco.compress.quantizers import (
+from megatron_muloco.compress.codec import (
     GroupedCodec,
     column_blocks,
+    refuse_non_finite,
     table_index,
     write_codes,
 )
+from megatron_muloco.compress.format import Bins, Grouping, statistical_format
 
 __all__ = ["Statistical"]
 

@@ -10,11 +10,12 @@ from megatron_muloco.compress.codec import (
     RawFallback,
     from_bytes,
     group_matrices,
+    pack,
     refuse_non_finite,
     to_bytes,
+    unpack,
 )
 from megatron_muloco.compress.format import CodingUnit, Grouping, TopKFormat
-from megatron_muloco.compress.quantizers import pack, unpack
 from megatron_muloco.compress.statistical import Statistical
 
 __all__ = ["TopK"]

@@ -11,9 +11,9 @@ from pydantic import Field
 from torch import Tensor
 from typing_extensions import override
 
+from megatron_muloco.compress.codec import GroupedCodec
 from megatron_muloco.compress.codecs import CodecKind, register_codec
 from megatron_muloco.compress.format import GroupedFormat, Grouping
-from megatron_muloco.compress.quantizers import GroupedCodec
 from megatron_muloco.config.outer import LossyCompression
 
 __all__ = ["Sign", "SignCompression"]

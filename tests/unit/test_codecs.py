@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_muloco.compress import quantizers, statistical
+from megatron_muloco.compress import codec, statistical
 from megatron_muloco.compress.codec import Codec, Uncoded
 from megatron_muloco.compress.format import Bins, CodingUnit, Granularity, Grouping, TopKFormat
 from megatron_muloco.compress.quantizers import E3M0, Linear
@@ -292,7 +292,7 @@ def test_rounding_is_the_public_codes_rule() -> None:
     for bits in BITS:
         count, unit = 2**bits, CodingUnit(3000)
         payload = Statistical(bits, Grouping(), "centred").encode(values, unit)
-        codes = quantizers.unpack(payload[4 * count :], bits, 3000)
+        codes = codec.unpack(payload[4 * count :], bits, 3000)
         each = values.double()
         place = (each - each.mean()) / (6 * each.std(correction=0) / count) + count // 2
         expected = place.round().clamp(0, count - 1) + 0.0  # no -0.0

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_muloco.compress.codec import pack, unpack
 from megatron_muloco.compress.format import packed_bytes
-from megatron_muloco.compress.quantizers import pack, unpack
 from tests.support.tensors import assert_equal
 
 BITS = [*range(1, 17)]
