@@ -1,6 +1,5 @@
 """Runs that save pseudogradients, and branches, agree with what their replicas trained."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,19 +63,9 @@ def trained(config: RunConfig) -> list[dict[str, Tensor]]:
     return run_replicas(config, body)
 
 
-@pytest.fixture
-def clean() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    finish_tiny()
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("inner", [MUON, ADAMW], ids=["muon", "adamw"])
-def test_files_hold_what_the_replicas_trained(
-    inner: dict[str, Any], tmp_path: Path, clean: None
-) -> None:
-    found = trained(saving(tmp_path / "saved", inner=inner))
+def test_files_hold_what_the_replicas_trained(inner: dict[str, Any], tmp_path: Path) -> None:
+    (found,) = run_ranks(trained, 1, saving(tmp_path / "saved", inner=inner))
     saved = SavedRounds(tmp_path / "saved")
     assert saved.rounds() == [1, 2]
     first = saved.load(1)
@@ -116,9 +105,11 @@ def test_a_sharded_run_saves_the_same_names_and_shapes(size: int, tmp_path: Path
         }
 
 
-def test_a_branch_trains_as_a_run_does(
-    tmp_path: Path, clean: None, capsys: pytest.CaptureFixture[str]
-) -> None:
+def _branch(config: RunConfig) -> Any:
+    return branch(config, None, [1, 2], keep_steps=True)
+
+
+def test_a_branch_trains_as_a_run_does(tmp_path: Path) -> None:
     prefix = byte_dataset(tmp_path)
     saved = {"dir": str(tmp_path / "saved"), "rounds": (1, 2), "steps": True}
     config = byte_config(
@@ -128,12 +119,12 @@ def test_a_branch_trains_as_a_run_does(
         outer=NESTEROV,
         monitor={"save_pseudogradients": saved},
     )
-    run_in_one_process(config, writes=False)
+    run_ranks(run_in_one_process, 1, config)
     first = SavedRounds(tmp_path / "saved").load(1)
     apart = config.model_copy(
         update={"monitor": config.monitor.model_copy(update={"save_pseudogradients": _off()})}
     )
-    found = branch(apart, None, [1, 2], keep_steps=True)
+    (found,) = run_ranks(_branch, 1, apart)
     for replica in range(REPLICAS):
         for name, matrix in found.pseudogradients[2][replica].items():
             assert_equal(first.matrices[replica][name], matrix, name)
@@ -145,10 +136,13 @@ def test_a_branch_trains_as_a_run_does(
     }  # fmt: skip
 
 
-def test_a_warm_branch_goes_on_where_the_warm_up_ended(tmp_path: Path, clean: None) -> None:
+def _straight_and_warm(config: RunConfig) -> Any:
+    return branch(config, None, [3, 5]), branch(config, warm_up(config, 3), [2])
+
+
+def test_a_warm_branch_goes_on_where_the_warm_up_ended(tmp_path: Path) -> None:
     config = byte_config(byte_dataset(tmp_path), inner=MUON, outer={**NESTEROV, "sync_interval": 7})
-    straight = branch(config, None, [3, 5])
-    resumed = branch(config, warm_up(config, 3), [2])
+    ((straight, resumed),) = run_ranks(_straight_and_warm, 1, config)
     for name, matrix in resumed.pseudogradients[2][0].items():
         # (a - b) - (a - c) against c - b: three roundings of numbers of the parameters' size.
         expected = straight.pseudogradients[5][0][name] - straight.pseudogradients[3][0][name]

@@ -115,10 +115,10 @@ def test_words_say_when_what_changes() -> None:
 def test_banner_and_plan_show_schedules() -> None:
     config = config_of(lr=LINEAR, sync_interval=INTERVAL, **{"fragments.count": "3"})
     banner = start_banner(config, Topology(2, 1, 1, 1), derive(config), device="cpu")
-    assert "lr 0.9 to 0.7 over 5 rounds (linear), momentum 0.7" in banner
+    assert "lr 0.9 to 0.7 over 5 rounds (linear), momentum 0.3" in banner
     assert "every 10 steps, 20 from round 3" in banner
     plan = render_plan(config)
-    assert "lr 0.9 to 0.7 over 5 rounds (linear), momentum 0.7" in plan
+    assert "lr 0.9 to 0.7 over 5 rounds (linear), momentum 0.3" in plan
     assert "of 10 inner steps, 20 from round 3" in plan
     assert "a launch every 3 to 7 steps" in plan
 
