@@ -181,6 +181,7 @@ def run_all(out: Path, tasks: Sequence[Task], commit: str, workers: int) -> Iter
     out.mkdir(parents=True, exist_ok=True)
     os.environ.update(WORKER_ENVIRONMENT)  # read when torch is loaded, by the workers
     context = multiprocessing.get_context("spawn")
+    others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(workers, mp_context=context)
     try:
         futures = {pool.submit(train, task, commit): task for task in tasks}
@@ -196,7 +197,7 @@ def run_all(out: Path, tasks: Sequence[Task], commit: str, workers: int) -> Iter
             yield result
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
-        for process in multiprocessing.active_children():
+        for process in set(multiprocessing.active_children()) - others:
             process.terminate()  # or the end would wait for runs whose results nobody wants
         raise
     finally:
