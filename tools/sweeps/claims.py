@@ -34,6 +34,9 @@ Seeds = dict[int, float]
 Key = tuple[str, str, int, str, tuple[tuple[str, Any], ...]]
 """Size, method, K, variant, values of ``over``."""
 
+Losses = Mapping[Key, Seeds]
+"""Cell -> seed -> test loss of its best point."""
+
 
 @dataclass(frozen=True)
 class Quantity:
@@ -91,11 +94,8 @@ class Evidence:
         outer_lr: (Method, K) -> seed -> log2 of the best outer learning rate.
     """
 
-    losses: Mapping[Key, Seeds]
+    losses: Losses
     outer_lr: Mapping[tuple[str, int], Seeds] = field(default_factory=dict)
-
-
-Losses = Mapping[Key, Seeds]
 
 
 def losses_of(states: Sequence[CellState], table: ResultTable) -> Losses:

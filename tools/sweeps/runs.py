@@ -22,6 +22,7 @@ from tools.sweeps.study import TOKENS, Cell, Study
 __all__ = ["Run", "Runs"]
 
 _SPLITS = ("train", "valid", "test")
+_BATCH, _MICRO_BATCH = "training.global_batch_size", "training.micro_batch_size"
 
 Point = tuple[tuple[str, float], ...]
 """Key of an axis -> its value."""
@@ -82,6 +83,12 @@ class Runs:
     def __init__(self, study: Study) -> None:
         self._study = study
         self._made: dict[tuple[Any, ...], Run] = {}
+
+    @cached_property
+    def _given(self) -> dict[str, Any]:
+        """Batches of the base file by dotted key; a run needs them before its config is whole."""
+        training = load_document(self._study.base).values["training"]
+        return {key: training[key.rpartition(".")[2]] for key in (_BATCH, _MICRO_BATCH)}
 
     @cached_property
     def data(self) -> str:
@@ -178,7 +185,7 @@ class Runs:
         """Return the settings that follow from the batch and the token budget."""
         study = self._study
         base = load_config(study.base, _texts({**fixed, **_divisible(cell.replicas)}))
-        batch = _batch(study, fixed, cell)
+        batch = _batch({**self._given, **fixed}, cell)
         counts = parameter_counts(base.model)
         params = counts.total
         if not study.count_embeddings:
@@ -187,8 +194,8 @@ class Runs:
         multiple = cell.part.steps_multiple or study.steps_multiple
         iterations = max(multiple, round(steps / multiple) * multiple)
         lengths = {
-            "training.global_batch_size": batch,
-            "training.micro_batch_size": _micro_batch(study, fixed, batch // cell.replicas),
+            _BATCH: batch,
+            _MICRO_BATCH: _micro_batch({**self._given, **fixed}, batch // cell.replicas),
             "training.train_iters": iterations,
             "training.eval_interval": iterations,
         }
@@ -209,31 +216,27 @@ class Runs:
 
 def _divisible(replicas: int) -> dict[str, Any]:
     """Return a batch that fits every K, to read a model before its batch is known."""
-    return {"training.global_batch_size": replicas, "training.micro_batch_size": 1}
+    return {_BATCH: replicas, _MICRO_BATCH: 1}
 
 
-def _batch(study: Study, fixed: Mapping[str, Any], cell: Cell) -> int:
+def _batch(settings: Mapping[str, Any], cell: Cell) -> int:
     """Return the sequences of a step.
 
     Raises:
         ConfigError: The replicas cannot share it evenly.
     """
-    key = "training.global_batch_size"
-    document = load_document(study.base).values
-    batch = int(fixed.get(key, document["training"]["global_batch_size"]))
+    batch = int(settings[_BATCH])
     if batch % cell.replicas:
         raise ConfigError(
-            f"{key} is {batch} sequences, which {cell.replicas} replicas cannot share evenly. "
+            f"{_BATCH} is {batch} sequences, which {cell.replicas} replicas cannot share evenly. "
             "Leave this K out of the slice, or take another batch."
         )
     return batch
 
 
-def _micro_batch(study: Study, fixed: Mapping[str, Any], share: int) -> int:
+def _micro_batch(settings: Mapping[str, Any], share: int) -> int:
     """Return the largest divisor of a replica's share that is at most the file's micro batch."""
-    key = "training.micro_batch_size"
-    document = load_document(study.base).values
-    largest = min(share, int(fixed.get(key, document["training"]["micro_batch_size"])))
+    largest = min(share, int(settings[_MICRO_BATCH]))
     return next(size for size in range(largest, 0, -1) if share % size == 0)
 
 
