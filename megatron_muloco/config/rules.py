@@ -2,366 +2,43 @@
 
 A rule takes a parsed config, and the topology where it is known, and yields problems.
 `find_problems` runs the rules and `check` raises their problems. Bounds of single keys are in the
-schema. Checks that read files (datasets, tokenizer) are in `megatron_muloco.data.checks`.
+schema. Rules about the outer step are in `config.outer_rules`, those about the division of the
+model over ranks in `config.layout_rules`. Checks that read files (datasets, tokenizer) are in
+`megatron_muloco.data.checks`.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from itertools import pairwise
 
-from megatron_muloco.config.derived import (
-    padded_vocab_size,
-    smallest_topology,
-    spacing_of_launches,
-    train_iterations,
-)
+from megatron_muloco.config.derived import train_iterations
 from megatron_muloco.config.inner import MuonInner
+from megatron_muloco.config.layout_rules import (
+    batch_divides,
+    ffn_divides,
+    head_width_is_even,
+    heads_divide,
+    layers_divide,
+    sequence_divides,
+    tied_embedding_has_a_scale,
+    vocabulary_divides,
+)
 from megatron_muloco.config.messages import Problem
-from megatron_muloco.config.outer import (
-    AverageOuter,
-    CompressionConfig,
-    GroupedCompression,
-    Interval,
-    NesterovOuter,
-    NoCompression,
-    NoOuter,
-    Steps,
-    interval_at,
-    interval_values,
+from megatron_muloco.config.outer import NoOuter
+from megatron_muloco.config.outer_rules import (
+    additive_apply_overlaps,
+    block_size_has_blocks,
+    data_parallelism_has_one_replica,
+    exceptions_fit_the_compression,
+    fragments_have_layers,
+    norm_ratio_is_above_one,
+    overlap_is_shorter_than_the_spacing,
+    rounds_of_schedules_ascend,
+    run_has_a_round,
 )
 from megatron_muloco.config.schema import RunConfig
 from megatron_muloco.errors import ConfigError
 from megatron_muloco.topology import Topology
 
-__all__ = [
-    "RULES",
-    "Rule",
-    "additive_apply_overlaps",
-    "batch_divides",
-    "block_size_has_blocks",
-    "check",
-    "data_parallelism_has_one_replica",
-    "exceptions_fit_the_compression",
-    "ffn_divides",
-    "find_problems",
-    "fragments_have_layers",
-    "head_width_is_even",
-    "heads_divide",
-    "layers_divide",
-    "norm_ratio_is_above_one",
-    "overlap_is_shorter_than_the_spacing",
-    "rounds_of_schedules_ascend",
-    "run_has_a_round",
-    "sequence_divides",
-    "tied_embedding_has_a_scale",
-    "vocabulary_divides",
-]
-
-
-# ---- outer step --------------------------------------------------------------------------
-
-
-def data_parallelism_has_one_replica(
-    config: RunConfig, topology: Topology | None
-) -> Iterator[Problem]:
-    """Require one replica where there is no outer step."""
-    replicas = config.parallel.num_replicas
-    if isinstance(config.outer, NoOuter) and replicas > 1:
-        yield Problem(
-            "parallel.num_replicas",
-            f"{replicas}, but outer.kind is none, so the replicas would never be synchronised.\n"
-            "Use num_replicas 1 (all ranks become data-parallel), or outer.kind nesterov or "
-            "average.",
-        )
-
-
-def fragments_have_layers(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
-    """Require at least one layer and one step of the round for each fragment."""
-    if isinstance(config.outer, NoOuter):
-        return
-    count, interval = config.outer.fragments.count, config.outer.sync_interval
-    if count > config.model.num_layers:
-        yield Problem(
-            "outer.fragments.count",
-            f"{count} is more than the {config.model.num_layers} layers of the model, but a "
-            "fragment holds at least one whole layer.\nUse fewer fragments.",
-        )
-    if count > min(interval_values(interval)):
-        yield Problem(
-            "outer.fragments.count",
-            f"{count} is more than {_shortest(interval)}, so several fragments would be launched "
-            "in one step.\nUse fewer fragments.",
-        )
-
-
-def _shortest(interval: Interval) -> str:
-    """Return ``sync_interval H``, or ``the shortest sync_interval H`` of a schedule."""
-    values = interval_values(interval)
-    return f"{'the shortest ' if len(values) > 1 else ''}sync_interval {min(values)}"
-
-
-def overlap_is_shorter_than_the_spacing(
-    config: RunConfig, topology: Topology | None
-) -> Iterator[Problem]:
-    """Require that at most ``max_in_flight`` fragments are in flight at once."""
-    if isinstance(config.outer, NoOuter):
-        return
-    outer = config.outer
-    spacing = max(1, spacing_of_launches(outer))
-    shortest = _shortest(outer.sync_interval)
-    if outer.overlap_steps >= min(interval_values(outer.sync_interval)):
-        yield Problem(
-            "outer.overlap_steps",
-            f"{outer.overlap_steps} is not shorter than {shortest}, so a fragment would be "
-            "launched again before its result is applied.\n"
-            "Use fewer overlap_steps or a longer sync_interval.",
-        )
-    elif outer.overlap_steps >= spacing * outer.max_in_flight:
-        steps = (
-            f"the {spacing} steps between two launches"
-            if outer.max_in_flight == 1
-            else f"{outer.max_in_flight} times the {spacing} steps between two launches"
-        )
-        yield Problem(
-            "outer.overlap_steps",
-            f"{outer.overlap_steps} is not shorter than {steps}\n"
-            f"({shortest} / fragments.count {outer.fragments.count}), so "
-            f"{outer.max_in_flight + 1} fragments would be in flight at once.\nUse overlap_steps "
-            f"of at most {spacing * outer.max_in_flight - 1}, fewer fragments, a longer "
-            f"sync_interval, or max_in_flight above {outer.max_in_flight}.",
-        )
-
-
-def additive_apply_overlaps(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
-    """Require overlap for ``apply: additive``, and no mixing weight beside it."""
-    if isinstance(config.outer, NoOuter) or config.outer.apply != "additive":
-        return
-    if config.outer.overlap_steps == 0:
-        yield Problem(
-            "outer.apply",
-            "additive, but overlap_steps is 0, so there is no progress between launch and apply to "
-            "add.\nUse mix, or overlap_steps above 0.",
-        )
-    if config.outer.mixing_weight is not None:
-        yield Problem(
-            "outer.mixing_weight",
-            f"{config.outer.mixing_weight:g} has no effect with apply additive, which keeps all "
-            "progress since the launch.\nRemove it or use apply: mix.",
-        )
-
-
-def exceptions_fit_the_compression(
-    config: RunConfig, topology: Topology | None
-) -> Iterator[Problem]:
-    """Allow a number of bits as an exception only for kinds that have ``bits``."""
-    compression = _compression(config)
-    if isinstance(compression, NoCompression) or compression.has_bits:
-        return
-    for key, bits in compression.exceptions:
-        if bits not in (None, "none"):
-            yield Problem(
-                f"outer.compression.exceptions.{key}",
-                f"{bits}, but kind {compression.kind} has no choice of bits.\n"
-                "Use none to send these parameters in fp32, or kind linear or statistical.",
-            )
-
-
-def block_size_has_blocks(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
-    """Allow ``block_size`` of quantizers only with granularity block."""
-    compression = _compression(config)
-    if not isinstance(compression, GroupedCompression) or compression.granularity == "block":
-        return
-    if compression.block_size is not None:
-        yield Problem(
-            "outer.compression.block_size",
-            f"{compression.block_size} has no effect with granularity {compression.granularity}.\n"
-            "Remove it or set outer.compression.granularity: block.",
-        )
-
-
-def _compression(config: RunConfig) -> CompressionConfig:
-    return NoCompression() if isinstance(config.outer, NoOuter) else config.outer.compression
-
-
-def norm_ratio_is_above_one(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
-    """Require a ratio of the guard above 1, or 0 for off."""
-    if isinstance(config.outer, NoOuter):
-        return
-    ratio = config.outer.guard.max_norm_ratio
-    if 0 < ratio <= 1:
-        yield Problem(
-            "outer.guard.max_norm_ratio",
-            f"{ratio:g} excludes norms on both sides of the median, so every replica would be "
-            "excluded.\nUse 0 to turn it off, or a ratio well above 1, for instance 10.",
-        )
-
-
-def run_has_a_round(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
-    """Require at least one outer step in the run."""
-    iterations = train_iterations(config)
-    if isinstance(config.outer, NoOuter) or iterations is None:
-        return
-    first = interval_at(config.outer.sync_interval, 1)
-    if first > iterations:
-        yield Problem(
-            "outer.sync_interval",
-            f"{first} is longer than the run of {iterations} steps, so no "
-            "outer step would ever happen.\nUse a shorter interval or a longer run.",
-        )
-
-
-def rounds_of_schedules_ascend(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
-    """Require that the rounds of a schedule start at 1 and ascend."""
-    if isinstance(config.outer, NoOuter):
-        return
-    for key, schedule in _schedules(config.outer):
-        if not isinstance(schedule, Steps):
-            continue
-        rounds = [first for first, _ in schedule.values]
-        if rounds[0] != 1:
-            yield Problem(
-                f"{key}.values.0",
-                f"the first round is {rounds[0]}, so there is no value for the rounds before it.\n"
-                "Start with the pair [1, value]; rounds are counted from 1.",
-            )
-        for place, (before, after) in enumerate(pairwise(rounds), 1):
-            if after <= before:
-                yield Problem(
-                    f"{key}.values.{place}",
-                    f"round {after} comes after round {before}, but each pair holds until the next "
-                    "one.\nList the pairs in ascending order of rounds, each round once.",
-                )
-
-
-def _schedules(outer: NesterovOuter | AverageOuter) -> Iterator[tuple[str, object]]:
-    yield "outer.sync_interval", outer.sync_interval
-    yield "outer.lr", outer.lr
-    yield "outer.momentum", outer.momentum
-
-
-# ---- divisibility of the model and the batch ---------------------------------------------
-
-
-def heads_divide(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
-    """Require that query heads and query groups divide evenly over tensor-parallel ranks."""
-    heads, groups = config.model.num_attention_heads, config.model.query_groups
-    tp = config.parallel.tensor_model_parallel_size
-    if heads % groups:
-        yield Problem(
-            "model.num_query_groups",
-            f"{groups} does not divide the {heads} attention heads, so heads cannot share keys "
-            f"evenly.\nUse one of {_divisors(heads)}.",
-        )
-    if heads % tp:
-        yield Problem(
-            "parallel.tensor_model_parallel_size",
-            f"{tp} does not divide the {heads} attention heads, but each rank holds whole heads.\n"
-            f"Use one of {_divisors(heads)}.",
-        )
-    elif groups % tp:
-        yield Problem(
-            "parallel.tensor_model_parallel_size",
-            f"{tp} does not divide the {groups} query groups, but each rank holds whole groups.\n"
-            f"Use one of {_divisors(groups)}.",
-        )
-
-
-def head_width_is_even(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
-    """Require an even head width, because rotary embeddings rotate pairs of channels."""
-    if config.model.kv_channels % 2:
-        yield Problem(
-            "model.kv_channels",
-            f"{config.model.kv_channels} is odd, but rotary embeddings rotate pairs of "
-            "channels.\nUse an even number.",
-        )
-
-
-def tied_embedding_has_a_scale(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
-    """Require branch norms for a tied embedding that starts at the head's scale.
-
-    Without them the residual stream is mostly the input token's own row, and the tied head turns it
-    into a logit of about sqrt(hidden_size): the first loss is many nats above ln(vocabulary).
-    """
-    model = config.model
-    tied = not model.untie_embeddings_and_output_weights
-    if tied and model.init == "muloco" and not model.post_layernorm:
-        yield Problem(
-            "model.untie_embeddings_and_output_weights",
-            "false, but model.init is muloco and model.post_layernorm false; that initialisation "
-            "has no scale\nfor a table that is embedding and output head without norms after the "
-            "branches.\nUse model.init: megatron, or model.post_layernorm: true, or untie them.",
-        )
-
-
-def ffn_divides(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
-    """Require that MLP rows divide evenly over tensor-parallel ranks."""
-    tp, ffn = config.parallel.tensor_model_parallel_size, config.model.ffn_hidden_size
-    if ffn % tp:
-        yield Problem(
-            "model.ffn_hidden_size",
-            f"{ffn} is not divisible by tensor_model_parallel_size {tp}, but each rank holds an "
-            "equal share of the MLP.\n"
-            "Change one of them.",
-        )
-
-
-def vocabulary_divides(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
-    """Require that the padded vocabulary divides evenly over tensor-parallel ranks."""
-    tp, padded = config.parallel.tensor_model_parallel_size, padded_vocab_size(config.model)
-    if padded % tp:
-        yield Problem(
-            "model.make_vocab_size_divisible_by",
-            f"{config.model.make_vocab_size_divisible_by} pads the vocabulary to {padded}, which "
-            f"tensor_model_parallel_size {tp} does not divide.\nThe padded size must not depend on "
-            "the layout, so that a checkpoint fits every layout. Use a multiple of "
-            f"{tp}.",
-        )
-
-
-def layers_divide(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
-    """Require the same number of layers on every pipeline stage."""
-    pp, layers = config.parallel.pipeline_model_parallel_size, config.model.num_layers
-    if layers % pp:
-        yield Problem(
-            "parallel.pipeline_model_parallel_size",
-            f"{pp} does not divide the {layers} layers, but all stages hold the same number of "
-            "layers.\n"
-            f"Use one of {_divisors(layers)}.",
-        )
-
-
-def sequence_divides(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
-    """Require that sequence parallelism divides the sequence evenly."""
-    tp, length = config.parallel.tensor_model_parallel_size, config.model.seq_length
-    if config.parallel.sequence_parallel and length % tp:
-        yield Problem(
-            "model.seq_length",
-            f"{length} is not divisible by tensor_model_parallel_size {tp}, over which "
-            "sequence_parallel divides it.\nChange one of them or set sequence_parallel: false.",
-        )
-
-
-def batch_divides(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
-    """Require the same number of microbatches on every data-parallel rank."""
-    layout = topology or smallest_topology(config)
-    micro, batch = config.training.micro_batch_size, config.training.global_batch_size
-    unit = layout.num_replicas * layout.data * micro
-    if batch % unit:
-        below = batch - batch % unit
-        near = f"{below} or {below + unit}" if below else f"{unit}"
-        yield Problem(
-            "training.global_batch_size",
-            f"{batch} is not divisible by {layout.num_replicas} replicas x dp {layout.data} x "
-            f"micro_batch_size {micro} = {unit}.\nIt is the number of sequences per inner step "
-            f"over all replicas, and every rank takes the same share. Use {near}.",
-        )
-
-
-def _divisors(number: int) -> str:
-    """Return the divisors of a number, separated by commas."""
-    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
-
-
-# ---- run, inner optimizer, data and checkpoints ------------------------------------------
+__all__ = ["RULES", "Rule", "check", "find_problems"]
 
 Rule = Callable[[RunConfig, Topology | None], Iterable[Problem]]
 

@@ -1,0 +1,142 @@
+"""Rules about division: heads, layers, vocabulary and batch over ranks. See `config.rules`."""
+
+from collections.abc import Iterator
+
+from megatron_muloco.config.derived import (
+    padded_vocab_size,
+    smallest_topology,
+)
+from megatron_muloco.config.messages import Problem
+from megatron_muloco.config.schema import RunConfig
+from megatron_muloco.topology import Topology
+
+__all__ = [
+    "batch_divides",
+    "ffn_divides",
+    "head_width_is_even",
+    "heads_divide",
+    "layers_divide",
+    "sequence_divides",
+    "tied_embedding_has_a_scale",
+    "vocabulary_divides",
+]
+
+
+def heads_divide(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
+    """Require that query heads and query groups divide evenly over tensor-parallel ranks."""
+    heads, groups = config.model.num_attention_heads, config.model.query_groups
+    tp = config.parallel.tensor_model_parallel_size
+    if heads % groups:
+        yield Problem(
+            "model.num_query_groups",
+            f"{groups} does not divide the {heads} attention heads, so heads cannot share keys "
+            f"evenly.\nUse one of {_divisors(heads)}.",
+        )
+    if heads % tp:
+        yield Problem(
+            "parallel.tensor_model_parallel_size",
+            f"{tp} does not divide the {heads} attention heads, but each rank holds whole heads.\n"
+            f"Use one of {_divisors(heads)}.",
+        )
+    elif groups % tp:
+        yield Problem(
+            "parallel.tensor_model_parallel_size",
+            f"{tp} does not divide the {groups} query groups, but each rank holds whole groups.\n"
+            f"Use one of {_divisors(groups)}.",
+        )
+
+
+def head_width_is_even(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
+    """Require an even head width, because rotary embeddings rotate pairs of channels."""
+    if config.model.kv_channels % 2:
+        yield Problem(
+            "model.kv_channels",
+            f"{config.model.kv_channels} is odd, but rotary embeddings rotate pairs of "
+            "channels.\nUse an even number.",
+        )
+
+
+def tied_embedding_has_a_scale(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
+    """Require branch norms for a tied embedding that starts at the head's scale.
+
+    Without them the residual stream is mostly the input token's own row, and the tied head turns it
+    into a logit of about sqrt(hidden_size): the first loss is many nats above ln(vocabulary).
+    """
+    model = config.model
+    tied = not model.untie_embeddings_and_output_weights
+    if tied and model.init == "muloco" and not model.post_layernorm:
+        yield Problem(
+            "model.untie_embeddings_and_output_weights",
+            "false, but model.init is muloco and model.post_layernorm false; that initialisation "
+            "has no scale\nfor a table that is embedding and output head without norms after the "
+            "branches.\nUse model.init: megatron, or model.post_layernorm: true, or untie them.",
+        )
+
+
+def ffn_divides(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
+    """Require that MLP rows divide evenly over tensor-parallel ranks."""
+    tp, ffn = config.parallel.tensor_model_parallel_size, config.model.ffn_hidden_size
+    if ffn % tp:
+        yield Problem(
+            "model.ffn_hidden_size",
+            f"{ffn} is not divisible by tensor_model_parallel_size {tp}, but each rank holds an "
+            "equal share of the MLP.\n"
+            "Change one of them.",
+        )
+
+
+def vocabulary_divides(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
+    """Require that the padded vocabulary divides evenly over tensor-parallel ranks."""
+    tp, padded = config.parallel.tensor_model_parallel_size, padded_vocab_size(config.model)
+    if padded % tp:
+        yield Problem(
+            "model.make_vocab_size_divisible_by",
+            f"{config.model.make_vocab_size_divisible_by} pads the vocabulary to {padded}, which "
+            f"tensor_model_parallel_size {tp} does not divide.\nThe padded size must not depend on "
+            "the layout, so that a checkpoint fits every layout. Use a multiple of "
+            f"{tp}.",
+        )
+
+
+def layers_divide(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
+    """Require the same number of layers on every pipeline stage."""
+    pp, layers = config.parallel.pipeline_model_parallel_size, config.model.num_layers
+    if layers % pp:
+        yield Problem(
+            "parallel.pipeline_model_parallel_size",
+            f"{pp} does not divide the {layers} layers, but all stages hold the same number of "
+            "layers.\n"
+            f"Use one of {_divisors(layers)}.",
+        )
+
+
+def sequence_divides(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
+    """Require that sequence parallelism divides the sequence evenly."""
+    tp, length = config.parallel.tensor_model_parallel_size, config.model.seq_length
+    if config.parallel.sequence_parallel and length % tp:
+        yield Problem(
+            "model.seq_length",
+            f"{length} is not divisible by tensor_model_parallel_size {tp}, over which "
+            "sequence_parallel divides it.\nChange one of them or set sequence_parallel: false.",
+        )
+
+
+def batch_divides(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
+    """Require the same number of microbatches on every data-parallel rank."""
+    layout = topology or smallest_topology(config)
+    micro, batch = config.training.micro_batch_size, config.training.global_batch_size
+    unit = layout.num_replicas * layout.data * micro
+    if batch % unit:
+        below = batch - batch % unit
+        near = f"{below} or {below + unit}" if below else f"{unit}"
+        yield Problem(
+            "training.global_batch_size",
+            f"{batch} is not divisible by {layout.num_replicas} replicas x dp {layout.data} x "
+            f"micro_batch_size {micro} = {unit}.\nIt is the number of sequences per inner step "
+            f"over all replicas, and every rank takes the same share. Use {near}.",
+        )
+
+
+def _divisors(number: int) -> str:
+    """Return the divisors of a number, separated by commas."""
+    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
