@@ -1,6 +1,7 @@
 """Config schema of the inner optimizer, and its `learning_rate` as a function of the step."""
 
 import math
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
@@ -19,6 +20,7 @@ __all__ = [
     "PerOptimizer",
     "ScaleMode",
     "VectorConfig",
+    "WSDDecay",
     "learning_rate",
 ]
 
@@ -26,6 +28,8 @@ __all__ = [
 Accumulation = Literal["heavy_ball", "ema"]
 CoefficientType = Literal["quintic", "simple", "polar_express"]
 ScaleMode = Literal["unit_rms_norm", "spectral", "shape_scaling", "match_rms"]
+
+WSDDecay = Literal["exponential", "linear", "cosine", "minus_sqrt"]
 
 NSImplementation = Literal["plain", "triangle", "gram"]
 """How the Newton-Schulz steps are computed.
@@ -151,8 +155,18 @@ class _Inner(Section):
         0.1, ge=0, le=1, description="Learning rate of the last step as a fraction of the peak."
     )
     lr_warmup_iters: int = Field(500, ge=0, description="Inner steps of linear warm-up from zero.")
-    lr_decay_style: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="Shape of the learning rate from the warm-up to the last step."
+    lr_decay_style: Literal["cosine", "linear", "constant", "WSD"] = Field(
+        "cosine",
+        description="Shape of the learning rate from the warm-up to the last step. WSD (warm-up, "
+        "stable, decay) stays at the peak until the last lr_wsd_decay_iters steps.",
+    )
+    lr_wsd_decay_style: WSDDecay = Field(
+        "exponential",
+        description="Shape of the decay at the end of WSD: of its share x of steps, exponential "
+        "keeps 2 * 0.5^x - 1, linear 1 - x, minus_sqrt 1 - sqrt(x), cosine half a cosine.",
+    )
+    lr_wsd_decay_iters: int | None = Field(
+        None, ge=1, description="Inner steps of the decay at the end of WSD; none with others."
     )
     weight_decay: float | None = Field(
         None,
@@ -210,10 +224,12 @@ def learning_rate(inner: InnerConfig, train_iters: int, step: int) -> float:
     """Return the learning rate of inner step ``step``, counted from 1 over the whole run.
 
     It rises linearly from lr / lr_warmup_iters at step 1 to lr at step ``lr_warmup_iters``, then
-    decays to ``min_lr_ratio * lr`` at step ``train_iters`` and stays there.
+    decays to ``min_lr_ratio * lr`` at step ``train_iters`` and stays there. WSD stays at lr until
+    its decay begins, so a run can be resumed from there with another ``train_iters``.
 
     Source: MuLoCo research code (500 steps of linear warm-up, cosine to 0.1 of the peak over the
-    rest). Steps are counted from 1, so that the first step has a learning rate above zero.
+    rest); Megatron's scheduler for WSD. Steps are counted from 1, so that the first step has a
+    learning rate above zero.
     """
     if step < 1:
         raise ValueError(f"inner steps are counted from 1, got {step}")
@@ -222,11 +238,21 @@ def learning_rate(inner: InnerConfig, train_iters: int, step: int) -> float:
         return inner.lr * step / warmup
     if inner.lr_decay_style == "constant":
         return inner.lr
-    progress = min(1.0, (step - warmup) / (train_iters - warmup))
-    remaining = (
-        0.5 * (1.0 + math.cos(math.pi * progress))
-        if inner.lr_decay_style == "cosine"
-        else 1.0 - progress
-    )
+    start: int = warmup
+    shape: str = inner.lr_decay_style
+    if inner.lr_decay_style == "WSD":
+        start, shape = train_iters - (inner.lr_wsd_decay_iters or 0), inner.lr_wsd_decay_style
+        if step <= start:
+            return inner.lr
+    progress = min(1.0, (step - start) / (train_iters - start))
     floor = inner.lr * inner.min_lr_ratio
-    return floor + (inner.lr - floor) * remaining
+    return floor + (inner.lr - floor) * _DECAYS[shape](progress)
+
+
+# Share of the way from the peak to the last rate that is left, by the share of the decay's steps.
+_DECAYS: dict[str, Callable[[float], float]] = {
+    "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
+    "linear": lambda progress: 1.0 - progress,
+    "exponential": lambda progress: 2.0 * 0.5**progress - 1.0,
+    "minus_sqrt": lambda progress: 1.0 - math.sqrt(progress),
+}

@@ -94,6 +94,34 @@ def warmup_is_shorter_than_the_run(
         )
 
 
+def wsd_has_a_decay(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
+    """Require the length of WSD's decay, and that warm-up and decay fit into the run."""
+    inner = config.inner
+    decay = inner.lr_wsd_decay_iters
+    if inner.lr_decay_style != "WSD":
+        if decay is not None:
+            yield Problem(
+                "inner.lr_wsd_decay_iters",
+                f"{decay}, but lr_decay_style is {inner.lr_decay_style}, which does not use it.\n"
+                "Use lr_decay_style: WSD, or remove it.",
+            )
+        return
+    if decay is None:
+        yield Problem(
+            "inner.lr_wsd_decay_iters",
+            "lr_decay_style is WSD, but the length of its decay is not given.\nSet "
+            "lr_wsd_decay_iters, often a tenth to a fifth of the steps.",
+        )
+        return
+    steps = train_iterations(config)
+    if steps is not None and inner.lr_warmup_iters + decay > steps:
+        yield Problem(
+            "inner.lr_wsd_decay_iters",
+            f"{decay} steps of decay and {inner.lr_warmup_iters} of warm-up are more than the "
+            f"run's {steps} steps.\nUse fewer, or a longer run.",
+        )
+
+
 def recompute_is_complete(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
     """Require ``recompute_num_layers`` with full recomputation, and only there."""
     training = config.training
@@ -236,6 +264,7 @@ RULES: tuple[Rule, ...] = (
     one_length,
     one_weight_decay,
     warmup_is_shorter_than_the_run,
+    wsd_has_a_decay,
     heads_divide,
     head_width_is_even,
     tied_embedding_has_a_scale,

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 
 from megatron_muloco.config.derived import Derived, derive, smallest_topology, spacing_of_launches
+from megatron_muloco.config.inner import InnerConfig
 from megatron_muloco.config.outer import (
     AverageOuter,
     CompressionConfig,
@@ -237,10 +238,7 @@ def _run_rows(config: RunConfig, layout: Topology, derived: Derived) -> Iterator
     yield (
         "learning rate",
         f"{inner.lr:g}",
-        f"{inner.kind}, {inner.lr_warmup_iters} steps of warm-up, {inner.lr_decay_style} "
-        f"to x{inner.min_lr_ratio:g}"
-        if inner.lr_decay_style != "constant"
-        else f"{inner.kind}, {inner.lr_warmup_iters} steps of warm-up, then constant",
+        f"{inner.kind}, {inner.lr_warmup_iters} steps of warm-up, {_decay(inner)}",
     )
     rule = (
         f"{inner.decay_base:g} x {derived.replica_batch_size} / "
@@ -253,6 +251,18 @@ def _run_rows(config: RunConfig, layout: Topology, derived: Derived) -> Iterator
         yield "rounds", "none", "data parallelism, no outer step"
     else:
         yield from _round_rows(outer, derived)
+
+
+def _decay(inner: InnerConfig) -> str:
+    """Say in a few words what the learning rate does after the warm-up."""
+    if inner.lr_decay_style == "constant":
+        return "then constant"
+    if inner.lr_decay_style == "WSD":
+        return (
+            f"constant, last {inner.lr_wsd_decay_iters:,} steps {inner.lr_wsd_decay_style} "
+            f"to x{inner.min_lr_ratio:g}"
+        )
+    return f"{inner.lr_decay_style} to x{inner.min_lr_ratio:g}"
 
 
 def _microbatches(derived: Derived, size: int, layout: Topology) -> str:

@@ -26,6 +26,10 @@ RULE_CASES: dict[str, tuple[list[str], list[str]]] = {
         ["inner.lr_warmup_iters=250"],
         ["inner.lr_warmup_iters: 250 is not shorter than the run of 250 steps"],
     ),
+    "wsd_has_a_decay": (
+        ["inner.lr_decay_style=WSD"],
+        ["inner.lr_wsd_decay_iters: lr_decay_style is WSD, but the length of its decay is not"],
+    ),
     "heads_divide": (
         ["parallel.tensor_model_parallel_size=2"],
         ["parallel.tensor_model_parallel_size: 2 does not divide the 3 attention heads"],
@@ -435,6 +439,7 @@ def test_other_packages_add_their_rules() -> None:
         ["outer.compression.wire_dtype=bf16"],
         ["parallel.sequence_parallel=true"],
         ["outer.lr=null", "outer.momentum=null", "outer.kind=average"],
+        ["inner.lr_decay_style=WSD", "inner.lr_wsd_decay_iters=50"],
         ["inner.kind=adamw", "inner.lr_decay_style=constant", "inner.lr_warmup_iters=0"],
         ["training.recompute_granularity=full", "training.recompute_num_layers=1"],
         ["training.train_iters=251"],
@@ -445,3 +450,18 @@ def test_other_packages_add_their_rules() -> None:
 )
 def test_what_is_allowed(overrides: list[str]) -> None:
     load_config(CPU, overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["inner.lr_wsd_decay_iters=10"], "10, but lr_decay_style is cosine, which does not use"),
+        (
+            ["inner.lr_decay_style=WSD", "inner.lr_wsd_decay_iters=240"],
+            "240 steps of decay and 20 of warm-up are more than the run's 250 steps",
+        ),
+    ],
+)
+def test_a_decay_of_wsd_that_does_not_fit_is_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(CPU, overrides)

@@ -3,10 +3,12 @@
 import itertools
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_muloco.config import derive, learning_rate, load_config
 from megatron_muloco.config.derived import spacing_of_launches
@@ -122,6 +124,29 @@ def test_cosine_is_half_way_down_in_the_middle() -> None:
     inner = load_config(CPU, ["inner.lr=1.0", "inner.min_lr_ratio=0.0"]).inner
     # one rounding of cos(pi/2), which is about 6e-17 instead of 0
     assert learning_rate(inner, 220, 120) == pytest.approx(0.5, abs=1e-15)
+
+
+@given(
+    style=st.sampled_from(["exponential", "linear", "cosine", "minus_sqrt"]),
+    warmup=st.integers(0, 30),
+    decay=st.integers(1, 40),
+)
+def test_wsd_is_megatrons(style: str, warmup: int, decay: int) -> None:
+    iterations = 100
+    changes = {
+        "lr_decay_style": "WSD", "lr_wsd_decay_style": style, "lr_wsd_decay_iters": decay,
+        "lr_warmup_iters": warmup, "lr": 1.0,
+    }  # fmt: skip
+    inner = INNER.model_copy(update=changes)
+    group: dict[str, float] = {}
+    theirs = OptimizerParamScheduler(
+        SimpleNamespace(param_groups=[group]), 0.0, 1.0, inner.min_lr_ratio, warmup, iterations,
+        "WSD", 0.0, 0.0, 0, "constant", wsd_decay_steps=decay, lr_wsd_decay_style=style,
+    )  # fmt: skip
+    for step in range(1, iterations + 6):
+        theirs.step(1)
+        # The same formula in another order: a few roundings of numbers up to 2.
+        assert learning_rate(inner, iterations, step) == pytest.approx(group["lr"], abs=1e-15)
 
 
 def test_steps_are_counted_from_one() -> None:
