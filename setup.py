@@ -34,6 +34,7 @@ setup(
         "typing_extensions>=4.6",
     ],
     extras_require={
+        "wandb": ["wandb>=0.18"],
         "analysis": ["scipy>=1.11", "matplotlib>=3.8", "pyarrow>=15"],
         "dev": [
             "pytest>=8",

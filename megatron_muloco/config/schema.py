@@ -243,6 +243,16 @@ class ProfileConfig(Section):
     )
 
 
+class WandbConfig(Section):
+    """Where the run appears in Weights & Biases, beside TensorBoard; needs the package wandb."""
+
+    project: str | None = Field(
+        None, description="Project; when not set, nothing is sent to Weights & Biases."
+    )
+    group: str | None = Field(None, description="Group of runs within the project.")
+    team: str | None = Field(None, description="Team or user; by default that of the login.")
+
+
 class SavePseudogradientsConfig(Section):
     """Which rounds' pseudogradients are saved, and where."""
 
@@ -286,6 +296,10 @@ class MonitorConfig(Section):
     )
     profile: ProfileConfig = Field(
         default_factory=ProfileConfig, description="Which inner steps are profiled."
+    )
+    wandb: WandbConfig = Field(
+        default_factory=WandbConfig,
+        description="Weights & Biases, through DeepSpeed's monitor.",
     )
     save_pseudogradients: SavePseudogradientsConfig = Field(
         default_factory=SavePseudogradientsConfig,

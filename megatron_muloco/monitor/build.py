@@ -1,5 +1,6 @@
 """`build_monitor`: the monitor of a run from its configuration."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from megatron_muloco.monitor.metrics import METRICS, MetricTable
 from megatron_muloco.monitor.monitor import Monitor, RunFacts
 from megatron_muloco.monitor.tensorboard import EventWriter
 from megatron_muloco.monitor.throughput import peak_tflops
+from megatron_muloco.monitor.wandb import Mirrored, PointWriter, WandbWriter
 from megatron_muloco.optim.parameter_table import ParameterReport
 from megatron_muloco.outer.schedule import LineCalendar, SyncSchedule
 from megatron_muloco.topology import Topology
@@ -78,22 +80,31 @@ def build_monitor(
     console.line(start_banner(config, topology, derived, device=name, resumed_step=resumed_step))
     if parameters is not None:
         console.line(f" > parameters:  {parameters.summary}")
-    writer = None
+    writer = Mirrored(*_writers(config, resumed_step, console, metrics))
+    writer.text("run/config", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    if plan_text:
+        writer.text("run/plan", plan_text)
+    if parameters is not None:
+        writer.text("run/parameters", parameters.table)
+        if config.monitor.dir is not None:
+            _keep(Path(config.monitor.dir) / PARAMETERS_FILE, parameters.table, console)
+    return Monitor(facts, calendar, device=device, console=console, writer=writer, metrics=metrics)
+
+
+def _writers(
+    config: RunConfig, resumed_step: int, console: Console, metrics: MetricTable
+) -> Iterator[PointWriter]:
+    """Yield a writer for each place that the configuration names."""
     if config.monitor.dir is not None:
-        writer = EventWriter(
+        yield EventWriter(
             config.monitor.dir,
             resumed_step=resumed_step,
             report=console.stamped,
             metrics=metrics,
         )
-        resolved = config.model_dump(mode="json")
-        writer.text("run/config", yaml.safe_dump(resolved, sort_keys=False))
-        if plan_text:
-            writer.text("run/plan", plan_text)
-        if parameters is not None:
-            writer.text("run/parameters", parameters.table)
-            _keep(Path(config.monitor.dir) / PARAMETERS_FILE, parameters.table, console)
-    return Monitor(facts, calendar, device=device, console=console, writer=writer, metrics=metrics)
+    if config.monitor.wandb.project is not None:
+        settings = config.model_dump(mode="json")
+        yield WandbWriter(config.monitor.wandb, settings, report=console.stamped)
 
 
 def _keep(path: Path, text: str, console: Console) -> None:

@@ -29,8 +29,8 @@ from megatron_muloco.errors import RuntimeMismatch
 from megatron_muloco.monitor.console import Console, EvaluationLine, RunSummary, TrainingLine
 from megatron_muloco.monitor.diagnostics import peak_memory_gib
 from megatron_muloco.monitor.metrics import METRICS, MetricTable
-from megatron_muloco.monitor.tensorboard import EventWriter
 from megatron_muloco.monitor.throughput import Speed, measure_speed
+from megatron_muloco.monitor.wandb import PointWriter
 from megatron_muloco.outer.diagnostics import OuterReport
 from megatron_muloco.outer.schedule import VALUES_PER_LINE, LineCalendar
 
@@ -215,7 +215,7 @@ class Monitor:
         calendar: Steps with a due line, and the launches that carry them.
         device: Device of the line values.
         console: Console; ``None`` on ranks that do not write.
-        writer: Event files; ``None`` on ranks that do not write, or without a directory.
+        writer: Writer of points; ``None`` on ranks that do not write, or where nobody reads them.
         metrics: Table of the metrics that may be recorded.
         now: Monotonic time in seconds.
     """
@@ -227,7 +227,7 @@ class Monitor:
         *,
         device: torch.device,
         console: Console | None = None,
-        writer: EventWriter | None = None,
+        writer: PointWriter | None = None,
         metrics: MetricTable = METRICS,
         now: Callable[[], float] = time.perf_counter,
     ) -> None:

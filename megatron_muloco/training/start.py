@@ -10,8 +10,9 @@ from megatron_muloco.comm.groups import Groups, build_groups
 from megatron_muloco.config import RunConfig
 from megatron_muloco.config.derived import topology_of
 from megatron_muloco.config.outer import NoOuter
-from megatron_muloco.config.rules import check
+from megatron_muloco.config.rules import RULES, check
 from megatron_muloco.errors import ConfigError
+from megatron_muloco.monitor.wandb import wandb_is_installed
 from megatron_muloco.runtime.distributed import start_distributed
 from megatron_muloco.runtime.parallel_state import mirror_groups, require_unset
 
@@ -41,7 +42,7 @@ def initialize_replicas(config: RunConfig) -> Groups:
     timeout = timedelta(minutes=config.training.distributed_timeout_minutes)
     ranks = start_distributed(timeout=timeout)
     topology = topology_of(config, ranks.world_size)
-    check(config, topology)
+    check(config, topology, rules=(*RULES, wandb_is_installed))
     _require_one_config(config)
     by_host = not isinstance(config.outer, NoOuter) and config.outer.sends_from_host
     groups = build_groups(topology, timeout=timeout, exchange_backend="gloo" if by_host else None)
