@@ -36,14 +36,20 @@ from megatron_muloco.comm.chunking import (
     two_way_bytes,
 )
 from megatron_muloco.comm.collectives import BufferPool, Layout, Pending
-from megatron_muloco.comm.reducers import OuterGroup, OuterPeers, Stopwatch
+from megatron_muloco.comm.reducers import (
+    ByPhases,
+    OuterGroup,
+    OuterPeers,
+    PhasedReducer,
+    Phases,
+    Stopwatch,
+)
 from megatron_muloco.compress.codec import Codec, ErrorFeedback, encode, from_bytes
 from megatron_muloco.compress.codecs import codec_lookup
 from megatron_muloco.config.outer import LossyCompression
 from megatron_muloco.outer.reducer import (
     Measurement,
     Reduced,
-    Reducer,
     ReductionStats,
     Residuals,
     Sizes,
@@ -72,7 +78,7 @@ def build_compressed_reducer_for(
     kinds: Mapping[str, ParamKind | None],
     *,
     through_host: bool = False,
-) -> Reducer:
+) -> PhasedReducer:
     """Return the reducer for compressed means.
 
     Args:
@@ -251,7 +257,7 @@ def _load(
 # ------------------------------------------------------------------------------------------
 
 
-class CompressedAllReduce:
+class CompressedAllReduce(ByPhases):
     """Mean of encoded tensors, summed in fp32 at the owner of each chunk and encoded again.
 
     Args:
@@ -266,11 +272,12 @@ class CompressedAllReduce:
         residual: e of this replica, by parameter; ``None`` without error feedback.
         owner_residual: f, by parameter, for the pieces that this rank owns.
 
-    Collectives: `launch` starts an all-to-all over the outer group; `wait` finishes it and does a
-    second, blocking one.
+    Collectives: `launch` starts an all-to-all over the outer group; the phases finish it and do a
+    second one.
     Wire bytes per rank: `two_way_bytes`.
     """
 
+    crossings = 2
     returns_views = False
 
     def __init__(
@@ -283,7 +290,7 @@ class CompressedAllReduce:
         *,
         through_host: bool = False,
     ) -> None:
-        self._outer = OuterGroup(group, device, through_host=through_host)
+        super().__init__(OuterGroup(group, device, through_host=through_host))
         self._pool = BufferPool(device)
         self._codec_of, self._rows = codec_of, rows
         self.residual = None if error_decay is None else ErrorFeedback(error_decay)
@@ -334,8 +341,8 @@ class CompressedAllReduce:
             clock,
         )
 
-    def wait(self, handle: LaunchedCompression) -> Reduced:
-        """See `Reducer.wait`."""
+    def phases(self, handle: LaunchedCompression) -> Phases:
+        """See `PhasedReducer.phases`."""
         outer, fragment, round_index = self._outer, handle.fragment, handle.round_index
         with outer.named_errors("apply", fragment, round_index):
             handle.pending.wait()
@@ -346,7 +353,11 @@ class CompressedAllReduce:
         # 5. Send it to all. Every rank decodes the same bytes, the owner too, so the mean is
         # bitwise the same on all of them.
         with outer.named_errors("apply", fragment, round_index):
-            encoded = self._gather(own, handle.sizes)
+            encoded, pending = self._start_gather(handle, own)
+        del own, payloads
+        yield
+        with outer.named_errors("apply", fragment, round_index):
+            pending.wait()
         mean = _zeros(handle.layout, outer.device)
         if rows[:, 0].any():
             with handle.clock("decode"):
@@ -383,16 +394,23 @@ class CompressedAllReduce:
                 encode(codec, piece.unit, mean, payload[place], residual, decay)
         return payload
 
-    def _gather(self, own: Tensor, sizes: Sequence[int]) -> Tensor:
-        """Return the payloads of all chunks, by an all-to-all: gloo gathers equal sizes only."""
-        gathered = torch.empty(sum(sizes), dtype=torch.uint8, device=own.device)
-        self._outer.wire.all_to_all(
+    def _start_gather(self, handle: LaunchedCompression, own: Tensor) -> tuple[Tensor, Pending]:
+        """Start to gather the payloads of all chunks; return where they arrive, and the collective.
+
+        It is an all-to-all, because gloo gathers equal sizes only. It uses the buffers of the first
+        one, whose contents are no longer needed, so that nothing else is held while it is under
+        way.
+        """
+        (sent, received), count = handle.buffers, self._outer.size
+        gathered, copies = sent[: sum(handle.sizes)], received[: count * own.numel()]
+        copies.view(count, own.numel()).copy_(own)
+        pending = self._outer.wire.all_to_all(
             gathered,
-            own.repeat(self._outer.size),
-            receive_splits=sizes,
-            send_splits=[own.numel()] * self._outer.size,
-        ).wait()
-        return gathered
+            copies,
+            receive_splits=handle.sizes,
+            send_splits=[own.numel()] * count,
+        )
+        return gathered, pending
 
     # ---- residuals: a checkpoint holds f whole, each owner only its pieces ------------------
 
@@ -443,7 +461,7 @@ class CompressedAllReduce:
 # ------------------------------------------------------------------------------------------
 
 
-class CompressedAllGather:
+class CompressedAllGather(ByPhases):
     """Mean of encoded tensors, with the payloads of all replicas decoded on every rank.
 
     A rank's whole shard of a tensor is one coding unit.
@@ -475,7 +493,7 @@ class CompressedAllGather:
         *,
         through_host: bool = False,
     ) -> None:
-        self._outer = OuterGroup(group, device, through_host=through_host)
+        super().__init__(OuterGroup(group, device, through_host=through_host))
         self._pool = BufferPool(device)
         self._codec_of, self._rows = codec_of, rows
         self.residual = None if error_decay is None else ErrorFeedback(error_decay)
@@ -521,8 +539,9 @@ class CompressedAllGather:
             clock,
         )
 
-    def wait(self, handle: LaunchedCompression) -> Reduced:
-        """See `Reducer.wait`."""
+    def phases(self, handle: LaunchedCompression) -> Phases:
+        """See `PhasedReducer.phases`."""
+        yield from ()  # a generator, though `launch` has started the only collective
         outer, (sent, received) = self._outer, handle.buffers
         with outer.named_errors("apply", handle.fragment, handle.round_index):
             handle.pending.wait()

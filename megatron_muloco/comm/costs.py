@@ -10,8 +10,8 @@ K replicas, and u values in the largest unit, which takes E bytes to encode and 
                             buffers        in launch    in wait
     AllReduce               4              0            0, the mean is in the buffer
     ChunkedAllReduce        3w             0            bf16 8; fp32 4 + about 2
-    CompressedAllReduce     2p             E / n        p / K + the larger of (4u + E) / n
-                                                        and p + 4 + D / n
+    CompressedAllReduce     2p             E / n        the larger of p / K + (4u + E) / n
+                                                        and 4 + D / n
     CompressedAllGather     (1 + K) p      E / n        4 + D / n
 """
 
@@ -140,12 +140,12 @@ def compressed_all_reduce_cost(
     buffers = payload + num_replicas * own
     owned = min(numel, chunk_length([(s.name, s.numel) for s in shards], num_replicas))
     averaging = _FP32 * unit + payload_format.encoding_bytes(unit)  # by the owner
-    decoding = payload + fp32 + payload_format.decoding_bytes(unit)  # of all chunks
+    decoding = fp32 + payload_format.decoding_bytes(unit)  # of all chunks
     return ReducerCost(
         sent=tuple(two_way_bytes(sizes, index, row) for index in range(num_replicas)),
         buffers=buffers,
         launching=payload_format.encoding_bytes(unit),
-        waiting=own + max(averaging, decoding),
+        waiting=max(own + averaging, decoding),
         staged=buffers,
         residuals=_FP32 * (numel + owned) if compression.error_feedback else 0,
     )

@@ -18,17 +18,18 @@ every run and on any network, and can send bf16.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import deepspeed.comm as dist
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, get_process_group_ranks
 from torch.profiler import record_function
+from typing_extensions import TypeVar
 
 from megatron_muloco.comm.chunking import all_reduce_length, even_chunk_length, ring_bytes
 from megatron_muloco.comm.collectives import (
@@ -43,17 +44,28 @@ from megatron_muloco.comm.collectives import (
 )
 from megatron_muloco.comm.in_process import InProcessGroup
 from megatron_muloco.errors import SyncError
-from megatron_muloco.outer.reducer import Reduced, Reducer, ReductionStats, Residuals, Sizes
+from megatron_muloco.outer.reducer import (
+    Handle,
+    Reduced,
+    Reducer,
+    ReductionStats,
+    Residuals,
+    Sizes,
+)
 
 __all__ = [
     "AllReduce",
+    "ByPhases",
     "ChunkedAllReduce",
     "LaunchedMean",
     "OuterGroup",
     "OuterPeers",
+    "PhasedReducer",
+    "Phases",
     "ReplicaSum",
     "Stopwatch",
     "build_plain_reducer_for",
+    "finish",
 ]
 
 
@@ -73,6 +85,7 @@ class OuterGroup:
         ranks: Global ranks of the members, in replica order.
         index: This rank's place among them.
         size: K, the number of members.
+        sends_from: Device of the memory that the collectives read.
         wire: Collectives over the group.
         gather_objects: Function that returns the value that it is given of every member; all of
             them call it.
@@ -88,6 +101,7 @@ class OuterGroup:
         self, group: OuterPeers, device: torch.device, *, through_host: bool = False
     ) -> None:
         self.device = device
+        self.sends_from = torch.device("cpu") if through_host else device
         self.wire: Wire
         self.gather_objects: Callable[[Any], list[Any]]
         if isinstance(group, InProcessGroup):
@@ -130,6 +144,78 @@ class OuterGroup:
             ) from error
 
 
+Phases = Generator[None, None, Reduced]
+"""The work of a reduction after its launch; see `PhasedReducer.phases`."""
+
+HandleT = TypeVar("HandleT", bound=Handle, default=Any)
+"""The handles of one reducer."""
+
+LaunchedT = TypeVar("LaunchedT", contravariant=True)
+
+
+class _HasPhases(Protocol[LaunchedT]):
+    def phases(self, handle: LaunchedT) -> Phases: ...
+
+
+class PhasedReducer(Reducer[HandleT], Protocol[HandleT]):
+    """A reducer whose work after the launch is divided into phases.
+
+    Attributes:
+        crossings: Number of collectives that follow each other, the one of `launch` included.
+    """
+
+    crossings: int
+
+    @property
+    def sends_from(self) -> torch.device:
+        """Device of the memory that the collectives read."""
+
+    def phases(self, handle: HandleT) -> Phases:
+        """Finish the reduction; a generator that returns the weighted mean.
+
+        It yields once after each collective that it starts. So everything up to a ``yield`` needs
+        only the collective before it, and other work may be done in between.
+
+        Raises:
+            SyncError: As `Reducer.wait`.
+        """
+
+
+class ByPhases:
+    """The methods of a `PhasedReducer` that follow from its phases.
+
+    Args:
+        outer: The outer group.
+    """
+
+    crossings = 1
+
+    def __init__(self, outer: OuterGroup) -> None:
+        self._outer = outer
+
+    @property
+    def sends_from(self) -> torch.device:
+        """See `PhasedReducer.sends_from`."""
+        return self._outer.sends_from
+
+    def advance(self, handle: object) -> None:
+        """Do nothing: all phases are left to `wait`; see `Reducer.advance`."""
+
+    def wait(self: _HasPhases[Any], handle: Any) -> Reduced:
+        """See `Reducer.wait`."""
+        return finish(self.phases(handle))
+
+
+def finish(phases: Phases) -> Reduced:
+    """Execute the phases that are left, one directly after the other, and return the mean."""
+    try:
+        while True:
+            next(phases)
+    except StopIteration as end:
+        reduced: Reduced = end.value
+        return reduced
+
+
 class Stopwatch:
     """Host time by activity. On an accelerator it is a lower bound: work is only queued there.
 
@@ -167,7 +253,7 @@ def build_plain_reducer_for(
     wire_dtype: WireDtype = "fp32",
     deterministic: bool = False,
     through_host: bool = False,
-) -> Reducer:
+) -> PhasedReducer:
     """Return the reducer for uncompressed means.
 
     Args:
@@ -223,7 +309,7 @@ class _WithoutResiduals:
         """Ignore residuals of an earlier, compressed run; see `Reducer.load_residuals`."""
 
 
-class AllReduce(_WithoutResiduals):
+class AllReduce(ByPhases, _WithoutResiduals):
     """fp32 mean by one all-reduce; the default.
 
     Args:
@@ -240,7 +326,7 @@ class AllReduce(_WithoutResiduals):
     def __init__(
         self, group: OuterPeers, device: torch.device, *, through_host: bool = False
     ) -> None:
-        self._outer = OuterGroup(group, device, through_host=through_host)
+        super().__init__(OuterGroup(group, device, through_host=through_host))
         self._pool = BufferPool(device)
 
     def launch(
@@ -271,8 +357,9 @@ class AllReduce(_WithoutResiduals):
             pending = outer.wire.all_reduce(buffer)
         return LaunchedMean(fragment, round_index, layout, metadata.numel(), (buffer,), pending)
 
-    def wait(self, handle: LaunchedMean) -> Reduced:
-        """See `Reducer.wait`."""
+    def phases(self, handle: LaunchedMean) -> Phases:
+        """See `PhasedReducer.phases`."""
+        yield from ()  # a generator, though `launch` has started the only collective
         outer, layout = self._outer, handle.layout
         (buffer,) = handle.buffers
         # 3. Finish the sum.
@@ -289,7 +376,7 @@ class AllReduce(_WithoutResiduals):
         return Reduced(layout.unpack(buffer), _plain_stats(rows, layout, sent))
 
 
-class ChunkedAllReduce(_WithoutResiduals):
+class ChunkedAllReduce(ByPhases, _WithoutResiduals):
     """Mean by an all-to-all, a sum at the owner of each chunk, and an all-gather.
 
     The owner adds neighbours pairwise in replica order. So the sum of K equal values is exactly K
@@ -302,10 +389,12 @@ class ChunkedAllReduce(_WithoutResiduals):
         wire_dtype: Dtype of the values that are sent, fp32 or bf16.
         through_host: Whether tensors are sent through host memory.
 
-    Collectives: `launch` starts an all-to-all over the outer group; `wait` finishes it and does a
-    blocking all-gather.
+    Collectives: `launch` starts an all-to-all over the outer group; the phases finish it and do an
+    all-gather.
     Wire bytes per rank: ``K - 1`` messages of row and chunk, and ``K - 1`` chunks.
     """
+
+    crossings = 2
 
     def __init__(
         self,
@@ -315,7 +404,7 @@ class ChunkedAllReduce(_WithoutResiduals):
         wire_dtype: torch.dtype,
         through_host: bool = False,
     ) -> None:
-        self._outer = OuterGroup(group, device, through_host=through_host)
+        super().__init__(OuterGroup(group, device, through_host=through_host))
         self._pool = BufferPool(device)
         self._wire_dtype = wire_dtype
         self.returns_views = wire_dtype == torch.float32  # others are converted into new memory
@@ -354,8 +443,8 @@ class ChunkedAllReduce(_WithoutResiduals):
         buffers = (values, messages, received)
         return LaunchedMean(fragment, round_index, layout, metadata.numel(), buffers, pending)
 
-    def wait(self, handle: LaunchedMean) -> Reduced:
-        """See `Reducer.wait`."""
+    def phases(self, handle: LaunchedMean) -> Phases:
+        """See `PhasedReducer.phases`."""
         outer, layout = self._outer, handle.layout
         values, messages, received = handle.buffers
         with outer.named_errors("apply", handle.fragment, handle.round_index):
@@ -367,12 +456,17 @@ class ChunkedAllReduce(_WithoutResiduals):
         chunks = table[:, row_bytes:].view(self._wire_dtype)
         mean = _pairwise_sum(list((chunks.float() * rows[:, :1].to(chunks.device)).unbind()))
         _divide(mean, rows)
-        # 5. Send the mean of the own chunk to all. It arrives in ``values``, whose contents are no
-        # longer needed: the messages were a copy.
+        # 5. Send the mean of the own chunk to all, from ``messages`` to ``values``: their contents
+        # are no longer needed, and so nothing else is held while it is under way.
+        own = messages[: mean.numel() * values.element_size()].view(self._wire_dtype).copy_(mean)
+        del mean, chunks, table
         with outer.named_errors("apply", handle.fragment, handle.round_index):
-            outer.wire.all_gather(values, mean.to(self._wire_dtype)).wait()
+            pending = outer.wire.all_gather(values, own)
+        yield
+        with outer.named_errors("apply", handle.fragment, handle.round_index):
+            pending.wait()
         self._pool.release(*handle.buffers)
-        sent = messages.numel() // outer.size + mean.numel() * values.element_size()
+        sent = (messages.numel() + values.numel() * values.element_size()) // outer.size
         stats = _plain_stats(rows, layout, (outer.size - 1) * sent)
         return Reduced(layout.unpack(values.float()), stats)
 

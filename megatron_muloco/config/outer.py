@@ -505,14 +505,24 @@ class _Synchronised(Section):
         return self.transport == "host"
 
     @property
-    def reduces_in_thread(self) -> bool:
-        """Whether a helper thread reduces while training continues.
+    def reduces_beside_training(self) -> bool:
+        """Whether something has to work on reductions while training continues.
 
-        A reduction of several phases (copies, encoding, more than one collective) needs a thread to
-        start the next phase. One all-reduce of device memory progresses by itself.
+        A reduction of several phases (copies, encoding, more than one collective) needs it to start
+        the next phase. One all-reduce of device memory progresses by itself.
         """
         one_phase = self.compression.is_all_reduce and not self.sends_from_host
         return self.overlap_steps > 0 and not one_phase
+
+    def reduces_in_thread(self, *, accelerator: bool) -> bool:
+        """Whether that is a helper thread, and not the main thread between inner steps.
+
+        One thread talks to NCCL: collectives on the memory of an accelerator are the main thread's.
+
+        Args:
+            accelerator: Whether the run uses accelerators.
+        """
+        return self.reduces_beside_training and (self.sends_from_host or not accelerator)
 
     @property
     def effective_mixing_weight(self) -> float:

@@ -46,7 +46,7 @@ class InFlight:
         reduced: The result; ``None`` before the wait.
         sketch_size: Length of the sketch at the end of this rank's metadata; ``None`` in rounds
             that do not compare replicas.
-        exposed_ms: Host time spent in launch and wait so far.
+        exposed_ms: Host time spent in launch, advance and wait so far.
     """
 
     fragment: int
@@ -58,6 +58,13 @@ class InFlight:
     reduced: Reduced | None = None
     sketch_size: int | None = None
     exposed_ms: float = 0.0
+
+    def advance(self, reducer: Reducer) -> None:
+        """Let the reducer do what is due after an inner step; nothing once the result is there."""
+        if self.handle is not None:
+            started = time.perf_counter()
+            reducer.advance(self.handle)
+            self.exposed_ms += (time.perf_counter() - started) * 1e3
 
     def wait(self, reducer: Reducer) -> Reduced:
         """Return the result; the first call waits for it.
@@ -143,6 +150,15 @@ class InFlightTable:
         """Add a fragment that was just launched."""
         assert flight.fragment not in self._flights, flight.fragment
         self._flights[flight.fragment] = flight
+
+    def advance(self, reducer: Reducer) -> None:
+        """Let the reducer do what is due after an inner step.
+
+        Collectives: those of `Reducer.advance`, in the order of launches, which is the same on all
+        ranks of an outer group.
+        """
+        for flight in self._flights.values():
+            flight.advance(reducer)
 
     def pop(self, event: Apply) -> InFlight:
         """Remove and return the fragment that ``event`` applies."""

@@ -267,6 +267,17 @@ class Reducer(Protocol[HandleT]):
             SyncError: The collective could not be started.
         """
 
+    def advance(self, handle: HandleT) -> None:
+        """Do the work that is due an inner step after the launch or the previous call.
+
+        Called after every inner step for each reduction in flight, in the order of launches. What
+        it does, and with it the order of collectives, depends on the number of calls alone, never
+        on what has arrived. Most reducers do nothing here.
+
+        Raises:
+            SyncError: As `wait`.
+        """
+
     def wait(self, handle: HandleT) -> Reduced:
         """Finish the reduction and return the weighted mean.
 

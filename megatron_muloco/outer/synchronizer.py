@@ -198,8 +198,8 @@ class Synchronizer:
         Raises:
             SyncError: A reduction failed.
 
-        Collectives: those of the events over replica and outer group, then `ReplicaPort`'s
-        broadcast and publish once; none if nothing is due.
+        Collectives: `Reducer.advance` of the fragments in flight; those of the events over replica
+        and outer group, then `ReplicaPort`'s broadcast and publish once.
         """
         assert step == self.step + 1, f"inner step {step} follows {self.step}"
         self.step = step
@@ -207,6 +207,9 @@ class Synchronizer:
             progress.add(trained)
         if self._observer is not None:
             self._observer.inner_step(step, self._replica.masters, self._state.anchor)
+        # Before the events, and whether or not there are any: its collectives then come at the same
+        # place among all others on every rank.
+        self._in_flight.advance(self._reducer)
         events = self._schedule.events(step)
         if not events:
             return None

@@ -56,6 +56,8 @@ __all__ = [
 #
 # A communication thread reduces one fragment after the other. The reducer's buffers then exist
 # once, and each fragment in flight holds 4 until it is applied: its pseudogradient, later its mean.
+# Without one (on accelerators, unless the host sends) each fragment in flight holds buffers, and
+# between two phases nothing else.
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +100,8 @@ def outer_memory(config: RunConfig, topology: Topology, shards: Sequence[Shard])
     schedule = SyncSchedule.from_config(outer, derive(config).train_iters)
     reducers = [reducer_cost(outer.compression, fragment, replicas) for fragment in fragments]
     values = [BYTES["fp32"] * sum(shard.numel for shard in part) for part in fragments]
-    number, in_thread = _in_flight(schedule), outer.reduces_in_thread
+    number = _in_flight(schedule)
+    in_thread = outer.reduces_in_thread(accelerator=planned_on_accelerator(config))
     largest, at_once = max(values), 1 if in_thread else number
     at_launch = _largest(values, number) if outer.overlap_steps else 0
     queued = _largest(values, number) if in_thread else 0

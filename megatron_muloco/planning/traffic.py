@@ -163,8 +163,8 @@ def _stage_traffic(config: RunConfig, topology: Topology, part: Slice) -> tuple[
 def planned_on_accelerator(config: RunConfig) -> bool:
     """Return whether a plan assumes accelerators; it is often made on another machine than the run.
 
-    Runs in bf16 are assumed to use accelerators, others CPUs. Only Muon's ``auto`` settings depend
-    on it.
+    Runs in bf16 are assumed to use accelerators, others CPUs. Muon's ``auto`` settings depend on
+    it, and whether a communication thread is used.
     """
     return config.training.precision == "bf16"
 

@@ -14,14 +14,14 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 
-from megatron_muloco.comm.background import BackgroundReducer
+from megatron_muloco.comm.background import beside_training
 from megatron_muloco.comm.chunking import row_places
 from megatron_muloco.comm.collectives import AllToAll, ReplicatedBroadcast, gather_objects
 from megatron_muloco.comm.compressed import build_compressed_reducer_for
 from megatron_muloco.comm.consistency import check_equal, check_same_shards
 from megatron_muloco.comm.groups import Groups
 from megatron_muloco.comm.in_process import InProcessGroup
-from megatron_muloco.comm.reducers import ReplicaSum, build_plain_reducer_for
+from megatron_muloco.comm.reducers import PhasedReducer, ReplicaSum, build_plain_reducer_for
 from megatron_muloco.config import RunConfig
 from megatron_muloco.config.derived import Derived, derive, sketch_width
 from megatron_muloco.config.inner import MuonConfig, MuonInner, learning_rate
@@ -326,7 +326,7 @@ def _build_reducer(
     """Build the reducer for pseudogradients of ``shards``."""
     compression = outer.compression
     if isinstance(compression, NoCompression):
-        reducer: Reducer = build_plain_reducer_for(
+        reducer: PhasedReducer = build_plain_reducer_for(
             groups.exchange,
             device,
             wire_dtype=compression.wire_dtype,
@@ -344,10 +344,9 @@ def _build_reducer(
         )
     # Replicas of one process take turns. A thread that waits for another replica beside them would
     # wait for ever.
-    if not outer.reduces_in_thread or isinstance(groups.exchange, InProcessGroup):
+    if not outer.reduces_beside_training or isinstance(groups.exchange, InProcessGroup):
         return reducer
-    # With overlap, a thread works on the phases of a reduction. One all-reduce needs no thread.
-    return BackgroundReducer(reducer, device)
+    return beside_training(reducer, device, overlap_steps=outer.overlap_steps)
 
 
 def _build_flush_reducer(outer: SynchronizedOuter, groups: Groups, device: torch.device) -> Reducer:

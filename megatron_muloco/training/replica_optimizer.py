@@ -165,9 +165,10 @@ class ReplicaOptimizer:
 
         A launch counts as well as an apply: it only enqueues a collective, but any later
         synchronisation with the device waits for that collective, and so for the other replicas.
+        While a fragment is in flight, `Reducer.advance` may enqueue its next one after any step.
         """
         schedule = self.schedule
-        return schedule is not None and bool(schedule.events(step))
+        return schedule is not None and bool(schedule.events(step) or schedule.in_flight(step - 1))
 
     def __getattr__(self, name: str) -> Any:
         """Return an attribute of the wrapped optimizer."""

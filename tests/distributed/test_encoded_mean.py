@@ -1,6 +1,7 @@
 """Encoded means over real ranks: bitwise the reference, equal everywhere, honestly counted."""
 
 import math
+import threading
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -10,14 +11,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_muloco.comm.background import BackgroundReducer
+from megatron_muloco.comm.background import BackgroundReducer, SteppedReducer
 from megatron_muloco.comm.chunking import chunk_pieces, payload_sizes, two_way_bytes
 from megatron_muloco.comm.compressed import CompressedAllReduce, build_compressed_reducer_for
-from megatron_muloco.comm.reducers import build_plain_reducer_for
+from megatron_muloco.comm.reducers import PhasedReducer, build_plain_reducer_for
 from megatron_muloco.compress.format import CodingUnit, Grouping
 from megatron_muloco.compress.quantizers import Linear
 from megatron_muloco.compress.statistical import Statistical
-from megatron_muloco.config.outer import LinearCompression, LossyCompression, NesterovOuter
+from megatron_muloco.config.outer import (
+    LinearCompression,
+    LossyCompression,
+    NesterovOuter,
+    NoCompression,
+)
 from megatron_muloco.outer.guard import Guard
 from megatron_muloco.outer.reducer import Reducer
 from megatron_muloco.outer.reference import Parameters, Reference, Settings
@@ -185,6 +191,94 @@ def test_a_spawned_run_is_the_reference(num_replicas: int) -> None:
             assert bool(residual) == case.code.error_feedback
             assert_same(residual, reference.residual[k], f"e, replica {k}, {case}")
             assert_same(owner_residual, reference.f, f"f, replica {k}, {case}")
+
+
+# ---- in steps of the main thread ----------------------------------------------------------------
+
+BESIDE: dict[str, dict[str, Any]] = {
+    "linear-4": {"kind": "linear", "bits": 4, "error_feedback": True, "error_decay": 0.9},
+    "statistical-2": {"kind": "statistical", "bits": 2, "error_feedback": True},
+    "top-k": {"kind": "topk", "density": 0.1, "block_size": 64, "error_feedback": True},
+    "bf16": {"kind": "none", "wire_dtype": "bf16"},
+    "deterministic": {"kind": "none", "deterministic": True},
+}
+TWO = [["embedding.a", "d"], ["b", "norm.c"]]
+
+
+class NotedWire:
+    """A wire that notes each collective, the thread that starts it, and the inner step."""
+
+    def __init__(self, wire: Any, noted: list[tuple[str, int, int]]) -> None:
+        self.wire, self.noted, self.step = wire, noted, 0
+
+    def __getattr__(self, name: str) -> Any:
+        def start(*args: Any, **kwargs: Any) -> Any:
+            self.noted.append((name, threading.get_ident(), self.step))
+            return getattr(self.wire, name)(*args, **kwargs)
+
+        return start
+
+
+def train_beside(keys: dict[str, Any], overlap: int, way: str) -> tuple[Any, ...]:
+    """Anchors, local parameters and residuals at the end, and what was noted of each collective."""
+    rank, size, group = dist.get_rank(), dist.get_world_size(), dist.group.WORLD
+    code = NesterovOuter(kind="nesterov", lr=0.7, momentum=0.9, compression=keys).compression
+    phased: PhasedReducer
+    if isinstance(code, NoCompression):
+        wire, deterministic = code.wire_dtype, code.deterministic
+        phased = build_plain_reducer_for(group, CPU, wire_dtype=wire, deterministic=deterministic)
+    else:
+        phased = build_compressed_reducer_for(group, CPU, code, ROWS, CLASSES)
+    reducer: Reducer = phased
+    if way == "thread":
+        reducer = BackgroundReducer(phased, CPU)
+    elif way == "steps":
+        reducer = SteppedReducer(phased, overlap_steps=overlap)
+    outer, noted = phased._outer, []  # type: ignore[attr-defined]
+    outer.wire = NotedWire(outer.wire, noted)
+    settings = Settings(6, 21, TWO, outer_lr=0.7, outer_momentum=0.9, overlap_steps=overlap)
+    replica = Replica(start())
+    plain = build_plain_reducer_for(group, CPU, deterministic=True)
+    guard = Guard(size, max_norm_ratio=math.inf)
+    synchronizer = synchronizer_of(replica.port(), settings, reducer, size, plain, guard=guard)
+    for t in range(1, settings.train_iters + 1):
+        inner(rank)(replica.parameters, t)
+        outer.wire.step = t
+        synchronizer.after_inner_step(t)
+    kept = synchronizer.state_dict()["tensors"]
+    return kept, replica.parameters, noted, threading.get_ident()
+
+
+def train_all_beside() -> list[dict[str, Any]]:
+    return [
+        {way: train_beside(keys, overlap, way) for way in ("foreground", "thread", "steps")}
+        for keys in BESIDE.values()
+        for overlap in (1, 2, 3)
+    ]
+
+
+@pytest.mark.parametrize("num_replicas", [2, 3])
+def test_steps_threads_and_the_foreground_give_the_same_bits(num_replicas: int) -> None:
+    by_rank = run_ranks(train_all_beside, num_replicas, timeout_s=240.0)
+    for number, (name, overlap) in enumerate(product(BESIDE, (1, 2, 3))):
+        issued = []
+        for rank, results in enumerate(by_rank):
+            expected, local, _, _ = results[number]["foreground"]
+            for way in ("thread", "steps"):
+                found, theirs, noted, main = results[number][way]
+                message = f"{name}, overlap {overlap}, rank {rank}, {way}"
+                assert found.keys() == expected.keys()
+                for kind, tensors in expected.items():
+                    assert_same(tensors, found[kind], f"{message}, {kind}")
+                assert_same(local, theirs, message)
+                assert noted
+                assert all((thread == main) == (way == "steps") for _, thread, _ in noted)
+            issued.append([(what, step) for what, _, step in results[number]["steps"][2]])
+        assert all(each == issued[0] for each in issued), f"{name}: ranks differ in their order"
+        if name != "top-k" and overlap > 1:
+            # Launches after steps 3 and 6 of a round; the second crossing half the overlap later.
+            half = -(-overlap // 2)
+            assert [step for _, step in issued[0]][:4] == [3, 3 + half, 6, 6 + half]
 
 
 def assert_same(actual: Parameters, expected: Parameters, message: str) -> None:

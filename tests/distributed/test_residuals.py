@@ -1,6 +1,7 @@
 """Error feedback across a stop: the residuals e and f are state like any other."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from megatron_muloco.checkpoint.state import read_description, residual_changes
+from megatron_muloco.comm.background import SteppedReducer
 from megatron_muloco.training import build_optimizer
 from tests.distributed.test_checkpoint import (
     everything,
@@ -169,15 +171,27 @@ def test_stopped_with_residuals_and_resumed_is_never_stopped(case: str, tmp_path
 
 
 def in_the_foreground(*args: Any) -> None:
-    with mock.patch.object(build_optimizer, "BackgroundReducer", lambda reducer, device: reducer):
+    with mock.patch.object(build_optimizer, "beside_training", lambda reducer, *_, **__: reducer):
         stop_and_resume(*args)
 
 
-def test_f_is_saved_after_the_waits_that_change_it(tmp_path: Path) -> None:
+def in_steps(*args: Any) -> None:
+    with mock.patch.object(build_optimizer, "beside_training", stepped):
+        stop_and_resume(*args)
+
+
+def stepped(reducer: Any, device: torch.device, *, overlap_steps: int) -> SteppedReducer:
+    return SteppedReducer(reducer, overlap_steps=overlap_steps)
+
+
+@pytest.mark.parametrize("reduce", [in_the_foreground, in_steps])
+def test_f_is_saved_after_the_waits_that_change_it(
+    reduce: Callable[..., None], tmp_path: Path
+) -> None:
     """Without the communication thread nothing waits before the save or the apply does."""
     world, replicas, sections, _, _ = CASES["k2-both-in-flight"]
     sections = sections_of(replicas, sections)
-    run_ranks(in_the_foreground, world, sections, (4, 7), None, tmp_path, timeout_s=240)
+    run_ranks(reduce, world, sections, (4, 7), None, tmp_path, timeout_s=240)
 
 
 # ---- another layout -----------------------------------------------------------------------------

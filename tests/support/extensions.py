@@ -60,6 +60,9 @@ class ZeroShare:
     ) -> Any:
         return self._reducer.launch(fragment, tensors, weight, metadata, round_index=round_index)
 
+    def advance(self, handle: Any) -> None:
+        self._reducer.advance(handle)
+
     def wait(self, handle: Any) -> Reduced:
         reduced = self._reducer.wait(handle)
         counts = [torch.stack([(t == 0).sum(), (t != 0).sum()]) for t in reduced.mean.values()]

@@ -99,6 +99,9 @@ class ExchangeReducer:
         self.launches += 1
         return ticket
 
+    def advance(self, handle: Any) -> None:
+        """See `Reducer.advance`."""
+
     def wait(self, handle: Any) -> Reduced:
         """See `Reducer.wait`."""
         received = self.exchange.receive(handle.number)

@@ -1,27 +1,32 @@
-"""A reduction beside training: one thread, in order, and failures where results are used."""
+"""Reductions beside training, in a thread or in steps; the first failure is final."""
 
 import threading
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from megatron_muloco.comm.background import BackgroundReducer
-from megatron_muloco.errors import SyncError
-from megatron_muloco.outer.reducer import Reduced, ReductionStats, Residuals, Sizes
+from megatron_muloco.comm.background import BackgroundReducer, SteppedReducer, beside_training
+from megatron_muloco.comm.reducers import Phases, build_plain_reducer_for, finish
+from megatron_muloco.config.outer import NesterovOuter
+from megatron_muloco.errors import RuntimeMismatch, SyncError
+from megatron_muloco.outer.reducer import Reduced, Reducer, ReductionStats, Residuals, Sizes
 
 CPU = torch.device("cpu")
 
 
 class Recorder:
-    """A reducer that notes who calls what, and can be held up."""
+    """A reducer of three crossings that notes who calls what, and can be held up."""
 
     residual_names = ("residual",)
     returns_views = True
+    crossings = 3
 
-    def __init__(self) -> None:
+    def __init__(self, sends_from: torch.device = CPU) -> None:
+        self.sends_from = sends_from
         self.calls: list[tuple[str, int]] = []
         self.go_on = threading.Event()
         self.go_on.set()
@@ -41,9 +46,19 @@ class Recorder:
         self.note(f"launch {fragment}")
         return fragment, tensors
 
+    def advance(self, handle: Any) -> None:
+        raise AssertionError("wrappers execute phases")
+
     def wait(self, handle: Any) -> Reduced:
+        self.note(f"wait {handle[0]}")
+        return finish(self.phases(handle))
+
+    def phases(self, handle: Any) -> Phases:
         fragment, tensors = handle
-        self.note(f"wait {fragment}")
+        for crossing in range(2, self.crossings + 1):
+            self.note(f"send {fragment}.{crossing}")
+            yield
+        self.note(f"end {fragment}")
         if self.fail:
             raise SyncError("a peer failed")
         assert not torch.is_grad_enabled()
@@ -65,7 +80,13 @@ class Recorder:
         self.calls.append((what, threading.get_ident()))
 
 
-def launch(reducer: BackgroundReducer, fragment: int, value: float = 1.0) -> Any:
+def whole(fragment: int) -> tuple[str, ...]:
+    """The calls of one reduction from end to end in the thread."""
+    phases = (f"send {fragment}.2", f"send {fragment}.3", f"end {fragment}")
+    return (f"launch {fragment}", f"wait {fragment}", *phases)
+
+
+def launch(reducer: Reducer, fragment: int, value: float = 1.0) -> Any:
     tensors = {"a": torch.tensor([value])}
     return reducer.launch(fragment, tensors, 1.0, torch.zeros(0), round_index=1)
 
@@ -96,8 +117,8 @@ def test_everything_happens_in_one_thread_in_the_order_of_the_calls() -> None:
     reducer.load_residuals({}, [])
     order, threads = zip(*inner.calls, strict=True)
     assert order == (
-        *("launch 0", "wait 0", "launch 1", "wait 1", "forget"),
-        *("launch 2", "wait 2", "residuals", "load"),
+        *(*whole(0), *whole(1), "forget"),
+        *(*whole(2), "residuals", "load"),
     )
     assert len(set(threads)) == 1
     assert threads[0] != threading.get_ident()
@@ -134,4 +155,105 @@ def test_nothing_is_launched_after_a_failure() -> None:
             reducer.wait(later)
     with pytest.raises(SyncError, match="a peer failed"):
         reducer.residuals([])
-    assert [what for what, _ in inner.calls] == ["launch 0", "wait 0"]
+    assert [what for what, _ in inner.calls] == list(whole(0))
+
+
+# ---- in steps ----------------------------------------------------------------------------
+
+
+def test_the_memory_that_is_sent_decides_who_reduces() -> None:
+    """Collectives on an accelerator are the main thread's; from the host, a thread's."""
+    cuda = torch.device("cuda")
+    assert isinstance(beside_training(Recorder(), CPU, overlap_steps=2), BackgroundReducer)
+    on_device = beside_training(Recorder(cuda), cuda, overlap_steps=2)
+    assert isinstance(on_device, SteppedReducer)
+    with pytest.raises(RuntimeMismatch, match="the job could hang"):
+        BackgroundReducer(Recorder(cuda), cuda)
+    for through_host, memory in ((False, "cuda"), (True, "cpu")):
+        phased = build_plain_reducer_for(None, cuda, deterministic=True, through_host=through_host)
+        assert phased.sends_from.type == memory
+
+
+@pytest.mark.parametrize(
+    "compression",
+    [{"kind": "linear", "bits": 4}, {"kind": "topk", "density": 0.1}, {"wire_dtype": "bf16"}],
+)
+def test_a_run_on_an_accelerator_gives_nothing_of_nccl_to_a_thread(
+    compression: dict[str, Any],
+) -> None:
+    from megatron_muloco.training.build_optimizer import _build_reducer
+
+    keys = {"lr": 0.7, "momentum": 0.9, "overlap_steps": 2, "compression": compression}
+    outer = NesterovOuter(kind="nesterov", **keys)
+    groups: Any = SimpleNamespace(exchange=None)
+    assert isinstance(_build_reducer(outer, groups, torch.device("cuda"), []), SteppedReducer)
+    assert isinstance(_build_reducer(outer, groups, CPU, []), BackgroundReducer)
+    assert not outer.reduces_in_thread(accelerator=True)
+    assert outer.reduces_in_thread(accelerator=False)
+    from_host = NesterovOuter(kind="nesterov", transport="host", **keys)
+    assert from_host.reduces_in_thread(accelerator=True)
+
+
+@pytest.mark.parametrize(
+    ("overlap", "by_step"),
+    [  # collectives by inner step after the launch; the rest is left to the wait
+        (1, [2]),
+        (2, [1, 1]),
+        (3, [1, 1, 0]),
+        (6, [0, 1, 0, 1, 0, 0]),
+    ],
+)
+def test_crossings_get_equal_shares_of_the_overlap(overlap: int, by_step: list[int]) -> None:
+    inner = Recorder()
+    reducer, seen = SteppedReducer(inner, overlap_steps=overlap), []
+    handle = launch(reducer, 0)
+    for _ in by_step:
+        before = len(inner.calls)
+        reducer.advance(handle)
+        seen.append(len(inner.calls) - before)
+    assert seen == by_step
+    with torch.no_grad():
+        assert reducer.wait(handle).mean["a"].tolist() == [2.0]
+    order, threads = zip(*inner.calls, strict=True)
+    assert order == ("launch 0", "send 0.2", "send 0.3", "end 0")
+    assert set(threads) == {threading.get_ident()}
+
+
+@torch.no_grad()
+def test_a_wait_before_its_time_executes_what_is_left() -> None:
+    """A checkpoint waits for what is in flight; other launches do not disturb it."""
+    inner = Recorder()
+    reducer = SteppedReducer(inner, overlap_steps=6)
+    first = launch(reducer, 0, 1.0)
+    reducer.advance(first)
+    second = launch(reducer, 1, 3.0)
+    reducer.advance(first)
+    reducer.advance(second)
+    assert reducer.wait(second).mean["a"].tolist() == [6.0]
+    assert reducer.wait(first).mean["a"].tolist() == [2.0]
+    assert [what for what, _ in inner.calls] == [
+        *("launch 0", "launch 1", "send 0.2", "send 1.2", "send 1.3", "end 1"),
+        *("send 0.3", "end 0"),
+    ]
+
+
+@torch.no_grad()
+def test_a_step_that_fails_is_the_last_one() -> None:
+    inner = Recorder()
+    reducer = SteppedReducer(inner, overlap_steps=3)
+    first, second = launch(reducer, 0), launch(reducer, 1)
+    inner.fail = True
+    with pytest.raises(SyncError, match="a peer failed"):
+        reducer.wait(first)
+    inner.fail = False
+    executed = len(inner.calls)
+    for call in (
+        lambda: reducer.wait(second),
+        lambda: reducer.advance(second),
+        lambda: launch(reducer, 2),
+        lambda: reducer.residuals([]),
+        reducer.forget_residual,
+    ):
+        with pytest.raises(SyncError, match="a peer failed"):
+            call()
+    assert len(inner.calls) == executed

@@ -226,3 +226,9 @@ def test_a_communication_thread_keeps_what_it_works_on() -> None:
     host = memory_plan(config_of(*parts, "outer.overlap_steps=3", "outer.transport=host"), topology)
     assert host.outer_step.queued == late.queued
     assert host.host == host.outer_step.buffers == plain.outer_step.buffers // 2
+    # on an accelerator the main thread reduces, unless the host sends: every flight has buffers
+    gpu = [*parts, "outer.overlap_steps=3", "training.precision=bf16"]
+    stepped = memory_plan(config_of(*code, *gpu), topology).outer_step
+    assert (stepped.queued, stepped.buffers) == (0, 2 * late.buffers)
+    sent_from_host = memory_plan(config_of(*code, *gpu, "outer.transport=host"), topology)
+    assert sent_from_host.outer_step.queued == late.queued

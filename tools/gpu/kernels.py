@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_muloco.comm.background import BackgroundReducer
+from megatron_muloco.comm.background import beside_training
 from megatron_muloco.comm.compressed import build_compressed_reducer_for
-from megatron_muloco.comm.reducers import build_plain_reducer_for
+from megatron_muloco.comm.reducers import PhasedReducer, build_plain_reducer_for
 from megatron_muloco.compress.codec import Codec
 from megatron_muloco.compress.format import CodingUnit, Grouping
 from megatron_muloco.compress.quantizers import E3M0, Linear
@@ -270,11 +270,11 @@ def _attention(
     )
 
 
-# ---- reduction in a thread -----------------------------------------------------------------------
+# ---- reduction beside training -------------------------------------------------------------------
 
 
 def background(device: torch.device) -> list[Finding]:
-    """Reduce in a thread, with delayed producers and reused memory, and compare bit by bit."""
+    """Reduce beside training, with late producers and reused memory, and compare bit by bit."""
     rounds, numel = (50, 3_000_000) if device.type == "cuda" else (5, 3_000)
     lossy: Mapping[str, Any] = {
         "linear 4": LinearCompression(kind="linear", bits=4),
@@ -283,7 +283,7 @@ def background(device: torch.device) -> list[Finding]:
     }
     findings = []
     for through_host in (False, True):
-        makers: dict[str, Callable[[], Reducer]] = {
+        makers: dict[str, Callable[[], PhasedReducer]] = {
             name: lambda each=each: build_compressed_reducer_for(  # type: ignore[misc]
                 None,
                 device,
@@ -302,10 +302,10 @@ def background(device: torch.device) -> list[Finding]:
         )
         for name, make in makers.items():
             wrong = _reduce_side_by_side(make(), make(), device, rounds, numel)
-            way = "host" if through_host else "device"
+            way = "in a thread, host" if through_host else "in steps, device"
             findings.append(
                 Finding(
-                    f"reduction in a thread, {name}, {way} transport",
+                    f"reduction of {name} {way} transport",
                     f"{wrong} of {rounds} results differ from the foreground's",
                     wrong == 0,
                 )
@@ -314,10 +314,10 @@ def background(device: torch.device) -> list[Finding]:
 
 
 def _reduce_side_by_side(
-    foreground: Reducer, hidden: Reducer, device: torch.device, rounds: int, numel: int
+    foreground: Reducer, hidden: PhasedReducer, device: torch.device, rounds: int, numel: int
 ) -> int:
-    """Return how many of the thread's results are not those of the same reducer without it."""
-    thread = BackgroundReducer(hidden, device)
+    """Return how many results beside training are not those of the same reducer alone."""
+    beside = beside_training(hidden, device, overlap_steps=2)
     generator = torch.Generator(device).manual_seed(0)
     metadata, wrong = torch.zeros(3, device=device), 0
     for round_index in range(1, rounds + 1):
@@ -327,12 +327,13 @@ def _reduce_side_by_side(
             torch.cuda._sleep(20_000_000)  # about 10 ms: the sources are written late
         sources["a"].copy_(values)
         sources["b"].copy_(values[: numel // 7]).mul_(3)
-        handle = thread.launch(0, sources, 1.0, metadata, round_index=round_index)
+        handle = beside.launch(0, sources, 1.0, metadata, round_index=round_index)
         copies = {name: each.clone() for name, each in sources.items()}
         del sources
         for _ in range(8):  # would take the memory of sources that are freed too early
             torch.full((numel,), float("nan"), device=device)
-        reduced = thread.wait(handle)
+        beside.advance(handle)
+        reduced = beside.wait(handle)
         expected = foreground.wait(
             foreground.launch(0, copies, 1.0, metadata, round_index=round_index)
         )
