@@ -1,12 +1,9 @@
 """Builds one pipeline stage of the model from the configuration.
 
-apex is optional here. Megatron finds apex's fused norms and optimizers by itself; only the fused
-accumulation of weight gradients into the main gradient has to be requested, which
-`fused_weight_gradients` decides. apex is built from source on GPU machines: the package of that
-name on PyPI is something else. (The apex branch has not been run yet.)
+apex is optional here. Megatron finds apex's fused norms and optimizers by itself. What else runs
+fused is decided in `model.fused`.
 """
 
-import importlib.util
 from typing import Any
 
 import torch
@@ -16,26 +13,15 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_muloco.comm.groups import Groups
 from megatron_muloco.config import RunConfig
 from megatron_muloco.config.derived import padded_vocab_size
+from megatron_muloco.model.fused import UNFUSED, Fusions, choose_fusions, install
 from megatron_muloco.model.initialise import initialise_weights
 from megatron_muloco.model.layer_spec import decoder_block_spec
 
-__all__ = ["build_model", "fused_weight_gradients", "transformer_config"]
+__all__ = ["build_model", "transformer_config"]
 
 
-_EXTENSION = "fused_weight_gradient_mlp_cuda"  # module that apex builds with --wgrad_accumulation
-
-
-def fused_weight_gradients() -> bool:
-    """Return whether this process can use apex's fused weight-gradient accumulation."""
-    return torch.cuda.is_available() and importlib.util.find_spec(_EXTENSION) is not None
-
-
-def transformer_config(config: RunConfig) -> TransformerConfig:
-    """Translate the configuration for Megatron; the same input gives the same object.
-
-    Fusions that need Transformer Engine or a compiler stay off; apex's fusion is on where apex is
-    installed.
-    """
+def transformer_config(config: RunConfig, fusions: Fusions = UNFUSED) -> TransformerConfig:
+    """Translate the configuration for Megatron; the same input gives the same object."""
     model, parallel, training = config.model, config.parallel, config.training
     bf16 = training.precision == "bf16"
     return TransformerConfig(
@@ -65,7 +51,7 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         pipeline_dtype=torch.bfloat16 if bf16 else torch.float32,
         **_recompute(config),
-        gradient_accumulation_fusion=fused_weight_gradients(),
+        gradient_accumulation_fusion=fusions.weight_gradients,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
@@ -94,14 +80,22 @@ def _recompute(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def build_model(config: RunConfig, groups: Groups) -> GPTModel:
+def build_model(config: RunConfig, groups: Groups, fusions: Fusions | None = None) -> GPTModel:
     """Return this rank's pipeline stage, initialised, on the training device.
+
+    Args:
+        config: The configuration of the run.
+        groups: This rank's groups.
+        fusions: What runs fused; by default what `choose_fusions` finds.
 
     Collectives: with tied embeddings and more than one pipeline stage, Megatron all-reduces the
     embedding over the first and the last stage; every rank must call.
     """
     model, topology = config.model, groups.topology
-    megatron_config = transformer_config(config)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    fusions = choose_fusions(device) if fusions is None else fusions
+    install(fusions)
+    megatron_config = transformer_config(config, fusions)
     stage = GPTModel(
         config=megatron_config,
         transformer_layer_spec=decoder_block_spec(
@@ -127,5 +121,4 @@ def build_model(config: RunConfig, groups: Groups) -> GPTModel:
             std=model.init_method_std,
             hidden_size=model.hidden_size,
         )
-    any_device: Any = stage
-    return any_device.cuda(torch.cuda.current_device()) if torch.cuda.is_available() else stage
+    return stage.to(device)

@@ -23,6 +23,7 @@ from megatron_muloco.data.sampler import BatchLayout
 from megatron_muloco.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_muloco.errors import CheckpointError, ConfigError
 from megatron_muloco.model.build import build_model
+from megatron_muloco.model.fused import Fusions, choose_fusions
 from megatron_muloco.monitor.build import build_monitor
 from megatron_muloco.monitor.diagnostics import OrthogonalisationProbe
 from megatron_muloco.monitor.monitor import Monitor
@@ -187,7 +188,8 @@ def build_context(config: RunConfig, groups: Groups, data: RunData, *, writes: b
     """
     derived = derive(config, groups.topology)
     datasets = data.datasets
-    model = _build_model(config, groups)
+    fusions = choose_fusions(training_device())
+    model = _build_model(config, groups, fusions)
     optimizer = build_replica_optimizer(model, config, groups)
     probe = _build_probe(optimizer)
     state = RunState(groups, optimizer.view, optimizer.inner, optimizer.synchronizer, config)
@@ -208,6 +210,8 @@ def build_context(config: RunConfig, groups: Groups, data: RunData, *, writes: b
         parameters=gather_report(optimizer.inner.table, groups),
     )
     monitor.say(note)
+    if training_device().type == "cuda":
+        monitor.say(fusions.line())
     return RunContext(
         config=config,
         derived=derived,
@@ -250,10 +254,10 @@ def build_context(config: RunConfig, groups: Groups, data: RunData, *, writes: b
     )
 
 
-def _build_model(config: RunConfig, groups: Groups) -> DistributedDataParallel:
+def _build_model(config: RunConfig, groups: Groups, fusions: Fusions) -> DistributedDataParallel:
     training = config.training
     return wrap_data_parallel(
-        build_model(config, groups),
+        build_model(config, groups, fusions),
         groups,
         reduce_in_fp32=training.accumulate_dtype == "fp32",
         overlap_grad_reduce=training.overlap_grad_reduce,

@@ -1,0 +1,115 @@
+"""Fused paths of the model that need no Transformer Engine.
+
+`choose_fusions` decides once per rank which parts run fused, and `install` gives Megatron the
+kernels that it would otherwise expect from apex. On a CPU nothing is fused, so results there do not
+depend on this module.
+"""
+
+import sys
+from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+import torch
+from megatron.core.tensor_parallel import layers
+from torch import Tensor
+
+__all__ = [
+    "UNFUSED",
+    "Fusions",
+    "accumulate_product",
+    "can_accumulate",
+    "choose_fusions",
+    "install",
+]
+
+_APEX = "fused_weight_gradient_mlp_cuda"  # module that apex builds with --wgrad_accumulation
+
+
+@dataclass(frozen=True)
+class Fusions:
+    """Which parts of the model run fused.
+
+    Attributes:
+        weight_gradients: Linear layers add their weight gradient to the main gradient themselves.
+        notes: Why parts are not fused that could be on this device.
+    """
+
+    weight_gradients: bool = False
+    notes: tuple[str, ...] = ()
+
+    def line(self) -> str:
+        """Return what is fused, for the first lines of a run."""
+        parts = {"weight gradients": self.weight_gradients}
+        names = [name for name, fused in parts.items() if fused]
+        return "; ".join([f"fused: {', '.join(names) or 'nothing'}", *self.notes])
+
+
+UNFUSED = Fusions()
+
+
+def choose_fusions(device: torch.device) -> Fusions:
+    """Return what runs fused on ``device``; nothing on a CPU.
+
+    Megatron's flag says whether apex's kernel could be loaded. Without it, `accumulate_product`
+    takes its place if this torch has the operation.
+    """
+    if device.type != "cuda":
+        return UNFUSED
+    if layers._grad_accum_fusion_available or can_accumulate(device):
+        return Fusions(weight_gradients=True)
+    return Fusions(
+        notes=(
+            "weight gradients are not: this torch cannot add a bf16 product to an fp32 tensor, and "
+            "apex is not usable",
+        )
+    )
+
+
+def install(fusions: Fusions) -> None:
+    """Give Megatron the kernels of ``fusions`` that it lacks; call it before the model is built."""
+    if fusions.weight_gradients and not layers._grad_accum_fusion_available:
+        stand_in = ModuleType(_APEX, "Stand-in for apex's module; see megatron_muloco.model.fused.")
+        stand_in.__spec__ = ModuleSpec(_APEX, None)
+        # Megatron calls the second one for gradients in 16 bits, in either format.
+        stand_in.wgrad_gemm_accum_fp32 = accumulate_product  # type: ignore[attr-defined]
+        stand_in.wgrad_gemm_accum_fp16 = accumulate_product  # type: ignore[attr-defined]
+        sys.modules[_APEX] = stand_in  # for imports inside Megatron's functions
+        layers.fused_weight_gradient_mlp_cuda = stand_in
+        layers._grad_accum_fusion_available = True
+
+
+def accumulate_product(inputs: Tensor, grad_output: Tensor, main_grad: Tensor) -> None:
+    """Add the weight gradient ``grad_output^T inputs`` to ``main_grad``, in place.
+
+    Without it, the product is rounded to the dtype of the weight, written, read, and added by
+    Megatron's hook: 12 bytes of memory traffic a parameter and microbatch more with bf16 weights
+    and fp32 gradients. On a GPU the product is added before it is rounded. On a CPU the same
+    operations run as without it, so the result has the same bits.
+
+    Args:
+        inputs: Inputs of the linear layer, ``[tokens, in]``.
+        grad_output: Gradient of its outputs, ``[tokens, out]``, in the dtype of ``inputs``.
+        main_grad: ``[out, in]``, in the dtype of ``inputs`` or in fp32.
+    """
+    if not inputs.is_cuda:
+        main_grad.add_(grad_output.t().matmul(inputs))
+    elif main_grad.dtype is inputs.dtype:
+        main_grad.addmm_(grad_output.t(), inputs)
+    else:
+        torch.addmm(main_grad, grad_output.t(), inputs, out_dtype=main_grad.dtype, out=main_grad)
+
+
+def can_accumulate(device: torch.device) -> bool:
+    """Return whether `accumulate_product` adds a bf16 product to an fp32 tensor exactly.
+
+    Torch versions differ in whether they have the operation, so it is tried.
+    """
+    ones = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
+    total = torch.full((16, 16), 257.0, device=device)
+    try:
+        accumulate_product(ones, ones, total)
+    except (RuntimeError, TypeError):
+        return False
+    # 257 and 273 have nine significant bits, bf16 has eight: a sum that passed through it is wrong.
+    return bool((total == 273.0).all())
