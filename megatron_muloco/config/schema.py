@@ -188,6 +188,11 @@ class TrainingConfig(Section):
     overlap_param_gather: bool = Field(
         False, description="Overlap the parameter gather inside a replica with forward."
     )
+    fusions: Literal["auto", "none"] = Field(
+        "auto",
+        description="Fused kernels of the model: auto fuses on a GPU what this machine can (the "
+        "first lines say what), none nothing. On a CPU nothing is fused.",
+    )
     eval_interval: int = Field(
         0, ge=0, description="Inner steps between evaluations of the anchor; 0 disables them."
     )

@@ -52,12 +52,13 @@ def transformer_config(config: RunConfig, fusions: Fusions = UNFUSED) -> Transfo
         pipeline_dtype=torch.bfloat16 if bf16 else torch.float32,
         **_recompute(config),
         gradient_accumulation_fusion=fusions.weight_gradients,
-        bias_activation_fusion=False,
+        bias_activation_fusion=fusions.swiglu,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
-        cross_entropy_loss_fusion=False,
+        cross_entropy_loss_fusion=fusions.cross_entropy,
+        cross_entropy_fusion_impl="native",
         deallocate_pipeline_outputs=True,
         # With True, every exchange between stages would synchronise the whole device and so wait
         # for outer-step communication that is meant to overlap with training.
@@ -93,7 +94,7 @@ def build_model(config: RunConfig, groups: Groups, fusions: Fusions | None = Non
     """
     model, topology = config.model, groups.topology
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    fusions = choose_fusions(device) if fusions is None else fusions
+    fusions = choose_fusions(config.training, device) if fusions is None else fusions
     install(fusions)
     megatron_config = transformer_config(config, fusions)
     stage = GPTModel(

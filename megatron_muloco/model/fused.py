@@ -5,20 +5,26 @@ kernels that it would otherwise expect from apex. On a CPU nothing is fused, so 
 depend on this module.
 """
 
+import os
+import shutil
 import sys
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from types import ModuleType
 
 import torch
 from megatron.core.tensor_parallel import layers
 from torch import Tensor
 
+from megatron_muloco.config.schema import TrainingConfig
+
 __all__ = [
     "UNFUSED",
     "Fusions",
     "accumulate_product",
     "can_accumulate",
+    "can_compile",
     "choose_fusions",
     "install",
 ]
@@ -32,15 +38,24 @@ class Fusions:
 
     Attributes:
         weight_gradients: Linear layers add their weight gradient to the main gradient themselves.
+        swiglu: The activation is one kernel, and its derivative another; Megatron compiles both.
+        cross_entropy: The loss is a few compiled kernels and one collective fewer over tensor
+            ranks. Its gradient is bf16.
         notes: Why parts are not fused that could be on this device.
     """
 
     weight_gradients: bool = False
+    swiglu: bool = False
+    cross_entropy: bool = False
     notes: tuple[str, ...] = ()
 
     def line(self) -> str:
         """Return what is fused, for the first lines of a run."""
-        parts = {"weight gradients": self.weight_gradients}
+        parts = {
+            "weight gradients": self.weight_gradients,
+            "SwiGLU": self.swiglu,
+            "cross entropy": self.cross_entropy,
+        }
         names = [name for name, fused in parts.items() if fused]
         return "; ".join([f"fused: {', '.join(names) or 'nothing'}", *self.notes])
 
@@ -48,21 +63,33 @@ class Fusions:
 UNFUSED = Fusions()
 
 
-def choose_fusions(device: torch.device) -> Fusions:
-    """Return what runs fused on ``device``; nothing on a CPU.
+def choose_fusions(training: TrainingConfig, device: torch.device) -> Fusions:
+    """Return what runs fused on ``device``; nothing on a CPU, or with ``fusions: none``.
 
     Megatron's flag says whether apex's kernel could be loaded. Without it, `accumulate_product`
     takes its place if this torch has the operation.
+
+    Args:
+        training: Precision, and whether to fuse at all.
+        device: The training device.
     """
-    if device.type != "cuda":
+    if device.type != "cuda" or training.fusions == "none":
         return UNFUSED
-    if layers._grad_accum_fusion_available or can_accumulate(device):
-        return Fusions(weight_gradients=True)
-    return Fusions(
-        notes=(
+    notes = []
+    product = bool(layers._grad_accum_fusion_available) or can_accumulate(device)
+    if not product:
+        notes.append(
             "weight gradients are not: this torch cannot add a bf16 product to an fp32 tensor, and "
-            "apex is not usable",
+            "apex is not usable"
         )
+    compiles = can_compile()
+    if not compiles:
+        notes.append("nothing is compiled: triton or a C compiler is missing")
+    return Fusions(
+        weight_gradients=product,
+        swiglu=compiles,
+        cross_entropy=compiles and training.precision == "bf16",
+        notes=tuple(notes),
     )
 
 
@@ -113,3 +140,11 @@ def can_accumulate(device: torch.device) -> bool:
         return False
     # 257 and 273 have nine significant bits, bf16 has eight: a sum that passed through it is wrong.
     return bool((total == 273.0).all())
+
+
+def can_compile() -> bool:
+    """Return whether ``torch.compile`` can build kernels for a GPU on this machine."""
+    compilers = [os.environ.get("CC"), "clang", "gcc"]  # where triton looks
+    return find_spec("triton") is not None and any(
+        name and shutil.which(name) for name in compilers
+    )

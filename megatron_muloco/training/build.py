@@ -188,7 +188,7 @@ def build_context(config: RunConfig, groups: Groups, data: RunData, *, writes: b
     """
     derived = derive(config, groups.topology)
     datasets = data.datasets
-    fusions = choose_fusions(training_device())
+    fusions = choose_fusions(config.training, training_device())
     model = _build_model(config, groups, fusions)
     optimizer = build_replica_optimizer(model, config, groups)
     probe = _build_probe(optimizer)

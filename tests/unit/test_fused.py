@@ -22,6 +22,7 @@ from tests.support.spawn import run_ranks
 from tests.support.tiny_models import finish_tiny, made_up_tokens, tiny_config
 
 MICROBATCHES = 3
+CUDA = torch.device("cuda")
 Result = tuple[float, dict[str, torch.Tensor]]
 
 
@@ -34,11 +35,15 @@ def _compare(
 
 def _gradients(config: RunConfig, choices: tuple[Fusions, ...]) -> list[Result]:
     """Return loss and main gradients of one step for each choice."""
+    # What Megatron compiles runs as it is written: the arithmetic is tested, not the compiler.
+    torch.compiler.set_stance("force_eager")
     groups = initialize_replicas(config)
     training, results = config.training, []
     for fusions in choices:
         stage: Any = build_model(config, groups, fusions)
         assert stage.config.gradient_accumulation_fusion == fusions.weight_gradients
+        assert stage.config.bias_activation_fusion == fusions.swiglu
+        assert stage.config.cross_entropy_loss_fusion == fusions.cross_entropy
         model = wrap_data_parallel(
             stage,
             groups,
@@ -124,6 +129,23 @@ def test_a_tied_embedding_keeps_both_its_gradients(pipeline: int) -> None:
             torch.testing.assert_close(fused[1][name], gradient, rtol=0, atol=bound)
 
 
+def test_fused_swiglu_and_cross_entropy_compute_the_same() -> None:
+    """The loss has the same bits; gradients differ by the dtype that intermediate values have."""
+    fp32, bf16 = tiny_config(), tiny_config(training={"precision": "bf16"})
+    choices = (UNFUSED, Fusions(swiglu=True), Fusions(cross_entropy=True))
+    (results,) = run_ranks(_compare, 1, {"fp32": fp32, "bf16": bf16}, choices)
+    # Megatron writes the derivative of SiLU as products, autograd as one kernel: at most eight
+    # roundings more in each of two layers, and no sum of gradients is larger than its terms allow.
+    # The fused gradient of the logits is rounded to bf16, as autograd rounds the unfused one.
+    bounds = {"fp32": (16 * 2.0**-24, 2.0**-7), "bf16": (16 * 2.0**-9, 0.0)}
+    for case, (plain, *fused) in results.items():
+        for (loss, gradients), bound in zip(fused, bounds[case], strict=True):
+            assert loss == plain[0], case
+            for name, gradient in plain[1].items():
+                scale = float(gradient.abs().max())
+                torch.testing.assert_close(gradients[name], gradient, rtol=0, atol=bound * scale)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("main", [torch.float32, torch.bfloat16])
 def test_the_product_is_added_in_place(dtype: torch.dtype, main: torch.dtype) -> None:
@@ -153,11 +175,25 @@ def test_a_sum_that_loses_bits_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_torch_without_the_product_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layers, "_grad_accum_fusion_available", False)
     monkeypatch.setattr("megatron_muloco.model.fused.can_accumulate", lambda device: False)
-    chosen = choose_fusions(torch.device("cuda"))
+    monkeypatch.setattr("megatron_muloco.model.fused.can_compile", lambda: False)
+    chosen = choose_fusions(tiny_config().training, CUDA)
     assert not chosen.weight_gradients
+    assert not chosen.swiglu
     assert "weight gradients are not: this torch" in chosen.line()
+    assert "triton or a C compiler is missing" in chosen.line()
+
+
+def test_what_is_fused_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_muloco.model.fused.can_accumulate", lambda device: True)
+    monkeypatch.setattr("megatron_muloco.model.fused.can_compile", lambda: True)
+    bf16 = tiny_config(training={"precision": "bf16"}).training
+    assert choose_fusions(bf16, CUDA).line() == "fused: weight gradients, SwiGLU, cross entropy"
+    fp32 = tiny_config(training={"precision": "fp32"}).training
+    assert not choose_fusions(fp32, CUDA).cross_entropy  # its gradient would be bf16
+    none = tiny_config(training={"precision": "bf16", "fusions": "none"}).training
+    assert choose_fusions(none, CUDA) == UNFUSED
 
 
 def test_nothing_is_fused_on_a_cpu() -> None:
-    assert choose_fusions(torch.device("cpu")) == UNFUSED
+    assert choose_fusions(tiny_config().training, torch.device("cpu")) == UNFUSED
     assert UNFUSED.line() == "fused: nothing"
