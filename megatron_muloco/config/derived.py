@@ -6,6 +6,7 @@ width, V padded vocabulary.
 
 import math
 from dataclasses import dataclass
+from itertools import accumulate
 
 from megatron_muloco.config.outer import (
     AverageOuter,
@@ -32,6 +33,7 @@ __all__ = [
     "sketch_width",
     "smallest_topology",
     "spacing_of_launches",
+    "stage_layers",
     "topology_of",
     "train_iterations",
     "weight_decay",
@@ -165,6 +167,32 @@ def topology_of(config: RunConfig, world_size: int) -> Topology:
         tensor=parallel.tensor_model_parallel_size,
         pipeline=parallel.pipeline_model_parallel_size,
     )
+
+
+def stage_layers(config: RunConfig, topology: Topology) -> tuple[range, ...]:
+    """Return the layers of every pipeline stage, counted from 0 over the whole model.
+
+    The first and the last stage hold what the config says, the others equal numbers. Megatron
+    computes the same split from the same keys.
+
+    Args:
+        config: A checked config.
+        topology: Topology; only the pipeline size matters.
+    """
+    parallel, stages = config.parallel, topology.pipeline
+    first, last = (
+        parallel.num_layers_in_first_pipeline_stage,
+        parallel.num_layers_in_last_pipeline_stage,
+    )
+    equal = stages - (first is not None) - (last is not None)
+    left = config.model.num_layers - (first or 0) - (last or 0)
+    sizes = [left // equal if equal else 0] * stages
+    if first is not None:
+        sizes[0] = first
+    if last is not None:
+        sizes[-1] = last
+    ends = list(accumulate(sizes))
+    return tuple(range(end - size, end) for end, size in zip(ends, sizes, strict=True))
 
 
 def train_iterations(config: RunConfig) -> int | None:

@@ -99,15 +99,71 @@ def vocabulary_divides(config: RunConfig, topology: Topology | None) -> Iterator
 
 
 def layers_divide(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
-    """Require the same number of layers on every pipeline stage."""
+    """Require that pipeline stages without a number of their own share the rest evenly."""
     pp, layers = config.parallel.pipeline_model_parallel_size, config.model.num_layers
-    if layers % pp:
-        yield Problem(
-            "parallel.pipeline_model_parallel_size",
-            f"{pp} does not divide the {layers} layers, but all stages hold the same number of "
-            "layers.\n"
-            f"Use one of {_divisors(layers)}.",
+    given = {
+        f"parallel.{key}": number
+        for key in ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
+        if (number := getattr(config.parallel, key)) is not None
+    }
+    others, rest = pp - len(given), layers - sum(given.values())
+    if not given:
+        if layers % pp:
+            yield Problem("parallel.pipeline_model_parallel_size", _equal_stages(layers, pp))
+    elif pp == 1:
+        for key, number in given.items():
+            yield Problem(
+                key,
+                f"{number}, but there is one pipeline stage, which holds all {layers} layers.\n"
+                "Remove the key or use a larger parallel.pipeline_model_parallel_size.",
+            )
+    else:
+        key = list(given)[-1]
+        message = _uneven_stages(given[key], layers, rest, others)
+        if message:
+            yield Problem(key, message)
+
+
+def _equal_stages(layers: int, pp: int) -> str:
+    """Return why equal stages do not fit, with a number for the last stage that does."""
+    message = (
+        f"{pp} does not divide the {layers} layers, but without other keys all stages hold the "
+        f"same number of layers.\nUse one of {_divisors(layers)}"
+    )
+    if layers < pp:
+        return f"{message}."
+    fewer = layers - (pp - 1) * -(-layers // pp)
+    last = fewer if fewer > 0 else layers - (pp - 1) * (layers // pp)
+    return f"{message}, or set parallel.num_layers_in_last_pipeline_stage, such as to {last}."
+
+
+def _uneven_stages(number: int, layers: int, rest: int, others: int) -> str:
+    """Return why the stages without a number cannot share the rest; nothing where they can.
+
+    Args:
+        number: Layers of one stage, as the config says.
+        layers: Layers of the model.
+        rest: Layers that no stage of the config holds.
+        others: Stages without a number.
+    """
+    if not others and rest:
+        return (
+            f"{number}, but the two stages hold {layers - rest} layers then, and the model has "
+            f"{layers}.\nRemove one of the two keys: the other stage holds the rest."
         )
+    if rest < others:
+        return (
+            f"{number} of the {layers} layers, which leaves {max(0, rest)} for the other stages; "
+            f"each of the {others} needs at least one.\nUse a smaller number."
+        )
+    if others and rest % others:
+        more = number + rest % others
+        fewer = f"{more - others} or " if more > others else ""
+        return (
+            f"{number} leaves {rest} of the {layers} layers for the {others} other stages, which "
+            f"hold equal numbers.\nUse {fewer}{more}."
+        )
+    return ""
 
 
 def sequence_divides(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:

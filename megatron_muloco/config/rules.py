@@ -9,7 +9,7 @@ model over ranks in `config.layout_rules`. Checks that read files (datasets, tok
 
 from collections.abc import Callable, Iterable, Iterator
 
-from megatron_muloco.config.derived import train_iterations
+from megatron_muloco.config.derived import smallest_topology, stage_layers, train_iterations
 from megatron_muloco.config.inner import MuonInner
 from megatron_muloco.config.layout_rules import (
     batch_divides,
@@ -125,7 +125,7 @@ def wsd_has_a_decay(config: RunConfig, topology: Topology | None) -> Iterator[Pr
 def recompute_is_complete(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
     """Require ``recompute_num_layers`` with full recomputation, and only there."""
     training = config.training
-    layers = config.model.num_layers // config.parallel.pipeline_model_parallel_size
+    layers = max(map(len, stage_layers(config, topology or smallest_topology(config))))
     if training.recompute_granularity != "full":
         if training.recompute_num_layers is not None:
             yield Problem(

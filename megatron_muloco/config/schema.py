@@ -89,6 +89,16 @@ class ParallelConfig(Section):
     pipeline_model_parallel_size: PositiveInt = Field(
         1, description="Pipeline stages that share the layers."
     )
+    num_layers_in_first_pipeline_stage: PositiveInt | None = Field(
+        None,
+        description="Layers of the first pipeline stage; by default an equal share. The stages "
+        "between the first and the last one hold equal numbers of layers.",
+    )
+    num_layers_in_last_pipeline_stage: PositiveInt | None = Field(
+        None,
+        description="Layers of the last pipeline stage, which also computes output head and loss; "
+        "by default an equal share.",
+    )
     sequence_parallel: bool = Field(
         False,
         description="Divide norms and residual stream over tensor-parallel ranks along the "

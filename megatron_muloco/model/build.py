@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_muloco.comm.groups import Groups
 from megatron_muloco.config import RunConfig
-from megatron_muloco.config.derived import padded_vocab_size
+from megatron_muloco.config.derived import padded_vocab_size, stage_layers
 from megatron_muloco.model.fused import UNFUSED, Fusions, choose_fusions, install
 from megatron_muloco.model.initialise import initialise_weights
 from megatron_muloco.model.layer_spec import decoder_block_spec
@@ -45,6 +45,8 @@ def transformer_config(config: RunConfig, fusions: Fusions = UNFUSED) -> Transfo
         use_cpu_initialization=True,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
+        num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
         sequence_parallel=parallel.sequence_parallel,
         context_parallel_size=1,
         bf16=bf16,
@@ -92,7 +94,7 @@ def build_model(config: RunConfig, groups: Groups, fusions: Fusions | None = Non
     Collectives: with tied embeddings and more than one pipeline stage, Megatron all-reduces the
     embedding over the first and the last stage; every rank must call.
     """
-    model, topology = config.model, groups.topology
+    model = config.model
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     fusions = choose_fusions(config.training, device) if fusions is None else fusions
     install(fusions)
@@ -100,7 +102,7 @@ def build_model(config: RunConfig, groups: Groups, fusions: Fusions | None = Non
     stage = GPTModel(
         config=megatron_config,
         transformer_layer_spec=decoder_block_spec(
-            model.num_layers // topology.pipeline,
+            len(stage_layers(config, groups.topology)[groups.coords.pp]),
             qk_layernorm=model.qk_layernorm,
             post_layernorm=model.post_layernorm,
         ),

@@ -7,6 +7,7 @@ It predicts, without building the model, what Megatron and this package will do 
 - `stage_shards`: the flat ranges whose fp32 masters each data-parallel rank holds.
 - `stage_slices`: numbers of elements by kind.
 - `stage_matrices`: the Muon matrices of a stage.
+- `stage_flops`: FLOPs of every stage, and `best_split`, the split that balances them best.
 
 Megatron lays the parameters of a stage end to end in a buffer, the last one first. It cuts the
 buffer into buckets, and every bucket into equal slices, one for each dp x cp rank::
@@ -27,10 +28,11 @@ import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_muloco.config.derived import padded_vocab_size
+from megatron_muloco.config.derived import padded_vocab_size, stage_layers
 from megatron_muloco.config.inner import MuonInner
 from megatron_muloco.config.outer import NoOuter
 from megatron_muloco.config.schema import ModelConfig, RunConfig
+from megatron_muloco.model.flops import flops_per_token
 from megatron_muloco.optim.matrices import (
     LayerShape,
     MuonMatrix,
@@ -45,9 +47,12 @@ from megatron_muloco.topology import Coords, Topology
 __all__ = [
     "BYTES",
     "Slice",
+    "Split",
+    "best_split",
     "by_fragment",
     "cut_buffer",
     "rank_shards",
+    "stage_flops",
     "stage_matrices",
     "stage_parameters",
     "stage_shards",
@@ -60,24 +65,24 @@ __all__ = [
 
 
 def stage_parameters(
-    model: ModelConfig, topology: Topology, *, stage: int, tp_rank: int
+    config: RunConfig, topology: Topology, *, stage: int, tp_rank: int
 ) -> tuple[ParamInfo, ...]:
     """Return the parameters that `model.names.describe_parameters` finds in a built stage.
 
     Args:
-        model: The model.
+        config: The run.
         topology: Topology; only tensor and pipeline sizes matter.
         stage: Pipeline stage.
         tp_rank: Place in the tensor-parallel group. Norms are replicated over the group, and rank
             0 is their primary rank.
     """
-    tensor, first, last = topology.tensor, stage == 0, stage == topology.pipeline - 1
-    per_stage = model.num_layers // topology.pipeline
+    model, tensor = config.model, topology.tensor
+    first, last = stage == 0, stage == topology.pipeline - 1
     table = (padded_vocab_size(model) // tensor, model.hidden_size)
     parameters = []
     if first:
         parameters.append(ParamInfo.from_name(GPT_NAMES.embedding, table, 0))
-    for layer in range(stage * per_stage, (stage + 1) * per_stage):
+    for layer in stage_layers(config, topology)[stage]:
         parameters += [
             ParamInfo.from_name(
                 GPT_NAMES.in_layer(layer, f"{name}.weight"),
@@ -136,13 +141,12 @@ def stage_shards(
     config: RunConfig, topology: Topology, *, stage: int, tp_rank: int
 ) -> tuple[tuple[Shard, ...], ...]:
     """Return the shards of every dp x cp rank of one pipeline stage and tensor-parallel rank."""
-    model = config.model
     bucket = None
     if config.training.overlap_grad_reduce and stage == 0:
         bucket = max(_LEAST_BUCKET, _BUCKET_PER_RANK * topology.data)
-    tied = not model.untie_embeddings_and_output_weights and topology.pipeline > 1
+    tied = not config.model.untie_embeddings_and_output_weights and topology.pipeline > 1
     return cut_buffer(
-        stage_parameters(model, topology, stage=stage, tp_rank=tp_rank),
+        stage_parameters(config, topology, stage=stage, tp_rank=tp_rank),
         ranks=topology.sharding,
         bucket_elements=bucket,
         alone=(GPT_NAMES.embedding,) if tied else (),
@@ -250,11 +254,11 @@ class Slice:
         return self.matrices + self.vectors
 
 
-def stage_slices(model: ModelConfig, topology: Topology) -> tuple[Slice, ...]:
+def stage_slices(config: RunConfig, topology: Topology) -> tuple[Slice, ...]:
     """Return the slice of every pipeline stage, in order."""
     slices = []
     for stage in range(topology.pipeline):
-        parameters = stage_parameters(model, topology, stage=stage, tp_rank=0)
+        parameters = stage_parameters(config, topology, stage=stage, tp_rank=0)
         vectors = sum(param.numel for param in parameters if is_vector(param))
         total = sum(param.numel for param in parameters)
         slices.append(Slice(stage, total - vectors, vectors))
@@ -266,15 +270,16 @@ def stage_slices(model: ModelConfig, topology: Topology) -> tuple[Slice, ...]:
 
 
 def stage_matrices(
-    config: RunConfig, topology: Topology, *, accelerator: bool
+    config: RunConfig, topology: Topology, *, stage: int, accelerator: bool
 ) -> tuple[MuonMatrix, ...]:
     """Return the Muon matrices of a pipeline stage, as its parameter table has them.
 
-    All stages have equal matrices. With AdamW there are none.
+    With AdamW there are none.
 
     Args:
         config: The run.
         topology: Topology; only tensor and pipeline sizes matter.
+        stage: Pipeline stage.
         accelerator: Whether ranks have an accelerator. It decides the Newton-Schulz implementation,
             and with it the cost of a matrix.
     """
@@ -282,7 +287,7 @@ def stage_matrices(
         return ()
     model, tensor, muon = config.model, topology.tensor, config.inner.muon
     shape = LayerShape.from_config(model)
-    parameters = stage_parameters(model, topology, stage=0, tp_rank=0)
+    parameters = stage_parameters(config, topology, stage=stage, tp_rank=0)
     return tuple(
         matrix
         for param in parameters  # the order of the modules breaks ties between owners
@@ -296,3 +301,81 @@ def stage_matrices(
             choose_impl=implementation_for(muon, accelerator=accelerator),
         )
     )
+
+
+# ------------------------------------------------------------------------------------------
+# FLOPs of the pipeline stages.
+
+# Per logit: maximum, difference, exponential and sum; backward multiplies once.
+_LOSS_FORWARD = 4
+_LOSS_BACKWARD = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Layers of the first, of each middle, and of the last pipeline stage.
+
+    Attributes:
+        first: Layers of the first stage.
+        middle: Layers of every stage between the first and the last; 0 where there is none.
+        last: Layers of the last stage.
+        balance: FLOPs of the fullest stage over the mean of all stages; 1 is perfect.
+    """
+
+    first: int
+    middle: int
+    last: int
+    balance: float
+
+
+def stage_flops(config: RunConfig, topology: Topology) -> tuple[float, ...]:
+    """Return the FLOPs that every pipeline stage computes for one token, forward and backward.
+
+    Besides its layers, which includes what backward recomputes, the last stage has the output head
+    and the loss. The embedding is a lookup and counts nothing.
+    """
+    layers = stage_layers(config, topology)
+    return tuple(
+        _flops_of(config, len(own), is_last=stage == len(layers) - 1)
+        for stage, own in enumerate(layers)
+    )
+
+
+def best_split(config: RunConfig, topology: Topology) -> Split:
+    """Return the split of the layers with the least work on the fullest of at least two stages.
+
+    Among splits of equal balance, the one whose stages differ least in their numbers of layers.
+    """
+    stages, layers = topology.pipeline, config.model.num_layers
+    between = stages - 2
+    splits = []
+    for first in range(1, layers):
+        for last in range(1, layers - first + 1):
+            middle, left_over = divmod(layers - first - last, max(1, between))
+            if left_over or bool(middle) != bool(between):
+                continue
+            flops = [_flops_of(config, number, is_last=False) for number in (first, middle)]
+            flops.append(_flops_of(config, last, is_last=True))
+            total = flops[0] + between * flops[1] + flops[2]
+            splits.append(Split(first, middle, last, max(flops) * stages / total))
+    return min(splits, key=lambda split: (split.balance, _spread(split)))
+
+
+def _spread(split: Split) -> int:
+    """Return by how many layers the stages of a split differ."""
+    numbers = [n for n in (split.first, split.middle, split.last) if n]
+    return max(numbers) - min(numbers)
+
+
+def _flops_of(config: RunConfig, layers: int, *, is_last: bool) -> float:
+    """Return the FLOPs of a stage with this many layers."""
+    model, training = config.model, config.training
+    parts = flops_per_token(model)
+    layer, recomputed = (parts.forward - parts.logits) / model.num_layers, 0.0
+    if training.recompute_granularity == "selective":
+        recomputed = layers * parts.scores / model.num_layers
+    elif training.recompute_granularity == "full":
+        block = training.recompute_method == "block"
+        recomputed = layer * (min(layers, training.recompute_num_layers or 1) if block else layers)
+    loss = (_LOSS_FORWARD + _LOSS_BACKWARD) * padded_vocab_size(model)
+    return 3 * layers * layer + recomputed + is_last * (3 * parts.logits + loss)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_muloco.comm.costs import reducer_cost
-from megatron_muloco.config.derived import derive
+from megatron_muloco.config.derived import derive, stage_layers
 from megatron_muloco.config.inner import MuonInner
 from megatron_muloco.config.outer import NoOuter
 from megatron_muloco.config.schema import RunConfig
@@ -140,15 +140,15 @@ def _largest(sizes: Sequence[int], count: int) -> int:
 # Buffers of the matrix exchange, `optim.exchange`.
 
 
-def exchange_bytes(config: RunConfig, topology: Topology) -> int:
-    """Return the bytes that the exchange keeps on the fullest rank; 0 without Muon.
+def exchange_bytes(config: RunConfig, topology: Topology, *, stage: int = 0) -> int:
+    """Return the bytes that the exchange keeps on a stage's fullest rank; 0 without Muon.
 
-    All pipeline stages have equal matrices.
+    Stages with the same number of layers have equal matrices, and keep the same.
     """
     if not isinstance(config.inner, MuonInner):
         return 0
     accelerator, muon = planned_on_accelerator(config), config.inner.muon
-    matrices = stage_matrices(config, topology, accelerator=accelerator)
+    matrices = stage_matrices(config, topology, stage=stage, accelerator=accelerator)
     return exchange_buffer_bytes(
         matrices,
         assign(matrices, topology.stage_size).owners,
@@ -220,10 +220,14 @@ def memory_plan(config: RunConfig, topology: Topology) -> MemoryPlan:
 
     Only ranks of tensor-parallel rank 0 are considered: they also hold the anchor of the norms.
     """
-    exchange = exchange_bytes(config, topology)
+    layers = [len(stage) for stage in stage_layers(config, topology)]
+    exchange = {
+        number: exchange_bytes(config, topology, stage=layers.index(number))
+        for number in set(layers)
+    }
     plans = [
-        _rank_memory(config, topology, part, shards, exchange)
-        for part in stage_slices(config.model, topology)
+        _rank_memory(config, topology, part, shards, exchange[layers[part.stage]])
+        for part in stage_slices(config, topology)
         for shards in stage_shards(config, topology, stage=part.stage, tp_rank=0)
     ]
     return max(plans, key=lambda plan: plan.device + plan.host)

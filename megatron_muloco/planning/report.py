@@ -4,7 +4,13 @@ import os
 import sys
 from collections.abc import Iterator
 
-from megatron_muloco.config.derived import Derived, derive, smallest_topology, spacing_of_launches
+from megatron_muloco.config.derived import (
+    Derived,
+    derive,
+    smallest_topology,
+    spacing_of_launches,
+    stage_layers,
+)
 from megatron_muloco.config.inner import InnerConfig
 from megatron_muloco.config.outer import (
     AverageOuter,
@@ -18,6 +24,7 @@ from megatron_muloco.config.outer import (
 )
 from megatron_muloco.config.schema import RunConfig
 from megatron_muloco.model.flops import flops_per_token
+from megatron_muloco.planning.layout import Split, best_split, stage_flops
 from megatron_muloco.planning.memory import MemoryPlan, memory_plan
 from megatron_muloco.planning.traffic import TrafficPlan, planned_on_accelerator, traffic_plan
 from megatron_muloco.topology import Topology
@@ -28,6 +35,7 @@ __all__ = [
     "human_count",
     "memory_rows",
     "render_plan",
+    "stage_rows",
     "traffic_rows",
     "write_out",
 ]
@@ -152,6 +160,40 @@ def traffic_rows(config: RunConfig, traffic: TrafficPlan, layout: Topology) -> I
 
 
 # ------------------------------------------------------------------------------------------
+# Rows of the pipeline.
+
+
+def stage_rows(config: RunConfig, layout: Topology) -> Iterator[Row]:
+    """Yield each stage's layers and share of the FLOPs, and the best split; none for one stage."""
+    stages = layout.pipeline
+    if stages == 1:
+        return
+    layers, flops = stage_layers(config, layout), stage_flops(config, layout)
+    for first, last in ((0, 0), (1, stages - 2), (stages - 1, stages - 1)):
+        if first <= last:
+            name = f"stage {first}" if first == last else f"stages {first} to {last}"
+            share = f"{flops[first] / sum(flops):.1%} of the FLOPs{' each' * (first < last)}"
+            head = ", with output head and loss" if first == stages - 1 else ""
+            yield name, f"{len(layers[first])} layers", share + head
+    balance, best = max(flops) * stages / sum(flops), best_split(config, layout)
+    yield "balance", f"{balance:.3f}", "FLOPs of the fullest stage over the mean"
+    if balance <= best.balance * (1 + 1e-9):
+        yield "best balance", f"{best.balance:.3f}", "this one: no other split is better"
+    else:
+        yield "best balance", f"{best.balance:.3f}", f"with {_split_words(best)}"
+
+
+def _split_words(split: Split) -> str:
+    """Return the keys that set a split; the stages without a key share the rest."""
+    keys = {}
+    if split.middle and split.first != split.middle:
+        keys["num_layers_in_first_pipeline_stage"] = split.first
+    if split.last != (split.middle or split.first):
+        keys["num_layers_in_last_pipeline_stage"] = split.last
+    return ", ".join(f"{key} {number}" for key, number in keys.items()) or "equal stages"
+
+
+# ------------------------------------------------------------------------------------------
 # The whole plan.
 
 
@@ -169,6 +211,7 @@ def render_plan(config: RunConfig, topology: Topology | None = None) -> str:
         "world": list(_world_rows(config, layout, assumed=topology is None)),
         "model": list(_model_rows(config, derived)),
         "run": list(_run_rows(config, layout, derived)),
+        "pipeline stages": list(stage_rows(config, layout)),
         "memory per rank": list(memory_rows(config, memory_plan(config, layout), layout)),
         "sent per rank": list(traffic_rows(config, traffic_plan(config, layout), layout)),
     }
@@ -177,7 +220,7 @@ def render_plan(config: RunConfig, topology: Topology | None = None) -> str:
     value_width = max(len(value) for _, value, _ in rows if len(value) <= 24)
     lines = []
     for title, section in sections.items():
-        lines.append(title)
+        lines += [title] if section else []
         for name, value, note in section:
             lines.append(f"  {name:<{name_width}}  {value:>{value_width}}  {note}".rstrip())
     return "\n".join(lines)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from megatron_muloco.comm.chunking import ring_bytes
 from megatron_muloco.comm.costs import reducer_cost
-from megatron_muloco.config.derived import derive, sketch_width
+from megatron_muloco.config.derived import derive, sketch_width, stage_layers
 from megatron_muloco.config.inner import MuonInner
 from megatron_muloco.config.outer import AverageOuter, NesterovOuter, NoOuter
 from megatron_muloco.config.schema import RunConfig
@@ -125,7 +125,7 @@ class TrafficPlan:
 
 def traffic_plan(config: RunConfig, topology: Topology) -> TrafficPlan:
     """Return the bytes sent per rank on the stage that sends most inside the replica."""
-    slices = stage_slices(config.model, topology)
+    slices = stage_slices(config, topology)
     positions = [
         shards
         for part in slices
@@ -183,7 +183,7 @@ def _tensor_parallel_bytes(config: RunConfig, topology: Topology) -> int:
     is an all-gather and a reduce-scatter, which send the same bytes; the second gather of inputs in
     backward is not counted. The embedding adds one on the first stage, the head one on the last.
     """
-    tp, layers = topology.tensor, config.model.num_layers // topology.pipeline
+    tp, layers = topology.tensor, max(map(len, stage_layers(config, topology)))
     per_reduce = 2 * _activation_bytes(config) * (tp - 1) // tp
     return derive(config, topology).num_microbatches * (4 * layers + 1) * per_reduce
 

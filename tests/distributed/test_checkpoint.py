@@ -160,6 +160,10 @@ def stored_tensors(directory: Path) -> dict[str, torch.Tensor]:
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2": (2, {"tensor_model_parallel_size": 2}),
     "pp2": (2, {"pipeline_model_parallel_size": 2}),
+    "pp2-uneven": (
+        2,
+        {"pipeline_model_parallel_size": 2, "num_layers_in_last_pipeline_stage": 1},
+    ),
     "dp3": (3, {}),
     "tp2-dp2": (4, {"tensor_model_parallel_size": 2}),
 }
@@ -168,7 +172,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_every_layout_reads_and_writes_the_same_model_space(tied: bool, tmp_path: Path) -> None:
     """Relation 7: a change of TP, PP or DP keeps every stored tensor and the anchor's digest."""
-    model = {"untie_embeddings_and_output_weights": not tied}
+    model = {"num_layers": 4, "untie_embeddings_and_output_weights": not tied}
     sections = {"inner": MUON, "model": model, "training": {"global_batch_size": 12}}
     source = tmp_path / "source"
     run_ranks(save_after, 1, 3, 0, sections, source)

@@ -23,6 +23,16 @@ LAYOUTS = {
     "dp2": {},
     "tp2-pp2": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
 }
+# Pipelines of four layers, all of which train alike.
+PIPELINES = {
+    "2+2": {"pipeline_model_parallel_size": 2},
+    "3+1": {"pipeline_model_parallel_size": 2, "num_layers_in_last_pipeline_stage": 1},
+    "1+2+1": {
+        "pipeline_model_parallel_size": 3,
+        "num_layers_in_first_pipeline_stage": 1,
+        "num_layers_in_last_pipeline_stage": 1,
+    },
+}
 
 
 def _losses(inner: str, parallel: dict[str, int], sections: dict[str, dict[str, object]]):
@@ -52,3 +62,17 @@ def test_a_layout_does_not_change_the_training(layout: str, inner: str) -> None:
     for losses, norms in ranks:
         assert losses == pytest.approx(one[0], rel=RELATIVE)
         assert norms == pytest.approx(one[1], rel=RELATIVE)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_the_split_of_the_layers_does_not_change_the_training(name: str) -> None:
+    pipeline = {"num_replicas": 2} | PIPELINES[name]
+    model = {"model": {"num_layers": 4}}
+    one = run_ranks(partial(_losses, "muon", {"num_replicas": 2}, model), 2)
+    world = 2 * PIPELINES[name]["pipeline_model_parallel_size"]
+    for rank, (losses, norms) in enumerate(
+        run_ranks(partial(_losses, "muon", pipeline, model), world)
+    ):
+        expected = one[rank // (world // 2)]
+        assert losses == pytest.approx(expected[0], rel=RELATIVE)
+        assert norms == pytest.approx(expected[1], rel=RELATIVE)

@@ -44,7 +44,7 @@ def matrices_and_report(
     run = start_tiny(config)
     run.train(1)
     optimizer = run.optimizer.inner
-    planned = stage_matrices(config, run.groups.topology, accelerator=False)
+    planned = stage_matrices(config, run.groups.topology, stage=0, accelerator=False)
     report = gather_report(optimizer.table, run.groups)
     calls = (optimizer.last_step.newton_schulz_calls, optimizer.planned_calls)
     finish_tiny()

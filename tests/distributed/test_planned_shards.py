@@ -28,6 +28,23 @@ CASES: dict[str, tuple[tuple[int, int, int], dict[str, Any]]] = {
     "tp2": ((2, 1, 1), {"model": ALL_NORMS | {"num_query_groups": 4}}),
     "tp2-dp2": ((2, 1, 2), {"model": {"qk_layernorm": True, "post_layernorm": False}}),
     "pp2": ((1, 2, 1), {"model": {"num_layers": 4, "post_layernorm": True}}),
+    "pp2-uneven": (
+        (1, 2, 2),
+        {
+            "model": TIED | {"num_layers": 4},
+            "parallel": {"num_layers_in_last_pipeline_stage": 1},
+        },
+    ),
+    "pp3-uneven": (
+        (1, 3, 1),
+        {
+            "model": {"num_layers": 4},
+            "parallel": {
+                "num_layers_in_first_pipeline_stage": 1,
+                "num_layers_in_last_pipeline_stage": 1,
+            },
+        },
+    ),
     "pp2-dp2-tied": ((1, 2, 2), {"model": TIED | ALL_NORMS}),
     "dp3": ((1, 1, 3), {"training": {"overlap_grad_reduce": True}}),
     "dp4": ((1, 1, 4), {"model": {"hidden_size": 24, "kv_channels": 6}}),
@@ -41,6 +58,7 @@ def config_of(sizes: tuple[int, int, int], **sections: Any) -> RunConfig:
             "num_replicas": 1,
             "tensor_model_parallel_size": tensor,
             "pipeline_model_parallel_size": pipeline,
+            **sections.pop("parallel", {}),
         },
         training={"global_batch_size": 2 * data, **sections.pop("training", {})},
         **sections,
@@ -62,7 +80,7 @@ def test_planned_shards_are_those_of_the_run(case: str) -> None:
     topology = topology_of(config, world)
     for rank, (infos, shards) in enumerate(run_ranks(held, world, config, None)):
         place = topology.coords(rank)
-        planned = stage_parameters(config.model, topology, stage=place.pp, tp_rank=place.tp)
+        planned = stage_parameters(config, topology, stage=place.pp, tp_rank=place.tp)
         assert list(planned) == infos
         assert list(rank_shards(config, topology, place)) == shards
 

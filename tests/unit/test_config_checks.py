@@ -52,7 +52,10 @@ RULE_CASES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "layers_divide": (
         ["parallel.pipeline_model_parallel_size=3"],
-        ["pipeline_model_parallel_size: 3 does not divide the 4 layers", "one of 1, 2, 4."],
+        [
+            "pipeline_model_parallel_size: 3 does not divide the 4 layers",
+            "Use one of 1, 2, 4, or set parallel.num_layers_in_last_pipeline_stage, such as to 2.",
+        ],
     ),
     "sequence_divides": (
         [
@@ -214,6 +217,28 @@ OTHER_CASES = [
         "training.recompute_num_layers: 5 is more than the 4 layers of a pipeline stage.",
     ),
     (["training.global_batch_size=8"], "Use 16."),
+    (
+        ["parallel.num_layers_in_first_pipeline_stage=2"],
+        "parallel.num_layers_in_first_pipeline_stage: 2, but there is one pipeline stage, which",
+    ),
+    (
+        [
+            "parallel.pipeline_model_parallel_size=2",
+            "parallel.num_layers_in_first_pipeline_stage=2",
+            "parallel.num_layers_in_last_pipeline_stage=1",
+        ],
+        "num_layers_in_last_pipeline_stage: 1, but the two stages hold 3 layers then, and the "
+        "model has 4.",
+    ),
+    (
+        ["parallel.pipeline_model_parallel_size=2", "parallel.num_layers_in_last_pipeline_stage=4"],
+        "4 of the 4 layers, which leaves 0 for the other stages; each of the 1 needs at least one.",
+    ),
+    (
+        ["parallel.pipeline_model_parallel_size=3", "parallel.num_layers_in_last_pipeline_stage=1"],
+        "1 leaves 3 of the 4 layers for the 2 other stages, which hold equal numbers.\n  Use 2.",
+    ),
+    (["parallel.pipeline_model_parallel_size=8"], "Use one of 1, 2, 4."),
 ]
 
 VALUE_CASES = [

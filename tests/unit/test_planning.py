@@ -15,9 +15,11 @@ from megatron_muloco.config.inner import MuonConfig
 from megatron_muloco.params import ParamInfo
 from megatron_muloco.planning import memory_plan, render_plan, traffic_plan
 from megatron_muloco.planning.layout import (
+    best_split,
     by_fragment,
     cut_buffer,
     rank_shards,
+    stage_flops,
     stage_parameters,
     stage_shards,
     stage_slices,
@@ -43,9 +45,9 @@ def config_of(*overrides: str) -> RunConfig:
 )
 @settings(deadline=None)
 def test_slices_hold_the_model_once(tp: int, pp: int, untied: bool) -> None:
-    model = config_of(f"model.untie_embeddings_and_output_weights={str(untied).lower()}").model
-    topology, counts = Topology(1, tp, pp, 1), parameter_counts(model)
-    slices = stage_slices(model, topology)
+    config = config_of(f"model.untie_embeddings_and_output_weights={str(untied).lower()}")
+    topology, counts = Topology(1, tp, pp, 1), parameter_counts(config.model)
+    slices = stage_slices(config, topology)
     assert len(slices) == pp
     assert tp * sum(part.matrices for part in slices) == counts.matrices
     # a tied head is copied to the last stage only where that is another rank
@@ -57,7 +59,7 @@ def test_slices_hold_the_model_once(tp: int, pp: int, untied: bool) -> None:
         info.numel
         for stage in range(pp)
         for rank in range(tp)
-        for info in stage_parameters(model, topology, stage=stage, tp_rank=rank)
+        for info in stage_parameters(config, topology, stage=stage, tp_rank=rank)
         if info.is_primary
     )
     assert exchanged == counts.total
@@ -144,7 +146,7 @@ def test_data_parallel_ranks_share_state_but_not_weights(data: int) -> None:
     shared = memory_plan(config, Topology(2, 1, 1, data))
     assert (shared.weights, shared.gradients) == (alone.weights, alone.gradients)
     # a bucket ends at a multiple of lcm(dp, 128), a parameter starts at one of 64
-    parameters = stage_parameters(config.model, Topology(2, 1, 1, 1), stage=0, tp_rank=0)
+    parameters = stage_parameters(config, Topology(2, 1, 1, 1), stage=0, tp_rank=0)
     padding = 4 * (64 * len(parameters) + 128)
     for name in ("masters", "anchor", "outer_momentum"):
         share = getattr(alone, name) // data
@@ -231,7 +233,7 @@ def test_exchange_memory_is_that_of_the_exchange(
         f"inner.muon.exchange_dtype={wire}",
     )
     topology = Topology(1, tensor, pipeline, data)
-    matrices = stage_matrices(config, topology, accelerator=False)
+    matrices = stage_matrices(config, topology, stage=0, accelerator=False)
     rows = {matrix.param: 0 for matrix in matrices}
     for matrix in matrices:
         rows[matrix.param] += matrix.local_shape[0]
@@ -290,7 +292,7 @@ def test_one_rank_per_replica_sends_nothing_inside() -> None:
 
 def test_data_parallel_traffic_follows_the_ring() -> None:
     config = config_of("training.precision=bf16", "training.micro_batch_size=1")
-    elements = stage_slices(config.model, Topology(2, 1, 1, 4))[0].total
+    elements = stage_slices(config, Topology(2, 1, 1, 4))[0].total
     traffic = traffic_plan(config, Topology(2, 1, 1, 4))
     assert traffic.gradient_reduce == elements * 4 * 3 // 4
     assert traffic.parameter_gather == elements * 2 * 3 // 4
@@ -450,3 +452,57 @@ def test_counts_are_readable(number: int, text: str) -> None:
 )
 def test_sizes_are_readable(number: float, text: str) -> None:
     assert human_bytes(number) == text
+
+
+# ---- pipeline stages ----------------------------------------------------------------------
+
+
+@given(
+    layers=st.integers(2, 24),
+    stages=st.integers(2, 5),
+    vocabulary=st.sampled_from([128, 4096, 200_000]),
+)
+@settings(deadline=None)
+def test_the_best_split_is_one_that_the_config_accepts(
+    layers: int, stages: int, vocabulary: int
+) -> None:
+    if layers < stages:
+        return
+    keys = [f"model.num_layers={layers}", f"model.vocab_size={vocabulary}"]
+    one = config_of(*keys)
+    topology = Topology(2, 1, stages, 1)
+    best = best_split(one, topology)
+    config = config_of(
+        *keys,
+        f"parallel.pipeline_model_parallel_size={stages}",
+        f"parallel.num_layers_in_first_pipeline_stage={best.first}",
+        f"parallel.num_layers_in_last_pipeline_stage={best.last}",
+    )
+    flops = stage_flops(config, topology)
+    # the stages compute what the model does, and the loss; the split keeps the sum
+    assert sum(flops) == pytest.approx(sum(stage_flops(one, Topology(2, 1, 1, 1))))
+    assert max(flops) * stages / sum(flops) == pytest.approx(best.balance)
+    if layers % stages == 0:
+        equal = stage_flops(one, topology)
+        assert best.balance <= max(equal) * stages / sum(equal) * (1 + 1e-9)
+    assert f"{best.balance:.3f}  this one" in render_plan(config, topology)
+
+
+def test_the_plan_says_which_keys_balance_the_stages() -> None:
+    config = config_of("model.num_layers=12", "parallel.pipeline_model_parallel_size=2")
+    plan = render_plan(config)
+    best = best_split(config, Topology(2, 1, 2, 1))
+    assert best.last < best.first == 12 - best.last
+    assert f"with num_layers_in_last_pipeline_stage {best.last}\n" in plan
+    assert "pipeline stages" not in render_plan(config_of())
+
+
+def test_recomputed_layers_count_in_the_balance() -> None:
+    full = ["training.recompute_granularity=full", "training.recompute_num_layers=1"]
+    block = [*full, "training.recompute_method=block"]
+    topology = Topology(1, 1, 1, 1)
+    plain, selective, first, every = (
+        stage_flops(config_of(*keys), topology)[0]
+        for keys in ([], ["training.recompute_granularity=selective"], block, full)
+    )
+    assert plain < selective < first < every < 4 / 3 * plain

@@ -71,7 +71,8 @@ def main() -> int:
 
 def measure(config: RunConfig, tensor: int, data: int, pipeline: int, allowed: float | None) -> Row:
     """Return how one layout is balanced and how it could be."""
-    matrices = stage_matrices(config, Topology(1, tensor, pipeline, data), accelerator=True)
+    topology = Topology(1, tensor, pipeline, data)
+    matrices = stage_matrices(config, topology, stage=0, accelerator=True)
     assignment = assign(matrices, tensor * data)
     best, exact = optimum([matrix.cost for matrix in matrices], tensor * data)
     return Row(
