@@ -6,6 +6,7 @@ width, V padded vocabulary.
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import accumulate
 
 from megatron_muloco.config.outer import (
@@ -16,14 +17,16 @@ from megatron_muloco.config.outer import (
     interval_at,
     interval_values,
 )
-from megatron_muloco.config.schema import ModelConfig, RunConfig
+from megatron_muloco.config.schema import ModelConfig, RunConfig, TrainingConfig
 from megatron_muloco.errors import ConfigError
 from megatron_muloco.topology import Topology
 
 __all__ = [
+    "BatchSchedule",
     "Derived",
     "ParameterCounts",
     "attention_parameters_per_layer",
+    "batch_schedule",
     "complete_rounds",
     "derive",
     "mlp_parameters_per_layer",
@@ -124,10 +127,11 @@ class Derived:
 
     Attributes:
         train_iters: Inner steps of the run.
-        tokens_per_step: Tokens of one inner step over all replicas.
+        tokens_per_step: Tokens of one inner step over all replicas, after the ramp-up.
         train_tokens: Tokens of the whole run.
-        replica_batch_size: Sequences per inner step of one replica.
-        num_microbatches: Forward passes per inner step of one data-parallel rank.
+        replica_batch_size: Sequences per inner step of one replica, after the ramp-up.
+        num_microbatches: Forward passes per inner step of one data-parallel rank, after the
+            ramp-up.
         weight_decay: Decoupled weight decay, scaled to the per-replica batch.
         padded_vocab_size: Rows of the embedding.
         rounds: Complete rounds; 0 without an outer step.
@@ -195,6 +199,59 @@ def stage_layers(config: RunConfig, topology: Topology) -> tuple[range, ...]:
     return tuple(range(end - size, end) for end, size in zip(ends, sizes, strict=True))
 
 
+@dataclass(frozen=True, slots=True)
+class BatchSchedule:
+    """Global batch of every inner step: rises in stages, then stays.
+
+    Attributes:
+        stages: First step and batch of each stage; the first step of the first one is 1.
+    """
+
+    stages: tuple[tuple[int, int], ...]
+
+    def batch(self, step: int) -> int:
+        """Return the sequences of inner step ``step``, from 1, over all replicas."""
+        return next(batch for first, batch in reversed(self.stages) if step >= first)
+
+    def consumed(self, step: int) -> int:
+        """Return the sequences of the first ``step`` inner steps together."""
+        ends = [first - 1 for first, _ in self.stages[1:]] + [step]
+        return sum(
+            max(0, min(end, step) - (first - 1)) * batch
+            for (first, batch), end in zip(self.stages, ends, strict=True)
+        )
+
+    def steps(self, samples: float) -> int:
+        """Return the fewest inner steps that read ``samples`` sequences."""
+        begins = [first - 1 for first, _ in self.stages[1:]]
+        stage = sum(self.consumed(step) < samples for step in begins)
+        first, batch = self.stages[stage]
+        return first - 1 + math.ceil((samples - self.consumed(first - 1)) / batch)
+
+
+def batch_schedule(training: TrainingConfig) -> BatchSchedule:
+    """Return the batch of every inner step.
+
+    Source: Megatron's ``--rampup-batch-size``: after c samples the batch is ``start + increment *
+    floor(c / (samples / number of increments))``, at most ``global_batch_size``.
+    """
+    if training.rampup_batch_size is None:
+        return BatchSchedule(((1, training.global_batch_size),))
+    start, increment, samples = training.rampup_batch_size
+    increments = (training.global_batch_size - start) // increment
+    stages, step, consumed = [(1, start)], 0, 0
+    for number in range(1, increments + 1):
+        # The next batch begins where this many samples have been read.
+        wanted = Fraction(samples * number, increments)
+        steps = math.ceil((wanted - consumed) / stages[-1][1])
+        if steps > 0:
+            step, consumed = step + steps, consumed + steps * stages[-1][1]
+            stages.append((step + 1, start + number * increment))
+        else:
+            stages[-1] = (stages[-1][0], start + number * increment)
+    return BatchSchedule(tuple(stages))
+
+
 def train_iterations(config: RunConfig) -> int | None:
     """Return the inner steps of a run; None when the config gives no length.
 
@@ -208,7 +265,7 @@ def train_iterations(config: RunConfig) -> int | None:
         tokens = training.tokens_per_parameter * parameter_counts(config.model).total
     if tokens is None:
         return None
-    return math.ceil(tokens / (training.global_batch_size * config.model.seq_length))
+    return batch_schedule(training).steps(tokens / config.model.seq_length)
 
 
 def weight_decay(config: RunConfig) -> float:
@@ -262,7 +319,7 @@ def derive(config: RunConfig, topology: Topology | None = None) -> Derived:
     return Derived(
         train_iters=iterations,
         tokens_per_step=tokens_per_step,
-        train_tokens=iterations * tokens_per_step,
+        train_tokens=batch_schedule(training).consumed(iterations) * config.model.seq_length,
         replica_batch_size=replica_batch,
         num_microbatches=replica_batch // (layout.data * training.micro_batch_size),
         weight_decay=weight_decay(config),

@@ -16,6 +16,7 @@ __all__ = [
     "head_width_is_even",
     "heads_divide",
     "layers_divide",
+    "rampup_reaches_the_batch",
     "sequence_divides",
     "tied_embedding_has_a_scale",
     "vocabulary_divides",
@@ -190,6 +191,30 @@ def batch_divides(config: RunConfig, topology: Topology | None) -> Iterator[Prob
             f"{batch} is not divisible by {layout.num_replicas} replicas x dp {layout.data} x "
             f"micro_batch_size {micro} = {unit}.\nIt is the number of sequences per inner step "
             f"over all replicas, and every rank takes the same share. Use {near}.",
+        )
+
+
+def rampup_reaches_the_batch(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
+    """Require a ramp-up of the batch whose every stage divides over the ranks."""
+    if config.training.rampup_batch_size is None:
+        return
+    layout, batch = topology or smallest_topology(config), config.training.global_batch_size
+    start, increment, _ = config.training.rampup_batch_size
+    unit = layout.num_replicas * layout.data * config.training.micro_batch_size
+    if start >= batch or (batch - start) % increment:
+        yield Problem(
+            "training.rampup_batch_size",
+            f"from {start} in increments of {increment} the batch does not reach "
+            f"global_batch_size {batch}.\nUse a smaller start, and an increment that divides the "
+            "difference.",
+        )
+    elif start % unit or increment % unit:
+        yield Problem(
+            "training.rampup_batch_size",
+            f"start {start} and increment {increment} are not both divisible by "
+            f"{layout.num_replicas} replicas x dp {layout.data} x micro_batch_size "
+            f"{config.training.micro_batch_size} = {unit}.\nEvery rank takes the same share of "
+            f"every batch. Use multiples of {unit}.",
         )
 
 

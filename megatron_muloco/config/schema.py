@@ -152,6 +152,13 @@ class TrainingConfig(Section):
     micro_batch_size: PositiveInt = Field(
         description="Sequences per forward pass of one data-parallel rank."
     )
+    rampup_batch_size: tuple[PositiveInt, PositiveInt, PositiveInt] | None = Field(
+        None,
+        strict=False,
+        description="Start, increment and samples, such as [256, 256, 1000000]: the batch begins "
+        "with the start and rises in equal parts of the samples to global_batch_size. When not "
+        "set, the batch is global_batch_size from the first step.",
+    )
     global_batch_size: PositiveInt = Field(
         description="Sequences per inner step over all replicas."
     )

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megatron_muloco.data.sampler import BatchLayout
+from megatron_muloco.data.sampler import BatchLayout, RunLayout
 
 __all__ = ["BatchSource", "SampleDataset", "collate", "document_ids"]
 
@@ -36,7 +36,7 @@ class BatchSource:
 
     Args:
         dataset: Samples in their global order.
-        layout: Division of a step's samples.
+        layout: Division of every step's samples.
         replica: This rank's replica. All replicas read the same held-out data: pass
             ``layout.held_out()`` and replica 0.
         dp_rank: This rank's data-parallel rank; ranks that differ only in tensor, pipeline or
@@ -47,7 +47,7 @@ class BatchSource:
     def __init__(
         self,
         dataset: SampleDataset,
-        layout: BatchLayout,
+        layout: BatchLayout | RunLayout,
         *,
         replica: int,
         dp_rank: int,
@@ -70,7 +70,7 @@ class BatchSource:
 
         Shapes: as `collate`, b = micro-batch size.
         """
-        places = self.layout.indices(step, self._replica, self._dp_rank, index)
+        places = self.layout.at(step).indices(step, self._replica, self._dp_rank, index)
         return collate([self._dataset[place] for place in places])
 
 

@@ -15,9 +15,66 @@ Resuming needs the step number, and after a change of B the samples read before 
 
 from dataclasses import dataclass, replace
 
+from megatron_muloco.config.derived import BatchSchedule
+from megatron_muloco.config.schema import RunConfig
 from megatron_muloco.errors import ConfigError
+from megatron_muloco.topology import Topology
 
-__all__ = ["BatchLayout", "samples_of_step"]
+__all__ = ["BatchLayout", "RunLayout", "batch_layout", "run_layout", "samples_of_step"]
+
+
+@dataclass(frozen=True, slots=True)
+class RunLayout:
+    """The layout of every step of a run; the batch may rise in stages.
+
+    Attributes:
+        stages: First step and layout of each stage; the first step of the first one is 1.
+    """
+
+    stages: "tuple[tuple[int, BatchLayout], ...]"
+
+    def at(self, step: int) -> "BatchLayout":
+        """Return the layout of an inner step, from 1; that of step 1 for step 0."""
+        return next(
+            (layout for first, layout in reversed(self.stages) if step >= first),
+            self.stages[0][1],
+        )
+
+    def consumed(self, step: int) -> int:
+        """Return how many samples all replicas together have read after ``step`` steps."""
+        return self.at(step).consumed(step)
+
+    def resumed(self, step: int, consumed: int) -> "RunLayout":
+        """Return the layout that goes on after ``step`` steps that read ``consumed`` samples."""
+        shift = consumed - self.consumed(step)
+        return RunLayout(
+            tuple(
+                (first, replace(layout, offset=layout.offset + shift))
+                for first, layout in self.stages
+            )
+        )
+
+
+def run_layout(layout: "BatchLayout", batches: BatchSchedule) -> RunLayout:
+    """Return the layouts of a run with these batches.
+
+    Args:
+        layout: The layout of the last batch.
+        batches: The batch of every step.
+    """
+    return RunLayout(
+        tuple(
+            (
+                first,
+                replace(
+                    layout,
+                    global_batch_size=batch,
+                    offset=layout.offset + batches.consumed(first - 1) - (first - 1) * batch,
+                ),
+            )
+            for first, batch in batches.stages
+        )
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +117,9 @@ class BatchLayout:
         """Return the layout of evaluation: every replica reads the same samples."""
         return replace(self, num_replicas=1, offset=0)
 
-    def resumed(self, step: int, consumed: int) -> "BatchLayout":
-        """Return the layout that goes on after ``step`` steps that read ``consumed`` samples."""
-        return replace(self, offset=consumed - step * self.global_batch_size)
+    def at(self, step: int) -> "BatchLayout":
+        """Return this layout: it is that of every step. See `RunLayout`."""
+        return self
 
     def consumed(self, step: int) -> int:
         """Return how many samples all replicas together have read after ``step`` steps."""
@@ -91,6 +148,14 @@ class BatchLayout:
         first = samples_of_step(step, self.global_batch_size).start
         start = self.offset + first + forward_pass * self.micro_batch_size
         return range(start, start + self.micro_batch_size)
+
+
+def batch_layout(config: RunConfig, topology: Topology) -> BatchLayout:
+    """Return the layout of a config's batch, after the ramp-up."""
+    training = config.training
+    return BatchLayout(
+        training.global_batch_size, topology.num_replicas, topology.data, training.micro_batch_size
+    )
 
 
 def samples_of_step(step: int, global_batch_size: int) -> range:

@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 import yaml
 
-from megatron_muloco.config.derived import derive
+from megatron_muloco.config.derived import batch_schedule, derive
 from megatron_muloco.config.schema import RunConfig
+from megatron_muloco.data.sampler import RunLayout, batch_layout, run_layout
 from megatron_muloco.model.flops import flops_per_token
 from megatron_muloco.monitor.console import Console, start_banner
 from megatron_muloco.monitor.metrics import METRICS, MetricTable
@@ -37,7 +38,7 @@ def build_monitor(
     device: torch.device,
     writes: bool,
     resumed_step: int = 0,
-    sample_offset: int = 0,
+    layout: RunLayout | None = None,
     plan_text: str = "",
     parameters: ParameterReport | None = None,
     console: Console | None = None,
@@ -53,7 +54,7 @@ def build_monitor(
         writes: Whether this rank writes; true on one rank of the job.
         resumed_step: Inner step that this start continues from, 0 for a new run. Readers no longer
             see points of later steps that an earlier start wrote.
-        sample_offset: Samples of earlier steps with another batch, see `RunFacts`.
+        layout: Samples of every step; by default those of a run that keeps its batch.
         plan_text: Plan of the run, written to TensorBoard beside the configuration.
         parameters: Parameter report: its summary goes to the console, its table to TensorBoard and
             to `PARAMETERS_FILE` beside the event files.
@@ -66,12 +67,12 @@ def build_monitor(
         num_replicas=topology.num_replicas,
         world_size=topology.world_size,
         train_iters=derived.train_iters,
-        global_batch_size=config.training.global_batch_size,
-        tokens_per_step=derived.tokens_per_step,
+        layout=layout
+        or run_layout(batch_layout(config, topology), batch_schedule(config.training)),
+        seq_length=config.model.seq_length,
         flops_per_token=flops_per_token(config.model).total,
         peak_tflops=peak_tflops(name, config.training.precision),
         resumed_step=resumed_step,
-        sample_offset=sample_offset,
     )
     calendar = LineCalendar(config.monitor.log_interval, schedule)
     if not writes:

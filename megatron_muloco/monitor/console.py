@@ -229,7 +229,8 @@ def start_banner(
         "outer": "none" if isinstance(config.outer, NoOuter) else _outer_words(config.outer),
         "batch": f"{training.global_batch_size} sequences of {config.model.seq_length} tokens, "
         f"{derived.replica_batch_size} per replica in "
-        f"{_counted(derived.num_microbatches, 'microbatch', 'microbatches')}",
+        f"{_counted(derived.num_microbatches, 'microbatch', 'microbatches')}"
+        + ("" if training.rampup_batch_size is None else f", from {training.rampup_batch_size[0]}"),
         "length": f"{derived.train_iters} steps, {count(derived.train_tokens)} tokens"
         + (f", {_counted(derived.rounds, 'round')}" if derived.rounds else "")
         + f", {begin}",

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_muloco.data.sampler import RunLayout
 from megatron_muloco.errors import RuntimeMismatch
 from megatron_muloco.monitor.console import Console, EvaluationLine, RunSummary, TrainingLine
 from megatron_muloco.monitor.diagnostics import peak_memory_gib
@@ -186,23 +187,25 @@ class RunFacts:
         num_replicas: K.
         world_size: Number of ranks.
         train_iters: Inner steps of the run.
-        global_batch_size: Sequences of an inner step over all replicas.
-        tokens_per_step: Tokens of an inner step over all replicas.
+        layout: Samples of every step.
+        seq_length: Tokens of a sample.
         flops_per_token: Model FLOPs of one token, forward and backward.
         peak_tflops: Peak of one rank's accelerator in TFLOP/s; ``None`` if unknown.
         resumed_step: Inner step that this start continues from, 0 for a new run.
-        sample_offset: What is added to steps x batch to count samples, after a change of the batch.
     """
 
     num_replicas: int
     world_size: int
     train_iters: int
-    global_batch_size: int
-    tokens_per_step: int
+    layout: RunLayout
+    seq_length: int
     flops_per_token: float
     peak_tflops: float | None = None
     resumed_step: int = 0
-    sample_offset: int = 0
+
+    def tokens(self, first: int, last: int) -> int:
+        """Return the tokens of all replicas after step ``first``, up to step ``last``."""
+        return (self.layout.consumed(last) - self.layout.consumed(first)) * self.seq_length
 
 
 class Monitor:
@@ -411,7 +414,7 @@ class Monitor:
     def summary(self, outcome: str) -> RunSummary:
         """Return the summary of this start so far."""
         steps, seconds = self._step - self._facts.resumed_step, self._clock.seconds
-        tokens = steps * self._facts.tokens_per_step
+        tokens = self._facts.tokens(self._facts.resumed_step, self._step)
         evaluations = self._evaluations
         return RunSummary(
             outcome=outcome,
@@ -433,7 +436,7 @@ class Monitor:
         return measure_speed(
             seconds=max(self._last_line[1] - last_seconds, 1e-9),  # a clock may be coarse
             steps=step - last_step,
-            tokens_per_step=self._facts.tokens_per_step,
+            tokens=self._facts.tokens(last_step, step),
             flops_per_token=self._facts.flops_per_token,
             world_size=self._facts.world_size,
             peak=self._facts.peak_tflops,
@@ -459,11 +462,11 @@ class Monitor:
         self._console.stamped(str(text))
         if alone:
             values = {_TAGS_OF_REPLICA_0.get(tag, tag): value for tag, value in values.items()}
-        self.scalars(line.step, values | self._own_points(line.speed))
+        self.scalars(line.step, values | self._own_points(line.step, line.speed))
 
-    def _own_points(self, speed: Speed) -> dict[str, float]:
+    def _own_points(self, step: int, speed: Speed) -> dict[str, float]:
         points = {
-            "batch-size": float(self._facts.global_batch_size),
+            "batch-size": float(self._facts.layout.at(step).global_batch_size),
             "iteration-time": speed.seconds_per_step,
             "throughput": speed.tflops,
             "perf/tokens_per_s": speed.tokens_per_s,
@@ -479,7 +482,7 @@ class Monitor:
         return TrainingLine(
             iteration=line.step,
             train_iters=facts.train_iters,
-            consumed_samples=facts.sample_offset + line.step * facts.global_batch_size,
+            consumed_samples=facts.layout.consumed(line.step),
             elapsed_ms=line.speed.seconds_per_step * 1e3,
             learning_rate=values["learning-rate"],
             loss=values["lm loss"],

@@ -74,7 +74,7 @@ def measure_speed(
     *,
     seconds: float,
     steps: int,
-    tokens_per_step: int,
+    tokens: int,
     flops_per_token: float,
     world_size: int,
     peak: float | None,
@@ -84,11 +84,11 @@ def measure_speed(
     Args:
         seconds: Wall-clock seconds of all steps together, more than 0.
         steps: Number of inner steps.
-        tokens_per_step: Tokens of one step over all replicas.
+        tokens: Tokens of all steps together, over all replicas.
         flops_per_token: Model FLOPs of one token, forward and backward.
         world_size: Number of ranks.
         peak: Peak of one rank's accelerator in TFLOP/s; ``None`` if unknown.
     """
-    tokens_per_s = steps * tokens_per_step / seconds
+    tokens_per_s = tokens / seconds
     tflops = tokens_per_s * flops_per_token / world_size / 1e12
     return Speed(seconds / steps, tokens_per_s, tflops, None if peak is None else tflops / peak)

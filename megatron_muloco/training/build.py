@@ -16,10 +16,10 @@ from megatron_muloco.checkpoint.store import CheckpointStore
 from megatron_muloco.comm.collectives import gather_objects, job_store
 from megatron_muloco.comm.groups import Groups
 from megatron_muloco.config import RunConfig
-from megatron_muloco.config.derived import Derived, derive
+from megatron_muloco.config.derived import Derived, batch_schedule, derive
 from megatron_muloco.data.batches import BatchSource, SampleDataset
 from megatron_muloco.data.datasets import Datasets, build_datasets
-from megatron_muloco.data.sampler import BatchLayout
+from megatron_muloco.data.sampler import BatchLayout, RunLayout, batch_layout, run_layout
 from megatron_muloco.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_muloco.errors import CheckpointError, ConfigError
 from megatron_muloco.model.build import build_model
@@ -160,7 +160,7 @@ def load_data(config: RunConfig, topology: Topology) -> RunData:
     datasets = build_datasets(
         train=config.data.train,
         valid=config.data.valid,
-        train_samples=derive(config, topology).train_iters * batch,
+        train_samples=batch_schedule(training).consumed(derive(config, topology).train_iters),
         valid_samples=training.eval_iters * batch if evaluates else 0,
         seq_length=config.model.seq_length,
         seed=config.data.seed,
@@ -205,7 +205,7 @@ def build_context(config: RunConfig, groups: Groups, data: RunData, *, writes: b
         device=training_device(),
         writes=writes,
         resumed_step=resumed,
-        sample_offset=layout.offset,
+        layout=layout,
         plan_text=render_plan(config, groups.topology),
         parameters=gather_report(optimizer.inner.table, groups),
     )
@@ -267,29 +267,31 @@ def _build_model(config: RunConfig, groups: Groups, fusions: Fusions) -> Distrib
 
 def _train_layout(
     config: RunConfig, groups: Groups, state: RunState, step: int, samples: int
-) -> BatchLayout:
+) -> RunLayout:
     """Return the layout of training after inner step ``step``, which goes on where samples ended.
 
     Raises:
         ConfigError: The batch changed, and length or data do not allow it.
     """
-    layout = _batch_layout(config, groups)
-    layout = layout.resumed(step, state.scalars.get("consumed_samples", layout.consumed(step)))
-    if not layout.offset:
+    training = config.training
+    layout = run_layout(batch_layout(config, groups.topology), batch_schedule(training))
+    consumed = state.scalars.get("consumed_samples", layout.consumed(step))
+    if consumed == layout.consumed(step):
         return layout
+    layout = layout.resumed(step, consumed)
     last = derive(config, groups.topology).train_iters
     problems = []
-    if config.training.train_iters is None:
+    if training.train_iters is None:
         problems.append(
-            f"training.global_batch_size: it is {layout.global_batch_size}, and the first {step} "
+            f"training.global_batch_size: it is {training.global_batch_size}, and the first {step} "
             f"steps read {layout.consumed(step)} samples with another. A length in tokens would "
             f"count those steps with the new one. Set training.train_iters."
         )
     if layout.consumed(last) > samples:
         problems.append(
-            f"training.global_batch_size: with {layout.global_batch_size} from step {step} on, the "
-            f"run ends at sample {layout.consumed(last)}, and there are {samples}. Train for fewer "
-            f"steps, or with a batch that is not smaller than before."
+            f"training.global_batch_size: with {training.global_batch_size} from step {step} on, "
+            f"the run ends at sample {layout.consumed(last)}, and there are {samples}. Train for "
+            "fewer steps, or with a batch that is not smaller than before."
         )
     if problems:
         raise ConfigError(problems)
@@ -304,17 +306,10 @@ def _held_out_source(
         return None
     return BatchSource(
         samples,
-        _batch_layout(config, groups).held_out(),
+        batch_layout(config, groups.topology).held_out(),
         replica=0,
         dp_rank=groups.coords.dp,
         steps=config.training.eval_iters,
-    )
-
-
-def _batch_layout(config: RunConfig, groups: Groups) -> BatchLayout:
-    training, topology = config.training, groups.topology
-    return BatchLayout(
-        training.global_batch_size, topology.num_replicas, topology.data, training.micro_batch_size
     )
 
 
@@ -371,6 +366,6 @@ def _residual_changes(description: Description, state: RunState) -> list[str]:
     return residual_changes(description.replicas[0]["digests"], state.synchronizer.kinds())
 
 
-def scalars_of(step: int, layout: BatchLayout) -> dict[str, Any]:
+def scalars_of(step: int, layout: BatchLayout | RunLayout) -> dict[str, Any]:
     """Return the numbers of the run that go into a checkpoint."""
     return {"step": step, "consumed_samples": layout.consumed(step)}

@@ -156,7 +156,7 @@ def evaluate(
     Collectives: those of forward passes inside the replica, and one all-reduce of 8 bytes over the
     replica.
     """
-    count = source.layout.num_microbatches
+    count = source.layout.at(1).num_microbatches
     with anchor_in_place(optimizer):
         total = sum(
             (

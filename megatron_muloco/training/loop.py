@@ -97,7 +97,8 @@ def inner_step(
 
     Collectives: inside the replica only; every rank of the replica calls it.
     """
-    data, count = context.train_data, context.derived.num_microbatches
+    data = context.train_data
+    count = data.layout.at(step).num_microbatches
     context.model.zero_grad_buffer()
     context.optimizer.zero_grad()
     with record_function("muloco/forward_backward"):

@@ -57,6 +57,8 @@ COVER: dict[str, tuple[int, int, dict[str, Any]]] = {  # world, replicas, sectio
     "k2": (2, 2, {"inner": ADAMW}),
     "k2-schedules": (2, 2, {"outer": SCHEDULES, "model": {"num_layers": 3}}),
     "k2-coded": (2, 2, {"outer": CODED}),
+    # Two steps of 4 samples, one of 6, the rest of 8.
+    "k2-ramp": (2, 2, {"training": {"global_batch_size": 8, "rampup_batch_size": [4, 2, 13]}}),
     "k2-tp2-bf16": (4, 2, {"inner": MUON, "parallel": TP2, "training": {"precision": "bf16"}}),
     "k2-pp2": (4, 2, {"inner": MUON, "parallel": PP2}),
     "k2-dp2": (4, 2, {"inner": MUON}),
@@ -139,6 +141,36 @@ def test_a_run_goes_on_with_another_batch_where_its_samples_ended(
         {"step": 5, "consumed_samples": 28, "losses": 2},
         {"step": 7, "consumed_samples": 36, "losses": 2},
     ]
+
+
+def ramp_and_batches(prefix: str, directory: Path) -> None:
+    """Compare a ramp with runs of one batch each that follow each other."""
+    constant = {
+        **ADAMW,
+        "lr_decay_style": "constant",
+        "lr_warmup_iters": 0,
+    }  # the length of a run has no influence
+
+    def trained(directory: Path, resume: str, **training: Any) -> Any:
+        checkpoint = {"dir": str(directory), "resume": resume}
+        sections = {"inner": constant, "outer": NO_OUTER, "checkpoint": checkpoint}
+        return run_here(config_of(prefix, training=training, **sections))
+
+    ramp = [4, 2, 13]
+    ramped = trained(
+        directory / "ramp", "none", global_batch_size=8, rampup_batch_size=ramp, train_iters=5
+    )
+    resume, losses = "none", {}
+    for last, batch in ((2, 4), (3, 6), (5, 8)):
+        ended = trained(directory / f"{last}", resume, global_batch_size=batch, train_iters=last)
+        losses |= ended.losses
+        resume = str(directory / f"{last}" / f"iter_{last:07d}")
+    assert ramped.losses == losses
+    ended.assert_same(ramped)
+
+
+def test_a_ramp_is_runs_with_its_batches_one_after_the_other(prefix: str, tmp_path: Path) -> None:
+    run_ranks(ramp_and_batches, 1, prefix, tmp_path)
 
 
 def change_batch_of_a_length_in_tokens(prefix: str, directory: Path) -> str:

@@ -73,6 +73,10 @@ RULE_CASES: dict[str, tuple[list[str], list[str]]] = {
             "Use 16 or 32.",
         ],
     ),
+    "rampup_reaches_the_batch": (
+        ["training.rampup_batch_size=[8, 3, 100]"],
+        ["training.rampup_batch_size: from 8 in increments of 3 the batch does not reach"],
+    ),
     "data_parallelism_has_one_replica": (
         ["outer=null", "outer.kind=none"],
         ["parallel.num_replicas: 2, but outer.kind is none"],
@@ -475,6 +479,12 @@ def test_other_packages_add_their_rules() -> None:
 )
 def test_what_is_allowed(overrides: list[str]) -> None:
     load_config(CPU, overrides)
+
+
+def test_a_stage_of_a_ramp_that_ranks_cannot_share_is_refused() -> None:
+    ramp = ["training.rampup_batch_size=[8, 4, 100]", "training.micro_batch_size=4"]
+    with pytest.raises(ConfigError, match="start 8 and increment 4 are not both divisible by 2 re"):
+        load_config(CPU, ramp)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_muloco.config import load_config
 from megatron_muloco.config.derived import topology_of
+from megatron_muloco.data.sampler import BatchLayout, RunLayout
 from megatron_muloco.errors import RuntimeMismatch
 from megatron_muloco.monitor.build import PARAMETERS_FILE, build_monitor
 from megatron_muloco.monitor.console import Console
@@ -40,8 +41,8 @@ class Replicas:
             num_replicas=count,
             world_size=count,
             train_iters=schedule.train_iters if schedule else 100,
-            global_batch_size=8,
-            tokens_per_step=80,
+            layout=RunLayout(((1, BatchLayout(8, 1, 1, 1)),)),
+            seq_length=10,
             flops_per_token=1e9,
             resumed_step=resumed_step,
         )

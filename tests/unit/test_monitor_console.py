@@ -230,7 +230,7 @@ def test_an_unknown_accelerator_has_no_peak():
 def test_speed_by_hand():
     # 4 steps x 1000 tokens in 2 s are 2000 tokens/s; x 1e9 FLOPs over 2 ranks is 1 TFLOP/s.
     speed = measure_speed(
-        seconds=2.0, steps=4, tokens_per_step=1000, flops_per_token=1e9, world_size=2, peak=4.0
+        seconds=2.0, steps=4, tokens=4000, flops_per_token=1e9, world_size=2, peak=4.0
     )
     assert speed.seconds_per_step == 0.5
     assert speed.tokens_per_s == 2000.0

@@ -5,10 +5,14 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from megatron.core.num_microbatches_calculator import RampupBatchsizeNumMicroBatchesCalculator
 
-from megatron_muloco.data.sampler import BatchLayout, samples_of_step
+from megatron_muloco.config import load_config
+from megatron_muloco.config.derived import batch_schedule
+from megatron_muloco.data.sampler import BatchLayout, RunLayout, run_layout, samples_of_step
 from megatron_muloco.errors import ConfigError
 
+TRAINING = load_config("configs/cpu_k2.yaml").training
 SIZES = st.sampled_from([1, 2, 3, 4, 8])
 
 
@@ -52,13 +56,49 @@ def test_changing_the_cut_between_steps_neither_repeats_nor_skips(data, batch):
 def test_changing_the_batch_between_steps_neither_repeats_nor_skips(steps):
     samples = []
     for step, layout in enumerate(steps, 1):
-        samples += read(layout.resumed(step - 1, len(samples)), step)
+        resumed = RunLayout(((1, layout),)).resumed(step - 1, len(samples))
+        samples += read(resumed.at(step), step)
     assert samples == list(range(sum(layout.global_batch_size for layout in steps)))
 
 
 @given(layouts(), st.integers(0, 9), st.integers(0, 999))
 def test_held_out_data_has_no_offset(layout, step, consumed):
-    assert layout.resumed(step, consumed).held_out() == layout.held_out()
+    resumed = RunLayout(((1, layout),)).resumed(step, consumed)
+    assert resumed.at(step).held_out() == layout.held_out()
+
+
+@given(
+    start=st.integers(1, 6),
+    increment=st.integers(1, 4),
+    increments=st.integers(1, 6),
+    samples=st.integers(1, 400),
+    consumed=st.integers(0, 1000),
+)
+def test_a_ramp_reads_every_sample_once_with_megatrons_batches(
+    start, increment, increments, samples, consumed
+):
+    batch = start + increments * increment
+    training = TRAINING.model_copy(
+        update={
+            "global_batch_size": batch, "rampup_batch_size": (start, increment, samples),
+        }
+    )  # fmt: skip
+    theirs = RampupBatchsizeNumMicroBatchesCalculator(
+        batch, 1, 1, False, 1, start, increment, samples
+    )
+    batches = batch_schedule(training)
+    run = run_layout(BatchLayout(batch, 1, 1, 1), batches)
+    read_so_far = []
+    for step in range(1, 30):
+        theirs.update(len(read_so_far), False)
+        assert run.at(step).global_batch_size == theirs.get_current_global_batch_size()
+        read_so_far += read(run.at(step), step)
+        assert run.consumed(step) == batches.consumed(step) == len(read_so_far)
+        assert batches.steps(len(read_so_far)) == step
+        assert batches.steps(len(read_so_far) - 0.5) == step
+    assert read_so_far == list(range(len(read_so_far)))
+    later = run.resumed(7, consumed)
+    assert read(later.at(8), 8)[0] == later.consumed(7) == consumed
 
 
 @given(layouts(), st.integers(1, 100))
