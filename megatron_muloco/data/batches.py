@@ -37,8 +37,8 @@ class BatchSource:
     Args:
         dataset: Samples in their global order.
         layout: Division of every step's samples.
-        replica: This rank's replica. All replicas read the same held-out data: pass
-            ``layout.held_out()`` and replica 0.
+        replica: This rank's replica. For held-out data pass ``layout.held_out()`` and replica 0 on
+            all replicas: which forward passes a replica makes is decided by `evaluate`.
         dp_rank: This rank's data-parallel rank; ranks that differ only in tensor, pipeline or
             context position read the same samples.
         steps: Number of steps that will be read; the dataset must be long enough.

@@ -20,7 +20,7 @@ from megatron_muloco.config.schema import RunConfig
 from megatron_muloco.errors import ConfigError
 from megatron_muloco.topology import Topology
 
-__all__ = ["BatchLayout", "RunLayout", "batch_layout", "run_layout", "samples_of_step"]
+__all__ = ["BatchLayout", "RunLayout", "batch_layout", "run_layout", "samples_of_step", "share"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +114,10 @@ class BatchLayout:
         return self.global_batch_size // (ranks * self.micro_batch_size)
 
     def held_out(self) -> "BatchLayout":
-        """Return the layout of evaluation: every replica reads the same samples."""
+        """Return the layout of evaluation, whose samples do not depend on the number of replicas.
+
+        It is that of a single replica; `share` divides its forward passes over several.
+        """
         return replace(self, num_replicas=1, offset=0)
 
     def at(self, step: int) -> "BatchLayout":
@@ -156,6 +159,14 @@ def batch_layout(config: RunConfig, topology: Topology) -> BatchLayout:
     return BatchLayout(
         training.global_batch_size, topology.num_replicas, topology.data, training.micro_batch_size
     )
+
+
+def share(count: int, index: int, of: int) -> range:
+    """Return the part ``index`` of ``count`` items divided over ``of``, one directly after another.
+
+    Sizes differ by one at most; with fewer items than parts some are empty.
+    """
+    return range(count * index // of, count * (index + 1) // of)
 
 
 def samples_of_step(step: int, global_batch_size: int) -> range:

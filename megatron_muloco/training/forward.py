@@ -19,7 +19,9 @@ from torch import Tensor
 
 from megatron_muloco.comm.collectives import sum_over
 from megatron_muloco.comm.groups import Groups
+from megatron_muloco.comm.reducers import OuterGroup
 from megatron_muloco.data.batches import BatchSource, document_ids
+from megatron_muloco.data.sampler import share
 from megatron_muloco.model.attention import document_mask
 from megatron_muloco.training.replica_optimizer import ReplicaOptimizer
 
@@ -71,11 +73,18 @@ class ForwardBackward:
     def __call__(
         self, batches: Iterator[Batch], num_microbatches: int, *, forward_only: bool = False
     ) -> Tensor:
-        """Return the sum of this rank's microbatch losses, fp32 on the training device.
+        """Return the sum of this rank's microbatch losses; otherwise as `losses`."""
+        return self.losses(batches, num_microbatches, forward_only=forward_only).sum()
 
-        The sum is zero on all pipeline stages but the last. Unless ``forward_only``, gradients have
+    def losses(
+        self, batches: Iterator[Batch], num_microbatches: int, *, forward_only: bool = False
+    ) -> Tensor:
+        """Return this rank's microbatch losses, fp32 on the training device.
+
+        They are zeros on all pipeline stages but the last. Unless ``forward_only``, gradients have
         been accumulated and reduced over the replica's data-parallel group when it returns.
 
+        Shapes: [num_microbatches].
         Collectives: tensor, pipeline and data parallel ones of this replica. Every rank of the
         replica must call it with the same ``num_microbatches``.
         """
@@ -89,8 +98,8 @@ class ForwardBackward:
             forward_only=forward_only,
         )
         if not losses:
-            return torch.zeros((), device=self.device)
-        return torch.stack([entry["lm loss"] for entry in losses]).sum()
+            return torch.zeros(num_microbatches, device=self.device)
+        return torch.stack([entry["lm loss"] for entry in losses])
 
     def _forward_step(
         self, batches: Iterator[Batch], model: torch.nn.Module
@@ -150,25 +159,25 @@ def evaluate(
 ) -> float:
     """Return the anchor's mean loss in nats per token over the first ``steps`` held-out batches.
 
-    Every replica evaluates the same samples and gets the same loss. So no collective crosses
-    replicas between outer steps, and different losses show that anchors differ.
+    All replicas hold the same anchor (the digest checks it), so each makes a share of the forward
+    passes, and all get the same loss. It has the same bits for any number of replicas.
 
-    Collectives: those of forward passes inside the replica, and one all-reduce of 8 bytes over the
-    replica.
+    Collectives: those of forward passes inside the replica, one all-reduce of 4 bytes per forward
+    pass of a rank over the outer group, and one of 8 bytes over the replica. Every rank of the job
+    calls it.
     """
     count = source.layout.at(1).num_microbatches
-    with anchor_in_place(optimizer):
-        total = sum(
-            (
-                forward(
-                    (source.microbatch(step, index) for index in range(count)),
-                    count,
-                    forward_only=True,
-                )
-                for step in range(1, steps + 1)
-            ),
-            start=torch.zeros((), device=forward.device),
-        )
+    mine = share(steps * count, groups.coords.replica, groups.topology.num_replicas)
+    losses = torch.zeros(steps * count, device=forward.device)
+    if mine:
+        batches = (source.microbatch(1 + each // count, each % count) for each in mine)
+        with anchor_in_place(optimizer):
+            losses[mine.start : mine.stop] = forward.losses(batches, len(mine), forward_only=True)
+    # Every loss is added to zeros of the other replicas, which is exact. Then they are added in
+    # fp32, within each batch and over batches: an order that does not depend on the replicas.
+    OuterGroup(groups.outer, forward.device).wire.all_reduce(losses).wait()
+    by_batch = (batch.sum() for batch in losses.view(steps, count))
+    total = sum(by_batch, start=torch.zeros((), device=forward.device))
     is_primary = groups.on_last_stage and groups.coords.tp == 0 and groups.coords.cp == 0
     sums = (total if is_primary else torch.zeros_like(total)).double()
     return float(sum_over(groups.replica, sums)) / (groups.topology.data * count * steps)

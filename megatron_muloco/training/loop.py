@@ -6,7 +6,7 @@
     every round:          D_k = theta - theta_k;  theta <- outer optimizer(theta, mean_k D_k)
 
 After each inner step the order is: outer step, evaluation, stop or checkpoint, stop decision for
-the next step. Between two outer steps no collective crosses replicas.
+the next step. Between two outer steps a replica waits for others only to evaluate and to save.
 """
 
 import time
@@ -77,12 +77,12 @@ def train(context: RunContext, stop: StopRequest) -> Outcome:
             # After the outer step, so that the loss of step t belongs to the anchor of step t. The
             # last step is left to `_finish`, which evaluates and saves around the flush.
             if _is_due(step, context.config.training.eval_interval) and step < last_step:
+                _announce(context, step)
                 _evaluate(context, step)
             # Before the periodic save, because stopping saves the same step.
             if step == stop_after and step < last_step:
                 return _stop(context, step)
             if _is_due(step, context.config.checkpoint.save_interval) and step < last_step:
-                # A save waits for all replicas; a leader that waits for posts must know of it.
                 _announce(context, step)
                 _save(context, step)
             # Last: it may wait for other replicas, so nothing may be left here that they wait for.
@@ -168,7 +168,10 @@ def _report_excluded(context: RunContext, report: OuterReport) -> None:
 
 
 def _announce(context: RunContext, step: int) -> None:
-    """Announce that this replica will wait for the others next, after inner step ``step``."""
+    """Announce that this replica will wait for the others next, after inner step ``step``.
+
+    A leader that waits for posts must know of it.
+    """
     if context.groups.is_leader:
         context.agreement.announce(step)
 

@@ -55,9 +55,8 @@ class ReplicaResult:
 
     Attributes:
         losses: Mean loss of each inner step, in nats per token.
-        held_out: Loss of the anchor on held-out data, by inner step; replica 0 alone has it.
-        test_loss: Loss of the last anchor on ``data.test``; ``None`` without it, and on others than
-            replica 0.
+        held_out: Loss of the anchor on held-out data, by inner step, equal on all replicas.
+        test_loss: Loss of the last anchor on ``data.test``; ``None`` without it.
         wire_bytes: Bytes that the replica's rank would have sent in outer steps.
         anchor_digest: Digest of the anchor at the end, equal on all replicas.
     """
@@ -145,7 +144,7 @@ def run_replicas(config: RunConfig, body: Callable[[Groups], Result]) -> list[Re
         config: The configuration of the run.
         body: The program of one replica, for instance a loop around `build_replica_optimizer`. With
             its groups it is the only rank of its replica. It waits for other replicas in outer
-            steps only.
+            steps and evaluations only.
 
     Raises:
         ConfigError: As `run_in_one_process`.
@@ -274,9 +273,6 @@ def _train(config: RunConfig, groups: Groups, data: RunData, *, writes: bool) ->
     context = build_context(config, groups, data, writes=writes)
     result = ReplicaResult()
     recorder: Any = _Recorder(context.monitor, result)
-    if groups.coords.replica:
-        # All replicas hold the same anchor, so one of them evaluates it.
-        context = replace(context, valid_data=None, test_data=None)
     # A request that never comes: an interrupt ends all replicas at once.
     outcome = train(replace(context, monitor=recorder), StopRequest())
     context.monitor.close(outcome.value)

@@ -9,7 +9,7 @@ from megatron.core.num_microbatches_calculator import RampupBatchsizeNumMicroBat
 
 from megatron_muloco.config import load_config
 from megatron_muloco.config.derived import batch_schedule
-from megatron_muloco.data.sampler import BatchLayout, RunLayout, run_layout, samples_of_step
+from megatron_muloco.data.sampler import BatchLayout, RunLayout, run_layout, samples_of_step, share
 from megatron_muloco.errors import ConfigError
 
 TRAINING = load_config("configs/cpu_k2.yaml").training
@@ -140,3 +140,10 @@ def test_uneven_batch_is_refused_with_the_whole_product(sizes):
 def test_places_outside_the_layout_are_refused(place):
     with pytest.raises(ValueError, match=r"counted from 1|is not in"):
         BatchLayout(8, 2, 2, 1).indices(*place)
+
+
+@pytest.mark.parametrize(("count", "parts"), [(12, 3), (15, 2), (7, 4), (2, 3), (0, 2), (5, 1)])
+def test_shares_divide_a_count(count: int, parts: int) -> None:
+    shares = [share(count, index, parts) for index in range(parts)]
+    assert [each for part in shares for each in part] == list(range(count))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
