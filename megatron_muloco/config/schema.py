@@ -58,6 +58,15 @@ class ModelConfig(Section):
         True,
         description="Apply RMSNorm after attention and after the MLP, before the residual add.",
     )
+    attention_impl: Literal["auto", "dense", "varlen", "flex", "te"] = Field(
+        "auto",
+        description="How attention inside documents is computed: dense with a mask of all pairs, "
+        "varlen on packed documents (torch's varlen_attn on CUDA in bf16, else a loop over "
+        "documents), flex with torch's flex_attention (CUDA), te with Transformer Engine (CUDA, "
+        "bf16). All agree within rounding. auto is varlen on CUDA in bf16 where torch has it and "
+        "on CPUs from 1,024 tokens a sequence, else dense. Not Megatron's attention_backend, which "
+        "chooses among the kernels of Transformer Engine.",
+    )
     untie_embeddings_and_output_weights: bool = Field(
         True, description="Use separate matrices for the embedding and the output head."
     )

@@ -1,17 +1,39 @@
-"""`SDPACoreAttention`: causal attention with torch's fused kernels, on CPU and GPU."""
+"""Causal attention inside documents: `CoreAttention` in a layer, and the backends that compute it.
+
+An `AttentionBackend` turns the documents of a microbatch into one tensor, which reaches every layer
+as Megatron's attention mask, and computes attention with it. Here are the two that run everywhere:
+`DenseAttention`, the reference, with a mask of s x s elements, and `DocumentLoop`, which never
+builds one. Backends for accelerators, and the choice between all, are in `attention_backends`.
+
+Shapes: s sequence, b micro-batch, n query heads and g key/value heads of this rank, d head width,
+N documents of the microbatch. Documents of all its sequences are counted in one row.
+"""
 
 import math
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
-__all__ = ["SDPACoreAttention", "document_mask"]
+__all__ = [
+    "AttentionBackend",
+    "CoreAttention",
+    "DenseAttention",
+    "DocumentLoop",
+    "PackedAttention",
+    "attention_of",
+    "causal_attention",
+    "document_boundaries",
+    "document_mask",
+]
+
+
+# ---- documents as tensors ------------------------------------------------------------------------
 
 
 def document_mask(document_ids: Tensor) -> Tensor:
@@ -30,14 +52,159 @@ def document_mask(document_ids: Tensor) -> Tensor:
     return ~(same & earlier).unsqueeze(1)
 
 
-class SDPACoreAttention(MegatronModule):
-    """Causal attention of this rank's heads.
+def document_boundaries(document_ids: Tensor) -> Tensor:
+    """Return where each document begins in the concatenated sequences, and where the last one ends.
+
+    Args:
+        document_ids: [b, s] integers that change where a new document begins. A document also ends
+            with its sequence.
+
+    Returns:
+        int32 [N + 1], from 0 to b*s: the ``cu_seqlens`` of packed attention.
+    """
+    begins = torch.ones_like(document_ids, dtype=torch.bool)
+    begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    places = begins.flatten().nonzero().flatten()
+    return nn.functional.pad(places, (0, 1), value=document_ids.numel()).int()
+
+
+# ---- backends ------------------------------------------------------------------------------------
+
+
+class AttentionBackend(Protocol):
+    """A way to compute causal attention inside documents."""
+
+    def documents(self, document_ids: Tensor, device: torch.device) -> Tensor:
+        """Return what `attend` needs to know about the documents of a microbatch.
+
+        It is one tensor, so that Megatron can pass it through recomputation like a mask.
+
+        Args:
+            document_ids: [b, s] on the CPU, as of `megatron_muloco.data.batches.document_ids`.
+            device: The device that trains.
+        """
+        ...
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, documents: Tensor | None, *, scale: float
+    ) -> Tensor:
+        """Return softmax(scale * q k^T) v over the visible keys.
+
+        Args:
+            query: [s, b, n, d].
+            key: [s, b, g, d]; n is a multiple of g.
+            value: [s, b, g, d].
+            documents: As of `documents`; ``None`` for attention over whole sequences.
+            scale: Factor of the scores.
+
+        Returns:
+            [s, b, n*d], of the dtype of the query.
+        """
+        ...
+
+
+def causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, scale: float, hidden: Tensor | None = None
+) -> Tensor:
+    """Return attention by torch's fused kernels, causal where ``hidden`` is ``None``.
+
+    Args:
+        query: [s, b, n, d].
+        key: [s, b, g, d].
+        value: [s, b, g, d].
+        scale: Factor of the scores.
+        hidden: Boolean [b, 1, s, s], True for pairs that are masked out.
+
+    Returns:
+        [s, b, n*d].
+    """
+    sequence, batch, heads, _ = query.shape
+    out = nn.functional.scaled_dot_product_attention(
+        query.permute(1, 2, 0, 3),
+        key.permute(1, 2, 0, 3),
+        value.permute(1, 2, 0, 3),
+        attn_mask=None if hidden is None else ~hidden,
+        is_causal=hidden is None,
+        scale=scale,
+        enable_gqa=key.shape[2] != heads,
+    )
+    return out.permute(2, 0, 1, 3).reshape(sequence, batch, -1)
+
+
+class DenseAttention:
+    """Attention with a mask of s x s elements; the reference of the other backends.
+
+    Twice the work of causal attention at least, because the kernels skip nothing under a mask.
+    Memory grows with s^2: b*s^2 bytes a microbatch, and what a kernel makes of them in every layer.
+    """
+
+    def documents(self, document_ids: Tensor, device: torch.device) -> Tensor:
+        """Return the mask, boolean [b, 1, s, s]."""
+        return document_mask(document_ids.to(device))
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, documents: Tensor | None, *, scale: float
+    ) -> Tensor:
+        """See `AttentionBackend.attend`."""
+        return causal_attention(query, key, value, scale=scale, hidden=documents)
+
+
+class PackedAttention:
+    """Base of the backends that attend inside each document of the concatenated sequences.
+
+    The boundaries stay on the CPU: a length that sizes a kernel's grid is then known without a
+    device synchronisation. They are a few hundred bytes, and each layer copies them.
+    """
+
+    def documents(self, document_ids: Tensor, device: torch.device) -> Tensor:
+        """Return `document_boundaries`, on the CPU, in pinned memory for an accelerator."""
+        boundaries = document_boundaries(document_ids)
+        return boundaries.pin_memory() if device.type == "cuda" else boundaries
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, documents: Tensor | None, *, scale: float
+    ) -> Tensor:
+        """See `AttentionBackend.attend`."""
+        if documents is None:
+            return causal_attention(query, key, value, scale=scale)
+        sequence, batch = query.shape[:2]
+        # With one sequence in the microbatch these are views.
+        q, k, v = (each.transpose(0, 1).flatten(0, 1) for each in (query, key, value))
+        out = self.attend_packed(q, k, v, documents, scale=scale)
+        return out.reshape(batch, sequence, -1).transpose(0, 1).contiguous()
+
+    def attend_packed(
+        self, query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, *, scale: float
+    ) -> Tensor:
+        """Return [b*s, n, d] from query [b*s, n, d], key and value [b*s, g, d]."""
+        raise NotImplementedError
+
+
+class DocumentLoop(PackedAttention):
+    """One call of torch's causal attention for each document, for every device and dtype."""
+
+    @override
+    def attend_packed(
+        self, query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, *, scale: float
+    ) -> Tensor:
+        lengths = boundaries.diff().tolist()
+        # Backward of a split is one concatenation; that of slices would fill b*s rows for each.
+        pieces = zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
+        attended = [
+            causal_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), scale=scale)
+            for q, k, v in pieces
+        ]
+        return torch.cat(attended).view(query.shape)
+
+
+# ---- the module of a layer -----------------------------------------------------------------------
+
+
+class CoreAttention(MegatronModule):
+    """Causal attention of this rank's heads, by a backend that all layers share.
 
     Replaces Megatron's ``DotProductAttention``, which materialises the score matrix; Megatron's
     fused alternatives need Transformer Engine.
-
-    Shapes: s sequence, b micro-batch, n query heads and g key/value heads of this rank, d head
-    dimension. Query [s, b, n, d], key and value [s, b, g, d], result [s, b, n*d].
     """
 
     def __init__(
@@ -50,11 +217,14 @@ class SDPACoreAttention(MegatronModule):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        *,
+        backend: AttentionBackend,
     ) -> None:
         super().__init__(config=config)
         if config.attention_dropout or attention_dropout:
-            raise ValueError("attention dropout is not implemented in SDPACoreAttention")
+            raise ValueError("attention dropout is not implemented in CoreAttention")
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self.backend = backend
 
     @override
     def forward(
@@ -67,26 +237,21 @@ class SDPACoreAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> Tensor:
-        """Return the attention output.
+        """Return the attention output, ``[s, b, n*d]``.
 
         Args:
             query: ``[s, b, n, d]``.
             key: ``[s, b, g, d]``.
             value: ``[s, b, g, d]``.
-            attention_mask: ``[b, 1, s, s]`` with True for hidden positions; ``None`` for plain
-                causal attention, for which the kernels need no mask in memory.
+            attention_mask: The documents as the backend's `AttentionBackend.documents` gives them;
+                ``None`` for attention over whole sequences.
             attn_mask_type: Ignored, as are the following; Megatron passes them.
             attention_bias: Ignored.
             packed_seq_params: Ignored.
         """
-        sequence, batch, heads, _ = query.shape
-        out = torch.nn.functional.scaled_dot_product_attention(
-            query.permute(1, 2, 0, 3),
-            key.permute(1, 2, 0, 3),
-            value.permute(1, 2, 0, 3),
-            attn_mask=None if attention_mask is None else ~attention_mask,
-            is_causal=attention_mask is None,
-            scale=self.softmax_scale,
-            enable_gqa=key.shape[2] != heads,
-        )
-        return out.permute(2, 0, 1, 3).reshape(sequence, batch, -1)
+        return self.backend.attend(query, key, value, attention_mask, scale=self.softmax_scale)
+
+
+def attention_of(model: nn.Module) -> AttentionBackend:
+    """Return the backend that the layers of ``model`` share."""
+    return next(each.backend for each in model.modules() if isinstance(each, CoreAttention))

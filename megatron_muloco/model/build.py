@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_muloco.comm.groups import Groups
 from megatron_muloco.config import RunConfig
 from megatron_muloco.config.derived import padded_vocab_size, stage_layers
+from megatron_muloco.model.attention_backends import choose_attention
 from megatron_muloco.model.fused import UNFUSED, Fusions, choose_fusions, install
 from megatron_muloco.model.initialise import initialise_weights
 from megatron_muloco.model.layer_spec import decoder_block_spec
@@ -91,6 +92,9 @@ def build_model(config: RunConfig, groups: Groups, fusions: Fusions | None = Non
         groups: This rank's groups.
         fusions: What runs fused; by default what `choose_fusions` finds.
 
+    Raises:
+        ConfigError: The configured attention does not run on this device.
+
     Collectives: with tied embeddings and more than one pipeline stage, Megatron all-reduces the
     embedding over the first and the last stage; every rank must call.
     """
@@ -105,6 +109,7 @@ def build_model(config: RunConfig, groups: Groups, fusions: Fusions | None = Non
             len(stage_layers(config, groups.topology)[groups.coords.pp]),
             qk_layernorm=model.qk_layernorm,
             post_layernorm=model.post_layernorm,
+            attention_backend=choose_attention(config, device).backend,
         ),
         vocab_size=padded_vocab_size(model),
         max_sequence_length=model.seq_length,

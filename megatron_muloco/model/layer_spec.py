@@ -8,6 +8,7 @@ A layer adds the output of two branches to the residual stream x::
 Without ``post_layernorm`` and ``qk_layernorm`` this is a standard Llama layer.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from megatron.core.transformer.transformer_layer import (
 from torch import Tensor, nn
 from typing_extensions import override
 
-from megatron_muloco.model.attention import SDPACoreAttention
+from megatron_muloco.model.attention import AttentionBackend, CoreAttention, DenseAttention
 
 __all__ = ["PostNormRowParallelLinear", "QKRMSNorm", "RMSNorm", "decoder_block_spec"]
 
@@ -90,7 +91,11 @@ class PostNormRowParallelLinear(RowParallelLinear):
 
 
 def decoder_block_spec(
-    num_layers: int, *, qk_layernorm: bool, post_layernorm: bool
+    num_layers: int,
+    *,
+    qk_layernorm: bool,
+    post_layernorm: bool,
+    attention_backend: AttentionBackend | None = None,
 ) -> TransformerBlockSubmodules:
     """Return the specification of one pipeline stage's decoder layers.
 
@@ -98,7 +103,10 @@ def decoder_block_spec(
         num_layers: Layers of this stage.
         qk_layernorm: Normalise queries and keys per head, before the rotary embedding.
         post_layernorm: Normalise the branch outputs before the residual is added.
+        attention_backend: Backend of attention; by default `DenseAttention`, whose layers take
+            Megatron's boolean attention mask.
     """
+    backend = attention_backend or DenseAttention()
     qk_norm = QKRMSNorm if qk_layernorm else None
     row_linear = PostNormRowParallelLinear if post_layernorm else RowParallelLinear
     attention = ModuleSpec(
@@ -106,7 +114,7 @@ def decoder_block_spec(
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=ColumnParallelLinear,
-            core_attention=SDPACoreAttention,
+            core_attention=partial(CoreAttention, backend=backend),
             linear_proj=row_linear,
             q_layernorm=qk_norm,
             k_layernorm=qk_norm,

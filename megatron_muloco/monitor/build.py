@@ -41,6 +41,7 @@ def build_monitor(
     layout: RunLayout | None = None,
     plan_text: str = "",
     parameters: ParameterReport | None = None,
+    attention: str = "",
     console: Console | None = None,
     metrics: MetricTable = METRICS,
 ) -> Monitor:
@@ -58,6 +59,7 @@ def build_monitor(
         plan_text: Plan of the run, written to TensorBoard beside the configuration.
         parameters: Parameter report: its summary goes to the console, its table to TensorBoard and
             to `PARAMETERS_FILE` beside the event files.
+        attention: Attention backend of the run and why, for the console.
         console: Console; standard output by default.
         metrics: Table of the metrics that the run may write.
     """
@@ -81,6 +83,8 @@ def build_monitor(
     console.line(start_banner(config, topology, derived, device=name, resumed_step=resumed_step))
     if parameters is not None:
         console.line(f" > parameters:  {parameters.summary}")
+    if attention:
+        console.line(f" > attention:   {attention}")
     writer = Mirrored(*_writers(config, resumed_step, console, metrics))
     writer.text("run/config", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     if plan_text:

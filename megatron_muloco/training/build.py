@@ -22,6 +22,7 @@ from megatron_muloco.data.datasets import Datasets, build_datasets
 from megatron_muloco.data.sampler import BatchLayout, RunLayout, batch_layout, run_layout
 from megatron_muloco.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_muloco.errors import CheckpointError, ConfigError
+from megatron_muloco.model.attention_backends import choose_attention
 from megatron_muloco.model.build import build_model
 from megatron_muloco.model.fused import Fusions, choose_fusions
 from megatron_muloco.monitor.build import build_monitor
@@ -208,6 +209,7 @@ def build_context(config: RunConfig, groups: Groups, data: RunData, *, writes: b
         layout=layout,
         plan_text=render_plan(config, groups.topology),
         parameters=gather_report(optimizer.inner.table, groups),
+        attention=choose_attention(config, training_device()).reason,
     )
     monitor.say(note)
     if training_device().type == "cuda":

@@ -22,7 +22,7 @@ from megatron_muloco.comm.groups import Groups
 from megatron_muloco.comm.reducers import OuterGroup
 from megatron_muloco.data.batches import BatchSource, document_ids
 from megatron_muloco.data.sampler import share
-from megatron_muloco.model.attention import document_mask
+from megatron_muloco.model.attention import attention_of
 from megatron_muloco.training.replica_optimizer import ReplicaOptimizer
 
 __all__ = ["ForwardBackward", "anchor_in_place", "evaluate", "generate"]
@@ -67,6 +67,7 @@ class ForwardBackward:
         self._micro_batch_size = micro_batch_size
         self._seq_length = seq_length
         self._end_of_document = end_of_document
+        self._attention = attention_of(model)
         self._schedule = get_forward_backward_func_for(groups)
         self.device = next(model.parameters()).device
 
@@ -105,12 +106,15 @@ class ForwardBackward:
         self, batches: Iterator[Batch], model: torch.nn.Module
     ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]]:
         """Take one microbatch; return the output and the loss function, as Megatron expects."""
-        batch = {name: value.to(self.device) for name, value in next(batches).items()}
-        tokens = batch["tokens"]
-        mask = None
+        read = next(batches)
+        batch = {name: value.to(self.device) for name, value in read.items()}
+        documents = None
         if self._end_of_document is not None:
-            mask = document_mask(document_ids(tokens, self._end_of_document))
-        output = model(tokens, batch["position_ids"], mask, labels=batch["labels"])
+            # The attention mask of Megatron: it goes to every layer, also when that is recomputed.
+            documents = self._attention.documents(
+                document_ids(read["tokens"], self._end_of_document), self.device
+            )
+        output = model(batch["tokens"], batch["position_ids"], documents, labels=batch["labels"])
         return output, _mean_loss
 
 

@@ -9,13 +9,13 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_muloco.data.batches import document_ids
-from megatron_muloco.model.attention import SDPACoreAttention, document_mask
+from megatron_muloco.model.attention import CoreAttention, DenseAttention, document_mask
 from megatron_muloco.model.layer_spec import QKRMSNorm, RMSNorm
 
 END = 9
 
 
-def attention(heads: int, groups: int, width: int = 8) -> SDPACoreAttention:
+def attention(heads: int, groups: int, width: int = 8) -> CoreAttention:
     """Return core attention of one rank that holds all heads."""
     config = TransformerConfig(
         num_layers=1,
@@ -25,7 +25,7 @@ def attention(heads: int, groups: int, width: int = 8) -> SDPACoreAttention:
         kv_channels=width,
         attention_dropout=0.0,
     )
-    return SDPACoreAttention(config, 1, AttnMaskType.causal, "self")
+    return CoreAttention(config, 1, AttnMaskType.causal, "self", backend=DenseAttention())
 
 
 def plain_attention(

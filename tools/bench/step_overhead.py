@@ -89,7 +89,7 @@ def bare_loop(config: Any, context: Any) -> Step:
 
     from megatron_muloco.config.inner import learning_rate
     from megatron_muloco.data.batches import document_ids
-    from megatron_muloco.model.attention import document_mask
+    from megatron_muloco.model.attention import attention_of
     from megatron_muloco.model.build import build_model
 
     groups = context.groups
@@ -122,7 +122,8 @@ def bare_loop(config: Any, context: Any) -> Step:
 
     def forward_step(batches: Any, model: Any) -> Any:
         batch = next(batches)
-        mask = document_mask(document_ids(batch["tokens"], end))
+        ids = document_ids(batch["tokens"], end)
+        mask = attention_of(stage).documents(ids, ids.device)
         output = model(batch["tokens"], batch["position_ids"], mask, labels=batch["labels"])
 
         def loss(output: Any) -> Any:
