@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Literal
 
 import torch
+from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.tensor_parallel import layers
 from torch import Tensor
 
@@ -22,6 +24,7 @@ from megatron_muloco.config.schema import TrainingConfig
 __all__ = [
     "UNFUSED",
     "Fusions",
+    "RotaryKernel",
     "accumulate_product",
     "can_accumulate",
     "can_compile",
@@ -41,12 +44,15 @@ class Fusions:
         swiglu: The activation is one kernel, and its derivative another; Megatron compiles both.
         cross_entropy: The loss is a few compiled kernels and one collective fewer over tensor
             ranks. Its gradient is bf16.
+        rotary: Cosines and sines of the rotary embedding are computed once (`cached`), and the
+            rotation is one kernel as well (`compiled`).
         notes: Why parts are not fused that could be on this device.
     """
 
     weight_gradients: bool = False
     swiglu: bool = False
     cross_entropy: bool = False
+    rotary: Literal["", "cached", "compiled"] = ""
     notes: tuple[str, ...] = ()
 
     def line(self) -> str:
@@ -55,6 +61,7 @@ class Fusions:
             "weight gradients": self.weight_gradients,
             "SwiGLU": self.swiglu,
             "cross entropy": self.cross_entropy,
+            f"RoPE ({self.rotary})": bool(self.rotary),
         }
         names = [name for name, fused in parts.items() if fused]
         return "; ".join([f"fused: {', '.join(names) or 'nothing'}", *self.notes])
@@ -89,6 +96,7 @@ def choose_fusions(training: TrainingConfig, device: torch.device) -> Fusions:
         weight_gradients=product,
         swiglu=compiles,
         cross_entropy=compiles and training.precision == "bf16",
+        rotary="compiled" if compiles else "cached",
         notes=tuple(notes),
     )
 
@@ -104,6 +112,8 @@ def install(fusions: Fusions) -> None:
         sys.modules[_APEX] = stand_in  # for imports inside Megatron's functions
         layers.fused_weight_gradient_mlp_cuda = stand_in
         layers._grad_accum_fusion_available = True
+    if fusions.rotary and rope_utils.fused_apply_rotary_pos_emb is None:
+        rope_utils.fused_apply_rotary_pos_emb = RotaryKernel(compiled=fusions.rotary == "compiled")
 
 
 def accumulate_product(inputs: Tensor, grad_output: Tensor, main_grad: Tensor) -> None:
@@ -148,3 +158,47 @@ def can_compile() -> bool:
     return find_spec("triton") is not None and any(
         name and shutil.which(name) for name in compilers
     )
+
+
+class RotaryKernel:
+    """Rotary embedding in place of Transformer Engine's kernel, at the place Megatron calls it.
+
+    Megatron computes cosines and sines for the queries and for the keys of every layer. Here they
+    are computed once for a table of angles and a dtype. The arithmetic is Megatron's: not compiled,
+    results have the same bits.
+
+    Args:
+        compiled: Make the rotation one kernel with ``torch.compile``.
+    """
+
+    def __init__(self, *, compiled: bool) -> None:
+        self._rotate = torch.compile(_rotate) if compiled else _rotate
+        self._angles: Tensor | None = None
+        self._tables: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, x: Tensor, angles: Tensor, *, interleaved: bool) -> Tensor:
+        """Return ``x`` [s, b, heads, d] rotated by ``angles`` [s, 1, 1, d], fp32."""
+        if interleaved:
+            raise ValueError("only rotary embeddings that are not interleaved are implemented")
+        return self._rotate(x, *self._table(angles, x.dtype))
+
+    def _table(self, angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines of ``angles`` in ``dtype``."""
+        known = self._angles
+        # Recomputation passes new tensor objects with the same memory. That memory belongs to no
+        # other angles while a reference to them is kept here.
+        if (
+            known is None
+            or angles.data_ptr() != known.data_ptr()
+            or (angles.shape, angles.device) != (known.shape, known.device)
+        ):
+            self._angles, self._tables = angles, {}
+        if dtype not in self._tables:
+            self._tables[dtype] = (torch.cos(angles).to(dtype), torch.sin(angles).to(dtype))
+        return self._tables[dtype]
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + d/2) of the last dimension."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin

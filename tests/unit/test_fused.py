@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.tensor_parallel import layers
 
 from megatron_muloco.config import RunConfig
@@ -11,6 +12,7 @@ from megatron_muloco.model.build import build_model
 from megatron_muloco.model.fused import (
     UNFUSED,
     Fusions,
+    RotaryKernel,
     accumulate_product,
     can_accumulate,
     choose_fusions,
@@ -26,11 +28,12 @@ CUDA = torch.device("cuda")
 Result = tuple[float, dict[str, torch.Tensor]]
 
 
-def _compare(
-    configs: dict[str, RunConfig], choices: tuple[Fusions, ...]
-) -> dict[str, list[Result]]:
-    """Return the results of `_gradients` for each config, all from one process."""
-    return {name: _gradients(config, choices) for name, config in configs.items()}
+Case = tuple[dict[str, Any], tuple[Fusions, ...]]
+
+
+def _compare(cases: dict[str, Case]) -> dict[str, list[Result]]:
+    """Return the results of `_gradients` for each case, all from one process."""
+    return {name: _gradients(tiny_config(**keys), chosen) for name, (keys, chosen) in cases.items()}
 
 
 def _gradients(config: RunConfig, choices: tuple[Fusions, ...]) -> list[Result]:
@@ -44,6 +47,7 @@ def _gradients(config: RunConfig, choices: tuple[Fusions, ...]) -> list[Result]:
         assert stage.config.gradient_accumulation_fusion == fusions.weight_gradients
         assert stage.config.bias_activation_fusion == fusions.swiglu
         assert stage.config.cross_entropy_loss_fusion == fusions.cross_entropy
+        assert stage.config.apply_rope_fusion == bool(fusions.rotary)
         model = wrap_data_parallel(
             stage,
             groups,
@@ -76,74 +80,112 @@ def _gradients(config: RunConfig, choices: tuple[Fusions, ...]) -> list[Result]:
     return results
 
 
-CASES: dict[str, dict[str, Any]] = {
+PRODUCT, TABLES = Fusions(weight_gradients=True), Fusions(rotary="cached")
+COMPILED = (Fusions(swiglu=True), Fusions(cross_entropy=True))
+BF16 = {"precision": "bf16"}
+RECOMPUTE = {"recompute_granularity": "full", "recompute_num_layers": 1}
+TIED = {"untie_embeddings_and_output_weights": False}
+SAME_BITS: dict[str, dict[str, Any]] = {
     "fp32": {},
-    "bf16": {"training": {"precision": "bf16"}},
-    "bf16 gradients": {"training": {"precision": "bf16", "accumulate_dtype": "bf16"}},
-    "buckets": {"training": {"precision": "bf16", "overlap_grad_reduce": True}},
-    "recompute": {
-        "training": {
-            "precision": "bf16",
-            "recompute_granularity": "full",
-            "recompute_num_layers": 1,
-        }
-    },
+    "bf16": {"training": BF16},
+    "bf16 gradients": {"training": {**BF16, "accumulate_dtype": "bf16"}},
+    "buckets": {"training": {**BF16, "overlap_grad_reduce": True}},
+    "recompute": {"training": {**BF16, **RECOMPUTE}},
 }
-FUSED = Fusions(weight_gradients=True)
+ALONE: dict[str, Case] = {
+    **{name: (keys, (UNFUSED, PRODUCT, TABLES)) for name, keys in SAME_BITS.items()},
+    "compiled fp32": ({}, (UNFUSED, *COMPILED)),
+    "compiled bf16": ({"training": BF16}, (UNFUSED, *COMPILED)),
+    "tied": ({"model": TIED}, (UNFUSED, PRODUCT)),
+}
+TENSOR = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+PAIR: dict[str, Case] = {
+    "tensor": ({"parallel": TENSOR, "training": BF16}, (UNFUSED, PRODUCT)),
+    "tied on two stages": (
+        {"parallel": {"pipeline_model_parallel_size": 2}, "model": TIED},
+        (UNFUSED, PRODUCT),
+    ),
+}
 
 
-def test_fused_weight_gradients_have_the_same_bits() -> None:
-    configs = {name: tiny_config(**case) for name, case in CASES.items()}
-    (results,) = run_ranks(_compare, 1, configs, (UNFUSED, FUSED))
-    for case, (plain, fused) in results.items():
-        assert fused[0] == plain[0], case
-        assert fused[1].keys() == plain[1].keys()
-        for name, gradient in plain[1].items():
-            assert gradient.any(), (case, name)
-            assert torch.equal(fused[1][name], gradient), (case, name)
+@pytest.fixture(scope="module")
+def alone() -> dict[str, list[Result]]:
+    """Return the results of all cases of one rank."""
+    return run_ranks(_compare, 1, ALONE)[0]
 
 
-def test_tensor_parallel_ranks_get_the_same_weight_gradients() -> None:
-    parallel = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
-    config = tiny_config(parallel=parallel, training={"precision": "bf16"})
-    for plain, fused in run_ranks(_gradients, 2, config, (UNFUSED, FUSED)):
-        assert fused[0] == plain[0]
-        for name, gradient in plain[1].items():
-            assert torch.equal(fused[1][name], gradient), name
+def assert_close(got: Result, expected: Result, bound: float, what: str) -> None:
+    """Require the same loss, and gradients within ``bound`` of the largest of each parameter."""
+    assert got[0] == expected[0], what
+    assert got[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        scale = float(gradient.abs().max())
+        assert scale > 0, (what, name)
+        torch.testing.assert_close(got[1][name], gradient, rtol=0, atol=bound * scale)
 
 
-@pytest.mark.parametrize("pipeline", [1, 2])
-def test_a_tied_embedding_keeps_both_its_gradients(pipeline: int) -> None:
-    """On one stage, the weight's gradient is the sum over the head and the embedding."""
-    config = tiny_config(
-        model={"untie_embeddings_and_output_weights": False},
-        parallel={"pipeline_model_parallel_size": pipeline},
-    )
-    for plain, fused in run_ranks(_gradients, pipeline, config, (UNFUSED, FUSED)):
-        assert fused[0] == plain[0]
-        for name, gradient in plain[1].items():
-            # Unfused, autograd adds the two parts first and then the microbatches; fused, each part
-            # is added alone: two more fp32 roundings in a sum of a few terms.
-            scale = gradient.abs().max()
-            bound = 0.0 if "embedding" not in name else float(scale) * 8 * 2.0**-24
-            torch.testing.assert_close(fused[1][name], gradient, rtol=0, atol=bound)
+@pytest.mark.parametrize("case", SAME_BITS)
+def test_weight_gradients_and_rotary_tables_have_the_same_bits(
+    case: str, alone: dict[str, list[Result]]
+) -> None:
+    plain, *fused = alone[case]
+    assert len(fused) == 2
+    for result in fused:
+        assert_close(result, plain, 0.0, case)
 
 
-def test_fused_swiglu_and_cross_entropy_compute_the_same() -> None:
+def test_fused_swiglu_and_cross_entropy_compute_the_same(alone: dict[str, list[Result]]) -> None:
     """The loss has the same bits; gradients differ by the dtype that intermediate values have."""
-    fp32, bf16 = tiny_config(), tiny_config(training={"precision": "bf16"})
-    choices = (UNFUSED, Fusions(swiglu=True), Fusions(cross_entropy=True))
-    (results,) = run_ranks(_compare, 1, {"fp32": fp32, "bf16": bf16}, choices)
     # Megatron writes the derivative of SiLU as products, autograd as one kernel: at most eight
     # roundings more in each of two layers, and no sum of gradients is larger than its terms allow.
     # The fused gradient of the logits is rounded to bf16, as autograd rounds the unfused one.
     bounds = {"fp32": (16 * 2.0**-24, 2.0**-7), "bf16": (16 * 2.0**-9, 0.0)}
-    for case, (plain, *fused) in results.items():
-        for (loss, gradients), bound in zip(fused, bounds[case], strict=True):
-            assert loss == plain[0], case
-            for name, gradient in plain[1].items():
-                scale = float(gradient.abs().max())
-                torch.testing.assert_close(gradients[name], gradient, rtol=0, atol=bound * scale)
+    for precision, both in bounds.items():
+        plain, *fused = alone[f"compiled {precision}"]
+        for result, bound in zip(fused, both, strict=True):
+            assert_close(result, plain, bound, precision)
+
+
+def test_a_tied_embedding_keeps_both_its_gradients(alone: dict[str, list[Result]]) -> None:
+    """On one stage, the weight's gradient is the sum over the head and the embedding."""
+    plain, fused = alone["tied"]
+    # Unfused, autograd adds the two parts first and then the microbatches; fused, each part is
+    # added alone: a few more fp32 roundings.
+    assert_close(fused, plain, 8 * 2.0**-24, "tied")
+    others = [name for name in plain[1] if "embedding" not in name]
+    assert all(torch.equal(fused[1][name], plain[1][name]) for name in others)
+
+
+def test_ranks_of_a_replica_get_the_same_weight_gradients() -> None:
+    for results in run_ranks(_compare, 2, PAIR):
+        for case, (plain, fused) in results.items():
+            assert_close(fused, plain, 0.0, case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotation_has_the_bits_of_megatrons(dtype: torch.dtype) -> None:
+    kernel = RotaryKernel(compiled=False)
+    generator = torch.Generator().manual_seed(3)
+    for length in (6, 4, 6):  # a table of other angles replaces the last
+        angles = torch.randn(length, 1, 1, 8, generator=generator).mul_(100)
+        x = torch.randn(length, 2, 3, 8, generator=generator).to(dtype)
+        for same in (angles, angles.detach()):
+            expected = rope_utils._apply_rotary_pos_emb_bshd(x, same)
+            assert torch.equal(kernel(x, same, interleaved=False), expected)
+
+
+def test_the_table_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    cosine = torch.cos
+    monkeypatch.setattr(torch, "cos", lambda x: calls.append(0) or cosine(x))
+    kernel = RotaryKernel(compiled=False)
+    angles, x = torch.zeros(4, 1, 1, 8), torch.ones(4, 2, 3, 8)
+    for _ in range(3):
+        kernel(x, angles.detach(), interleaved=False)  # as recomputation passes it
+        kernel(x.bfloat16(), angles, interleaved=False)
+    assert len(calls) == 2  # one in each dtype
+    kernel(x, angles.clone(), interleaved=False)
+    assert len(calls) == 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -179,6 +221,7 @@ def test_a_torch_without_the_product_is_named(monkeypatch: pytest.MonkeyPatch) -
     chosen = choose_fusions(tiny_config().training, CUDA)
     assert not chosen.weight_gradients
     assert not chosen.swiglu
+    assert chosen.rotary == "cached"
     assert "weight gradients are not: this torch" in chosen.line()
     assert "triton or a C compiler is missing" in chosen.line()
 
@@ -187,7 +230,9 @@ def test_what_is_fused_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_muloco.model.fused.can_accumulate", lambda device: True)
     monkeypatch.setattr("megatron_muloco.model.fused.can_compile", lambda: True)
     bf16 = tiny_config(training={"precision": "bf16"}).training
-    assert choose_fusions(bf16, CUDA).line() == "fused: weight gradients, SwiGLU, cross entropy"
+    assert choose_fusions(bf16, CUDA).line() == (
+        "fused: weight gradients, SwiGLU, cross entropy, RoPE (compiled)"
+    )
     fp32 = tiny_config(training={"precision": "fp32"}).training
     assert not choose_fusions(fp32, CUDA).cross_entropy  # its gradient would be bf16
     none = tiny_config(training={"precision": "bf16", "fusions": "none"}).training
