@@ -14,8 +14,10 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
+from megatron.core.optimizer import clip_grads
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
+from megatron.core.utils import local_multi_tensor_l2_norm
 from torch import Tensor
 
 from megatron_muloco.comm.collectives import gather_objects
@@ -29,6 +31,7 @@ __all__ = [
     "build_distributed_optimizer",
     "find_distributed_optimizer",
     "keep_statistics_inside",
+    "norm_of_all",
     "wrap_data_parallel",
 ]
 
@@ -100,9 +103,27 @@ def build_distributed_optimizer(
 
 
 def keep_statistics_inside(optimizer: DistributedOptimizer, groups: Groups) -> None:
-    """Make the optimizer compute gradient norms over its replica; its default is WORLD."""
+    """Make the optimizer compute gradient norms over its replica; its default is WORLD.
+
+    On a GPU without apex and Transformer Engine, Megatron computes a norm for every shard and waits
+    for each of them; `norm_of_all` replaces that function. On a CPU Megatron's own stays.
+    """
     optimizer.grad_stats_parallel_group = groups.pg.intra_dist_opt
     optimizer.tp_group = groups.pg.tp
+    if torch.cuda.is_available() and clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:
+        clip_grads.l2_norm_impl = norm_of_all
+
+
+def norm_of_all(
+    _chunk_size: int, _overflow: Tensor, tensor_lists: list[list[Tensor]], _per_tensor: bool
+) -> tuple[Tensor, None]:
+    """Return the norm of all tensors together, ``[1]`` in fp32, without waiting for the device.
+
+    It has the signature of apex's ``multi_tensor_l2norm``. The result is the norm of the norms of
+    the tensors, as in Megatron's function of that signature, and on a CPU has its bits.
+    """
+    norms = [norm for tensors in tensor_lists for norm in torch._foreach_norm(tensors)]
+    return torch.linalg.vector_norm(torch.stack(norms).float()).view(1), None
 
 
 def find_distributed_optimizer(optimizer: Any) -> DistributedOptimizer:
