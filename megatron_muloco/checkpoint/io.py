@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_muloco.checkpoint.layout import (
     COMMON_FILE,
@@ -38,7 +39,14 @@ from megatron_muloco.checkpoint.layout import (
     sync_directory,
     write_file,
 )
-from megatron_muloco.checkpoint.sharding import ModelSpace, model_digests, render, sharded_tensors
+from megatron_muloco.checkpoint.sharding import (
+    ModelSpace,
+    Part,
+    model_digests,
+    render,
+    sharded_tensors,
+    stored_edges,
+)
 from megatron_muloco.checkpoint.state import (
     ANCHOR,
     FORMAT,
@@ -53,7 +61,7 @@ from megatron_muloco.checkpoint.state import (
     rng_tensors,
     set_rng_tensors,
 )
-from megatron_muloco.comm.collectives import gather_objects, sum_over
+from megatron_muloco.comm.collectives import broadcast_object, gather_objects, sum_over
 from megatron_muloco.comm.groups import Groups
 from megatron_muloco.errors import CheckpointError, SyncError
 from megatron_muloco.params import Shard
@@ -68,11 +76,11 @@ __all__ = [
     "load_run",
     "masters_differ",
     "missing_bytes",
+    "read_index",
     "read_tensors",
     "run_kinds",
     "sharded_kinds",
     "sharded_rng",
-    "stored_keys",
     "write_description",
     "write_tensors",
 ]
@@ -137,8 +145,25 @@ def write_tensors(directory: Path, entries: Iterable[ShardedBase]) -> None:
     )
 
 
-def read_tensors(directory: Path, tensors: Sequence[ShardedTensor]) -> None:
+class _IndexedReader(FileSystemReader):
+    """torch's reader with an index that is already in memory."""
+
+    def __init__(self, directory: Path, index: Metadata) -> None:
+        super().__init__(directory)
+        self._index = index
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Return the index."""
+        return self._index
+
+
+def read_tensors(directory: Path, index: Metadata, tensors: Sequence[ShardedTensor]) -> None:
     """Fill the given tensors, each a slab of a stored tensor. No collectives.
+
+    Args:
+        directory: The checkpoint.
+        index: Its index, from `read_index`.
+        tensors: The tensors to fill.
 
     Raises:
         KeyError: A key is not in the checkpoint.
@@ -160,7 +185,7 @@ def read_tensors(directory: Path, tensors: Sequence[ShardedTensor]) -> None:
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         state_dict_loader.load(
             mcore_to_pyt_state_dict(by_key, is_loading=True),
-            storage_reader=FileSystemReader(directory),
+            storage_reader=_IndexedReader(directory, index),
             planner=planner,
             no_dist=True,
         )
@@ -181,18 +206,17 @@ def finish_directory(directory: Path, common: dict[str, Any]) -> None:
     sync_directory(directory)
 
 
-def stored_keys(directory: Path) -> frozenset[str]:
-    """Return the keys of all tensors in a checkpoint."""
-    return frozenset(FileSystemReader(directory).read_metadata().state_dict_metadata)
+def read_index(directory: Path) -> Metadata:
+    """Return the index of a checkpoint: each tensor's chunks, and each chunk's place in a file."""
+    return FileSystemReader(directory).read_metadata()
 
 
-def missing_bytes(directory: Path) -> list[str]:
+def missing_bytes(directory: Path, index: Metadata) -> list[str]:
     """Return a phrase for each file of a checkpoint that is missing or too short."""
-    metadata = FileSystemReader(directory).read_metadata()
     needed: dict[str, int] = defaultdict(int)
     # The index names every stored byte range. A file may be longer than its last range, never
     # shorter.
-    for place in metadata.storage_data.values():
+    for place in index.storage_data.values():
         needed[place.relative_path] = max(needed[place.relative_path], place.offset + place.length)
     problems = []
     for name, size in sorted(needed.items()):
@@ -239,15 +263,23 @@ def run_kinds(state: RunState, *, with_masters: bool) -> Kinds:
     return kinds
 
 
-def sharded_kinds(state: RunState, kinds: Kinds, space: ModelSpace) -> Iterator[ShardedTensor]:
-    """Yield what this rank writes of ``kinds``: shared ones on replica 0, others on their replica.
+def sharded_kinds(kinds: Kinds, space: ModelSpace) -> Iterator[ShardedTensor]:
+    """Yield what this rank writes of ``kinds``: its share of each.
+
+    The values of a shared kind are bitwise the same on all replicas, so any of them may write any
+    part. Its elements are divided among all ranks that hold the same tensor-parallel pieces, those
+    of other kinds among the ranks of one replica.
 
     Collectives: `ModelSpace.names` and `ModelSpace.gather` of each kind. Every rank of a replica
     must exhaust it at the same point.
     """
-    if state.groups.coords.replica > 0:
-        kinds = {kind: tensors for kind, tensors in kinds.items() if not is_shared(kind)}
-    yield from _tensors_of(kinds, space)
+    names = space.names(kinds)
+    for kind, tensors in kinds.items():
+        # Exactly one rank may write an element: that of a replicated parameter is its primary rank.
+        primary = [name for name in names[kind] if space.cut(name).param.is_primary]
+        parts = space.parts(primary, shared=is_shared(kind))
+        for part, values in space.gather(tensors, parts).items():
+            yield from sharded_tensors(f"{kind}.{part.name}", space.cut(part.name), part, values)
 
 
 def sharded_rng() -> Iterator[ShardedTensor]:
@@ -255,16 +287,6 @@ def sharded_rng() -> Iterator[ShardedTensor]:
     rank = torch.distributed.get_rank()
     for name, tensor in rng_tensors().items():
         yield ShardedTensor.from_rank_offsets(rng_key(rank, name), tensor)
-
-
-def _tensors_of(kinds: Kinds, space: ModelSpace) -> Iterator[ShardedTensor]:
-    """Yield the pieces that this rank owns of every primary parameter."""
-    names = space.names(kinds)
-    for kind, tensors in kinds.items():
-        # Exactly one rank may write an element: that of a replicated parameter is its primary rank.
-        primary = [name for name in names[kind] if space.cut(name).param.is_primary]
-        for name, piece in space.gather(tensors, primary).items():
-            yield from sharded_tensors(f"{kind}.{name}", space.cut(name), piece)
 
 
 def digests_of(
@@ -397,9 +419,9 @@ def load_run(path: Path, into: RunState, space: ModelSpace) -> Description:
     with everywhere(f"the checkpoint {path} cannot be read", _REMEDY):
         description = read_description(path)
         _check_config(path, description, into)
-        stored = _stored(path)
-    wanted = _wanted(description, stored, into, space)
-    pieces = _read(path, wanted, space)
+    index = _whole_index(path)
+    wanted = _wanted(description, index, into, space)
+    pieces = _read(path, index, wanted, space)
     own = description.replicas[into.groups.coords.replica]
     found = digests_of(into.groups, into.view.shards, pieces, space.device)
     _check_digests(path, found, own["digests"])
@@ -407,7 +429,7 @@ def load_run(path: Path, into: RunState, space: ModelSpace) -> Description:
     # Generator states belong to ranks. In another layout rank r does other work, so every rank
     # keeps the generators that it was started with.
     if description.topology == asdict(into.groups.topology):
-        _load_rng(path, stored)
+        _load_rng(path, index)
     into.scalars.clear()
     into.scalars.update(description.scalars)
     into.view.publish()
@@ -437,8 +459,7 @@ def load_anchor(
         path = path / FINAL_ANCHOR
     with everywhere(f"the checkpoint {path} cannot be read", _REMEDY):
         description = read_description(path)
-        _stored(path)
-    pieces = _read(path, {ANCHOR: list(view.infos)}, space)
+    pieces = _read(path, _whole_index(path), {ANCHOR: list(view.infos)}, space)
     found = digests_of(groups, view.shards, pieces, space.device)
     _check_digests(path, found, {ANCHOR: description.anchor_digest})
     _fill(view, pieces[ANCHOR])
@@ -457,18 +478,27 @@ def _check_config(path: Path, description: Description, into: RunState) -> None:
         )
 
 
-def _stored(path: Path) -> frozenset[str]:
-    """Return the keys of a checkpoint, after rank 0 has checked the sizes of its files."""
-    if torch.distributed.get_rank() == 0 and (problems := missing_bytes(path)):
-        raise CheckpointError(
-            f"the checkpoint {path} is incomplete: {'; '.join(problems[:4])}"
-            f"{f' and {len(problems) - 4} more' if len(problems) > 4 else ''}. {_REMEDY}"
-        )
-    return stored_keys(path)
+def _whole_index(path: Path) -> Metadata:
+    """Return the index of a checkpoint, which rank 0 reads, after checking the sizes of its files.
+
+    Collectives: agreement on errors, then rank 0 broadcasts the index to the job, some hundred
+    bytes for each chunk.
+    """
+    index: Any = None
+    with everywhere(f"the checkpoint {path} cannot be read", _REMEDY):
+        if torch.distributed.get_rank() == 0:
+            index = read_index(path)
+            if problems := missing_bytes(path, index):
+                raise CheckpointError(
+                    f"the checkpoint {path} is incomplete: {'; '.join(problems[:4])}"
+                    f"{f' and {len(problems) - 4} more' if len(problems) > 4 else ''}. {_REMEDY}"
+                )
+    whole: Metadata = broadcast_object(index)
+    return whole
 
 
 def _wanted(
-    description: Description, stored: frozenset[str], into: RunState, space: ModelSpace
+    description: Description, index: Metadata, into: RunState, space: ModelSpace
 ) -> dict[str, list[str]]:
     """Return key prefix -> names to read, the same on all dp x cp ranks.
 
@@ -486,26 +516,53 @@ def _wanted(
         # Where no masters are stored, the anchor is in `wanted` already, and with every name: also
         # a rank that is not primary needs the masters of its replicated parameters.
         if prefix != masters:
+            stored = index.state_dict_metadata
             wanted[prefix] = [name for name in primary if f"{prefix}.{name}" in stored]
     return wanted
 
 
-def _read(path: Path, wanted: Wanted, space: ModelSpace) -> Pieces:
+def _read(path: Path, index: Metadata, wanted: Wanted, space: ModelSpace) -> Pieces:
     """Return key prefix -> name -> this rank's flat shard.
+
+    Each stored chunk is read by one rank of a replica, or of all replicas where they share it.
 
     Collectives: agreement on errors over the job, then `ModelSpace.scatter` of each prefix.
     """
-    owned: Pieces = {}
-    tensors = []
-    for prefix, names in wanted.items():
-        owned[prefix] = {}
-        for name in filter(space.owns, names):
-            cut = space.cut(name)
-            owned[prefix][name] = torch.empty(cut.param.local_shape, dtype=torch.float32)
-            tensors += sharded_tensors(f"{prefix}.{name}", cut, owned[prefix][name])
+    parts = {prefix: _parts(prefix, names, index, space) for prefix, names in wanted.items()}
+    # NaN, so that an element that no chunk fills cannot pass for a value.
+    read = {
+        prefix: {part: torch.full((part.numel,), torch.nan) for part in found if space.has(part)}
+        for prefix, found in parts.items()
+    }
+    tensors = [
+        tensor
+        for prefix, found in read.items()
+        for part, values in found.items()
+        for tensor in sharded_tensors(f"{prefix}.{part.name}", space.cut(part.name), part, values)
+    ]
     with everywhere(f"the checkpoint {path} cannot be read", _REMEDY):
-        read_tensors(path, tensors)
-    return {prefix: space.scatter(owned[prefix], names) for prefix, names in wanted.items()}
+        read_tensors(path, index, tensors)
+    return {prefix: space.scatter(read.pop(prefix), parts[prefix]) for prefix in wanted}
+
+
+def _parts(prefix: str, names: Sequence[str], index: Metadata, space: ModelSpace) -> list[Part]:
+    """Return the parts in which the pieces under a prefix are read: whole stored chunks."""
+
+    def edges(name: str) -> list[int]:
+        stored: Any = index.state_dict_metadata.get(f"{prefix}.{name}")
+        chunks = [(chunk.offsets, chunk.sizes) for chunk in stored.chunks] if stored else []
+        return stored_edges(space.cut(name), chunks)
+
+    # Replicated parameters of ranks that are not primary come last: where they begin, the shares
+    # would no longer end where those of the save did.
+    primary = [name for name in names if space.cut(name).param.is_primary]
+    copies = [name for name in names if not space.cut(name).param.is_primary]
+    shared = is_shared(prefix)
+    return [
+        part
+        for group in (primary, copies)
+        for part in space.parts(group, shared=shared, edges=edges)
+    ]
 
 
 def _apply(description: Description, pieces: Pieces, into: RunState) -> None:
@@ -542,7 +599,7 @@ def _check_digests(path: Path, found: Mapping[str, str], saved: Mapping[str, str
             )
 
 
-def _load_rng(path: Path, stored: frozenset[str]) -> None:
+def _load_rng(path: Path, index: Metadata) -> None:
     """Restore this rank's generators if the checkpoint has all of their states.
 
     It has not when a run on CPUs resumes on GPUs, or the other way round.
@@ -552,8 +609,7 @@ def _load_rng(path: Path, stored: frozenset[str]) -> None:
     states = {name: torch.empty_like(state) for name, state in rng_tensors().items()}
     keys = {rng_key(torch.distributed.get_rank(), name): state for name, state in states.items()}
     with everywhere(f"the random number states in {path} cannot be read", _REMEDY):
-        if keys.keys() <= stored:
-            read_tensors(
-                path, [ShardedTensor.from_rank_offsets(k, state) for k, state in keys.items()]
-            )
+        if keys.keys() <= index.state_dict_metadata.keys():
+            tensors = [ShardedTensor.from_rank_offsets(key, state) for key, state in keys.items()]
+            read_tensors(path, index, tensors)
             set_rng_tensors(states)

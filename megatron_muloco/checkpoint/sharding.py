@@ -1,13 +1,17 @@
-"""`ModelSpace` turns the flat shards of data-parallel ranks into whole pieces, and back.
+"""`ModelSpace` turns the flat shards of data-parallel ranks into parts of whole pieces, and back.
 
 A checkpoint is stored in model space: it does not depend on how data parallelism cut the masters.
-Each parameter of a pipeline stage has one *owner* among the dp x cp ranks. To save, the shards of a
-parameter are sent to its owner, which writes the whole tensor-parallel piece. To load, the owner
-reads the piece and sends the shards back. The owners divide the elements evenly, so no rank needs
-memory for more than its share, and a replica writes and reads each element once::
+The tensor-parallel pieces of a pipeline stage, laid end to end, are divided into `Part`s of equal
+size, one share for each rank. To save, the shards that overlap a part are sent to its rank, which
+writes it. To load, that rank reads the part and sends the shards back::
 
-    dp 0  [aaa|bb]        gather       owner of a: dp 0   [aaaaaa]
-    dp 1  [aaa|bbbb]   ------------>   owner of b: dp 1   [bbbbbb]
+    dp 0  [aaa|bb]        gather       part of dp 0   [aaaaaa]
+    dp 1  [aaa|bbbb]   ------------>   part of dp 1   [bbbbbb]
+
+Tensors that each replica has for itself are divided among the dp x cp ranks of the replica. Those
+that replicas share are divided among the ranks of all replicas, so each element is written and read
+once, and no rank needs memory for more than its share. What one replica has read, it broadcasts to
+the others.
 
 `Cut` is the other half: where a tensor-parallel piece lies in the whole parameter. It is arithmetic
 on shapes, and the digests of `model_digests` use it too.
@@ -16,26 +20,30 @@ on shapes, and the digests of `model_digests` use it too.
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby, pairwise
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from torch import Tensor
 
-from megatron_muloco.comm.collectives import AllToAll, gather_objects
+from megatron_muloco.comm.collectives import AllToAll, broadcast_tensor, gather_objects
 from megatron_muloco.comm.groups import Groups
 from megatron_muloco.params import ParamInfo, Shard
 
 __all__ = [
     "Cut",
     "ModelSpace",
+    "Part",
     "digest_sum",
+    "divide",
     "model_digests",
     "render",
     "sharded_tensors",
+    "stored_edges",
     "whole_index",
 ]
 
-# Elements of the parameters that travel together: at most 256 MiB of fp32 each way at a rank.
+# Elements of the parts that travel together: at most 256 MiB of fp32 each way at a rank.
 _BATCH_NUMEL = 1 << 26
 
 
@@ -80,18 +88,55 @@ class Cut:
     @property
     def blocks(self) -> int:
         """Number of blocks along ``dim`` that are cut separately; every rank stacks its slices."""
-        return 2 if self.param.kind == "fc1" else 1
+        return 2 if self.param.kind == "fc1" and self.slices > 1 else 1
 
     @property
     def slice_length(self) -> int:
         """Length along ``dim`` of one slice of one block."""
         return self.param.local_shape[self.dim] // self.blocks
 
+    @property
+    def row_numel(self) -> int:
+        """Elements of the piece for one index of its first dimension."""
+        return self.param.numel // self.param.local_shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Whole rows of a tensor-parallel piece, which one rank writes or reads.
+
+    Attributes:
+        name: Name of the parameter.
+        start: First element, as a flat index in the piece.
+        end: Element after the last.
+        rank: Index among the dp x cp ranks of a replica.
+        replica: The replica whose rank has it; ``None`` where each replica has its own values.
+    """
+
+    name: str
+    start: int
+    end: int
+    rank: int
+    replica: int | None = None
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return self.end - self.start
+
+    def overlap(self, place: tuple[int, int] | None) -> tuple[int, int]:
+        """Return the flat range that lies in the part and in ``place``; it may be empty."""
+        if place is None:
+            return self.start, self.start
+        start = max(self.start, place[0])
+        return start, max(start, min(self.end, place[1]))
+
 
 class ModelSpace:
-    """Moves this rank's shards to the owners of their parameters, and back.
+    """Moves this rank's shards to the ranks of their parts, and back.
 
-    Invariant: all dp x cp ranks know the same parameters, in the same order, with the same owners.
+    Invariant: all dp x cp ranks know the same parameters, in the same order, and the ranks at this
+    position of all replicas hold the same shards of them.
 
     Args:
         groups: This rank's groups.
@@ -101,7 +146,7 @@ class ModelSpace:
 
     Collectives: construction gathers every rank's ranges over dp x cp (one small object per rank).
     All ranks of that group call `names`, `gather` and `scatter` in the same order, with the same
-    names.
+    names or parts; with shared parts also the same ranks of the other replicas.
     """
 
     def __init__(
@@ -111,21 +156,16 @@ class ModelSpace:
         shards: Sequence[Shard],
         device: torch.device,
     ) -> None:
-        self._group = groups.pg.dp_cp
+        self._group, self._outer = groups.pg.dp_cp, groups.outer
         self._exchange = AllToAll(self._group)
         self._infos, self.device = infos, device
-        self._topology, self._tensor_rank = groups.topology, groups.coords.tp
+        self._topology, self._coords = groups.topology, groups.coords
         mine = {shard.name: (shard.start, shard.end) for shard in shards}
         self._ranges: list[dict[str, tuple[int, int]]] = gather_objects(self._group, mine)
-        self._owners = _assign_owners(infos, self._exchange.size)
 
     def cut(self, name: str) -> Cut:
         """Return the place of this rank's piece in the whole parameter."""
-        return Cut(self._infos[name], self._tensor_rank, self._topology.tensor)
-
-    def owns(self, name: str) -> bool:
-        """Whether this rank is the parameter's owner: it reads and writes the whole piece."""
-        return self._owners[name] == self._exchange.rank
+        return Cut(self._infos[name], self._coords.tp, self._topology.tensor)
 
     def names(self, kinds: Mapping[str, Collection[str]]) -> dict[str, list[str]]:
         """Return, for each kind of tensor, the names that any dp x cp rank has, in stage order.
@@ -141,61 +181,110 @@ class ModelSpace:
             for kind in kinds
         }
 
-    def gather(self, pieces: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
-        """Return the whole pieces that this rank owns, in their local shape, in host memory.
+    def parts(
+        self,
+        names: Sequence[str],
+        *,
+        shared: bool,
+        edges: Callable[[str], Sequence[int]] | None = None,
+    ) -> list[Part]:
+        """Return the parts of the named pieces of this stage and tensor-parallel rank.
+
+        Args:
+            names: Parameters; the same on all ranks that will move the parts.
+            shared: Whether all replicas have these values, and divide them among each other.
+            edges: Function that returns the sorted flat indices between which a piece may be cut,
+                with 0 and its end. By default, it may be cut between rows.
+        """
+        size = self._exchange.size
+        sizes = {name: self._infos[name].numel for name in names}
+        shares = size * (self._topology.num_replicas if shared else 1)
+
+        def snap(name: str, place: int) -> int:
+            if edges is None:
+                row = self.cut(name).row_numel
+                return (place + row // 2) // row * row
+            return min(edges(name), key=lambda edge: abs(edge - place))
+
+        return [
+            Part(name, start, end, share % size, share // size if shared else None)
+            for name, start, end, share in divide(sizes, shares, snap)
+        ]
+
+    def has(self, part: Part) -> bool:
+        """Whether this rank writes and reads the part."""
+        return part.rank == self._exchange.rank and part.replica in (None, self._coords.replica)
+
+    def gather(self, pieces: Mapping[str, Tensor], parts: Sequence[Part]) -> dict[Part, Tensor]:
+        """Return the parts that this rank has, flat, in host memory.
 
         Args:
             pieces: This rank's flat fp32 shards, by name.
-            names: Parameters to gather; the same on all ranks.
+            parts: Parts to gather; those of other replicas are left out.
 
-        Collectives: one all-to-all over dp x cp per batch of parameters, 4 bytes an element; every
-        rank of the group calls it, also with no shard of any of ``names``.
+        Collectives: one all-to-all over dp x cp per batch of parts, 4 bytes an element; every rank
+        of the group calls it, also with no shard of any of the parts.
         """
-        whole: dict[str, Tensor] = {}
+        gathered: dict[Part, Tensor] = {}
+        here = [part for part in parts if part.replica in (None, self._coords.replica)]
         # Batches bound the send and receive buffers. Every rank derives the same batches from the
-        # same names, so the all-to-alls pair up although each rank sends other parameters.
-        for batch in self._batches(names):
-            leaving = [pieces[name].detach().view(-1).to(self.device) for name in self._sent(batch)]
+        # same parts, so the all-to-alls pair up although each rank sends other elements.
+        for batch in _batches(here):
+            leaving = [
+                pieces[part.name].detach().view(-1)[start:end].to(self.device)
+                for part, start, end in self._sent(batch)
+            ]
             # A rank may have no shard in this batch; torch.cat needs at least one tensor.
             empty = torch.empty(0, dtype=torch.float32, device=self.device)
             arrived = self._exchanged(
                 torch.cat([empty, *leaving]),
                 send_splits=self._sent_counts(batch),
-                receive_splits=self._owned_counts(batch),
+                receive_splits=self._own_counts(batch),
             )
-            owned = {
-                name: torch.empty(self._infos[name].numel, dtype=torch.float32)
-                for name in filter(self.owns, batch)
-            }
-            for place, piece in self._owned_places(batch, owned, arrived):
+            own = {part: torch.empty(part.numel, dtype=torch.float32) for part in self._own(batch)}
+            for place, piece in self._own_places(batch, own, arrived):
                 place.copy_(piece)
-            whole.update(owned)
-        return {name: tensor.view(self._infos[name].local_shape) for name, tensor in whole.items()}
+            gathered.update(own)
+        return gathered
 
-    def scatter(self, whole: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+    def scatter(self, values: Mapping[Part, Tensor], parts: Sequence[Part]) -> dict[str, Tensor]:
         """Return this rank's flat shards in host memory: the inverse of `gather`.
 
-        Args:
-            whole: The whole pieces that this rank owns, by name.
-            names: Parameters to scatter; the same on all ranks.
+        Elements that lie in none of the parts are NaN.
 
-        Collectives: as `gather`.
+        Args:
+            values: The parts that this rank has.
+            parts: Parts to scatter, of all replicas.
+
+        Collectives: for each batch of parts one all-to-all over dp x cp, as in `gather`. Before it,
+        the replica that has a batch of shared parts broadcasts it over the outer group, 4 bytes an
+        element. Every rank of both groups calls it.
         """
-        pieces: dict[str, Tensor] = {}
-        for batch in self._batches(names):
-            owned = {name: whole[name].reshape(-1) for name in filter(self.owns, batch)}
-            leaving = torch.empty(sum(self._owned_counts(batch)), dtype=torch.float32)
-            for place, piece in self._owned_places(batch, owned, leaving):
-                piece.copy_(place)
-            arrived = self._exchanged(
-                leaving.to(self.device),
-                send_splits=self._owned_counts(batch),
-                receive_splits=self._sent_counts(batch),
-            )
-            # `gather` sent the shards in this order, grouped by owner, so they return in it.
-            mine = self._sent(batch)
-            lengths = [_length(self._own_ranges[name]) for name in mine]
-            pieces.update(zip(mine, arrived.split(lengths), strict=True) if mine else ())
+        pieces = {
+            part.name: torch.full((_length(self._own_ranges[part.name]),), torch.nan)
+            for part in parts
+            if part.name in self._own_ranges
+        }
+        for replica, found in groupby(parts, key=lambda part: part.replica):
+            for batch in _batches(list(found)):
+                leaving = torch.empty(sum(self._own_counts(batch)), dtype=torch.float32)
+                if replica in (None, self._coords.replica):
+                    for place, piece in self._own_places(batch, values, leaving):
+                        piece.copy_(place)
+                leaving = leaving.to(self.device)
+                if replica is not None:
+                    # Equal positions hold equal shards, so all of them pack a buffer alike.
+                    broadcast_tensor(self._outer, leaving, source=replica)
+                arrived = self._exchanged(
+                    leaving,
+                    send_splits=self._own_counts(batch),
+                    receive_splits=self._sent_counts(batch),
+                )
+                # `gather` sent the elements in this order, grouped by rank, so they return in it.
+                mine = list(self._sent(batch))
+                lengths = [end - start for _, start, end in mine]
+                for (part, start, end), piece in zip(mine, arrived.split(lengths), strict=True):
+                    pieces[part.name][start:end] = piece
         return pieces
 
     # ---- layout of the buffers --------------------------------------------------------------
@@ -203,16 +292,6 @@ class ModelSpace:
     @property
     def _own_ranges(self) -> dict[str, tuple[int, int]]:
         return self._ranges[self._exchange.rank]
-
-    def _batches(self, names: Sequence[str]) -> Iterator[list[str]]:
-        batch: list[str] = []
-        for name in names:
-            if batch and sum(self._infos[n].numel for n in (*batch, name)) > _BATCH_NUMEL:
-                yield batch
-                batch = []
-            batch.append(name)
-        if batch:
-            yield batch
 
     def _exchanged(
         self, sent: Tensor, *, send_splits: Sequence[int], receive_splits: Sequence[int]
@@ -222,74 +301,158 @@ class ModelSpace:
         self._exchange(received, sent, receive_splits=receive_splits, send_splits=send_splits)
         return received.cpu()
 
-    def _sent(self, batch: Sequence[str]) -> list[str]:
-        """Return the parameters of which this rank has a shard, grouped by owner."""
-        mine = [name for name in batch if name in self._own_ranges]
-        return sorted(mine, key=lambda name: self._owners[name])  # stable: owner, then batch order
+    def _sent(self, batch: Sequence[Part]) -> Iterator[tuple[Part, int, int]]:
+        """Yield (part, range of this rank's shard that lies in it), grouped by the part's rank."""
+        for part in sorted(batch, key=lambda part: part.rank):  # stable: rank, then batch order
+            place = self._own_ranges.get(part.name)
+            start, end = part.overlap(place)
+            if place is not None and start < end:
+                yield part, start - place[0], end - place[0]
 
-    def _sent_counts(self, batch: Sequence[str]) -> list[int]:
-        """Return the elements of this rank's shards, per owner."""
+    def _sent_counts(self, batch: Sequence[Part]) -> list[int]:
+        """Return the elements of this rank's shards in the parts of each rank."""
         counts = [0] * self._exchange.size
-        for name in batch:
-            counts[self._owners[name]] += _length(self._own_ranges.get(name))
+        for part, start, end in self._sent(batch):
+            counts[part.rank] += end - start
         return counts
 
-    def _owned_counts(self, batch: Sequence[str]) -> list[int]:
-        """Return the elements of the parameters owned here, per rank that has the shards."""
+    def _own(self, batch: Sequence[Part]) -> list[Part]:
+        """Return the parts of the rank at this position, in this replica or another."""
+        return [part for part in batch if part.rank == self._exchange.rank]
+
+    def _own_counts(self, batch: Sequence[Part]) -> list[int]:
+        """Return the elements of `_own` parts, per rank that has the shards."""
+        own = self._own(batch)
         return [
-            sum(_length(ranges.get(name)) for name in batch if self.owns(name))
+            sum(_length(part.overlap(ranges.get(part.name))) for part in own)
             for ranges in self._ranges
         ]
 
-    def _owned_places(
-        self, batch: Sequence[str], owned: Mapping[str, Tensor], buffer: Tensor
+    def _own_places(
+        self, batch: Sequence[Part], values: Mapping[Part, Tensor], buffer: Tensor
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (range of an owned tensor, its place in the buffer), in the buffer's order."""
+        """Yield (range of a part's values, its place in the buffer), in the buffer's order."""
         offset = 0
         # The buffer is ordered by sending rank, then by batch: what all_to_all_single delivers when
         # every rank packs its shards as `_sent` orders them.
         for ranges in self._ranges:
-            for name in batch:
-                if name in ranges and self.owns(name):
-                    start, end = ranges[name]
-                    yield owned[name][start:end], buffer[offset : offset + end - start]
+            for part in self._own(batch):
+                start, end = part.overlap(ranges.get(part.name))
+                if start < end:
+                    place = values[part][start - part.start : end - part.start]
+                    yield place, buffer[offset : offset + end - start]
                     offset += end - start
 
 
-def sharded_tensors(key: str, cut: Cut, piece: Tensor) -> list[ShardedTensor]:
-    """Return Megatron's description of a tensor-parallel piece as slabs of the tensor ``key``.
+def divide(
+    sizes: Mapping[str, int], shares: int, snap: Callable[[str, int], int]
+) -> Iterator[tuple[str, int, int, int]]:
+    """Divide tensors, laid end to end, into shares of nearly equal size.
+
+    Every rank computes the same division alone.
+
+    Args:
+        sizes: Name -> number of elements.
+        shares: Number of shares.
+        snap: Function of a name and a flat index that returns the nearest index where that tensor
+            may be cut.
+
+    Yields:
+        Name, first element, element after the last, and share.
+    """
+    total = sum(sizes.values())
+    offset = 0
+    for name, size in sizes.items():
+        if not size:
+            continue
+        first, last = (place * shares // total for place in (offset, offset + size - 1))
+        # Share i begins at element i * total / shares of all.
+        ideal = [share * total // shares - offset for share in range(first + 1, last + 1)]
+        cuts = [0, *(snap(name, place) for place in ideal), size]
+        for share, (start, end) in enumerate(pairwise(cuts), start=first):
+            if start < end:
+                yield name, start, end, share
+        offset += size
+
+
+def _batches(parts: Sequence[Part]) -> Iterator[list[Part]]:
+    batch: list[Part] = []
+    numel = 0
+    for part in parts:
+        if batch and numel + part.numel > _BATCH_NUMEL:
+            yield batch
+            batch, numel = [], 0
+        batch.append(part)
+        numel += part.numel
+    if batch:
+        yield batch
+
+
+def sharded_tensors(key: str, cut: Cut, part: Part, values: Tensor) -> Iterator[ShardedTensor]:
+    """Yield Megatron's description of a part as slabs of the tensor ``key``.
 
     Args:
         key: Name in the checkpoint.
         cut: The place of the piece.
-        piece: The piece, in its local shape; the result holds views of it.
+        part: Rows of the piece.
+        values: The part, flat; the result holds views of it.
     """
-    if cut.slices == 1:
-        return [ShardedTensor.from_rank_offsets(key, piece)]
-    return [
-        ShardedTensor.from_rank_offsets(
-            key, block, (cut.dim, number * cut.slices + cut.index, cut.blocks * cut.slices)
+    shape = list(cut.param.local_shape)
+    whole, offset = list(shape), [0] * len(shape)
+    whole[cut.dim] *= cut.slices
+    if cut.dim:
+        offset[cut.dim] = cut.index * cut.slice_length
+    for (start, end), first in _slabs(cut, part.start // cut.row_numel, part.end // cut.row_numel):
+        begin = start * cut.row_numel - part.start
+        data = values[begin : begin + (end - start) * cut.row_numel].view(-1, *shape[1:])
+        yield ShardedTensor(
+            key=key,
+            data=data,
+            dtype=data.dtype,
+            local_shape=tuple(data.shape),
+            global_shape=tuple(whole),
+            global_offset=(first, *offset[1:]),
+            axis_fragmentations=None,  # shares are not equal to the row, so there is no grid
         )
-        for number, block in enumerate(piece.chunk(cut.blocks, dim=cut.dim))
-    ]
 
 
-def _length(place: tuple[int, int] | None) -> int:
-    return place[1] - place[0] if place else 0
+def stored_edges(cut: Cut, chunks: Iterable[tuple[Sequence[int], Sequence[int]]]) -> list[int]:
+    """Return the flat indices of a piece at which stored chunks of its tensor begin or end.
 
+    A rank that reads whole chunks reads nothing twice: torch reads a chunk as a whole.
 
-def _assign_owners(infos: Mapping[str, ParamInfo], ranks: int) -> dict[str, int]:
-    """Give every parameter to the rank with the fewest elements so far, largest first.
-
-    Deterministic, because every rank computes it alone: equal sizes are ordered by name.
+    Args:
+        cut: The place of the piece.
+        chunks: Offsets and sizes of the chunks in the whole tensor.
     """
-    loads = [0] * ranks
-    owners: dict[str, int] = {}
-    for name in sorted(infos, key=lambda n: (-infos[n].numel, n)):
-        owner = loads.index(min(loads))
-        owners[name] = owner
-        loads[owner] += infos[name].numel
-    return owners
+    rows = {edge for offsets, sizes in chunks for edge in (offsets[0], offsets[0] + sizes[0])}
+    found = {0, cut.param.local_shape[0]}
+    for (start, end), first in _slabs(cut, 0, cut.param.local_shape[0]):
+        found |= {start, end}
+        found |= {start + row - first for row in rows if first < row < first + end - start}
+    return [row * cut.row_numel for row in sorted(found)]
+
+
+def _slabs(cut: Cut, start: int, end: int) -> Iterator[tuple[tuple[int, int], int]]:
+    """Yield rows of a piece that are adjacent in the whole tensor, and the first one's row there.
+
+    Args:
+        cut: The place of the piece.
+        start: First row of the piece.
+        end: Row after the last.
+    """
+    if cut.dim:
+        yield (start, end), start
+        return
+    length = cut.slice_length
+    for block in range(cut.blocks):
+        first, last = max(start, block * length), min(end, (block + 1) * length)
+        if first < last:
+            yield (first, last), (block * (cut.slices - 1) + cut.index) * length + first
+
+
+def _length(place: tuple[int, int]) -> int:
+    return place[1] - place[0]
 
 
 # ------------------------------------------------------------------------------------------

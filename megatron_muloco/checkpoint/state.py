@@ -2,7 +2,7 @@
 
 Two kinds of tensors are stored, each under ``<prefix>.<model-wide parameter name>``:
 
-- *shared*, bitwise the same on all replicas and written by replica 0: ``anchor``,
+- *shared*, bitwise the same on all replicas and written once, a share by each: ``anchor``,
   ``outer.momentum``, ``outer.mean`` (fragments in flight), ``outer.owner_residual`` (f);
 - *per replica*, under ``replica_<r>.``: ``master`` (unless all masters equal the anchor),
   ``inner.<moment>``, ``outer.at_launch``, ``outer.residual`` (e).

@@ -104,7 +104,7 @@ class CheckpointStore:
         )
         _write_published(
             path,
-            chain(sharded_kinds(state, kinds, self._space(state.view)), sharded_rng()),
+            chain(sharded_kinds(kinds, self._space(state.view)), sharded_rng()),
             lambda temporary: write_description(temporary, description),
         )
         with everywhere(
@@ -133,7 +133,7 @@ class CheckpointStore:
         target = path / layout.FINAL_ANCHOR
         _write_published(
             target,
-            sharded_kinds(state, kinds, self._space(state.view)),
+            sharded_kinds(kinds, self._space(state.view)),
             lambda temporary: write_description(temporary, description),
         )
         return target

@@ -9,8 +9,8 @@ A reducer decides what is sent; a `Wire` sends it. Both wires give the same bits
 
 A group of one rank sends nothing. `Layout` and `BufferPool` manage the buffers; `AllToAll` is the
 all-to-all of the inner optimizer, which knows no process groups. `ReplicatedBroadcast` keeps
-replicated parameters identical inside a replica. `gather_objects`, `sum_over`, `broadcast_object`
-and `barrier` serve control: start-up, checkpoints, evaluation and the stop request.
+replicated parameters identical inside a replica. `gather_objects`, `sum_over`, `broadcast_object`,
+`broadcast_tensor` and `barrier` serve control: start-up, checkpoints, evaluation, the stop request.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -37,6 +37,7 @@ __all__ = [
     "Wire",
     "barrier",
     "broadcast_object",
+    "broadcast_tensor",
     "gather_objects",
     "job_store",
     "sum_over",
@@ -395,6 +396,22 @@ def broadcast_object(value: Value) -> Value:
     values = [value]
     torch.distributed.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def broadcast_tensor(group: ProcessGroup, tensor: Tensor, *, source: int) -> None:
+    """Overwrite ``tensor`` with that of one rank of ``group``.
+
+    Args:
+        group: A process group.
+        tensor: A tensor on the device that the group's backend sends from; the same shape and dtype
+            on all ranks.
+        source: Index of the sending rank in ``group``.
+
+    Collectives: one broadcast of ``tensor`` over ``group``, none for a group of one rank or an
+    empty tensor, with which gloo would match a later message; every rank of ``group`` calls it.
+    """
+    if torch.distributed.get_world_size(group) > 1 and tensor.numel():
+        torch.distributed.broadcast(tensor, group=group, group_src=source)
 
 
 def sum_over(group: ProcessGroup, tensor: Tensor) -> Tensor:
