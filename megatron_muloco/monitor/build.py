@@ -13,9 +13,8 @@ from megatron_muloco.model.flops import flops_per_token
 from megatron_muloco.monitor.console import Console, start_banner
 from megatron_muloco.monitor.metrics import METRICS, MetricTable
 from megatron_muloco.monitor.monitor import Monitor, RunFacts
-from megatron_muloco.monitor.tensorboard import EventWriter
 from megatron_muloco.monitor.throughput import peak_tflops
-from megatron_muloco.monitor.wandb import Mirrored, PointWriter, WandbWriter
+from megatron_muloco.monitor.writers import EventWriter, Mirrored, PointWriter, WandbWriter
 from megatron_muloco.optim.parameter_table import ParameterReport
 from megatron_muloco.outer.schedule import LineCalendar, SyncSchedule
 from megatron_muloco.topology import Topology

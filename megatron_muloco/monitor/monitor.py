@@ -31,7 +31,7 @@ from megatron_muloco.monitor.console import Console, EvaluationLine, RunSummary,
 from megatron_muloco.monitor.diagnostics import peak_memory_gib
 from megatron_muloco.monitor.metrics import METRICS, MetricTable
 from megatron_muloco.monitor.throughput import Speed, measure_speed
-from megatron_muloco.monitor.wandb import PointWriter
+from megatron_muloco.monitor.writers import PointWriter
 from megatron_muloco.outer.diagnostics import OuterReport
 from megatron_muloco.outer.schedule import VALUES_PER_LINE, LineCalendar
 

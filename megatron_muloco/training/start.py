@@ -12,7 +12,7 @@ from megatron_muloco.config.derived import topology_of
 from megatron_muloco.config.outer import NoOuter
 from megatron_muloco.config.rules import RULES, check
 from megatron_muloco.errors import ConfigError
-from megatron_muloco.monitor.wandb import wandb_is_installed
+from megatron_muloco.monitor.writers import wandb_is_installed
 from megatron_muloco.runtime.distributed import start_distributed
 from megatron_muloco.runtime.parallel_state import mirror_groups, require_unset
 

@@ -9,7 +9,7 @@ from megatron_muloco.config import load_config
 from megatron_muloco.config.rules import check
 from megatron_muloco.config.schema import WandbConfig
 from megatron_muloco.errors import ConfigError
-from megatron_muloco.monitor.wandb import Mirrored, WandbWriter, wandb_is_installed
+from megatron_muloco.monitor.writers import Mirrored, WandbWriter, wandb_is_installed
 from tests.support.spawn import run_ranks
 
 CONFIG = "configs/cpu_k2.yaml"

@@ -18,7 +18,7 @@ from megatron_muloco.monitor.console import Console
 from megatron_muloco.monitor.diagnostics import peak_memory_gib
 from megatron_muloco.monitor.metrics import METRICS
 from megatron_muloco.monitor.monitor import Monitor, RunFacts, floats
-from megatron_muloco.monitor.tensorboard import EventWriter
+from megatron_muloco.monitor.writers import EventWriter
 from megatron_muloco.optim.parameter_table import ParameterReport
 from megatron_muloco.outer.diagnostics import FragmentReport, OuterReport
 from megatron_muloco.outer.guard import Verdict

@@ -10,7 +10,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 
 from megatron_muloco.errors import RuntimeMismatch
 from megatron_muloco.monitor.metrics import METRICS, Chart, Metric, MetricTable
-from megatron_muloco.monitor.tensorboard import EventWriter, layout_of
+from megatron_muloco.monitor.writers import EventWriter, layout_of
 
 LAYOUT = {
     "Training": {

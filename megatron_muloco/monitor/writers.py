@@ -1,0 +1,277 @@
+"""`EventWriter` and `WandbWriter`: TensorBoard event files, and Weights & Biases beside them.
+
+Errors of the file system, and of Weights & Biases, do not end the run.
+
+Every start of a run begins its event file with a session mark at ``resumed_step + 1``, so readers
+drop points that an earlier start wrote after the resumed step. The first start writes one too:
+TensorBoard's server takes the first mark as the beginning, and purges only at later ones.
+
+wandb is optional (``pip install wandb``). What the package reads from the environment holds here
+too: ``WANDB_MODE=offline`` on nodes without internet, ``WANDB_RUN_ID`` and ``WANDB_RESUME=allow``
+to continue a run after a restart.
+"""
+
+import importlib.util
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Protocol
+
+from torch.utils.tensorboard import SummaryWriter
+
+from megatron_muloco.config.messages import Problem
+from megatron_muloco.config.schema import RunConfig, WandbConfig
+from megatron_muloco.monitor.metrics import METRICS, Metric, MetricTable
+from megatron_muloco.topology import Topology
+
+__all__ = [
+    "EventWriter",
+    "Mirrored",
+    "PointWriter",
+    "WandbWriter",
+    "layout_of",
+    "wandb_is_installed",
+]
+
+# A full disk may get free again, but every retry leaves a small file behind: retry seldom.
+_RETRY_SECONDS = 600.0
+
+_STEP = "iteration"  # the x-axis in Weights & Biases
+
+
+class PointWriter(Protocol):
+    """Writes the points and texts of a run."""
+
+    @property
+    def lost_points(self) -> int:
+        """Number of points that could not be written."""
+        ...
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Write one point per tag."""
+        ...
+
+    def text(self, tag: str, content: str) -> None:
+        """Write a text."""
+        ...
+
+    def close(self) -> None:
+        """Finish writing."""
+        ...
+
+
+# ---- TensorBoard -------------------------------------------------------------------------
+
+
+def layout_of(metrics: Iterable[Metric]) -> dict[str, dict[str, list[object]]]:
+    """Return the custom-scalars page of these metrics: categories, their charts, and tags.
+
+    Categories, charts and tags are in the order of the rows.
+    """
+    categories: dict[str, dict[str, list[str]]] = {}
+    for row in metrics:
+        if row.chart is not None:
+            charts = categories.setdefault(row.chart.category, {})
+            charts.setdefault(row.chart.title, []).append(f"^{row.tag}$")  # a regular expression
+    return {
+        category: {title: ["Multiline", tags] for title, tags in charts.items()}
+        for category, charts in categories.items()
+    }
+
+
+class EventWriter:
+    """Writes scalars and texts; refuses unknown tags, tolerates errors of the file system.
+
+    After a failed write it reports once, counts the points that it cannot write in ``lost_points``,
+    and tries a new file after `_RETRY_SECONDS`. (The writing thread of the tensorboard package also
+    prints its own traceback, once per file.)
+
+    Args:
+        directory: Directory of the event files; created if missing.
+        resumed_step: Inner step that the run continues from, 0 for a new run.
+        report: Called once, with a sentence, at the first failure.
+        metrics: Table of the metrics that may be written; the source of the charts.
+        clock: Monotonic time in seconds.
+
+    Attributes:
+        directory: Directory of the event files.
+        lost_points: Number of points that could not be written.
+    """
+
+    def __init__(
+        self,
+        directory: str,
+        *,
+        resumed_step: int,
+        report: Callable[[str], None],
+        metrics: MetricTable = METRICS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.directory = directory
+        self.lost_points = 0
+        self._report, self._metrics, self._clock = report, metrics, clock
+        self._reported = False
+        self._retry_at = clock()
+        self._writer: SummaryWriter | None = None
+        # A mark at 0 makes a new run in an old directory hide the old run's evaluation at step 0.
+        self._open(purge_step=resumed_step + 1 if resumed_step else 0)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Write one point per tag and flush.
+
+        Raises:
+            RuntimeMismatch: A tag is not in the registry.
+        """
+        tags = [self._metrics[tag].tag for tag in values]
+
+        def write(writer: SummaryWriter) -> None:
+            for tag in tags:
+                writer.add_scalar(tag, values[tag], step)
+
+        self._attempt(write, points=len(tags))
+
+    def text(self, tag: str, content: str) -> None:
+        """Write a text as a code block."""
+        # Indented by four spaces any text is a code block in Markdown.
+        block = "\n".join(f"    {line}" for line in content.splitlines())
+        self._attempt(lambda writer: writer.add_text(tag, block), points=1)
+
+    def close(self) -> None:
+        """Close the event file."""
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            try:
+                writer.close()
+            except OSError as error:
+                self._failed(error, points=0)
+
+    def _attempt(self, write: Callable[[SummaryWriter], None], *, points: int) -> None:
+        if self._writer is None and self._clock() >= self._retry_at:
+            # Without a mark, which would hide the points that this start has written so far.
+            self._open(purge_step=None)
+        if self._writer is None:
+            self.lost_points += points
+            return
+        try:
+            write(self._writer)
+            # Raises here also an error of the writing thread.
+            self._writer.flush()
+        except OSError as error:
+            self._failed(error, points=points)
+            self.close()
+
+    def _open(self, *, purge_step: int | None) -> None:
+        try:
+            self._writer = SummaryWriter(self.directory, purge_step=purge_step)
+            self._writer.add_custom_scalars(layout_of(self._metrics))
+            self._writer.flush()
+        except OSError as error:
+            self._failed(error, points=0)
+            self.close()
+
+    def _failed(self, error: OSError, *, points: int) -> None:
+        self.lost_points += points
+        self._retry_at = self._clock() + _RETRY_SECONDS
+        if not self._reported:
+            self._reported = True
+            self._report(
+                f"monitor.dir: cannot write TensorBoard events to {self.directory}: {error}. "
+                "Training goes on without them; free space or make the directory writable, and "
+                f"new points will follow within {_RETRY_SECONDS / 60:.0f} minutes."
+            )
+
+
+# ---- Weights & Biases --------------------------------------------------------------------
+
+
+def wandb_is_installed(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
+    """Require the package wandb where the run writes to Weights & Biases."""
+    if config.monitor.wandb.project is not None and importlib.util.find_spec("wandb") is None:
+        yield Problem(
+            "monitor.wandb.project",
+            f"{config.monitor.wandb.project}, but the package wandb is not installed.\n"
+            "Install it (pip install wandb), or remove monitor.wandb.",
+        )
+
+
+class WandbWriter:
+    """Writes points to Weights & Biases; an error there does not end the run.
+
+    wandb drops points whose step is lower than one that it has, and lines of training arrive after
+    evaluations of later steps. So the step is a value of its own, the x-axis of all charts.
+
+    Args:
+        config: Where the run appears.
+        settings: The whole configuration of the run, shown beside the charts.
+        report: Called once, with a sentence, at the first failure.
+
+    Attributes:
+        lost_points: Number of points that wandb did not take.
+    """
+
+    def __init__(
+        self, config: WandbConfig, settings: Mapping[str, Any], *, report: Callable[[str], None]
+    ) -> None:
+        import wandb  # type: ignore[import-not-found]  # optional
+        from deepspeed.monitor.config import WandbConfig as DeepSpeedConfig
+        from deepspeed.monitor.wandb import WandbMonitor
+
+        self.lost_points = 0
+        self._report, self._reported = report, False
+        named = {"project": config.project, "group": config.group, "team": config.team}
+        self._monitor = WandbMonitor(DeepSpeedConfig(enabled=True, **named))
+        self._wandb = wandb
+        wandb.config.update(dict(settings), allow_val_change=True)
+        wandb.define_metric(_STEP)
+        wandb.define_metric("*", step_metric=_STEP)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Write one point per tag, with the inner step as x-axis."""
+        self._attempt(lambda: self._monitor.log({_STEP: step, **values}), points=len(values))
+
+    def text(self, tag: str, content: str) -> None:
+        """Write a text into the summary of the run."""
+        self._attempt(lambda: self._wandb.run.summary.update({tag: content}), points=1)
+
+    def close(self) -> None:
+        """Finish the run in Weights & Biases; waits until its points are sent."""
+        self._attempt(self._wandb.finish, points=0)
+
+    def _attempt(self, write: Callable[[], object], *, points: int) -> None:
+        try:
+            write()
+        # The package raises errors of many kinds; none of them is worth the training.
+        except Exception as error:  # noqa: BLE001
+            self.lost_points += points
+            if not self._reported:
+                self._reported = True
+                self._report(
+                    f"monitor.wandb: Weights & Biases failed: {error}. Training goes on; points "
+                    "that it does not take are only in TensorBoard."
+                )
+
+
+class Mirrored:
+    """Writes everything with several writers, in order."""
+
+    def __init__(self, *writers: PointWriter) -> None:
+        self._writers = writers
+
+    @property
+    def lost_points(self) -> int:
+        """Number of points that could not be written, of all writers."""
+        return sum(writer.lost_points for writer in self._writers)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Write one point per tag with every writer."""
+        for writer in self._writers:
+            writer.scalars(step, values)
+
+    def text(self, tag: str, content: str) -> None:
+        """Write a text with every writer."""
+        for writer in self._writers:
+            writer.text(tag, content)
+
+    def close(self) -> None:
+        """Finish every writer."""
+        for writer in self._writers:
+            writer.close()
