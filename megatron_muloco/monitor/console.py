@@ -21,6 +21,7 @@ from megatron_muloco.config.outer import (
     rate_words,
 )
 from megatron_muloco.config.schema import RunConfig
+from megatron_muloco.monitor.throughput import ReplicaTimes
 from megatron_muloco.topology import Topology
 
 __all__ = [
@@ -85,6 +86,7 @@ class TrainingLine:
         round: Round of the step; ``None`` without outer steps.
         sync_ms: Time that training waited for outer steps since the last line; printed if not 0.
         peak_gib: Peak memory of the writing rank; ``None`` if it is that of the last line.
+        slow: Times of the replicas, if one of them is much slower than another.
         alone: Whether loss, gradient norm and skipped steps are those of replica 0 only; their keys
             then end in ``(replica 0)``.
     """
@@ -101,6 +103,7 @@ class TrainingLine:
     round: int | None = None
     sync_ms: float = 0.0
     peak_gib: float | None = None
+    slow: ReplicaTimes | None = None
     alone: bool = False
 
     @override
@@ -126,6 +129,8 @@ class TrainingLine:
             fields.append(f"sync (ms): {self.sync_ms:.1f}")
         if self.peak_gib is not None:
             fields.append(f"peak GiB: {self.peak_gib:.1f}")
+        if self.slow is not None:
+            fields.append(f"slowest replica: {self.slow.slowest} ({self.slow.ratio:.2f}x)")
         return " | ".join(fields) + " |"
 
 

@@ -116,6 +116,7 @@ _EVALUATION = "`training.eval_interval` above 0"
 _TEST = "`data.test`; once, at the end of the run"
 _KNOWN_PEAK = "an accelerator with a known peak"
 _MUON = "`inner.kind: muon`"
+_SENT = "K > 1, lines that a launch sends"
 _UNSENT = "K > 1, lines after the last launch"
 _OUTER = "an outer step"
 _REPLICAS = "an outer step, K > 1"
@@ -134,6 +135,7 @@ _TIMES = Chart(_OUTER_STEP, "time (ms)")
 _BYTES = Chart(_OUTER_STEP, "bytes sent")
 _COMPRESSION_CHART = Chart(_OUTER_STEP, "compression")
 _REPLICA_CHART = Chart(_OUTER_STEP, "replicas")
+_REPLICA_TIMES = Chart("Training", "inner step of fastest and slowest replica (ms)")
 
 _ROWS = (
     # Training; tags without a slash are Megatron's.
@@ -210,6 +212,25 @@ _ROWS = (
         "Peak memory since the start: allocated on the device, or, on a CPU, resident in the "
         "process.",
         Chart("Training", "peak memory (GiB)"),
+    ),
+    Metric(
+        "perf/replica_step_ms", "ms", "mean", "writing rank", _ALWAYS,
+        "Time of an inner step of the writing rank's replica, without outer steps.",
+    ),
+    Metric(
+        "perf/replica_step_ms_min", "ms", "mean", "the same everywhere", _SENT,
+        "The same of the fastest replica.",
+        _REPLICA_TIMES,
+    ),
+    Metric(
+        "perf/replica_step_ms_max", "ms", "mean", "the same everywhere", _SENT,
+        "The same of the slowest replica, for which all others wait in every round.",
+        _REPLICA_TIMES,
+    ),
+    Metric(
+        "perf/slowest_replica", "replica", "mean", "the same everywhere", _SENT,
+        "Index of the slowest replica; the console names it where it takes 1.25 times as long as "
+        "the fastest one.",
     ),
     Metric(
         "perf/inner_optimizer_ms", "ms", "mean", "writing rank", _ALWAYS,

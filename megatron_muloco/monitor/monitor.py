@@ -30,7 +30,7 @@ from megatron_muloco.errors import RuntimeMismatch
 from megatron_muloco.monitor.console import Console, EvaluationLine, RunSummary, TrainingLine
 from megatron_muloco.monitor.diagnostics import peak_memory_gib
 from megatron_muloco.monitor.metrics import METRICS, MetricTable
-from megatron_muloco.monitor.throughput import Speed, measure_speed
+from megatron_muloco.monitor.throughput import ReplicaTimes, Speed, measure_speed
 from megatron_muloco.monitor.writers import PointWriter
 from megatron_muloco.outer.diagnostics import OuterReport
 from megatron_muloco.outer.schedule import VALUES_PER_LINE, LineCalendar
@@ -72,6 +72,10 @@ class DueLine:
     def shared(self) -> tuple[Value, Value, Value]:
         """Return the values averaged over replicas: loss, gradient norm and skipped steps."""
         return self.values["lm loss"], self.values.get("grad-norm", math.nan), self.skipped
+
+    def sent(self) -> tuple[Value, ...]:
+        """Return the values that are sent to the other replicas, `VALUES_PER_LINE` of them."""
+        return *self.shared(), self.values.get("perf/replica_step_ms", math.nan)
 
 
 class Interval:
@@ -174,6 +178,9 @@ SAMPLE_TAG = "run/sample"
 
 # Tags of the values that were not averaged over the replicas, so that no curve mixes the two.
 _TAGS_OF_REPLICA_0 = {"lm loss": "lm loss replica 0", "grad-norm": "grad-norm replica 0"}
+
+# Chosen: replicas on equal machines differ by less, and a round takes a quarter longer from here.
+_SLOW_RATIO = 1.25
 
 # As in Megatron: without a cap the perplexity of an untrained model would set the chart's scale.
 _LARGEST_EXPONENT = 20.0
@@ -301,7 +308,7 @@ class Monitor:
         line_values = torch.zeros(self._value_count, dtype=torch.float32, device=self._device)
         for slot, due_step in enumerate(self._calendar.carried(step)):
             if due_step in self._waiting:  # otherwise recorded by an earlier start
-                own = self._waiting[due_step].shared()
+                own = self._waiting[due_step].sent()
                 for index, value in enumerate(own):
                     line_values[slot * VALUES_PER_LINE + index] = value
         return line_values
@@ -326,10 +333,13 @@ class Monitor:
             line = self._waiting.pop(due_step, None)
             if line is not None:
                 first = slot * VALUES_PER_LINE
-                loss, norm, skipped = (
-                    line_values[:, first : first + VALUES_PER_LINE].double().mean(0).tolist()
+                numbers = line_values[:, first : first + VALUES_PER_LINE].double()
+                loss, norm, skipped, _ = numbers.mean(0).tolist()
+                self._write_line(
+                    line,
+                    (loss, norm, round(skipped * self._facts.num_replicas)),
+                    times=ReplicaTimes.of(numbers[:, -1].tolist()),
                 )
-                self._write_line(line, (loss, norm, round(skipped * self._facts.num_replicas)))
 
     def outer_step(self, report: OuterReport) -> None:
         """Write the metrics of an outer step or of the flush, and the lines it brought."""
@@ -443,23 +453,30 @@ class Monitor:
         )
 
     def _write_line(
-        self, line: DueLine, shared: tuple[Value, Value, Value], *, alone: bool = False
+        self,
+        line: DueLine,
+        shared: tuple[Value, Value, Value],
+        *,
+        times: ReplicaTimes | None = None,
+        alone: bool = False,
     ) -> None:
         """Write one line and its points; ``shared`` replaces this rank's own values.
 
-        ``alone`` says that ``shared`` are replica 0's values and not means.
+        ``times`` are those of the replicas, where known. ``alone`` says that ``shared`` are replica
+        0's values and not means.
         """
         if self._console is None:
             return
         numbers = floats([*shared, *line.values.values()])
-        loss, norm, skipped = numbers[:VALUES_PER_LINE]
-        values = dict(zip(line.values, numbers[VALUES_PER_LINE:], strict=True))
+        loss, norm, skipped = numbers[: len(shared)]
+        values = dict(zip(line.values, numbers[len(shared) :], strict=True))
         values["lm loss"] = loss
         if "grad-norm" in values:
             values["grad-norm"] = norm
         self._skipped += int(skipped)
-        text = self._training_line(line, values, skipped=int(skipped), alone=alone)
+        text = self._training_line(line, values, times, skipped=int(skipped), alone=alone)
         self._console.stamped(str(text))
+        values |= {} if times is None else times.metrics()
         if alone:
             values = {_TAGS_OF_REPLICA_0.get(tag, tag): value for tag, value in values.items()}
         self.scalars(line.step, values | self._own_points(line.step, line.speed))
@@ -474,7 +491,13 @@ class Monitor:
         return points if speed.mfu is None else points | {"perf/mfu": speed.mfu}
 
     def _training_line(
-        self, line: DueLine, values: Mapping[str, float], *, skipped: int, alone: bool
+        self,
+        line: DueLine,
+        values: Mapping[str, float],
+        times: ReplicaTimes | None,
+        *,
+        skipped: int,
+        alone: bool,
     ) -> TrainingLine:
         facts, schedule = self._facts, self._calendar.schedule
         sync_ms = sum(ms for step, ms in self._exposed if step <= line.step)
@@ -492,6 +515,7 @@ class Monitor:
             round=None if schedule is None else schedule.round(line.step),
             sync_ms=sync_ms,
             peak_gib=self._grown_peak(values["perf/peak_memory_gib"]),
+            slow=times if times is not None and times.ratio >= _SLOW_RATIO else None,
             alone=alone,
         )
 

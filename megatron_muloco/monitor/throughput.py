@@ -1,12 +1,16 @@
-"""Throughput and MFU of a run, and the table of accelerator peaks. Imports no torch.
+"""Throughput and MFU of a run, the slowest replica, and the table of accelerator peaks.
+
+Imports no torch.
 
 Peaks are not guessed: an accelerator whose exact name is not in the table has none, and its MFU is
 ``None``.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["PEAKS", "Peak", "Speed", "measure_speed", "peak_tflops"]
+__all__ = ["PEAKS", "Peak", "ReplicaTimes", "Speed", "measure_speed", "peak_tflops"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,3 +96,39 @@ def measure_speed(
     tokens_per_s = tokens / seconds
     tflops = tokens_per_s * flops_per_token / world_size / 1e12
     return Speed(seconds / steps, tokens_per_s, tflops, None if peak is None else tflops / peak)
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaTimes:
+    """Times of an inner step of all replicas. In a round all of them wait for the slowest one.
+
+    Attributes:
+        shortest_ms: Milliseconds of a step of the fastest replica.
+        longest_ms: Milliseconds of a step of the slowest replica.
+        slowest: The slowest replica; the first of several.
+    """
+
+    shortest_ms: float
+    longest_ms: float
+    slowest: int
+
+    @classmethod
+    def of(cls, times_ms: Sequence[float]) -> "ReplicaTimes | None":
+        """Return the times of replicas 0, 1, ...; ``None`` unless all of them are known."""
+        if len(times_ms) < 2 or not all(math.isfinite(each) and each > 0 for each in times_ms):
+            return None
+        longest = max(times_ms)
+        return cls(min(times_ms), longest, times_ms.index(longest))
+
+    @property
+    def ratio(self) -> float:
+        """Time of the slowest replica over that of the fastest one."""
+        return self.longest_ms / self.shortest_ms
+
+    def metrics(self) -> dict[str, float]:
+        """Return the metrics by tag."""
+        return {
+            "perf/replica_step_ms_min": self.shortest_ms,
+            "perf/replica_step_ms_max": self.longest_ms,
+            "perf/slowest_replica": float(self.slowest),
+        }

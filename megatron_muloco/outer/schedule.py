@@ -298,8 +298,8 @@ class SyncSchedule:
 
 # ---- log lines -----------------------------------------------------------------------------------
 
-VALUES_PER_LINE = 3
-"""Numbers that a replica sends for one line: loss, gradient norm and skipped steps."""
+VALUES_PER_LINE = 4
+"""Numbers that a replica sends for one line: loss, gradient norm, skipped steps, time of a step."""
 
 
 @dataclass(frozen=True, slots=True)

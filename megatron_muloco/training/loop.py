@@ -99,6 +99,7 @@ def inner_step(
     """
     data = context.train_data
     count = data.layout.at(step).num_microbatches
+    began = time.perf_counter()
     context.model.zero_grad_buffer()
     context.optimizer.zero_grad()
     with record_function("muloco/forward_backward"):
@@ -110,7 +111,10 @@ def inner_step(
     loss, stop_wanted, stop_after = _share(context, loss / count, stop.requested, stop_after)
     if stop_wanted and context.groups.is_leader:
         context.agreement.request()
-    context.monitor.record(step, _metrics(context, step, report, loss, elapsed_ms))
+    metrics = _metrics(context, step, report, loss, elapsed_ms)
+    # Of the whole replica, and of the device too: `_share` has waited for both.
+    metrics["perf/replica_step_ms"] = (time.perf_counter() - began) * 1e3
+    context.monitor.record(step, metrics)
     return stop_after
 
 

@@ -60,7 +60,7 @@ class Replicas:
             for replica in range(count)
         ]
 
-    def train(self, steps, loss, norm=lambda replica, step: 1.0):
+    def train(self, steps, loss, norm=lambda replica, step: 1.0, **others):
         for _ in range(steps):
             self.step += 1
             self.seconds += 0.1
@@ -71,7 +71,8 @@ class Replicas:
                         "lm loss": torch.tensor(float(loss(replica, self.step))),
                         "learning-rate": 0.5,
                         "grad-norm": norm(replica, self.step),
-                    },
+                    }
+                    | {tag: value(replica, self.step) for tag, value in others.items()},
                 )
             if self.schedule is not None:
                 self._outer_steps()
@@ -429,6 +430,7 @@ def test_numbers_and_tensors_keep_their_order():
 # What a run with Muon, K > 1, evaluations and compared replicas writes, on a CPU.
 WRITTEN = {
     "always",
+    "K > 1, lines that a launch sends",
     "`training.eval_interval` above 0",
     "`inner.kind: muon`",
     "an outer step",
@@ -460,7 +462,8 @@ def test_a_monitor_from_a_config_writes_banner_texts_and_every_tag_that_applies(
     assert (tmp_path / PARAMETERS_FILE).read_text(encoding="utf-8") == "every parameter"
     monitors[0].evaluation(0, 8.0)
     inner = {
-        "lm loss": 1.0, "learning-rate": 0.1, "grad-norm": 1.0, "perf/inner_optimizer_ms": 1.0,
+        "lm loss": 1.0, "learning-rate": 0.1, "grad-norm": 1.0, "perf/replica_step_ms": 1.0,
+        "perf/inner_optimizer_ms": 1.0,
         "perf/adamw_ms": 1.0, "perf/collect_ms": 1.0, "perf/newton_schulz_ms": 1.0,
         "perf/return_ms": 1.0, "muon/ns_calls": 3, "muon/balance": 1.0,
         "muon/orthogonality_error": 0.1,
@@ -493,3 +496,20 @@ def test_peak_memory_of_a_process_is_at_least_what_it_holds():
     held = torch.ones(2**26)  # a quarter of a GiB
     assert peak_memory_gib(CPU) >= 0.25
     assert held.sum() == held.numel()
+
+
+def test_the_slowest_replica_is_in_the_points_and_in_the_line_if_it_is_slow(tmp_path):
+    run = Replicas(tmp_path, count=3, schedule=SyncSchedule(4, 8), log_interval=2)
+
+    def milliseconds(replica, step):
+        """Replica 2 is slow, and in the first two steps twice as slow as the fastest one."""
+        return {0: 100.0, 1: 110.0, 2: 210.0 if step <= 2 else 120.0}[replica] + step % 2
+
+    run.train(8, lambda replica, step: 1.0, **{"perf/replica_step_ms": milliseconds})
+    run.close()
+    assert run.points("perf/replica_step_ms_min") == [(step, 100.5) for step in (2, 4, 6, 8)]
+    longest = [(2, 210.5), (4, 120.5), (6, 120.5), (8, 120.5)]
+    assert run.points("perf/replica_step_ms_max") == longest
+    assert run.points("perf/slowest_replica") == [(step, 2.0) for step in (2, 4, 6, 8)]
+    assert ["slowest replica: 2 (2.09x)" in line for line in run.lines()] == [True] + [False] * 3
+    assert sum("slowest" in line for line in run.lines()) == 1

@@ -22,7 +22,7 @@ from megatron_muloco.monitor.console import (
 )
 from megatron_muloco.monitor.diagnostics import OrthogonalisationProbe, orthogonality_error
 from megatron_muloco.monitor.metrics import METRICS, Metric, MetricTable
-from megatron_muloco.monitor.throughput import PEAKS, measure_speed, peak_tflops
+from megatron_muloco.monitor.throughput import PEAKS, ReplicaTimes, measure_speed, peak_tflops
 
 LINE = TrainingLine(
     iteration=10, train_iters=250, consumed_samples=160, elapsed_ms=412.34, learning_rate=3e-4,
@@ -60,6 +60,7 @@ def test_the_line_has_what_is_unusual_only_then():
         ({"skipped": 2}, "number of skipped iterations", "2"),
         ({"mfu": 0.4213}, "mfu", "42.1%"),
         ({"peak_gib": 61.25}, "peak GiB", "61.2"),
+        ({"slow": ReplicaTimes(400.0, 600.0, 3)}, "slowest replica", "3 (1.50x)"),
     ):
         line = fields(replace(LINE, **changed))
         assert line.keys() - usual == {field}
@@ -261,3 +262,11 @@ def test_orthogonality_is_that_of_the_shorter_side():
     assert float(orthogonality_error(torch.eye(5, 2))) == 0.0
     assert float(orthogonality_error(torch.eye(2, 5))) == 0.0
     assert float(orthogonality_error(torch.zeros(2, 5))) == pytest.approx(1.0)
+
+
+def test_the_slowest_replica_is_found_where_all_times_are_known():
+    times = ReplicaTimes.of([200.0, 300.0, 100.0, 300.0])
+    assert times is not None
+    assert (times.shortest_ms, times.longest_ms, times.slowest, times.ratio) == (100, 300, 1, 3)
+    for unknown in ([], [200.0], [200.0, math.nan], [200.0, 0.0]):
+        assert ReplicaTimes.of(unknown) is None

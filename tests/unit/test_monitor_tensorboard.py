@@ -20,6 +20,9 @@ LAYOUT = {
         "tokens per second": ("perf/tokens_per_s",),
         "TFLOP per second and rank": ("throughput",),
         "peak memory (GiB)": ("perf/peak_memory_gib",),
+        "inner step of fastest and slowest replica (ms)": (
+            "perf/replica_step_ms_min", "perf/replica_step_ms_max"
+        ),
     },
     "MuLoCo outer step": {
         "pseudogradient and update norm": (
