@@ -5,7 +5,8 @@ process, so resuming means asking for the next step. Samples come from memory-ma
 cost of copying ``seq_length`` tokens each, so no loader processes are needed.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from megatron_muloco.data.sampler import BatchLayout, RunLayout
 
-__all__ = ["BatchSource", "SampleDataset", "collate", "document_ids"]
+__all__ = ["BatchSource", "SampleDataset", "collate", "document_ids", "read_ahead"]
 
 # Keys of a sample of Megatron's GPTDataset when it creates no attention mask.
 _KEYS = ("tokens", "labels", "loss_mask", "position_ids")
@@ -81,6 +82,33 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     Dtypes: int64, except loss_mask, which is fp32.
     """
     return {key: torch.stack([sample[key] for sample in samples]) for key in _KEYS}
+
+
+def read_ahead(
+    batches: Iterator[Mapping[str, Tensor]],
+    keys: Sequence[str],
+    *,
+    pin: Callable[[Tensor], Tensor] = Tensor.pin_memory,
+) -> Iterator[dict[str, Tensor]]:
+    """Yield microbatches in their order; a thread reads and pins the next one meanwhile.
+
+    Copies from pinned memory to an accelerator need no synchronisation. Not run on a GPU yet.
+
+    Args:
+        batches: Microbatches on the CPU. One more than was asked for is taken from it.
+        keys: The tensors to keep.
+        pin: Returns a tensor in pinned memory.
+    """
+
+    def take() -> dict[str, Tensor] | None:
+        batch = next(batches, None)
+        return None if batch is None else {key: pin(batch[key]) for key in keys}
+
+    with ThreadPoolExecutor(max_workers=1) as reader:
+        coming = reader.submit(take)
+        while (batch := coming.result()) is not None:
+            coming = reader.submit(take)
+            yield batch
 
 
 def document_ids(tokens: Tensor, eod: int) -> Tensor:

@@ -140,7 +140,9 @@ class DenseAttention:
 
     def documents(self, document_ids: Tensor, device: torch.device) -> Tensor:
         """Return the mask, boolean [b, 1, s, s]."""
-        return document_mask(document_ids.to(device))
+        if device.type == "cuda":
+            document_ids = document_ids.pin_memory()
+        return document_mask(document_ids.to(device, non_blocking=True))
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, documents: Tensor | None, *, scale: float

@@ -20,7 +20,7 @@ from torch import Tensor
 from megatron_muloco.comm.collectives import sum_over
 from megatron_muloco.comm.groups import Groups
 from megatron_muloco.comm.reducers import OuterGroup
-from megatron_muloco.data.batches import BatchSource, document_ids
+from megatron_muloco.data.batches import BatchSource, document_ids, read_ahead
 from megatron_muloco.data.sampler import share
 from megatron_muloco.model.attention import attention_of
 from megatron_muloco.training.replica_optimizer import ReplicaOptimizer
@@ -89,6 +89,8 @@ class ForwardBackward:
         Collectives: tensor, pipeline and data parallel ones of this replica. Every rank of the
         replica must call it with the same ``num_microbatches``.
         """
+        if self.device.type == "cuda":
+            batches = read_ahead(batches, ("tokens", "labels"))
         losses = self._schedule(
             forward_step_func=self._forward_step,
             data_iterator=batches,
@@ -106,15 +108,20 @@ class ForwardBackward:
         self, batches: Iterator[Batch], model: torch.nn.Module
     ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]]:
         """Take one microbatch; return the output and the loss function, as Megatron expects."""
-        read = next(batches)
-        batch = {name: value.to(self.device) for name, value in read.items()}
+        batch = next(batches)
         documents = None
         if self._end_of_document is not None:
             # The attention mask of Megatron: it goes to every layer, also when that is recomputed.
             documents = self._attention.documents(
-                document_ids(read["tokens"], self._end_of_document), self.device
+                document_ids(batch["tokens"], self._end_of_document), self.device
             )
-        output = model(batch["tokens"], batch["position_ids"], documents, labels=batch["labels"])
+        tokens = labels = None
+        if self._groups.on_first_stage:
+            tokens = batch["tokens"].to(self.device, non_blocking=True)
+        if self._groups.on_last_stage:
+            labels = batch["labels"].to(self.device, non_blocking=True)
+        # Positions are rotary, which Megatron computes from the length alone.
+        output = model(tokens, None, documents, labels=labels)
         return output, _mean_loss
 
 

@@ -62,6 +62,13 @@ def _pass(config: RunConfig) -> dict[str, Any]:
         seq_length=config.model.seq_length,
         end_of_document=END,
     )
+    given: list[tuple[bool, ...]] = []
+
+    def note(_: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        tokens, positions, _documents = arguments
+        given.append(tuple(each is not None for each in (tokens, positions, named["labels"])))
+
+    run.model.register_forward_pre_hook(note, with_kwargs=True)
     run.model.zero_grad_buffer()
     samples = run.assignment(1, run.groups, config)
     batches = list(run.batches(samples))
@@ -69,7 +76,7 @@ def _pass(config: RunConfig) -> dict[str, Any]:
         loss = forward(iter(batches), len(batches))
     gradients = {name: p.main_grad.clone() for name, p in run.model.module.named_parameters()}
     finish_tiny()
-    return {"loss": loss, "gradients": gradients, "largest": largest.numel}
+    return {"loss": loss, "gradients": gradients, "largest": largest.numel, "given": given}
 
 
 def _passes(*configs: RunConfig) -> list[dict[str, Any]]:
@@ -126,3 +133,12 @@ def test_recomputed_attention_gets_the_same_documents() -> None:
         assert_equal(other["loss"], kept["loss"])
         for name, gradient in kept["gradients"].items():
             assert_equal(other["gradients"][name], gradient, name)
+
+
+def test_a_stage_gets_only_the_tensors_that_it_needs() -> None:
+    """Tokens go to the first stage, labels to the last, positions to none."""
+    stages = run_ranks(_pass, 2, config("dense", parallel={"pipeline_model_parallel_size": 2}))
+    assert [each["given"] for each in stages] == [
+        [(True, False, False)] * 2,
+        [(False, False, True)] * 2,
+    ]

@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ import torch
 
 from megatron_muloco.config import load_config
 from megatron_muloco.config.schema import DataConfig
-from megatron_muloco.data.batches import BatchSource, collate, document_ids
+from megatron_muloco.data.batches import BatchSource, collate, document_ids, read_ahead
 from megatron_muloco.data.checks import check_data, check_run_data
 from megatron_muloco.data.datasets import build_datasets
 from megatron_muloco.data.indexed import open_indexed
@@ -163,6 +164,31 @@ def test_collate_stacks_what_the_model_takes():
     batch = collate([{**sample, "dataset_id": 0}, {**sample, "dataset_id": 1}])
     assert set(batch) == set(sample)
     assert all(value.shape == (2, 3) for value in batch.values())
+
+
+def test_reading_ahead_keeps_order_and_named_tensors() -> None:
+    taken = []
+
+    def batches() -> Iterator[dict[str, torch.Tensor]]:
+        for index in range(4):
+            taken.append(index)
+            yield {"tokens": torch.tensor(index), "labels": torch.tensor(-index)}
+
+    ahead = read_ahead(batches(), ("tokens",), pin=lambda tensor: tensor * 10)
+    assert next(ahead) == {"tokens": torch.tensor(0)}
+    assert [int(batch["tokens"]) for batch in ahead] == [10, 20, 30]
+    assert taken == [0, 1, 2, 3]
+
+
+def test_an_error_of_reading_ahead_reaches_the_step_that_needs_the_batch() -> None:
+    def batches() -> Iterator[dict[str, torch.Tensor]]:
+        yield {"tokens": torch.tensor(1)}
+        raise OSError("the disk")
+
+    ahead = read_ahead(batches(), ("tokens",), pin=lambda tensor: tensor)
+    assert int(next(ahead)["tokens"]) == 1
+    with pytest.raises(OSError, match="the disk"):
+        next(ahead)
 
 
 def test_end_of_document_belongs_to_the_document_it_ends():
