@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from typing_extensions import override
 
 from megatron_muloco.config import RunConfig
 from megatron_muloco.config.messages import Problem
+from megatron_muloco.config.schema import ModelConfig
 from megatron_muloco.errors import ConfigError
 from megatron_muloco.model.attention import (
     AttentionBackend,
@@ -36,10 +38,14 @@ __all__ = [
     "VarlenKernel",
     "choose_attention",
     "document_blocks",
+    "kernel_under_a_mask",
 ]
 
 # On a CPU the loop over documents was as fast as the mask at 512 tokens and twice as fast at 1,024.
 _LOOP_FROM = 1024
+_PROBED = (
+    2048  # tokens with which torch is asked for its kernel; the answer does not depend on them
+)
 _BLOCK = 128  # flex_attention's own default
 _WIDEST_HEAD = 256  # of torch's flash attention
 _OLDEST_CARD = (8, 0)  # compute capability, likewise
@@ -71,7 +77,7 @@ def choose_attention(config: RunConfig, device: torch.device) -> ChosenAttention
     if wanted == "auto":
         return _choose(config, device)
     if wanted == "dense":
-        return ChosenAttention(DenseAttention(), "dense, as configured")
+        return _dense(config, device, "as configured")
     if wanted == "varlen":
         refusal = _why_no_varlen_kernel(config, device)
         if refusal:
@@ -93,17 +99,53 @@ def _choose(config: RunConfig, device: torch.device) -> ChosenAttention:
     """Return the choice of ``auto``."""
     length = config.model.seq_length
     if not config.data.mask_document_boundaries:
-        return ChosenAttention(DenseAttention(), "dense, without a mask: documents are not masked")
+        return _dense(config, device, "documents are not masked")
     if device.type == "cuda":
         refusal = _why_no_varlen_kernel(config, device)
         if refusal:
-            return ChosenAttention(DenseAttention(), f"dense, with a mask: {refusal}")
+            return _dense(config, device, refusal)
         return ChosenAttention(VarlenKernel(), "varlen, by torch's varlen_attn: CUDA and bf16")
     if length < _LOOP_FROM:
-        reason = f"dense, with a mask: sequences below {_LOOP_FROM:,} tokens on a CPU"
-        return ChosenAttention(DenseAttention(), reason)
+        return _dense(config, device, f"sequences below {_LOOP_FROM:,} tokens on a CPU")
     reason = f"varlen, by a loop over documents: sequences from {_LOOP_FROM:,} tokens on a CPU"
     return ChosenAttention(DocumentLoop(), reason)
+
+
+def _dense(config: RunConfig, device: torch.device, why: str) -> ChosenAttention:
+    """Return the dense backend; its reason names torch's kernel on CUDA and warns of a slow one."""
+    reason = f"dense, {why}"
+    if config.data.mask_document_boundaries and device.type == "cuda":
+        dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+        kernel = kernel_under_a_mask(config.model, device, dtype)
+        reason += f"; torch's kernel under the mask is {kernel}"
+        if kernel == SDPBackend.MATH.name:
+            reason += (
+                ". WARNING: it is slow, and each layer keeps all scores, "
+                f"{config.model.seq_length:,}^2 for every head and sequence. Use a newer torch, or "
+                "model.attention_impl: varlen or flex"
+            )
+    return ChosenAttention(DenseAttention(), reason)
+
+
+def kernel_under_a_mask(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:
+    """Return the name of the kernel that torch takes with a mask for the heads of this model.
+
+    With grouped heads some versions of torch have no fused kernel for a mask, and take MATH.
+    """
+    length = min(model.seq_length, _PROBED)
+
+    def heads(count: int) -> Tensor:
+        shape = (1, count, length, model.kv_channels)
+        return torch.empty(shape, device=device, dtype=dtype, requires_grad=True)
+
+    choice = torch._fused_sdp_choice(
+        heads(model.num_attention_heads),
+        heads(model.query_groups),
+        heads(model.query_groups),
+        attn_mask=torch.ones(1, 1, length, length, dtype=torch.bool, device=device),
+        enable_gqa=model.query_groups != model.num_attention_heads,
+    )
+    return str(SDPBackend(choice).name)
 
 
 def _why_no_varlen_kernel(config: RunConfig, device: torch.device) -> str:

@@ -8,6 +8,7 @@ import torch
 
 from megatron_muloco.data.batches import document_ids
 from megatron_muloco.errors import ConfigError
+from megatron_muloco.model import attention_backends
 from megatron_muloco.model.attention import (
     AttentionBackend,
     DenseAttention,
@@ -21,6 +22,7 @@ from megatron_muloco.model.attention_backends import (
     VarlenKernel,
     choose_attention,
     document_blocks,
+    kernel_under_a_mask,
 )
 from tests.support.tiny_models import tiny_config
 
@@ -202,10 +204,29 @@ def test_cuda_without_the_kernel_says_why(
     change: dict[str, Any], why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _modern_card(monkeypatch)
+    monkeypatch.setattr(attention_backends, "kernel_under_a_mask", lambda *_: "MATH")
     for wanted, backend in (("auto", DenseAttention), ("varlen", DocumentLoop)):
         choice = chosen(CUDA, **change, attention_impl=wanted)
         assert type(choice.backend) is backend
         assert why in choice.reason
+
+
+def test_the_kernel_that_torch_takes_is_found() -> None:
+    model = tiny_config().model
+    assert kernel_under_a_mask(model, CPU, torch.float32) == "FLASH_ATTENTION"
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        assert kernel_under_a_mask(model, CPU, torch.float32) == "MATH"
+
+
+@pytest.mark.parametrize("wanted", ["auto", "dense"])
+@pytest.mark.parametrize("kernel", ["MATH", "EFFICIENT_ATTENTION"])
+def test_a_slow_kernel_on_cuda_is_a_warning(
+    wanted: str, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_backends, "kernel_under_a_mask", lambda *_: kernel)
+    reason = chosen(CUDA, precision="fp32", attention_impl=wanted).reason
+    assert f"torch's kernel under the mask is {kernel}" in reason
+    assert ("WARNING" in reason) == (kernel == "MATH")
 
 
 @pytest.mark.parametrize("wanted", ["flex", "te"])
