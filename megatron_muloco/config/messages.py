@@ -228,6 +228,7 @@ OTHER_NAMES = {
     "batch_size": "training.global_batch_size",
     "d_ff": "model.ffn_hidden_size",
     "d_model": "model.hidden_size",
+    "deterministic_mode": "training.deterministic",
     "dtype": "training.precision",
     "eval_iterations": "training.eval_iters",
     "gradient_clipping": "training.clip_grad",

@@ -16,7 +16,9 @@ from megatron_muloco.config.outer import (
     NesterovOuter,
     NoCompression,
     NoOuter,
+    StatisticalCompression,
     Steps,
+    TopKCompression,
     interval_at,
     interval_values,
 )
@@ -26,6 +28,7 @@ from megatron_muloco.topology import Topology
 __all__ = [
     "additive_apply_overlaps",
     "block_size_has_blocks",
+    "codec_is_deterministic",
     "data_parallelism_has_one_replica",
     "exceptions_fit_the_compression",
     "fragments_have_layers",
@@ -152,6 +155,29 @@ def block_size_has_blocks(config: RunConfig, topology: Topology | None) -> Itera
             f"{compression.block_size} has no effect with granularity {compression.granularity}.\n"
             "Remove it or set outer.compression.granularity: block.",
         )
+
+
+def codec_is_deterministic(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
+    """Refuse ``deterministic`` with codecs whose sums torch counts as nondeterministic on GPUs.
+
+    Those of kind statistical are exact, so their order has no effect; but torch raises an error for
+    the operations (weighted ``bincount``, ``cumsum`` of floats) whatever the values are.
+    """
+    compression = _compression(config)
+    if not config.training.deterministic:
+        return
+    if isinstance(compression, StatisticalCompression):
+        place, value = "kind", "statistical"
+    elif isinstance(compression, TopKCompression) and compression.value_bits:
+        place, value = "value_bits", str(compression.value_bits)
+    else:
+        return
+    yield Problem(
+        f"outer.compression.{place}",
+        f"{value}, but training.deterministic is true; torch has no deterministic form of "
+        "operations\nthat this codec uses on a GPU. Use kind linear, e3m0 or topk without "
+        "value_bits, or set\ntraining.deterministic: false.",
+    )
 
 
 def _compression(config: RunConfig) -> CompressionConfig:

@@ -27,6 +27,7 @@ from megatron_muloco.config.outer import NoOuter
 from megatron_muloco.config.outer_rules import (
     additive_apply_overlaps,
     block_size_has_blocks,
+    codec_is_deterministic,
     data_parallelism_has_one_replica,
     exceptions_fit_the_compression,
     fragments_have_layers,
@@ -279,6 +280,7 @@ RULES: tuple[Rule, ...] = (
     fragments_have_layers,
     exceptions_fit_the_compression,
     block_size_has_blocks,
+    codec_is_deterministic,
     additive_apply_overlaps,
     norm_ratio_is_above_one,
     overlap_is_shorter_than_the_spacing,

@@ -219,6 +219,11 @@ class TrainingConfig(Section):
         description="Fused kernels of the model: auto fuses on a GPU what this machine can (the "
         "first lines say what), none nothing. On a CPU nothing is fused.",
     )
+    deterministic: bool = Field(
+        False,
+        description="Use only kernels and collectives with the same result in every run. On a CPU "
+        "it has no effect: runs there have equal bits always.",
+    )
     eval_interval: int = Field(
         0, ge=0, description="Inner steps between evaluations of the anchor; 0 disables them."
     )

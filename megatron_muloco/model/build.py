@@ -66,6 +66,9 @@ def transformer_config(config: RunConfig, fusions: Fusions = UNFUSED) -> Transfo
         # With True, every exchange between stages would synchronise the whole device and so wait
         # for outer-step communication that is meant to overlap with training.
         batch_p2p_sync=False,
+        # On a CPU, Megatron's deterministic embedding is the one whose gradient torch does not sum
+        # in a fixed order.
+        deterministic_mode=config.training.deterministic and torch.cuda.is_available(),
         timers=None,
     )
 

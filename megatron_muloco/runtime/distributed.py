@@ -10,13 +10,23 @@ import warnings
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 from typing_extensions import override
 
 from megatron_muloco.errors import RuntimeMismatch
 from megatron_muloco.runtime.ranks import RankInfo, discover_ranks
 
-__all__ = ["hide_unwanted_gpus", "shutdown", "silence_known_warnings", "start_distributed"]
+__all__ = [
+    "hide_unwanted_gpus",
+    "require_determinism",
+    "shutdown",
+    "silence_known_warnings",
+    "start_distributed",
+]
+
+# Environment variables that are read when CUDA and NCCL start, and their deterministic values.
+_DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring"}
 
 
 # Warnings of other packages that do not concern the user of this one, each with the reason. Every
@@ -81,7 +91,38 @@ def hide_unwanted_gpus(environ: MutableMapping[str, str]) -> None:
         environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-def start_distributed(*, timeout: timedelta) -> RankInfo:
+def require_determinism(environ: MutableMapping[str, str], *, started: bool) -> None:
+    """Allow only kernels and collectives with the same result in every run, on a GPU.
+
+    torch's deterministic mode has a deterministic backward pass for flash and memory-efficient
+    attention; cuDNN's attention has none and is turned off. Values of the user's stay.
+
+    Args:
+        environ: Usually ``os.environ``.
+        started: Whether CUDA or NCCL may have read the environment already.
+
+    Raises:
+        RuntimeMismatch: A variable is missing, and it is too late to set it.
+    """
+    import torch
+
+    missing = {name: value for name, value in _DETERMINISTIC.items() if name not in environ}
+    if started and missing:
+        settings = " ".join(f"{name}={value}" for name, value in missing.items())
+        raise RuntimeMismatch(
+            "training.deterministic is true, but this process has started CUDA or NCCL already, "
+            f"which read their settings only then. Start it with {settings}."
+        )
+    environ.update(missing)
+    # The fills would cost a kernel for every new tensor. Nothing here reads memory it has not
+    # written.
+    filling: Any = torch.utils.deterministic
+    filling.fill_uninitialized_memory = False
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def start_distributed(*, timeout: timedelta, deterministic: bool = False) -> RankInfo:
     """Join the job: find the rank, select the accelerator, initialise ``deepspeed.comm``.
 
     If torch.distributed is already initialised, its world is the job, and the current device stays
@@ -90,12 +131,14 @@ def start_distributed(*, timeout: timedelta) -> RankInfo:
 
     Args:
         timeout: Time limit of collectives of the default group.
+        deterministic: Call `require_determinism` where there is a GPU.
 
     Returns:
         This process's rank and the size of the job.
 
     Raises:
-        RuntimeMismatch: ``DS_ACCELERATOR`` is ``cpu``, but this process already uses CUDA.
+        RuntimeMismatch: ``DS_ACCELERATOR`` is ``cpu``, but this process already uses CUDA; or see
+            `require_determinism`.
 
     Collectives: a rendezvous at MASTER_ADDR:MASTER_PORT; every rank of the job must call it.
     """
@@ -115,6 +158,8 @@ def start_distributed(*, timeout: timedelta) -> RankInfo:
             "hidden any more. Start it with CUDA_VISIBLE_DEVICES='' as well, or unset "
             "DS_ACCELERATOR."
         )
+    if on_gpu and deterministic:
+        require_determinism(os.environ, started=joined or torch.cuda.is_initialized())
     if on_gpu and not joined:
         # A scheduler that binds one device to each task leaves only ordinal 0 visible.
         torch.cuda.set_device(ranks.local_rank if torch.cuda.device_count() > 1 else 0)

@@ -40,7 +40,7 @@ def initialize_replicas(config: RunConfig) -> Groups:
     """
     require_unset()
     timeout = timedelta(minutes=config.training.distributed_timeout_minutes)
-    ranks = start_distributed(timeout=timeout)
+    ranks = start_distributed(timeout=timeout, deterministic=config.training.deterministic)
     topology = topology_of(config, ranks.world_size)
     check(config, topology, rules=(*RULES, wandb_is_installed))
     _require_one_config(config)

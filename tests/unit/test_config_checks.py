@@ -93,6 +93,10 @@ RULE_CASES: dict[str, tuple[list[str], list[str]]] = {
         ["outer.compression={kind: linear, bits: 4, block_size: 64}"],
         ["outer.compression.block_size: 64 has no effect with granularity tensor"],
     ),
+    "codec_is_deterministic": (
+        ["training.deterministic=true", "outer.compression={kind: statistical, bits: 4}"],
+        ["outer.compression.kind: statistical, but training.deterministic is true"],
+    ),
     "additive_apply_overlaps": (
         ["outer.apply=additive", "outer.mixing_weight=0.5"],
         [
@@ -187,6 +191,13 @@ OTHER_CASES = [
     (
         ["model.num_query_groups=1", "parallel.tensor_model_parallel_size=3"],
         "tensor_model_parallel_size: 3 does not divide the 1 query groups",
+    ),
+    (
+        [
+            "training.deterministic=true",
+            "outer.compression={kind: topk, density: 0.1, value_bits: 4}",
+        ],
+        "outer.compression.value_bits: 4, but training.deterministic is true",
     ),
     (["outer.overlap_steps=10"], "outer.overlap_steps: 10 is not shorter than sync_interval 10"),
     (["outer.fragments.count=11"], "outer.fragments.count: 11 is more than sync_interval 10"),

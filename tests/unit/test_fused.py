@@ -235,6 +235,8 @@ def test_what_is_fused_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     fp32 = tiny_config(training={"precision": "fp32"}).training
     assert not choose_fusions(fp32, CUDA).cross_entropy  # its gradient would be bf16
+    same = tiny_config(training={"precision": "bf16", "deterministic": True}).training
+    assert not choose_fusions(same, CUDA).cross_entropy  # its sums are compiled
     none = tiny_config(training={"precision": "bf16", "fusions": "none"}).training
     assert choose_fusions(none, CUDA) == UNFUSED
 

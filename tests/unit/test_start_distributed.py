@@ -1,6 +1,7 @@
 """How a process joins its job on a machine with GPUs, tried with stand-ins for CUDA and NCCL."""
 
 import os
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -8,7 +9,11 @@ import pytest
 import torch
 
 from megatron_muloco.errors import RuntimeMismatch
-from megatron_muloco.runtime.distributed import hide_unwanted_gpus, start_distributed
+from megatron_muloco.runtime.distributed import (
+    hide_unwanted_gpus,
+    require_determinism,
+    start_distributed,
+)
 
 MINUTE = timedelta(minutes=1)
 TASK = {
@@ -80,3 +85,48 @@ def test_a_gpu_that_can_no_longer_be_hidden_is_an_error(
         start_distributed(timeout=MINUTE)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
     assert not calls
+
+
+@pytest.fixture
+def torch_settings() -> Iterator[None]:
+    """Put back what `require_determinism` changes in torch."""
+    before = torch.are_deterministic_algorithms_enabled()
+    filling: Any = torch.utils.deterministic
+    filled = filling.fill_uninitialized_memory
+    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+    yield
+    torch.use_deterministic_algorithms(before)
+    filling.fill_uninitialized_memory = filled
+    torch.backends.cuda.enable_cudnn_sdp(cudnn)
+
+
+@pytest.mark.usefixtures("torch_settings")
+def test_determinism_is_set_before_cuda_starts(
+    calls: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    seen: dict[str, str] = {}
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: seen.update(os.environ))
+    start_distributed(timeout=MINUTE)
+    assert "NCCL_ALGO" not in seen
+    assert not torch.are_deterministic_algorithms_enabled()
+    start_distributed(timeout=MINUTE, deterministic=True)
+    assert (seen["CUBLAS_WORKSPACE_CONFIG"], seen["NCCL_ALGO"]) == (":4096:8", "Ring")
+    assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled()
+
+
+@pytest.mark.usefixtures("torch_settings")
+def test_it_is_an_error_where_cuda_has_started() -> None:
+    environ = {"NCCL_ALGO": "Tree"}
+    with pytest.raises(RuntimeMismatch, match="Start it with CUBLAS_WORKSPACE_CONFIG=:4096:8"):
+        require_determinism(environ, started=True)
+    assert environ == {"NCCL_ALGO": "Tree"}
+    assert not torch.are_deterministic_algorithms_enabled()
+    environ["CUBLAS_WORKSPACE_CONFIG"] = ":16:8"
+    require_determinism(environ, started=True)
+    assert environ == {"NCCL_ALGO": "Tree", "CUBLAS_WORKSPACE_CONFIG": ":16:8"}
+    assert torch.are_deterministic_algorithms_enabled()
