@@ -30,6 +30,7 @@ from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata
+from typing_extensions import override
 
 from megatron_muloco.checkpoint.layout import (
     COMMON_FILE,
@@ -64,6 +65,7 @@ from megatron_muloco.checkpoint.state import (
 from megatron_muloco.comm.collectives import broadcast_object, gather_objects, sum_over
 from megatron_muloco.comm.groups import Groups
 from megatron_muloco.errors import CheckpointError, SyncError
+from megatron_muloco.model.initialise import poison
 from megatron_muloco.params import Shard
 
 __all__ = [
@@ -76,7 +78,6 @@ __all__ = [
     "load_run",
     "masters_differ",
     "missing_bytes",
-    "read_index",
     "read_tensors",
     "run_kinds",
     "sharded_kinds",
@@ -152,6 +153,7 @@ class _IndexedReader(FileSystemReader):
         super().__init__(directory)
         self._index = index
 
+    @override
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Return the index."""
         return self._index
@@ -162,7 +164,7 @@ def read_tensors(directory: Path, index: Metadata, tensors: Sequence[ShardedTens
 
     Args:
         directory: The checkpoint.
-        index: Its index, from `read_index`.
+        index: Its index: each tensor's chunks, and each chunk's place in a file.
         tensors: The tensors to fill.
 
     Raises:
@@ -204,11 +206,6 @@ def finish_directory(directory: Path, common: dict[str, Any]) -> None:
         with (directory / name).open("rb") as stream:
             os.fsync(stream.fileno())
     sync_directory(directory)
-
-
-def read_index(directory: Path) -> Metadata:
-    """Return the index of a checkpoint: each tensor's chunks, and each chunk's place in a file."""
-    return FileSystemReader(directory).read_metadata()
 
 
 def missing_bytes(directory: Path, index: Metadata) -> list[str]:
@@ -298,20 +295,17 @@ def digests_of(
         groups: This rank's groups.
         shards: This rank's shards.
         kinds: The tensors.
-        device: The device that the replica's backend sends from.
+        device: The device that hashes, from which the replica's backend sends.
 
     Collectives: one all-reduce over the replica, 8 bytes a kind; all its ranks call it.
     """
-
-    def all_reduce(total: Tensor) -> None:
-        total.copy_(sum_over(groups.replica, total.to(device)))
-
     return model_digests(
         kinds,
         shards,
         tensor_rank=groups.coords.tp,
         tensor_size=groups.topology.tensor,
-        all_reduce=all_reduce,
+        device=device,
+        all_reduce=lambda total: total.copy_(sum_over(groups.replica, total)),
     )
 
 
@@ -487,7 +481,7 @@ def _whole_index(path: Path) -> Metadata:
     index: Any = None
     with everywhere(f"the checkpoint {path} cannot be read", _REMEDY):
         if torch.distributed.get_rank() == 0:
-            index = read_index(path)
+            index = FileSystemReader(path).read_metadata()
             if problems := missing_bytes(path, index):
                 raise CheckpointError(
                     f"the checkpoint {path} is incomplete: {'; '.join(problems[:4])}"
@@ -529,9 +523,13 @@ def _read(path: Path, index: Metadata, wanted: Wanted, space: ModelSpace) -> Pie
     Collectives: agreement on errors over the job, then `ModelSpace.scatter` of each prefix.
     """
     parts = {prefix: _parts(prefix, names, index, space) for prefix, names in wanted.items()}
-    # NaN, so that an element that no chunk fills cannot pass for a value.
+    # Poison, so that an element that no chunk fills cannot pass for a value.
     read = {
-        prefix: {part: torch.full((part.numel,), torch.nan) for part in found if space.has(part)}
+        prefix: {
+            part: poison(torch.empty(part.numel, dtype=torch.float32))
+            for part in found
+            if space.has(part)
+        }
         for prefix, found in parts.items()
     }
     tensors = [

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from megatron_muloco.comm.collectives import AllToAll, broadcast_tensor, gather_objects
 from megatron_muloco.comm.groups import Groups
+from megatron_muloco.model.initialise import poison
 from megatron_muloco.params import ParamInfo, Shard
 
 __all__ = [
@@ -250,7 +251,7 @@ class ModelSpace:
     def scatter(self, values: Mapping[Part, Tensor], parts: Sequence[Part]) -> dict[str, Tensor]:
         """Return this rank's flat shards in host memory: the inverse of `gather`.
 
-        Elements that lie in none of the parts are NaN.
+        Elements that lie in none of the parts are poison.
 
         Args:
             values: The parts that this rank has.
@@ -261,9 +262,9 @@ class ModelSpace:
         element. Every rank of both groups calls it.
         """
         pieces = {
-            part.name: torch.full((_length(self._own_ranges[part.name]),), torch.nan)
-            for part in parts
-            if part.name in self._own_ranges
+            name: poison(torch.empty(_length(self._own_ranges[name]), dtype=torch.float32))
+            for name in dict.fromkeys(part.name for part in parts)
+            if name in self._own_ranges
         }
         for replica, found in groupby(parts, key=lambda part: part.replica):
             for batch in _batches(list(found)):
@@ -282,8 +283,8 @@ class ModelSpace:
                 )
                 # `gather` sent the elements in this order, grouped by rank, so they return in it.
                 mine = list(self._sent(batch))
-                lengths = [end - start for _, start, end in mine]
-                for (part, start, end), piece in zip(mine, arrived.split(lengths), strict=True):
+                returned = arrived.split([end - start for _, start, end in mine])
+                for (part, start, end), piece in zip(mine, returned, strict=True):
                     pieces[part.name][start:end] = piece
         return pieces
 
@@ -487,7 +488,8 @@ def model_digests(
     *,
     tensor_rank: int,
     tensor_size: int,
-    all_reduce: Callable[[Tensor], None],
+    device: torch.device,
+    all_reduce: Callable[[Tensor], object],
 ) -> dict[str, str]:
     """Return a digest of 16 hexadecimal digits for each kind of tensor, equal on every rank.
 
@@ -497,7 +499,9 @@ def model_digests(
         shards: This rank's shards. Those of a replicated parameter count on its primary rank only.
         tensor_rank: This rank's index among the tensor-parallel ranks.
         tensor_size: Number of tensor-parallel ranks.
-        all_reduce: Function that sums an int64 tensor over all ranks of the replica, in place.
+        device: Device that hashes.
+        all_reduce: Function that sums an int64 tensor on that device over all ranks of the replica,
+            in place.
 
     Collectives: ``all_reduce`` once, 8 bytes a kind; every rank of the replica must call it.
     """
@@ -506,10 +510,11 @@ def model_digests(
             [(shard, tensors[shard.name]) for shard in shards if shard.name in tensors],
             tensor_rank=tensor_rank,
             tensor_size=tensor_size,
+            device=device,
         )
         for tensors in kinds.values()
     ]
-    total = torch.cat(sums) if sums else torch.zeros(0, dtype=torch.int64)
+    total = torch.cat(sums) if sums else torch.zeros(0, dtype=torch.int64, device=device)
     all_reduce(total)
     return dict(zip(kinds, map(render, total.tolist()), strict=True))
 
@@ -521,10 +526,18 @@ def render(total: int) -> str:
 
 @torch.no_grad()
 def digest_sum(
-    pieces: Iterable[tuple[Shard, Tensor]], *, tensor_rank: int, tensor_size: int
+    pieces: Iterable[tuple[Shard, Tensor]],
+    *,
+    tensor_rank: int,
+    tensor_size: int,
+    device: torch.device,
 ) -> Tensor:
-    """Return this rank's part of the digest: one int64 number modulo 2**64, on the host."""
-    total = torch.zeros(1, dtype=torch.int64)
+    """Return this rank's part of the digest: one int64 number modulo 2**64, on ``device``.
+
+    The values may be anywhere. Those of a load and of an outer state in host memory are copied to
+    the device in chunks, where an accelerator hashes them far faster than a core.
+    """
+    total = torch.zeros(1, dtype=torch.int64, device=device)
     for shard, values in pieces:
         if not shard.param.is_primary:
             continue
@@ -534,9 +547,9 @@ def digest_sum(
         # In chunks, because an index and a hash of 8 bytes each per element of a whole embedding
         # would not fit beside it.
         for first in range(0, shard.numel, _CHUNK):
-            chunk = values.detach().view(-1)[first : first + _CHUNK]
-            local = torch.arange(first, first + chunk.numel(), device=chunk.device) + shard.start
-            total += _contribution(name, whole_index(cut, local), chunk).sum().cpu()
+            chunk = values.detach().view(-1)[first : first + _CHUNK].to(device)
+            local = torch.arange(first, first + chunk.numel(), device=device) + shard.start
+            total += _contribution(name, whole_index(cut, local), chunk).sum()
     return total
 
 

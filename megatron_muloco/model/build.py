@@ -15,14 +15,22 @@ from megatron_muloco.config import RunConfig
 from megatron_muloco.config.derived import padded_vocab_size, stage_layers
 from megatron_muloco.model.attention_backends import choose_attention
 from megatron_muloco.model.fused import UNFUSED, Fusions, choose_fusions, install
-from megatron_muloco.model.initialise import initialise_weights
+from megatron_muloco.model.initialise import initialise_weights, poison_weights
 from megatron_muloco.model.layer_spec import decoder_block_spec
 
 __all__ = ["build_model", "transformer_config"]
 
 
-def transformer_config(config: RunConfig, fusions: Fusions = UNFUSED) -> TransformerConfig:
-    """Translate the configuration for Megatron; the same input gives the same object."""
+def transformer_config(
+    config: RunConfig, fusions: Fusions = UNFUSED, *, draw: bool = True
+) -> TransformerConfig:
+    """Translate the configuration for Megatron; the same input gives the same object.
+
+    Args:
+        config: The configuration of the run.
+        fusions: What runs fused.
+        draw: Whether Megatron may draw initial weights, where ``model.init`` asks it to.
+    """
     model, parallel, training = config.model, config.parallel, config.training
     bf16 = training.precision == "bf16"
     return TransformerConfig(
@@ -41,7 +49,7 @@ def transformer_config(config: RunConfig, fusions: Fusions = UNFUSED) -> Transfo
         hidden_dropout=0.0,
         attention_dropout=0.0,
         init_method_std=model.init_method_std,
-        perform_initialization=model.init == "megatron",
+        perform_initialization=draw and model.init == "megatron",
         # Drawn whole on the CPU and then cut, initial values do not depend on tensor parallelism.
         use_cpu_initialization=True,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -87,13 +95,17 @@ def _recompute(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def build_model(config: RunConfig, groups: Groups, fusions: Fusions | None = None) -> GPTModel:
+def build_model(
+    config: RunConfig, groups: Groups, fusions: Fusions | None = None, *, draw: bool = True
+) -> GPTModel:
     """Return this rank's pipeline stage, initialised, on the training device.
 
     Args:
         config: The configuration of the run.
         groups: This rank's groups.
         fusions: What runs fused; by default what `choose_fusions` finds.
+        draw: Whether to draw initial weights. Without them every parameter is poison (a NaN), for a
+            run that loads a checkpoint.
 
     Raises:
         ConfigError: The configured attention does not run on this device.
@@ -105,7 +117,7 @@ def build_model(config: RunConfig, groups: Groups, fusions: Fusions | None = Non
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     fusions = choose_fusions(config.training, device) if fusions is None else fusions
     install(fusions)
-    megatron_config = transformer_config(config, fusions)
+    megatron_config = transformer_config(config, fusions, draw=draw)
     stage = GPTModel(
         config=megatron_config,
         transformer_layer_spec=decoder_block_spec(
@@ -124,7 +136,9 @@ def build_model(config: RunConfig, groups: Groups, fusions: Fusions | None = Non
         rotary_base=model.rotary_base,
         pg_collection=groups.pg,
     )
-    if model.init == "muloco":
+    if not draw:
+        poison_weights(stage)
+    elif model.init == "muloco":
         initialise_weights(
             stage,
             groups.pg,

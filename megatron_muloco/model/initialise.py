@@ -23,7 +23,7 @@ from megatron_muloco.errors import RuntimeMismatch
 from megatron_muloco.model.names import named_parameters, partition_dim
 from megatron_muloco.params import GPT_NAMES, ParameterNames, ParamInfo
 
-__all__ = ["initialise_weights"]
+__all__ = ["has_poison", "initialise_weights", "poison", "poison_weights"]
 
 # Values of facebookresearch/MuLoCo at commit 475bbf4, layer counted from 0:
 #
@@ -87,8 +87,8 @@ def initialise_weights(
 def _mark_split_weights(model: nn.Module) -> None:
     """Mark along which dimension each weight is split, as Megatron's initialisation would have.
 
-    Megatron sets the mark only where it initialises a weight itself, which ``init: muloco`` turns
-    off; without it, every rank would take the weight for a replicated tensor.
+    Megatron sets the mark only where it initialises a weight itself, which ``init: muloco`` and a
+    resume turn off; without it, every rank would take the weight for a replicated tensor.
     """
     for module in model.modules():
         if isinstance(module, RowParallelLinear):
@@ -152,3 +152,40 @@ def _local(info: ParamInfo, whole: Tensor, rank: int, size: int) -> Tensor:
         take: Callable[[Tensor], Tensor] = lambda half: half.chunk(size, dim=0)[rank]  # noqa: E731
         return torch.cat([take(half) for half in whole.chunk(2)])
     return whole.chunk(size, dim=info.partition_dim)[rank]
+
+
+# ------------------------------------------------------------------------------------------
+# Poison: values that a load has to overwrite.
+#
+# Drawing takes long for a large model, and a load overwrites every value. One that it missed must
+# not pass for a weight, so memory that waits for a load is filled with one NaN whose bits no
+# arithmetic makes. Any other NaN may have been saved: the guard sets back a replica that has some.
+
+# The upper half of the fp32 bits are the bf16 bits, so poison is poison after a conversion to fp32.
+_POISON = {torch.float32: (torch.int32, 0x7FDB0000), torch.bfloat16: (torch.int16, 0x7FDB)}
+
+
+@torch.no_grad()
+def poison(tensor: Tensor) -> Tensor:
+    """Fill an fp32 or bf16 tensor with poison; return it."""
+    bits, value = _POISON[tensor.dtype]
+    tensor.detach().view(bits).fill_(value)
+    return tensor
+
+
+@torch.no_grad()
+def has_poison(tensor: Tensor) -> bool:
+    """Whether any element of an fp32 or bf16 tensor is still poison."""
+    bits, value = _POISON[tensor.dtype]
+    return bool((tensor.detach().view(bits) == value).any())
+
+
+def poison_weights(model: nn.Module) -> None:
+    """Poison every parameter of one pipeline stage that will be loaded.
+
+    Args:
+        model: The bare GPTModel of this stage, built with ``perform_initialization=False``.
+    """
+    _mark_split_weights(model)
+    for parameter in model.parameters():
+        poison(parameter)

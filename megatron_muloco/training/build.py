@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
+from torch import Tensor
 
+from megatron_muloco.checkpoint.io import everywhere
 from megatron_muloco.checkpoint.state import Description, RunState, residual_changes
 from megatron_muloco.checkpoint.store import CheckpointStore
 from megatron_muloco.comm.collectives import gather_objects, job_store
@@ -25,6 +27,7 @@ from megatron_muloco.errors import CheckpointError, ConfigError
 from megatron_muloco.model.attention_backends import choose_attention
 from megatron_muloco.model.build import build_model
 from megatron_muloco.model.fused import Fusions, choose_fusions
+from megatron_muloco.model.initialise import has_poison
 from megatron_muloco.monitor.build import build_monitor
 from megatron_muloco.monitor.diagnostics import OrthogonalisationProbe
 from megatron_muloco.monitor.monitor import Monitor
@@ -190,14 +193,18 @@ def build_context(config: RunConfig, groups: Groups, data: RunData, *, writes: b
     derived = derive(config, groups.topology)
     datasets = data.datasets
     fusions = choose_fusions(config.training, training_device())
-    model = _build_model(config, groups, fusions)
-    optimizer = build_replica_optimizer(model, config, groups)
-    probe = _build_probe(optimizer)
-    state = RunState(groups, optimizer.view, optimizer.inner, optimizer.synchronizer, config)
     store = None
     if config.checkpoint.dir is not None:
         store = CheckpointStore(Path(config.checkpoint.dir), groups, keep=config.checkpoint.keep)
-    resumed, note = _resume(config, store, state, optimizer)
+    found = _found(config, store)
+    # A load overwrites all weights, so drawing them first would be for nothing.
+    model = _build_model(config, groups, fusions, draw=found is None)
+    optimizer = build_replica_optimizer(model, config, groups)
+    probe = _build_probe(optimizer)
+    state = RunState(groups, optimizer.view, optimizer.inner, optimizer.synchronizer, config)
+    resumed, note = 0, ""
+    if store is not None and found is not None:
+        resumed, note = _resume(*found, store, state, model, optimizer)
     layout = _train_layout(config, groups, state, resumed, len(datasets.train))
     monitor = build_monitor(
         config,
@@ -256,10 +263,12 @@ def build_context(config: RunConfig, groups: Groups, data: RunData, *, writes: b
     )
 
 
-def _build_model(config: RunConfig, groups: Groups, fusions: Fusions) -> DistributedDataParallel:
+def _build_model(
+    config: RunConfig, groups: Groups, fusions: Fusions, *, draw: bool
+) -> DistributedDataParallel:
     training = config.training
     return wrap_data_parallel(
-        build_model(config, groups, fusions),
+        build_model(config, groups, fusions, draw=draw),
         groups,
         reduce_in_fp32=training.accumulate_dtype == "fp32",
         overlap_grad_reduce=training.overlap_grad_reduce,
@@ -326,29 +335,42 @@ def _build_probe(optimizer: ReplicaOptimizer) -> OrthogonalisationProbe | None:
     return probe
 
 
+def _found(config: RunConfig, store: CheckpointStore | None) -> tuple[Path, str] | None:
+    """Return the checkpoint to resume from and a note; ``None`` for a run from the beginning.
+
+    Raises:
+        ConfigError: There are checkpoints, but none of them can be resumed from.
+
+    Collectives: those of `CheckpointStore.latest`.
+    """
+    wanted = config.checkpoint.resume
+    if store is None or wanted == "none":
+        return None
+    if wanted != "auto":
+        return Path(wanted), ""
+    try:
+        found = store.latest()
+    except CheckpointError as error:
+        raise ConfigError(f"checkpoint.resume: {error}") from error
+    return None if found is None else (found.path, found.note)
+
+
 def _resume(
-    config: RunConfig,
-    store: CheckpointStore | None,
+    path: Path,
+    note: str,
+    store: CheckpointStore,
     state: RunState,
+    model: DistributedDataParallel,
     optimizer: ReplicaOptimizer,
 ) -> tuple[int, str]:
-    """Load the checkpoint that the configuration names; return its step and a note for the user.
+    """Load a checkpoint; return its step and ``note`` with what else the user should know.
 
     Raises:
         ConfigError: The checkpoint cannot be resumed. Nothing has been trained or written yet.
     """
-    wanted = config.checkpoint.resume
-    if store is None or wanted == "none":
-        return 0, ""
     try:
-        if wanted == "auto":
-            found = store.latest()
-            if found is None:
-                return 0, ""
-            path, note = found.path, found.note
-        else:
-            path, note = Path(wanted), ""
         description = store.load(path, state)
+        _require_loaded(path, model, optimizer)
     except CheckpointError as error:
         raise ConfigError(f"checkpoint.resume: {error}") from error
     step = description.step
@@ -360,6 +382,32 @@ def _resume(
     optimizer.steps = step
     notes = [note, *_residual_changes(description, state)]
     return step, "\n".join([*notes, f"resumed from {path} after inner step {step}"]).strip()
+
+
+def _require_loaded(
+    path: Path, model: DistributedDataParallel, optimizer: ReplicaOptimizer
+) -> None:
+    """Raise CheckpointError on all ranks if a load left poison in any tensor of any rank.
+
+    Collectives: with ``overlap_param_gather``, a parameter all-gather over dp x cp; then agreement
+    on errors over the job. Every rank of the job calls it.
+    """
+    what = f"the checkpoint {path} could not be loaded"
+    remedy = "Resume from an older checkpoint (checkpoint.resume: <directory>)."
+    with optimizer.view.gathered(), everywhere(what, remedy):
+        tensors: dict[str, Tensor] = dict(model.module.named_parameters())
+        tensors |= {f"master of {name}": t for name, t in optimizer.view.masters.items()}
+        for moment, found in optimizer.inner.named_state().items():
+            tensors |= {f"{moment} of {name}": t for name, t in found.items()}
+        if optimizer.synchronizer is not None:
+            anchors = optimizer.synchronizer.anchors()
+            tensors |= {f"anchor of {name}": t for name, t in anchors.items()}
+        left = [name for name, tensor in tensors.items() if has_poison(tensor)]
+        if left:
+            raise CheckpointError(
+                f"{what}: it has no values for {', '.join(left[:4])} ({len(left)} tensors in all). "
+                f"{remedy}"
+            )
 
 
 def _residual_changes(description: Description, state: RunState) -> list[str]:

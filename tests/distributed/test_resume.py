@@ -9,14 +9,18 @@ from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
+from megatron.core.tensor_parallel import layers
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
+from megatron_muloco.checkpoint import io as checkpoint_io
 from megatron_muloco.checkpoint import store as store_module
 from megatron_muloco.checkpoint.state import read_description
 from megatron_muloco.errors import ConfigError
+from megatron_muloco.model import initialise
 from megatron_muloco.training import loop
 from tests.support.byte_runs import Ended, byte_config, byte_dataset, run_here
 from tests.support.faults import fail_call, signal_at_call
@@ -98,6 +102,53 @@ def stop_everywhere(prefix: str, replicas: int, sections: dict[str, Any], direct
 def test_resumed_at_any_step_is_never_stopped(case: str, prefix: str, tmp_path: Path) -> None:
     world, replicas, sections = COVER[case]
     run_ranks(stop_everywhere, world, prefix, replicas, sections, tmp_path, timeout_s=120)
+
+
+def refuse_to_draw(*args: Any, **kwargs: Any) -> None:
+    raise AssertionError("a resumed run has drawn initial weights")
+
+
+def resume_without_drawing(prefix: str, init: str, directory: Path) -> None:
+    """Resume where every function that draws weights raises; compare with a run that went on."""
+    sections = {"model": {"init": init}, "training": {"overlap_grad_reduce": True}}
+    saving = {"dir": str(directory), "save_interval": ROUND, "keep": STEPS}
+    undisturbed = run_here(config_of(prefix, 2, **sections, checkpoint=saving))
+    there = {"dir": str(directory / "on"), "resume": str(directory / "iter_0000003")}
+    with (
+        mock.patch.object(initialise, "_draw", refuse_to_draw),
+        mock.patch.object(layers, "_initialize_affine_weight_cpu", refuse_to_draw),
+    ):
+        resumed = run_here(config_of(prefix, 2, **sections, checkpoint=there))
+    resumed.assert_same(undisturbed)
+
+
+@pytest.mark.parametrize("init", ["muloco", "megatron"])
+def test_a_resumed_run_draws_no_weights(init: str, prefix: str, tmp_path: Path) -> None:
+    run_ranks(resume_without_drawing, 2, prefix, init, tmp_path)
+
+
+def resume_with_a_gap(prefix: str, directory: Path) -> str:
+    """Load all masters but one; return what the run says."""
+    run_here(config_of(prefix, 2, checkpoint={"dir": str(directory)}))
+    fill = checkpoint_io._fill
+
+    def fill_all_but_one(view: Any, pieces: Any) -> None:
+        lost = "output_layer.weight"
+        fill(view, {**pieces, lost: view.masters[lost]})
+
+    going_on = config_of(prefix, 2, checkpoint={"dir": str(directory)})
+    with mock.patch.object(checkpoint_io, "_fill", fill_all_but_one):
+        try:
+            run_here(going_on)
+        except ConfigError as error:
+            return str(error)
+    return ""
+
+
+def test_a_weight_that_a_load_misses_is_named(prefix: str, tmp_path: Path) -> None:
+    for said in run_ranks(resume_with_a_gap, 2, prefix, tmp_path):
+        assert "could not be loaded: it has no values for " in said
+        assert "master of output_layer.weight" in said
 
 
 def resume_with_compression(prefix: str, directory: Path) -> str:

@@ -57,7 +57,8 @@ def pieces(model: dict[str, Tensor], tp: int, dp: int) -> list[list[tuple[Shard,
 def digest(model: dict[str, Tensor], tp: int = 1, dp: int = 1) -> str:
     total = torch.zeros(1, dtype=torch.int64)
     for number, held in enumerate(pieces(model, tp, dp)):
-        total += digest_sum(held, tensor_rank=number // dp, tensor_size=tp)
+        rank = number // dp
+        total += digest_sum(held, tensor_rank=rank, tensor_size=tp, device=torch.device("cpu"))
     return render(int(total))
 
 
