@@ -29,6 +29,7 @@ _FIELDS: dict[str, tuple[Axis, ...]] = {
     "dp_cp": ("cp", "dp"),
     "intra_dp_cp": ("cp", "dp"),
     "tp_dp_cp": ("tp", "cp", "dp"),
+    "tp_dp": ("tp", "dp"),
     "ep": (),
     "expt_tp": ("tp",),
     "tp_ep": ("tp",),

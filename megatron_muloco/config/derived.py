@@ -159,6 +159,7 @@ def smallest_topology(config: RunConfig) -> Topology:
         num_replicas=parallel.num_replicas,
         tensor=parallel.tensor_model_parallel_size,
         pipeline=parallel.pipeline_model_parallel_size,
+        context=parallel.context_parallel_size,
     )
 
 
@@ -170,6 +171,7 @@ def topology_of(config: RunConfig, world_size: int) -> Topology:
         num_replicas=parallel.num_replicas,
         tensor=parallel.tensor_model_parallel_size,
         pipeline=parallel.pipeline_model_parallel_size,
+        context=parallel.context_parallel_size,
     )
 
 

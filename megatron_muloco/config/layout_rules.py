@@ -12,6 +12,7 @@ from megatron_muloco.topology import Topology
 
 __all__ = [
     "batch_divides",
+    "context_parallel_attention_is_dense",
     "ffn_divides",
     "head_width_is_even",
     "heads_divide",
@@ -168,13 +169,36 @@ def _uneven_stages(number: int, layers: int, rest: int, others: int) -> str:
 
 
 def sequence_divides(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
-    """Require that sequence parallelism divides the sequence evenly."""
-    tp, length = config.parallel.tensor_model_parallel_size, config.model.seq_length
-    if config.parallel.sequence_parallel and length % tp:
+    """Require that sequence and context parallelism divide the sequence evenly."""
+    parallel, length = config.parallel, config.model.seq_length
+    tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    if cp > 1 and length % (2 * cp):
         yield Problem(
             "model.seq_length",
-            f"{length} is not divisible by tensor_model_parallel_size {tp}, over which "
+            f"{length} is not divisible by {2 * cp}, but each of the {cp} context-parallel ranks "
+            "holds two chunks of a sequence.\n"
+            "Change it or parallel.context_parallel_size.",
+        )
+    elif parallel.sequence_parallel and length // cp % tp:
+        part = f"{length} / context_parallel_size {cp}" if cp > 1 else str(length)
+        yield Problem(
+            "model.seq_length",
+            f"{part} is not divisible by tensor_model_parallel_size {tp}, over which "
             "sequence_parallel divides it.\nChange one of them or set sequence_parallel: false.",
+        )
+
+
+def context_parallel_attention_is_dense(
+    config: RunConfig, topology: Topology | None
+) -> Iterator[Problem]:
+    """Require an attention backend that can hide keys from a slice of the queries."""
+    wanted, cp = config.model.attention_impl, config.parallel.context_parallel_size
+    if cp > 1 and wanted not in ("auto", "dense"):
+        yield Problem(
+            "model.attention_impl",
+            f"{wanted}, but with context_parallel_size {cp} a rank attends with slices of the "
+            "sequences, for which only dense has a mask.\nUse auto or dense, or no context "
+            "parallelism.",
         )
 
 

@@ -179,14 +179,13 @@ _MOE = "mixture-of-experts models are not supported. Remove the key; the MLP is 
 _FP8 = "fp8 training is not supported. Use training.precision bf16."
 _FP4 = "fp4 training is not supported. Use training.precision bf16."
 _FP16 = "fp16 needs loss scaling, which is not supported. Use training.precision bf16 or fp32."
-_VIRTUAL = "virtual pipeline stages are not supported. Use pipeline_model_parallel_size alone."
+_VIRTUAL = (
+    "virtual pipeline stages are not supported yet; a rank holds one run of layers. Remove the "
+    "key; more microbatches per step shrink the pipeline's bubble too."
+)
 _DROPOUT = "models train without dropout, as in the papers. Remove the key."
 _FSDP = "only Megatron's distributed optimizer shards the state. Remove the key."
-_DP = "it follows from the number of ranks: world / (replicas x tp x pp). Remove the key."
-_CONTEXT = (
-    "context parallelism is not supported yet; attention runs on whole sequences. Remove the key "
-    "and use tensor or data parallelism."
-)
+_DP = "it follows from the number of ranks: world / (replicas x tp x pp x cp). Remove the key."
 _ASYNC = "saving in the background is not supported yet; training waits for a save. Remove the key."
 _TRANSPORT = (
     "a rank cannot tell whether the other replicas are on another network. Use device (the "
@@ -216,7 +215,6 @@ REFUSED_KEYS = {
     "use_precision_aware_optimizer": _OFFLOAD,
     "optimizer_cpu_offload": _OFFLOAD,
     "data_parallel_size": _DP,
-    "context_parallel_size": _CONTEXT,
     "async_save": _ASYNC,
 }
 

@@ -13,6 +13,7 @@ from megatron_muloco.config.derived import smallest_topology, stage_layers, trai
 from megatron_muloco.config.inner import MuonInner
 from megatron_muloco.config.layout_rules import (
     batch_divides,
+    context_parallel_attention_is_dense,
     ffn_divides,
     head_width_is_even,
     heads_divide,
@@ -274,6 +275,7 @@ RULES: tuple[Rule, ...] = (
     vocabulary_divides,
     layers_divide,
     sequence_divides,
+    context_parallel_attention_is_dense,
     batch_divides,
     rampup_reaches_the_batch,
     data_parallelism_has_one_replica,

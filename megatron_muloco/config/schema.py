@@ -98,6 +98,11 @@ class ParallelConfig(Section):
     pipeline_model_parallel_size: PositiveInt = Field(
         1, description="Pipeline stages that share the layers."
     )
+    context_parallel_size: PositiveInt = Field(
+        1,
+        description="Ranks that share each sequence: each holds two chunks of it, and gathers keys "
+        "and values of the others for attention.",
+    )
     num_layers_in_first_pipeline_stage: PositiveInt | None = Field(
         None,
         description="Layers of the first pipeline stage; by default an equal share. The stages "
@@ -319,7 +324,10 @@ class MonitorConfig(Section):
         1, ge=0, description="Rounds between pseudogradient diagnostics; 0 is off."
     )
     sample_tokens: int = Field(
-        0, ge=0, description="Tokens to generate from the anchor at the end of the run; 0 is off."
+        0,
+        ge=0,
+        description="Tokens to generate from the anchor at the end of the run; 0 is off, as are "
+        "several pipeline stages or context-parallel ranks.",
     )
     sample_prompt: str = Field("The", min_length=1, description="Prompt of the generated text.")
     digest_interval: int = Field(

@@ -10,10 +10,12 @@ N documents of the microbatch. Documents of all its sequences are counted in one
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -26,6 +28,7 @@ __all__ = [
     "DenseAttention",
     "DocumentLoop",
     "PackedAttention",
+    "SequenceSlice",
     "attention_of",
     "causal_attention",
     "document_boundaries",
@@ -199,6 +202,56 @@ class DocumentLoop(PackedAttention):
         return torch.cat(attended).view(query.shape)
 
 
+# ---- context parallelism -------------------------------------------------------------------------
+
+
+class SequenceSlice:
+    """The positions of every sequence that one context-parallel rank holds.
+
+    c ranks cut a sequence into 2c chunks, and rank r holds chunks r and 2c-1-r, as in Megatron: an
+    early chunk sees few keys and a late one many, so that two of them are alike for all ranks::
+
+        chunk   0 1 2 3 4 5          an all-gather yields the chunks 0 5 1 4 2 3
+        rank    0 1 2 2 1 0
+
+    Args:
+        length: Tokens of a sequence, a multiple of twice the number of ranks.
+        rank: This rank's place in the context-parallel group.
+        size: Number of context-parallel ranks.
+        device: Where the positions are needed.
+
+    Attributes:
+        positions: int64 [s/c], the positions of this rank, ascending.
+        gathered: int64 [s], all positions in the order of an all-gather over the ranks.
+    """
+
+    def __init__(self, length: int, *, rank: int, size: int, device: torch.device) -> None:
+        chunks = torch.arange(length, device=device).chunk(2 * size)
+        of_ranks = [torch.cat([chunks[r], chunks[2 * size - 1 - r]]) for r in range(size)]
+        self.positions = of_ranks[rank]
+        self.gathered = torch.cat(of_ranks)
+
+    def take(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return this rank's positions of tensors [b, s]."""
+        return {name: value[:, self.positions] for name, value in batch.items()}
+
+    def mask(self, document_ids: Tensor | None) -> Tensor:
+        """Return the attention mask of this rank's queries; see `document_mask`.
+
+        Args:
+            document_ids: [b, s]; ``None`` for attention over whole sequences.
+
+        Returns:
+            Boolean [b, 1, s/c, s], [1, 1, s/c, s] without documents: True is masked out. The keys
+            are in the order of `gathered`.
+        """
+        visible = (self.gathered <= self.positions.unsqueeze(1)).unsqueeze(0)
+        if document_ids is not None:
+            own = document_ids[:, self.positions].unsqueeze(2)
+            visible = visible & (own == document_ids[:, self.gathered].unsqueeze(1))
+        return ~visible.unsqueeze(1)
+
+
 # ---- the module of a layer -----------------------------------------------------------------------
 
 
@@ -206,7 +259,11 @@ class CoreAttention(MegatronModule):
     """Causal attention of this rank's heads, by a backend that all layers share.
 
     Replaces Megatron's ``DotProductAttention``, which materialises the score matrix; Megatron's
-    fused alternatives need Transformer Engine.
+    fused alternatives need Transformer Engine. With c context-parallel ranks, s/c in place of s:
+    the positions of a `SequenceSlice`.
+
+    Collectives: with context parallelism an all-gather of keys and values over the cp group,
+    forward, and a reduce-scatter of their gradients, backward; 2*s*b*g*d values over all ranks.
     """
 
     def __init__(
@@ -227,6 +284,8 @@ class CoreAttention(MegatronModule):
             raise ValueError("attention dropout is not implemented in CoreAttention")
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         self.backend = backend
+        sliced = config.context_parallel_size > 1 and pg_collection is not None
+        self._context_group = pg_collection.cp if sliced else None
 
     @override
     def forward(
@@ -246,11 +305,17 @@ class CoreAttention(MegatronModule):
             key: ``[s, b, g, d]``.
             value: ``[s, b, g, d]``.
             attention_mask: The documents as the backend's `AttentionBackend.documents` gives them;
-                ``None`` for attention over whole sequences.
+                ``None`` for attention over whole sequences. With context parallelism that of
+                `SequenceSlice.mask`, never ``None``.
             attn_mask_type: Ignored, as are the following; Megatron passes them.
             attention_bias: Ignored.
             packed_seq_params: Ignored.
         """
+        if self._context_group is not None:
+            both = gather_from_sequence_parallel_region(
+                torch.cat([key, value], dim=2), group=self._context_group
+            )
+            key, value = both.chunk(2, dim=2)
         return self.backend.attend(query, key, value, attention_mask, scale=self.softmax_scale)
 
 

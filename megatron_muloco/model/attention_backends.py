@@ -74,6 +74,8 @@ def choose_attention(config: RunConfig, device: torch.device) -> ChosenAttention
         ConfigError: The configured backend does not run here.
     """
     wanted = config.model.attention_impl
+    if config.parallel.context_parallel_size > 1:  # a rule refuses other backends by name
+        return _dense(config, device, "as ranks share sequences (context parallelism)")
     if wanted == "auto":
         return _choose(config, device)
     if wanted == "dense":

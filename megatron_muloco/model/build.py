@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_muloco.comm.groups import Groups
 from megatron_muloco.config import RunConfig
 from megatron_muloco.config.derived import padded_vocab_size, stage_layers
+from megatron_muloco.model.attention import SequenceSlice
 from megatron_muloco.model.attention_backends import choose_attention
 from megatron_muloco.model.fused import UNFUSED, Fusions, choose_fusions, install
 from megatron_muloco.model.initialise import initialise_weights, poison_weights
@@ -57,7 +58,7 @@ def transformer_config(
         num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
         num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
         sequence_parallel=parallel.sequence_parallel,
-        context_parallel_size=1,
+        context_parallel_size=parallel.context_parallel_size,
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         pipeline_dtype=torch.bfloat16 if bf16 else torch.float32,
@@ -136,6 +137,8 @@ def build_model(
         rotary_base=model.rotary_base,
         pg_collection=groups.pg,
     )
+    if groups.topology.context > 1:
+        _slice_positions(stage, config, groups)
     if not draw:
         poison_weights(stage)
     elif model.init == "muloco":
@@ -147,3 +150,19 @@ def build_model(
             hidden_size=model.hidden_size,
         )
     return stage.to(device)
+
+
+def _slice_positions(stage: GPTModel, config: RunConfig, groups: Groups) -> None:
+    """Make the rotary embedding return the positions of this context-parallel rank.
+
+    Megatron's own slicing, of the same positions, needs a GPU. Without a group it returns all.
+    """
+    coords, topology = groups.coords, groups.topology
+    own = SequenceSlice(
+        config.model.seq_length, rank=coords.cp, size=topology.context, device=torch.device("cpu")
+    )
+    rotary: Any = stage.rotary_pos_emb
+    rotary.cp_group = None
+    rotary.register_forward_hook(
+        lambda _module, _inputs, whole: whole[own.positions.to(whole.device)]
+    )

@@ -131,6 +131,7 @@ def traffic_rows(config: RunConfig, traffic: TrafficPlan, layout: Topology) -> I
         "parameters": traffic.parameter_gather,
         "Muon exchange": traffic.muon_exchange,
         "tensor parallel": traffic.tensor_parallel,
+        "context parallel": traffic.context_parallel,
         "pipeline": traffic.pipeline,
     }
     yield "each inner step", human_bytes(traffic.inner_step), "inside the replica"

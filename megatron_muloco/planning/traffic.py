@@ -96,6 +96,7 @@ class TrafficPlan:
         parameter_gather: Bytes per inner step over the dp (x cp) group.
         muon_exchange: Bytes per inner step over the stage group: momentum to owners, updates back.
         tensor_parallel: Bytes per inner step over the tp group: activations and their gradients.
+        context_parallel: Bytes per inner step over the cp group: keys, values, their gradients.
         pipeline: Bytes per inner step to the neighbouring stages.
         outer_per_rank: Bytes per round that compares replicas, over the outer group.
         outer_per_replica: Bytes per round of all ranks of the replica that sends most.
@@ -106,6 +107,7 @@ class TrafficPlan:
     parameter_gather: int
     muon_exchange: int
     tensor_parallel: int
+    context_parallel: int
     pipeline: int
     outer_per_rank: int
     outer_per_replica: int
@@ -119,6 +121,7 @@ class TrafficPlan:
             + self.parameter_gather
             + self.muon_exchange
             + self.tensor_parallel
+            + self.context_parallel
             + self.pipeline
         )
 
@@ -140,6 +143,7 @@ def traffic_plan(config: RunConfig, topology: Topology) -> TrafficPlan:
         parameter_gather=gathers,
         muon_exchange=exchange,
         tensor_parallel=_tensor_parallel_bytes(config, topology),
+        context_parallel=_context_parallel_bytes(config, topology),
         pipeline=_pipeline_bytes(config, topology),
         outer_per_rank=max(map(max, outer)),
         outer_per_replica=max(map(sum, zip(*outer, strict=True))),
@@ -170,9 +174,9 @@ def planned_on_accelerator(config: RunConfig) -> bool:
 
 
 def _activation_bytes(config: RunConfig) -> int:
-    """Return the bytes of one microbatch's residual stream."""
+    """Return the bytes of one microbatch's residual stream on a context-parallel rank."""
     training, model = config.training, config.model
-    tokens = training.micro_batch_size * model.seq_length
+    tokens = training.micro_batch_size * model.seq_length // config.parallel.context_parallel_size
     return tokens * model.hidden_size * BYTES[training.precision]
 
 
@@ -186,6 +190,20 @@ def _tensor_parallel_bytes(config: RunConfig, topology: Topology) -> int:
     tp, layers = topology.tensor, max(map(len, stage_layers(config, topology)))
     per_reduce = 2 * _activation_bytes(config) * (tp - 1) // tp
     return derive(config, topology).num_microbatches * (4 * layers + 1) * per_reduce
+
+
+def _context_parallel_bytes(config: RunConfig, topology: Topology) -> int:
+    """Return the bytes of keys and values over the cp group in one step.
+
+    Each layer gathers them forward and scatters the sums of their gradients backward; recomputation
+    gathers them once more and is not counted.
+    """
+    training, model, cp = config.training, config.model, topology.context
+    layers = max(map(len, stage_layers(config, topology)))
+    width = 2 * model.query_groups * model.kv_channels // topology.tensor
+    tokens = training.micro_batch_size * model.seq_length
+    per_layer = 2 * tokens * width * BYTES[training.precision] * (cp - 1) // cp
+    return derive(config, topology).num_microbatches * layers * per_layer
 
 
 def _pipeline_bytes(config: RunConfig, topology: Topology) -> int:

@@ -31,8 +31,7 @@ _GROUPS = {
     "_INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP_WITH_GTP_REMAT": "intra_dp_cp",
     "_GTP_WEIGHT_REMAT_GROUP": "gtp_remat",
     "_EXPERT_GTP_WEIGHT_REMAT_GROUP": "expt_gtp_remat",
-    # tp x dp equals tp x dp x cp, because context parallelism is not supported.
-    "_TENSOR_AND_DATA_PARALLEL_GROUP": "tp_dp_cp",
+    "_TENSOR_AND_DATA_PARALLEL_GROUP": "tp_dp",
     "_TENSOR_AND_DATA_PARALLEL_GROUP_WITH_CP": "tp_dp_cp",
     "_EXPERT_MODEL_PARALLEL_GROUP": "ep",
     "_EXPERT_TENSOR_PARALLEL_GROUP": "expt_tp",

@@ -22,7 +22,7 @@ from megatron_muloco.comm.groups import Groups
 from megatron_muloco.comm.reducers import OuterGroup
 from megatron_muloco.data.batches import BatchSource, document_ids, read_ahead
 from megatron_muloco.data.sampler import share
-from megatron_muloco.model.attention import attention_of
+from megatron_muloco.model.attention import SequenceSlice, attention_of
 from megatron_muloco.training.replica_optimizer import ReplicaOptimizer
 
 __all__ = ["ForwardBackward", "anchor_in_place", "evaluate", "generate"]
@@ -30,13 +30,14 @@ __all__ = ["ForwardBackward", "anchor_in_place", "evaluate", "generate"]
 Batch = Mapping[str, Tensor]
 
 
-def _mean_loss(losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def _mean_loss(losses: Tensor, *, context: int) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the mean loss per token of a microbatch, to differentiate and to report.
 
     All microbatches have the same number of tokens, so Megatron's mean over microbatches is also
-    the mean over tokens.
+    the mean over tokens. Each of the context-parallel ranks adds its share of the sequence's mean:
+    the schedule multiplies the loss by their number, and gradients are averaged over dp x cp.
     """
-    loss = losses.float().mean()
+    loss = losses.float().mean() / context
     # Report a copy, because the schedule divides `loss` in place by the number of microbatches.
     return loss, {"lm loss": loss.detach().clone()}
 
@@ -70,6 +71,15 @@ class ForwardBackward:
         self._attention = attention_of(model)
         self._schedule = get_forward_backward_func_for(groups)
         self.device = next(model.parameters()).device
+        self._loss = partial(_mean_loss, context=groups.topology.context)
+        self._slice = None
+        if groups.topology.context > 1:
+            self._slice = SequenceSlice(
+                seq_length,
+                rank=groups.coords.cp,
+                size=groups.topology.context,
+                device=torch.device("cpu"),
+            )
 
     def __call__(
         self, batches: Iterator[Batch], num_microbatches: int, *, forward_only: bool = False
@@ -82,8 +92,9 @@ class ForwardBackward:
     ) -> Tensor:
         """Return this rank's microbatch losses, fp32 on the training device.
 
-        They are zeros on all pipeline stages but the last. Unless ``forward_only``, gradients have
-        been accumulated and reduced over the replica's data-parallel group when it returns.
+        They are zeros on all pipeline stages but the last; those of context-parallel ranks add up
+        to the loss of the sequences. Unless ``forward_only``, gradients have been accumulated and
+        reduced over the replica's data-parallel group when it returns.
 
         Shapes: [num_microbatches].
         Collectives: tensor, pipeline and data parallel ones of this replica. Every rank of the
@@ -109,12 +120,15 @@ class ForwardBackward:
     ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]]:
         """Take one microbatch; return the output and the loss function, as Megatron expects."""
         batch = next(batches)
-        documents = None
+        ids = documents = None
         if self._end_of_document is not None:
-            # The attention mask of Megatron: it goes to every layer, also when that is recomputed.
-            documents = self._attention.documents(
-                document_ids(batch["tokens"], self._end_of_document), self.device
-            )
+            ids = document_ids(batch["tokens"], self._end_of_document)
+        # The attention mask of Megatron: it goes to every layer, also when that is recomputed.
+        if self._slice is not None:
+            documents = self._slice.mask(ids).to(self.device, non_blocking=True)
+            batch = self._slice.take(batch)
+        elif ids is not None:
+            documents = self._attention.documents(ids, self.device)
         tokens = labels = None
         if self._groups.on_first_stage:
             tokens = batch["tokens"].to(self.device, non_blocking=True)
@@ -122,7 +136,7 @@ class ForwardBackward:
             labels = batch["labels"].to(self.device, non_blocking=True)
         # Positions are rotary, which Megatron computes from the length alone.
         output = model(tokens, None, documents, labels=labels)
-        return output, _mean_loss
+        return output, self._loss
 
 
 def get_forward_backward_func_for(groups: Groups) -> Callable[..., list[dict[str, Any]]]:
@@ -189,7 +203,7 @@ def evaluate(
     OuterGroup(groups.outer, forward.device).wire.all_reduce(losses).wait()
     by_batch = (batch.sum() for batch in losses.view(steps, count))
     total = sum(by_batch, start=torch.zeros((), device=forward.device))
-    is_primary = groups.on_last_stage and groups.coords.tp == 0 and groups.coords.cp == 0
+    is_primary = groups.on_last_stage and groups.coords.tp == 0
     sums = (total if is_primary else torch.zeros_like(total)).double()
     return float(sum_over(groups.replica, sums)) / (groups.topology.data * count * steps)
 

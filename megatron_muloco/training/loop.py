@@ -130,7 +130,7 @@ def _share(
     Collectives: one all-reduce of 24 bytes (three fp64 numbers) over the replica.
     """
     groups = context.groups
-    is_primary = groups.on_last_stage and groups.coords.tp == 0 and groups.coords.cp == 0
+    is_primary = groups.on_last_stage and groups.coords.tp == 0
     leads = groups.is_leader and stop_after is not None
     shared = torch.zeros(3, dtype=torch.float64, device=loss.device)
     if is_primary:
@@ -312,7 +312,8 @@ def _save_final_anchor(context: RunContext, last_step: int) -> bool:
 def _sample(context: RunContext) -> None:
     """Print text generated from the anchor if the configuration asks for it."""
     monitor = context.config.monitor
-    if not monitor.sample_tokens or context.groups.topology.pipeline > 1:
+    topology = context.groups.topology
+    if not monitor.sample_tokens or topology.pipeline > 1 or topology.context > 1:
         return
     prompt = context.tokenizer.tokenize(monitor.sample_prompt)
     with context.monitor.paused(), anchor_in_place(context.optimizer):

@@ -207,8 +207,9 @@ def _problems(config: RunConfig) -> list[str]:
         problems.append(
             Problem(
                 "parallel",
-                f"a replica is tp {topology.tensor} x pp {topology.pipeline}, but in one process "
-                f"it is a single rank.\nSet both sizes to 1, {_ELSEWHERE}",
+                f"a replica is tp {topology.tensor} x pp {topology.pipeline} x cp "
+                f"{topology.context}, but in one process it is a single rank.\n"
+                f"Set these sizes to 1, {_ELSEWHERE}",
             )
         )
     if config.checkpoint.dir is not None:

@@ -165,6 +165,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
         {"pipeline_model_parallel_size": 2, "num_layers_in_last_pipeline_stage": 1},
     ),
     "dp3": (3, {}),
+    "cp2": (2, {"context_parallel_size": 2}),
     "tp2-dp2": (4, {"tensor_model_parallel_size": 2}),
 }
 

@@ -27,12 +27,12 @@ GETTERS: dict[str, str | dict[str, str]] = {
     "get_embedding_group": "embd",
     "get_position_embedding_group": "pos_embd",
     "get_amax_reduction_group": {
-        "": "tp_dp_cp",
+        "": "tp_dp",
         "cp": "tp_dp_cp",
         "tp_only": "tp",
         "cp tp_only": "tp_cp",
     },
-    "get_tensor_and_data_parallel_group": {"": "tp_dp_cp", "cp": "tp_dp_cp"},
+    "get_tensor_and_data_parallel_group": {"": "tp_dp", "cp": "tp_dp_cp"},
     "get_tensor_and_context_parallel_group": "tp_cp",
     "get_expert_model_parallel_group": "ep",
     "get_expert_tensor_parallel_group": "expt_tp",
@@ -94,11 +94,12 @@ def _mirror_of(config: RunConfig) -> list[str]:
     return wrong
 
 
-LAYOUTS = {  # tp, pp, dp, replicas
+LAYOUTS = {  # tp, pp, dp, replicas, cp
     "2-1-1-2": Topology(num_replicas=2, tensor=2, pipeline=1, data=1),
     "2-2-1-2": Topology(num_replicas=2, tensor=2, pipeline=2, data=1),
     "1-3-1-1": Topology(num_replicas=1, tensor=1, pipeline=3, data=1),
     "1-1-2-3": Topology(num_replicas=3, tensor=1, pipeline=1, data=2),
+    "1-1-2-1-2": Topology(num_replicas=1, tensor=1, pipeline=1, data=2, context=2),
 }
 
 
@@ -109,6 +110,7 @@ def _config(topology: Topology) -> RunConfig:
             "num_replicas": topology.num_replicas,
             "tensor_model_parallel_size": topology.tensor,
             "pipeline_model_parallel_size": topology.pipeline,
+            "context_parallel_size": topology.context,
         },
         training={"global_batch_size": 12},
     )

@@ -21,6 +21,7 @@ LAYOUTS = {
     "tp2-sp": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
     "pp2": {"pipeline_model_parallel_size": 2},
     "dp2": {},
+    "cp2": {"context_parallel_size": 2},
     "tp2-pp2": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
 }
 # Pipelines of four layers, all of which train alike.
@@ -76,3 +77,35 @@ def test_the_split_of_the_layers_does_not_change_the_training(name: str) -> None
         expected = one[rank // (world // 2)]
         assert losses == pytest.approx(expected[0], rel=RELATIVE)
         assert norms == pytest.approx(expected[1], rel=RELATIVE)
+
+
+def _losses_of_documents(parallel: dict[str, int], precision: str) -> list[float]:
+    config = tiny_config(inner=MUON, parallel=parallel, training={"precision": precision})
+    run = start_tiny(config, end_of_document=5).train(STEPS)
+    finish_tiny()
+    return run.losses
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"context_parallel_size": 2},
+        {"context_parallel_size": 2, "pipeline_model_parallel_size": 2},
+        {
+            "context_parallel_size": 2,
+            "tensor_model_parallel_size": 2,
+            "sequence_parallel": True,
+        },
+        {"context_parallel_size": 4},
+    ],
+    ids=["cp2", "cp2-pp2", "cp2-tp2-sp", "cp4"],
+)
+def test_context_parallel_ranks_attend_inside_documents(layout: dict[str, int]) -> None:
+    replicas = {"num_replicas": 2 if len(layout) == 1 else 1}
+    one = run_ranks(_losses_of_documents, replicas["num_replicas"], replicas, "fp32")
+    size = 2 if layout == {"context_parallel_size": 2} else 4
+    ranks = run_ranks(
+        _losses_of_documents, size * replicas["num_replicas"], replicas | layout, "fp32"
+    )
+    for rank, losses in enumerate(ranks):
+        assert losses == pytest.approx(one[rank // size], rel=RELATIVE)

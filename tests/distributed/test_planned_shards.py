@@ -45,6 +45,7 @@ CASES: dict[str, tuple[tuple[int, int, int], dict[str, Any]]] = {
             },
         },
     ),
+    "cp2-dp2": ((1, 1, 2), {"parallel": {"context_parallel_size": 2}}),
     "pp2-dp2-tied": ((1, 2, 2), {"model": TIED | ALL_NORMS}),
     "dp3": ((1, 1, 3), {"training": {"overlap_grad_reduce": True}}),
     "dp4": ((1, 1, 4), {"model": {"hidden_size": 24, "kv_channels": 6}}),
@@ -76,7 +77,7 @@ def held(config: RunConfig, bucket_size: int | None) -> tuple[list[ParamInfo], l
 def test_planned_shards_are_those_of_the_run(case: str) -> None:
     sizes, sections = CASES[case]
     config = config_of(sizes, **sections)
-    world = sizes[0] * sizes[1] * sizes[2]
+    world = sizes[0] * sizes[1] * sizes[2] * config.parallel.context_parallel_size
     topology = topology_of(config, world)
     for rank, (infos, shards) in enumerate(run_ranks(held, world, config, None)):
         place = topology.coords(rank)

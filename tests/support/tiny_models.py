@@ -153,6 +153,7 @@ def start_tiny(
     *,
     bucket_size: int | None = None,
     change: Callable[[Any], Any] | None = None,
+    end_of_document: int | None = None,
     **options: Any,
 ) -> TinyRun:
     """Build everything for one rank; call `finish_tiny` at the end of the rank function.
@@ -161,7 +162,15 @@ def start_tiny(
     may change the model before anything is built on it; ``options`` go to `wrap_optimizer`.
     """
     groups = initialize_replicas(config)
-    return build_tiny(config, groups, assignment, bucket_size=bucket_size, change=change, **options)
+    return build_tiny(
+        config,
+        groups,
+        assignment,
+        bucket_size=bucket_size,
+        change=change,
+        end_of_document=end_of_document,
+        **options,
+    )
 
 
 def build_tiny(
@@ -171,6 +180,7 @@ def build_tiny(
     *,
     bucket_size: int | None = None,
     change: Callable[[Any], Any] | None = None,
+    end_of_document: int | None = None,
     **options: Any,
 ) -> TinyRun:
     """Build everything for one rank with these groups; see `start_tiny`."""
@@ -191,7 +201,7 @@ def build_tiny(
         groups,
         micro_batch_size=training.micro_batch_size,
         seq_length=config.model.seq_length,
-        end_of_document=None,
+        end_of_document=end_of_document,
     )
     optimizer = build_replica_optimizer(model, config, groups, **options)
     return TinyRun(config, groups, model, optimizer, forward, assignment)

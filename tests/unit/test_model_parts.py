@@ -9,7 +9,12 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_muloco.data.batches import document_ids
-from megatron_muloco.model.attention import CoreAttention, DenseAttention, document_mask
+from megatron_muloco.model.attention import (
+    CoreAttention,
+    DenseAttention,
+    SequenceSlice,
+    document_mask,
+)
 from megatron_muloco.model.layer_spec import QKRMSNorm, RMSNorm
 
 END = 9
@@ -64,6 +69,27 @@ def test_a_position_sees_the_earlier_ones_of_its_document() -> None:
     tokens = torch.tensor([[1, END, 2, 3]])
     seen = ~document_mask(document_ids(tokens, END))[0, 0]
     assert seen.int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_slices_of_a_sequence_partition_positions_and_mask(size: int) -> None:
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(0, END + 1, (2, 12), generator=generator)
+    documents = document_ids(tokens, END)
+    whole = document_mask(documents)
+    causal = document_mask(torch.zeros(1, 12))
+    slices = [
+        SequenceSlice(12, rank=rank, size=size, device=torch.device("cpu")) for rank in range(size)
+    ]
+    gathered = torch.cat([each.positions for each in slices])
+    assert gathered.sort().values.tolist() == list(range(12))
+    for rank, each in enumerate(slices):
+        assert torch.equal(each.gathered, gathered)
+        assert torch.equal(each.take({"tokens": tokens})["tokens"], tokens[:, each.positions])
+        for mask, expected in ((each.mask(documents), whole), (each.mask(None), causal)):
+            assert torch.equal(mask, expected[:, :, each.positions][..., gathered])
+        # all ranks see the same number of keys: an early chunk and a late one
+        assert int((~each.mask(None)).sum()) == 78 // size, rank
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -302,6 +302,22 @@ def test_data_parallel_traffic_follows_the_ring() -> None:
     assert (traffic.tensor_parallel, traffic.pipeline) == (0, 0)
 
 
+def test_context_parallel_ranks_send_keys_and_values() -> None:
+    config = config_of("parallel.context_parallel_size=4", "model.seq_length=64")
+    topology = Topology(2, 1, 1, 1, 4)
+    one, model = config_of("model.seq_length=64"), config.model
+    traffic = traffic_plan(config, topology)
+    tokens = config.training.global_batch_size // 2 * model.seq_length
+    values = 2 * model.query_groups * model.kv_channels
+    # three quarters of all keys and values, and of their gradients, in fp32
+    assert traffic.context_parallel == model.num_layers * 2 * tokens * values * 4 * 3 // 4
+    assert traffic_plan(one, Topology(2, 1, 1, 4)).context_parallel == 0
+    # masters and state are divided as over data-parallel ranks
+    assert memory_plan(config, topology) == memory_plan(
+        config_of("model.seq_length=64", "training.micro_batch_size=1"), Topology(2, 1, 1, 4)
+    )
+
+
 def test_adamw_exchanges_no_matrices() -> None:
     config = config_of("inner.kind=adamw", "training.micro_batch_size=1")
     assert traffic_plan(config, Topology(2, 1, 1, 4)).muon_exchange == 0
