@@ -6,6 +6,7 @@
 #   make test-312     unit and distributed tests on Python 3.12 and the newest Megatron-core
 #   make test-matrix  every method x K x layout x precision: long
 #   make unit|dist|e2e   one tier
+#   make gpu-check    check and measure a GPU in ten minutes; without one, what a CPU can check
 #   make docs         build the documentation site into build/docs; warnings are errors
 #   make fmt|lint|types  one check;   make check: what has to pass before a change is proposed
 #   make clean        remove caches and build products; the environments stay
@@ -14,6 +15,10 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+GPU_ARGS ?=
+# Where a GPU is, torch is often installed already, and the pins would replace it by a build without
+# CUDA: GPU_PYTHON names the Python that has it.
+GPU_PYTHON ?= $(PY)
 
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
@@ -30,7 +35,7 @@ CPU := DS_ACCELERATOR=cpu OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive}
 # The launcher's own default, 29500, collides with any other run on the machine.
 FREE_PORT := $(PY) -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
 
-.PHONY: venv demo test test-312 test-matrix unit dist e2e docs fmt lint types check clean
+.PHONY: venv demo test test-312 test-matrix unit dist e2e gpu-check docs fmt lint types check clean
 .DEFAULT_GOAL := test
 
 venv: $(STAMP)
@@ -77,6 +82,12 @@ dist: $(STAMP)
 
 e2e: $(STAMP)
 	$(PY) -m pytest -q -m "not slow" tests/e2e $(PYTEST_ARGS)
+
+gpu-check: $(if $(filter $(PY),$(GPU_PYTHON)),$(STAMP))
+	@if $(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	    [ -f data/demo/train.bin ] || $(GPU_PYTHON) -m tools.demo_corpus; \
+	fi
+	$(GPU_PYTHON) -m tools.gpu_check $(GPU_ARGS)
 
 docs: $(STAMP_DOCS)
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict

@@ -9,17 +9,48 @@ import pytest
 import torch
 
 from tools import gpu_check
-from tools.gpu import runs
-from tools.gpu.findings import Finding
+from tools.gpu import measure, runs
+from tools.gpu.findings import ENTRIES, Finding, not_run, page_table, report
 
 
-def test_without_a_gpu_it_says_what_is_left_out(
+def test_without_a_gpu_it_says_what_is_left_out_of_every_id(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    ran: list[str] = []
+
+    def run(check: gpu_check.Check, options: argparse.Namespace) -> list[Finding]:
+        ran.append(check.name)
+        return []
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(gpu_check, "_run", run)
     assert gpu_check.main([]) == 0
     said = capsys.readouterr().out
-    assert all(check.name in said for check in gpu_check.CHECKS)
+    assert said.count("LEFT OUT") == len(ENTRIES)
+    assert set(ran) == {check.name for check in gpu_check.CHECKS if check.without_gpu}
+    trains = {check.name for check in gpu_check.CHECKS if check.trains}
+    assert "ranks" in ran
+    assert not trains & set(ran)
+
+
+def test_every_id_has_a_check() -> None:
+    covered = {key for check in gpu_check.CHECKS for key in check.keys}
+    assert covered == {entry.key for entry in ENTRIES}
+
+
+def test_the_page_has_the_table_of_the_tool(capsys: pytest.CaptureFixture[str]) -> None:
+    page = Path(__file__).parents[2] / "docs/performance/gpu_check.md"
+    assert page_table() in page.read_text(encoding="utf-8")
+    assert gpu_check.main(["--list"]) == 0
+    assert f"Never run on a GPU: {', '.join(not_run())}." in capsys.readouterr().out
+
+
+def test_the_report_is_grouped_by_id() -> None:
+    found = [Finding("B3", "z", "9"), Finding("T1", "y", "8", False), Finding("B3", "x", "7", True)]
+    lines = report(found, {"T2": "why"}).splitlines()
+    place = {line.strip(): index for index, line in enumerate(lines)}
+    assert place["DIFFERS y: 8"] < place["LEFT OUT: why"] < place["-       z: 9"]
+    assert place["ok      x: 7"] == place["-       z: 9"] + 1
 
 
 @pytest.mark.parametrize("check", gpu_check.CHECKS, ids=lambda check: check.name)
@@ -29,10 +60,10 @@ def test_every_check_exists(check: gpu_check.Check) -> None:
 
 
 def test_a_check_that_dies_is_a_failed_finding() -> None:
-    missing = gpu_check.Check("missing", "nowhere:nothing", 60)
-    options = argparse.Namespace(rehearse=True, logs=None)
+    missing = gpu_check.Check("missing", ("T3",), "nowhere:nothing", 60)
+    options = argparse.Namespace(rehearse=True, on_cpu=True, logs=None)
     (found,) = gpu_check._run(missing, options)
-    assert found.passed is False
+    assert (found.key, found.passed) == ("T3", False)
     assert "invalid choice" in found.result
 
 
@@ -40,12 +71,12 @@ def test_a_check_that_dies_is_a_failed_finding() -> None:
 def test_the_exit_code_tells_whether_something_failed(
     passed: bool | None, code: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    finding = Finding("a thing", "a result", passed)
+    finding = Finding("T1", "a thing", "a result", passed)
     monkeypatch.setattr(gpu_check, "_run", lambda check, options: [finding])
     written = tmp_path / "found.json"
     assert gpu_check.main(["--rehearse", "--only", "codecs", "--json", str(written)]) == code
-    rows = json.loads(written.read_text())
-    assert rows == {"codecs": [{"what": "a thing", "result": "a result", "passed": passed}]}
+    found = json.loads(written.read_text())["findings"]
+    assert found == [{"key": "T1", "what": "a thing", "result": "a result", "passed": passed}]
 
 
 def test_configs_of_the_checks_are_accepted(tmp_path: Path) -> None:
@@ -63,9 +94,9 @@ def test_configs_of_the_checks_are_accepted(tmp_path: Path) -> None:
             return runs.Run(0, "", {})
 
     program = Planned(tmp_path, on_gpu=True)
-    for each in (runs.train_and_resume, runs.parity, runs.start_up, runs.variants, runs.speed):
+    for each in (runs.train_and_resume, runs.parity, runs.start_up, runs.variants, measure.speed):
         each(program)
-    assert len(seen) == 6 + 2 + 2 + len(runs.VARIANTS) + len(runs.SPEED)
+    assert len(seen) == 6 + 2 + 2 + len(runs.VARIANTS) + len(measure.SPEED)
 
 
 def test_differences_of_losses() -> None:

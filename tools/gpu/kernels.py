@@ -1,9 +1,9 @@
-"""Checks of single parts on one device: Newton-Schulz, codecs, attention, background reduction."""
+"""Single parts on one device: T0, T1, T3, T4, T5 and, where timed, B2, B3 and B4."""
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -22,13 +22,25 @@ from megatron_muloco.config.outer import (
     StatisticalCompression,
     TopKCompression,
 )
-from megatron_muloco.model.attention import DenseAttention, document_mask
+from megatron_muloco.errors import ConfigError
+from megatron_muloco.model.attention import AttentionBackend, DenseAttention, document_mask
+from megatron_muloco.model.attention_backends import choose_attention
 from megatron_muloco.optim.matrices import newton_schulz_flops
 from megatron_muloco.optim.newton_schulz import NSImplementation, newton_schulz
 from megatron_muloco.outer.reducer import Reducer
 from tools.gpu.findings import Finding
+from tools.gpu.inside import run_config
 
-__all__ = ["attention", "background", "ceilings", "codecs", "newton_schulz_check"]
+__all__ = [
+    "attention",
+    "background",
+    "background_briefly",
+    "ceilings",
+    "codecs",
+    "milliseconds",
+    "newton_schulz_check",
+    "relative_error",
+]
 
 WARM_UP, REPEATS = 3, 10
 STEPS = 5
@@ -79,35 +91,36 @@ def ceilings(device: torch.device) -> list[Finding]:
     """Measure matrix products and copies, to which the other figures are compared."""
     large = device.type == "cuda"
     size, numel = (8192, 1 << 28) if large else (128, 1 << 16)
-    findings = [Finding(f"versions on {name}", text) for name, text in versions(device).items()]
+    name, text = versions(device)
+    findings = [Finding("T0", f"versions on {name}", text)]
     for dtype in (torch.bfloat16, torch.float32):
         left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
         tflops = rate(2 * size**3, lambda a=left, b=right: a @ b, device) / 1e3  # type: ignore[misc]
-        findings.append(Finding(f"{size}^3 product, {dtype}", f"{tflops:.1f} TFLOP/s"))
+        findings.append(Finding("B3", f"{size}^3 product, {dtype}", f"{tflops:.1f} TFLOP/s"))
     source, target = (torch.randn(numel, device=device) for _ in range(2))
     gigabytes = rate(8 * numel, lambda: target.copy_(source), device)
-    findings.append(Finding("copy on the device, read and written", f"{gigabytes:,.0f} GB/s"))
+    findings.append(Finding("B3", "copy on the device, read and written", f"{gigabytes:,.0f} GB/s"))
     host = torch.randn(numel, pin_memory=large)
     for way, call in (
-        ("to", lambda: target.copy_(host, non_blocking=True)),
-        ("from", lambda: host.copy_(target, non_blocking=True)),
+        ("from", lambda: target.copy_(host, non_blocking=True)),
+        ("to", lambda: host.copy_(target, non_blocking=True)),
     ):
         gigabytes = rate(4 * numel, call, device)
-        findings.append(Finding(f"copy {way} the device, pinned memory", f"{gigabytes:.1f} GB/s"))
+        findings.append(Finding("B3", f"copy {way} pinned memory", f"{gigabytes:.1f} GB/s"))
     return findings
 
 
-def versions(device: torch.device) -> dict[str, str]:
+def versions(device: torch.device) -> tuple[str, str]:
     """Return the name of the device and the versions of what runs on it."""
     from importlib.metadata import version
 
     packages = ", ".join(f"{name} {version(name)}" for name in ("megatron-core", "deepspeed"))
     software = f"torch {torch.__version__}, {packages}"
     if device.type != "cuda":
-        return {"cpu": software}
+        return "this CPU", software
     nccl = ".".join(str(part) for part in torch.cuda.nccl.version())
     software += f", CUDA {torch.version.cuda}, NCCL {nccl}, cuDNN {torch.backends.cudnn.version()}"
-    return {torch.cuda.get_device_name(device): software}
+    return torch.cuda.get_device_name(device), software
 
 
 # ---- Newton-Schulz -------------------------------------------------------------------------------
@@ -134,6 +147,7 @@ def newton_schulz_check(device: torch.device) -> list[Finding]:
             values, wanted = _singular_values(result), _singular_values(exact)
             findings.append(
                 Finding(
+                    "T3",
                     f"Newton-Schulz {shape}, {impl}, {dtype}",
                     f"error {error:.1e}; singular values {values.min():.3f} to {values.max():.3f}, "
                     f"fp64 {wanted.min():.3f} to {wanted.max():.3f}; "
@@ -141,7 +155,7 @@ def newton_schulz_check(device: torch.device) -> list[Finding]:
                     error <= NS_BOUNDS[dtype],
                 )
             )
-    for shape in SHAPES_15B if large else ((64, 176),):
+    for shape in SHAPES_15B if large else SHAPES_15B[:0]:
         matrix = torch.randn(*shape, device=device)
         for dtype, impl in variants:
             findings.append(_newton_schulz_speed(matrix, dtype, impl, device))
@@ -163,6 +177,7 @@ def _newton_schulz_speed(
     product = rate(2 * rows * rows * columns, lambda: left @ right, device) / 1e3
     tflops = flops / took / 1e9
     return Finding(
+        "B3",
         f"Newton-Schulz {tuple(matrix.shape)}, {impl}, {dtype}, time",
         f"{took:.2f} ms, {tflops:.0f} TFLOP/s, {tflops / product:.0%} of X X^T alone "
         f"({product:.0f} TFLOP/s)",
@@ -190,13 +205,15 @@ def codecs(device: torch.device) -> list[Finding]:
     variants["top-k 1/32"] = TopK(1 / 32)
     variants["top-k 1/32, values x 4"] = TopK(1 / 32, value_bits=4)
     return [
-        _codec(name, codec, values, there, much, device) for name, codec in sorted(variants.items())
+        finding
+        for name, codec in sorted(variants.items())
+        for finding in _codec(name, codec, values, there, much, device)
     ]
 
 
 def _codec(
     name: str, codec: Codec, values: Tensor, there: Tensor, much: Tensor, device: torch.device
-) -> Finding:
+) -> list[Finding]:
     unit, larger = CodingUnit(values.numel()), CodingUnit(much.numel())
     here, payload = codec.encode(values, unit), codec.encode(there, unit)
     differing = int((here != payload.cpu()).sum())
@@ -208,65 +225,113 @@ def _codec(
     out, coded = torch.empty_like(much), codec.encode(much, larger)
     encode = rate(4 * much.numel(), lambda: codec.encode(much, larger), device)
     decode = rate(4 * much.numel(), lambda: codec.decode(coded, larger, out), device)
-    return Finding(
-        f"codec {name}",
-        f"{differing} of {here.numel():,} bytes differ from the CPU's; encoded twice: "
-        f"{'equal' if repeated else 'DIFFERENT'}; decoded as on the CPU: {decoded}; "
-        f"encode {encode:.1f}, decode {decode:.1f} GB/s",
-        repeated and decoded and differing == 0,
-    )
+    return [
+        Finding(
+            "T1",
+            f"codec {name}",
+            f"{differing} of {here.numel():,} bytes differ from the CPU's; encoded twice: "
+            f"{'equal' if repeated else 'DIFFERENT'}; decoded as on the CPU: {decoded}",
+            repeated and decoded and differing == 0,
+        ),
+        Finding("B4", f"codec {name}", f"encode {encode:.1f}, decode {decode:.1f} GB/s"),
+    ]
 
 
 # ---- attention -----------------------------------------------------------------------------------
 
 
 def attention(device: torch.device) -> list[Finding]:
-    """Compare attention with fp64, with and without document boundaries, and time it."""
+    """Compare every attention backend with fp64, and time it on a GPU."""
     large = device.type == "cuda"
-    length, batch, heads, width = (2048, 4, 9, 128) if large else (64, 2, 3, 16)
-    findings = []
-    for groups in (heads, heads // 3):
+    length, heads, width = (2048, 9, 128) if large else (64, 3, 16)
+    findings: list[Finding] = []
+    for batch, groups in product((1, 4), (heads, heads // 3)):
         shapes = ((length, batch, heads, width), *((length, batch, groups, width),) * 2)
-        query, key, value = (
+        parts = [
             torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True)
             for shape in shapes
-        )
-        documents = (torch.rand(batch, length, device=device) < 8 / length).cumsum(1)
-        for name, mask in (("causal", None), ("documents", document_mask(documents))):
-            label = f"attention, {name}, {heads} heads over {groups}"
-            findings.append(_attention(label, query, key, value, mask, device))
+        ]
+        documents = (torch.rand(batch, length) < 8 / length).cumsum(1)
+        shape = f"{batch} sequences, {heads} heads over {groups}"
+        findings += _sdpa_kernels(shape, parts, document_mask(documents.to(device)))
+        for name in ("causal", "dense", "varlen", "flex"):
+            backend, reason = _backend("dense" if name == "causal" else name, device)
+            label = f"attention, {name}, {shape}"
+            if backend is None:
+                findings.append(Finding("T4", label, f"refused: {reason}"))
+                continue
+            given = None if name == "causal" else documents
+            findings += _attention(label, backend, parts, given, device)
     return findings
 
 
+def _backend(name: str, device: torch.device) -> tuple[AttentionBackend | None, str]:
+    """Return the backend that a run would get, or why it is refused."""
+    config = run_config(
+        "none", {"model": {"attention_impl": name}, "training": {"precision": "bf16"}}
+    )
+    try:
+        chosen = choose_attention(config, device)
+    except ConfigError as error:
+        return None, " ".join(str(error).split())[:200]
+    return chosen.backend, chosen.reason
+
+
 def _attention(
-    label: str, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, device: torch.device
-) -> Finding:
-    attend = partial(DenseAttention().attend, scale=query.shape[-1] ** -0.5)
-    out = attend(query, key, value, mask)
-    wide = [each.detach().double()[:, :1] for each in (query, key, value)]
-    exact = attend(*wide, mask if mask is None else mask[:1])
-    error = relative_error(out[:, :1], exact)
+    label: str,
+    backend: AttentionBackend,
+    parts: Sequence[Tensor],
+    documents: Tensor | None,
+    device: torch.device,
+) -> list[Finding]:
+    scale = parts[0].shape[-1] ** -0.5
+    known = None if documents is None else backend.documents(documents, device)
+
+    def attend() -> Tensor:
+        return backend.attend(parts[0], parts[1], parts[2], known, scale=scale)
+
+    out = attend()
     gradient = torch.randn_like(out)
-
-    def both_ways() -> None:
-        attend(query, key, value, mask).backward(gradient)
-
-    took = milliseconds(both_ways, device)
-    chosen = "n/a"
+    # The first sequence is compared; others only have to leave it alone.
+    found = [out, *torch.autograd.grad(out, parts, gradient)]
+    wide = [each.detach().double()[:, :1].requires_grad_() for each in parts]
+    exactly = DenseAttention()
+    mask = None if documents is None else exactly.documents(documents[:1], device)
+    exact = exactly.attend(wide[0], wide[1], wide[2], mask, scale=scale)
+    expected = [exact, *torch.autograd.grad(exact, wide, gradient[:, :1].double())]
+    errors = [relative_error(a[:, :1], b) for a, b in zip(found, expected, strict=True)]
+    findings = [
+        Finding(
+            "T4",
+            label,
+            f"error {errors[0]:.1e} forward, {max(errors[1:]):.1e} backward",
+            max(errors) <= ATTENTION_BOUND,  # also false for NaN
+        )
+    ]
     if device.type == "cuda":
-        parts = [each.permute(1, 2, 0, 3) for each in (query, key, value)]
+        took = milliseconds(lambda: torch.autograd.grad(attend(), parts, gradient), device)
+        findings.append(Finding("B2", label, f"forward and backward {took:.2f} ms"))
+    return findings
+
+
+def _sdpa_kernels(shape: str, parts: Sequence[Tensor], mask: Tensor) -> list[Finding]:
+    """Return which kernel torch takes for the dense backend."""
+    if not parts[0].is_cuda:
+        return []
+    query, key, value = (each.permute(1, 2, 0, 3) for each in parts)
+    findings = []
+    for name, hidden in (("causal", None), ("documents", mask)):
         choice = torch._fused_sdp_choice(
-            *parts,
-            attn_mask=None if mask is None else ~mask,
-            is_causal=mask is None,
-            enable_gqa=key.shape[2] != query.shape[2],
+            query,
+            key,
+            value,
+            attn_mask=None if hidden is None else ~hidden,
+            is_causal=hidden is None,
+            enable_gqa=key.shape[1] != query.shape[1],
         )
         chosen = torch.nn.attention.SDPBackend(choice).name
-    return Finding(
-        label,
-        f"error {error:.1e}; kernel {chosen}; forward and backward {took:.2f} ms",
-        error <= ATTENTION_BOUND and chosen != "MATH",
-    )
+        findings.append(Finding("T0", f"kernel, {name}, {shape}", chosen, chosen != "MATH"))
+    return findings
 
 
 # ---- reduction beside training -------------------------------------------------------------------
@@ -274,7 +339,15 @@ def _attention(
 
 def background(device: torch.device) -> list[Finding]:
     """Reduce beside training, with late producers and reused memory, and compare bit by bit."""
-    rounds, numel = (50, 3_000_000) if device.type == "cuda" else (5, 3_000)
+    return _background(device, *((50, 3_000_000) if device.type == "cuda" else (5, 3_000)))
+
+
+def background_briefly(device: torch.device) -> list[Finding]:
+    """Do the same in few rounds, for runs without torch's allocator or under a memory checker."""
+    return _background(device, 2, 30_000)
+
+
+def _background(device: torch.device, rounds: int, numel: int) -> list[Finding]:
     lossy: Mapping[str, Any] = {
         "linear 4": LinearCompression(kind="linear", bits=4),
         "statistical 2": StatisticalCompression(kind="statistical", bits=2),
@@ -304,6 +377,7 @@ def background(device: torch.device) -> list[Finding]:
             way = "in a thread, host" if through_host else "in steps, device"
             findings.append(
                 Finding(
+                    "T5",
                     f"reduction of {name} {way} transport",
                     f"{wrong} of {rounds} results differ from the foreground's",
                     wrong == 0,

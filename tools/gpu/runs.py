@@ -1,7 +1,5 @@
 """Checks that train: the program itself is started, and its output and event files are read."""
 
-import gzip
-import json
 import os
 import re
 import signal
@@ -18,7 +16,17 @@ import yaml
 
 from tools.gpu.findings import Finding
 
-__all__ = ["Program", "parity", "speed", "start_up", "train_and_resume", "variants"]
+__all__ = [
+    "PAPER",
+    "TINY",
+    "Program",
+    "Run",
+    "parity",
+    "planned",
+    "start_up",
+    "train_and_resume",
+    "variants",
+]
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "data/demo"
@@ -234,17 +242,20 @@ def _resume(program: Program, precision: str) -> list[Finding]:
     detail = f", stopped at {stopped[1] if stopped else 'n/a'}"
     return [
         Finding(
+            "T11",
             f"{precision}, launcher: whole run, stopped run, resumed run",
             f"exit codes {codes}"
             + (detail if done else f"; {reference.tail()} || {first.tail()} || {second.tail()}"),
             done,
         ),
         Finding(
+            "T11",
             f"{precision}: loss of {steps} steps, held-out loss",
             f"{_ends(reference.losses)}; {_ends(held_out)}",
             _falls(reference.losses) and _falls(held_out),
         ),
         Finding(
+            "T8",
             f"{precision}: resumed against whole",
             f"final anchors {'equal' if reference.digest == second.digest else 'differ'} "
             f"in bits; last loss differs by {_last_difference(reference, second):.1e}",
@@ -285,6 +296,7 @@ def parity(program: Program) -> list[Finding]:
     detail = "" if difference < 1 else f"; {runs[0].tail()} || {runs[1].tail()}"
     return [
         Finding(
+            "T7",
             "20 fp32 steps, H = 5, device against CPU",
             f"losses differ by {difference:.1e} at most, {_ends(runs[0].losses)}{detail}",
             difference <= 1e-4,
@@ -318,6 +330,7 @@ def start_up(program: Program) -> list[Finding]:
     one = program.run(program.config("task", ["cpu_k2.yaml"], ALONE, few), environment=task)
     return [
         Finding(
+            "T11",
             f"{label}",
             f"exit code {run.code}, {len(run.losses)} steps" + (f"; {run.tail()}" * bool(run.code)),
             run.code == 0 and len(run.losses) == 4,
@@ -341,6 +354,8 @@ VARIANTS: Mapping[str, Sections] = {
     },
     "monitor.profile": {"monitor": {"profile": {"steps": [7, 8]}}},
     "monitor.profile.nvtx": {"monitor": {"profile": {"steps": [7, 8], "nvtx": True}}},
+    "evaluation in between": {"training": {"eval_interval": 3, "eval_iters": 1}},
+    "training.fusions none": {"training": {"fusions": "none"}},
     "overlap": {"outer": {"overlap_steps": 2}},
     "overlap, host": {"outer": {"overlap_steps": 2, "transport": "host"}},
     "overlap, 4 bits": {
@@ -355,7 +370,7 @@ VARIANTS: Mapping[str, Sections] = {
     },
 }
 # Variant -> the one whose losses it must have.
-SAME_AS = dict.fromkeys(list(VARIANTS)[1:7], "as configured") | {
+SAME_AS = dict.fromkeys(list(VARIANTS)[1:9], "as configured") | {
     "overlap, host": "overlap",
     "overlap, 4 bits, host": "overlap, 4 bits",
 }
@@ -387,12 +402,13 @@ def variants(program: Program) -> list[Finding]:
         runs = dict(zip(configs, pool.map(program.run, configs.values()), strict=True))
     noise = largest_difference(runs["the same again"].losses, runs["as configured"].losses)
     findings = [_variant(name, run, runs, noise) for name, run in runs.items()]
-    plans = {name: _planned(configs[name]) for name in list(VARIANTS)[:3:2]}
+    plans = {name: planned(configs[name]) for name in list(VARIANTS)[:3:2]}
     for name, plan in plans.items():
         peak = runs[name].points.get("perf/peak_memory_gib", {0: float("nan")})
         measured = max(peak.values()) * 2**30
         findings.append(
             Finding(
+                "B1",
                 f"150M, {name}: memory",
                 f"peak {measured / 1e9:.2f} GB; plan {plan / 1e9:.2f} GB without activations",
             )
@@ -406,7 +422,7 @@ def _merged(one: Sections, other: Sections) -> Sections:
 
 def _variant(name: str, run: Run, runs: Mapping[str, Run], noise: float) -> Finding:
     if run.code or not run.losses:
-        return Finding(f"150M, {name}", f"exit code {run.code}; {run.tail()}", passed=False)
+        return Finding("T8", f"150M, {name}", f"exit code {run.code}; {run.tail()}", passed=False)
     result = f"loss {_ends(run.losses)}"
     passed = _falls(run.losses)
     if name in SAME_AS:
@@ -416,15 +432,16 @@ def _variant(name: str, run: Run, runs: Mapping[str, Run], noise: float) -> Find
         result += f"; from {SAME_AS[name]!r}: losses {difference:.1e}, anchor bits "
         result += "equal" if equal else "differ"
         # Kernels that add with atomics make two equal runs differ; a fault makes more of it.
-        passed = passed and difference <= max(10 * noise, 1e-3)
-    if "profile" in name:
+        # Without fusions, products and losses are rounded at other places.
+        passed = passed and difference <= max(10 * noise, 1e-2 if "fusions" in name else 1e-3)
+    if "monitor.profile" in name:
         said = re.findall(r"(?:profile|NVTX ranges) of iterations.*", run.output)
         result += f"; {said[0] if said else 'NO PROFILE'}".split(": /")[0]
         passed = passed and bool(said)
-    return Finding(f"150M, {name}", result, passed)
+    return Finding("T8", f"150M, {name}", result, passed)
 
 
-def _planned(config: Path) -> int:
+def planned(config: Path) -> int:
     """Return the bytes of device memory that the plan counts for one rank."""
     from megatron_muloco.config import load_config
     from megatron_muloco.config.derived import topology_of
@@ -432,106 +449,3 @@ def _planned(config: Path) -> int:
 
     loaded = load_config(str(config), ())
     return memory_plan(loaded, topology_of(loaded, 1)).device
-
-
-# ---- speed -------------------------------------------------------------------------------------
-
-# Micro-batch by model: with 128,256 rows of the output head, logits take most of the memory.
-SPEED = {"150m": 8, "416m": 8}
-_CLASSES = (
-    ("matrix products", r"gemm|cutlass|nvjet|cublas|sm90_xmma"),
-    ("attention", r"flash|fmha|sdpa|cudnn.*attn|efficient_attention|mha"),
-    ("copies and fills", r"memcpy|memset|copy_kernel|CatArray|fill"),
-    ("reductions and softmax", r"reduce|softmax|norm"),
-    ("pointwise", r"elementwise|pointwise|vectorized|foreach|multi_tensor"),
-)
-
-
-def speed(program: Program) -> list[Finding]:
-    """Time 150M and 416M on one rank, and divide the device's time by kinds of kernels."""
-    findings: list[Finding] = []
-    for model, micro_batch in SPEED.items():
-        steps = (10, 20) if program.on_gpu else (2, 4)
-        length: Sections = {
-            "training": {
-                "micro_batch_size": micro_batch,
-                "global_batch_size": 8 * micro_batch,
-                "train_iters": steps[1] + 3,
-                "train_tokens": None,
-                "eval_interval": 0,
-            },
-            "outer": {"sync_interval": steps[0]},
-            "monitor": {
-                "log_interval": steps[0],
-                "profile": {"steps": [steps[1] + 2, steps[1] + 3]},
-            },
-        }
-        config = program.config(
-            f"speed_{model}",
-            [f"models/{model}.yaml", "methods/muloco_k1.yaml"],
-            PAPER,
-            {} if program.on_gpu else TINY,
-            length,
-        )
-        run = program.run(config)
-        if run.code:
-            findings.append(Finding(f"{model}, speed", run.tail(), passed=False))
-            continue
-        findings += _speed_of(model, run, steps, _planned(config))
-        findings += _kernel_time(model, config.parent / "events/profile")
-    return findings
-
-
-def _speed_of(model: str, run: Run, steps: tuple[int, int], plan: int) -> list[Finding]:
-    def mean(tag: str) -> float:
-        points = run.points.get(tag, {})
-        chosen = [value for step, value in points.items() if steps[0] < step <= steps[1]]
-        return sum(chosen) / len(chosen) if chosen else float("nan")
-
-    phases = ("adamw", "collect", "newton_schulz", "return")
-    parts = ", ".join(f"{name} {mean(f'perf/{name}_ms'):.1f}" for name in phases)
-    peak = max(run.points.get("perf/peak_memory_gib", {0: float("nan")}).values()) * 2**30
-    return [
-        Finding(
-            f"{model}, steps {steps[0] + 1} to {steps[1]}",
-            f"{mean('perf/tokens_per_s'):,.0f} tokens/s, {mean('throughput'):.1f} TFLOP/s, "
-            f"MFU {mean('perf/mfu'):.1%}",
-            run.code == 0,
-        ),
-        Finding(
-            f"{model}, inner optimizer, ms a step",
-            f"on the device: {parts}; for the host, with its waits for the gradients: "
-            f"{mean('perf/inner_optimizer_ms'):.1f}",
-        ),
-        Finding(
-            f"{model}, memory",
-            f"peak {peak / 1e9:.2f} GB; plan {plan / 1e9:.2f} GB without activations",
-        ),
-    ]
-
-
-def _kernel_time(model: str, directory: Path) -> list[Finding]:
-    """Return the device's time by kind of kernel, of the last two steps."""
-    traces = sorted(directory.glob("*.json.gz"))
-    if not traces:
-        return [Finding(f"{model}, trace", "n/a", passed=False)]
-    with gzip.open(traces[0], "rt", encoding="utf-8") as text:
-        events = json.load(text)["traceEvents"]
-    work = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
-    if not work:
-        return [Finding(f"{model}, trace", "no kernels in the trace")]
-    took: dict[str, float] = {}
-    for event in work:
-        kind = next((k for k, p in _CLASSES if re.search(p, event["name"], re.I)), "other")
-        took[kind] = took.get(kind, 0.0) + event["dur"]
-    span = max(e["ts"] + e["dur"] for e in work) - min(e["ts"] for e in work)
-    busy = sum(took.values())
-    shares = ", ".join(
-        f"{kind} {value / busy:.1%}" for kind, value in sorted(took.items(), key=lambda p: -p[1])
-    )
-    return [
-        Finding(
-            f"{model}, kernels of two profiled steps",
-            f"{busy / 1e3:.0f} of {span / 1e3:.0f} ms busy, {len(work):,} kernels; {shares}",
-        )
-    ]

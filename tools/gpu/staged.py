@@ -103,13 +103,13 @@ class StagedWork(dist.Work):
 
     Args:
         call: The collective; the work keeps its tensors alive until the result is written.
-        lane: The group's side stream and thread.
+        carrier: The group's side stream and thread.
     """
 
-    def __init__(self, call: _Call, lane: "_Lane") -> None:
+    def __init__(self, call: _Call, carrier: "_Carrier") -> None:
         super().__init__()
         self._call: _Call | None = call
-        self._device, self._lane = call.device, lane
+        self._device, self._carrier = call.device, carrier
         self._begun = threading.Event()
         self._lock = threading.Lock()
         self._inner: Any = None
@@ -122,32 +122,32 @@ class StagedWork(dist.Work):
         call = self._call
         assert call is not None
         try:
-            with torch.no_grad(), self._lane.stream_of(call):
-                self._lane.delay(call)
+            with torch.no_grad(), self._carrier.stream_of(call):
+                self._carrier.delay(call)
                 for place in {*call.reads, *call.writes}:
-                    self._hosts[place] = _like(call.arguments[place], self._lane.host_memory)
+                    self._hosts[place] = _like(call.arguments[place], self._carrier.host_memory)
                 for place in call.reads:
                     _copy(call.arguments[place], self._hosts[place])
-                self._lane.wait_for_copies(call)
+                self._carrier.wait_for_copies(call)
                 given = [self._hosts.get(i, each) for i, each in enumerate(call.arguments)]
-                self._inner = getattr(self._lane.gloo, call.method)(*given)
+                self._inner = getattr(self._carrier.gloo, call.method)(*given)
         except BaseException as error:  # noqa: BLE001 - the caller gets it from `wait`
             self._error, self._call = error, None
         finally:
             self._begun.set()
 
-    def settle(self) -> None:
+    def finish(self) -> None:
         """Wait for gloo and copy the result back, once."""
         with self._lock:
             call = self._call
             if call is None:
                 return
             try:
-                with torch.no_grad(), self._lane.stream_of(call):
+                with torch.no_grad(), self._carrier.stream_of(call):
                     self._inner.wait()
                     for place in call.writes:
                         _copy(self._hosts[place], call.arguments[place])
-                    self._written = self._lane.mark(call)
+                    self._written = self._carrier.mark(call)
             except BaseException as error:  # noqa: BLE001 - the caller gets it from `wait`
                 self._error = error
             finally:
@@ -156,7 +156,7 @@ class StagedWork(dist.Work):
     def wait(self, timeout: timedelta | None = None) -> bool:
         """Return when the current stream may use the result; raise what went wrong."""
         self._begun.wait()
-        self.settle()
+        self.finish()
         if self._error is not None:
             raise self._error
         if self._written is not None:
@@ -185,7 +185,7 @@ def _copy(source: Any, target: Any) -> None:
 
 
 @dataclass
-class _Lane:
+class _Carrier:
     """The thread, the side stream and the gloo group of one staged group.
 
     Attributes:
@@ -210,7 +210,7 @@ class _Lane:
             del call
             work.begin()
             if not passes:  # collectives of one group run one after the other
-                work.settle()
+                work.finish()
             del work  # it holds tensors, which would live until the next collective
 
     def stream_of(self, call: _Call) -> Any:
@@ -299,13 +299,13 @@ class StagedGroup(ProcessGroup):
         backend = dist.ProcessGroupGloo(store, rank, size, timeout=timeout)
         gloo._register_backend(torch.device("cpu"), ProcessGroup.BackendType.GLOO, backend)
         gloo._set_group_name(f"{NAME} {id(self)}")
-        self._lane = _Lane(gloo, delay)
+        self._carrier = _Carrier(gloo, delay)
         # A daemon: with a dead peer it would keep the process alive until the time limit.
-        thread = threading.Thread(target=self._lane.serve, name=NAME, daemon=True)
+        thread = threading.Thread(target=self._carrier.serve, name=NAME, daemon=True)
         thread.start()
 
     def _start(self, name: str, *given: Any, reads: Sequence[int], writes: Sequence[int]) -> Any:
-        return self._lane.start(_Call(name, given, reads, writes))
+        return self._carrier.start(_Call(name, given, reads, writes))
 
     # ---- what replaces its argument ----------------------------------------------------------
 
@@ -402,11 +402,11 @@ class StagedGroup(ProcessGroup):
 
     def _start_coalescing(self, device: torch.device) -> None:
         """Collect the collectives that follow, which start at once all the same."""
-        self._lane.works = []
+        self._carrier.works = []
 
     def _end_coalescing(self, device: torch.device) -> _Together:
         """Return one work for all since `_start_coalescing`."""
-        works, self._lane.works = self._lane.works, None
+        works, self._carrier.works = self._carrier.works, None
         return _Together(works or ())
 
     def getBackendName(self) -> str:
@@ -415,6 +415,6 @@ class StagedGroup(ProcessGroup):
 
     def shutdown(self) -> None:
         """End the thread after what it was given."""
-        self._lane.tasks.put(None)
+        self._carrier.tasks.put(None)
 
     abort = shutdown
