@@ -25,7 +25,7 @@ from tests.support.spawn import run_ranks
 from tests.support.tensors import assert_equal
 from tests.support.tiny_models import ADAMW, MUON, TinyRun, finish_tiny, start_tiny, tiny_config
 
-# Wide enough that what torch adds to each stored chunk, about 1 KiB, is small beside the values.
+# Wide enough that what torch adds to each stored chunk, about 1.6 KB, is small beside the values.
 MODEL = {"hidden_size": 128, "ffn_hidden_size": 192, "kv_channels": 32, "vocab_size": 300}
 TP2 = {"tensor_model_parallel_size": 2}
 # A round of two steps: masters differ from the anchor after the first.
