@@ -4,12 +4,13 @@ import argparse
 import importlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tools import gpu_check
-from tools.gpu import measure, runs
+from tools.gpu import measure, parts, runs, several
 from tools.gpu.findings import ENTRIES, Finding, not_run, page_table, report
 
 
@@ -51,6 +52,50 @@ def test_the_report_is_grouped_by_id() -> None:
     place = {line.strip(): index for index, line in enumerate(lines)}
     assert place["DIFFERS y: 8"] < place["LEFT OUT: why"] < place["-       z: 9"]
     assert place["ok      x: 7"] == place["-       z: 9"] + 1
+
+
+def test_after_ten_minutes_nothing_is_started(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu_check, "_has_gpu", lambda: True)
+    monkeypatch.setattr(gpu_check, "BUDGET", 0)
+    monkeypatch.setattr(gpu_check, "_run", lambda check, options: [Finding("T1", check.name, "")])
+    assert gpu_check.main(["--only", "codecs", "outer_parts", "devices"]) == 0
+    said = capsys.readouterr().out
+    assert "outer_parts" in said
+    assert "codecs: no time left after 0 s" in said
+    assert "devices (T12): 1 findings" in said  # several GPUs have time of their own
+
+
+def _rank(loss: float, digest: str = "a") -> dict[str, Any]:
+    return {"losses": [9.0, loss], "digest": digest}
+
+
+@pytest.mark.parametrize(
+    ("found", "bound", "passed"),
+    [
+        ([_rank(3.0), _rank(3.0)], 0.0, True),
+        ([_rank(3.0), _rank(3.1)], 0.0, False),
+        ([_rank(3.0), _rank(3.1)], 0.1, True),
+        ([_rank(3.0), _rank(3.0, "b")], 0.1, False),
+        ([_rank(3.0, "b"), _rank(3.0, "b")], 0.0, False),
+        ("rank 1 failed", 1.0, False),
+    ],
+    ids=["equal", "other loss", "within the bound", "two anchors", "another anchor", "failed"],
+)
+def test_ranks_are_compared_with_the_reference(found: Any, bound: float, passed: bool) -> None:
+    results = found if isinstance(found, str) else {"tp 2": found}
+    reference = {"tp 2": [_rank(3.0), _rank(3.0)]}
+    finding = several._compared("T10", "x", "tp 2", results, reference, bound)
+    assert finding.passed is passed
+
+
+def test_distance_in_units_of_the_last_place() -> None:
+    one = torch.tensor([1.0, -1.0, 0.0])
+    following = torch.nextafter(one, torch.tensor(2.0))
+    assert parts.ulps(one, one.clone()) == 0
+    assert parts.ulps(following, one) == 1
+    assert parts.ulps(torch.tensor([-0.0]), torch.tensor([0.0])) == 0
 
 
 @pytest.mark.parametrize("check", gpu_check.CHECKS, ids=lambda check: check.name)
