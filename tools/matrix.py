@@ -2,7 +2,7 @@
 
     python -m tools.matrix [--match TEXT] [--page FILE]
 
-Every method x replicas x (tp, pp, dp) x precision of `tests.support.matrix`, held to what
+Every method x replicas x layout x precision of `tests.support.matrix`, held to what
 `tests/distributed/test_cover.py` holds a cover to. Exits with 1 when a case fails.
 
 It imports `tests.support` because cases, checks and rank processes are those of that test: `make
@@ -33,11 +33,11 @@ HEADER = """# Test matrix
 
 <!-- Written by `make test-matrix` (tools/matrix.py). -->
 
-{count} cases, {passed} passed, in {minutes:.1f} minutes. Every case trains a two-layer model for
-four steps with an outer step after the second and the fourth (none for the baselines), on made-up
-tokens. It is ok when losses are finite and those of the same method on the same samples with one
-rank a replica, within {fp32:.1e} (fp32) or {bf16:.1e} (bf16) relative, and when all replicas and
-data-parallel ranks end with the same bits in every parameter.
+{count} cases, {passed} passed, in {minutes:.1f} minutes. Every case trains a model of two layers
+(three for stages of two and one) for four steps with an outer step after the second and the fourth
+(none for the baselines), on made-up tokens. It is ok when losses are finite and those of the same
+method on the same samples with one rank a replica, within {fp32:.1e} (fp32) or {bf16:.1e} (bf16)
+relative, and when all replicas and data-parallel ranks end with the same bits in every parameter.
 
 - commit {commit}, {date}
 - {versions}
@@ -46,8 +46,8 @@ data-parallel ranks end with the same bits in every parameter.
 *loss*: of the last step, mean over replicas. *difference*: the largest relative one to one rank a
 replica, over steps and replicas; empty where the case is that reference.
 
-| method | K | tp | pp | dp | precision | ranks | loss | difference | result |
-|---|---|---|---|---|---|---|---|---|---|
+| method | K | tp | pp | dp | cp | precision | ranks | loss | difference | result |
+|---|---|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -102,7 +102,7 @@ def _row(case: "Case") -> Row:
         difference = "" if case == case.reference else f"{worst:.1e}"
     except AssertionError as error:  # also raised for a rank that died
         failure = " ".join(str(error).split())[:300].replace("|", "/")
-    sizes = (case.num_replicas, case.tensor, case.pipeline, case.data)
+    sizes = (case.num_replicas, case.tensor, case.stages, case.data, case.context)
     return Row((case.method, *sizes, case.precision, case.world_size, loss, difference), failure)
 
 

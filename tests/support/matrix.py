@@ -20,6 +20,8 @@ __all__ = ["Case", "Outcome", "check", "matrix", "pairwise_cover", "run_case"]
 
 STEPS = 4  # two rounds of two steps: the second trains on the result of the first outer step
 LAYOUTS = ((1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1))  # tp, pp, dp
+# Beside the product: context parallelism, and two stages of two and one layers, with K = 2.
+MORE_LAYOUTS: tuple[dict[str, Any], ...] = ({"context": 2}, {"pipeline": 2, "layers": 3})
 WIDTHS = (1, 2, 4)
 PRECISIONS = ("fp32", "bf16")
 METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # inner and outer section
@@ -46,10 +48,22 @@ class Case:
     pipeline: int
     data: int
     precision: str
+    context: int = 1
+    layers: int = 2
 
     @property
     def world_size(self) -> int:
-        return self.num_replicas * self.tensor * self.pipeline * self.data
+        return self.num_replicas * self.tensor * self.pipeline * self.data * self.context
+
+    @property
+    def stages(self) -> str:
+        """Pipeline stages; their layers where these are not equal."""
+        last = self.layers // self.pipeline
+        return f"{self.layers - last}+{last}" if self.is_uneven else str(self.pipeline)
+
+    @property
+    def is_uneven(self) -> bool:
+        return self.layers % self.pipeline > 0
 
     @property
     def is_baseline(self) -> bool:
@@ -57,25 +71,27 @@ class Case:
 
     @property
     def name(self) -> str:
-        sizes = f"tp{self.tensor}-pp{self.pipeline}-dp{self.data}"
+        sizes = f"tp{self.tensor}-pp{self.stages}-dp{self.data}"
+        sizes += f"-cp{self.context}" if self.context > 1 else ""
         return f"{self.method}-k{self.num_replicas}-{sizes}-{self.precision}"
 
     @property
     def factors(self) -> frozenset[tuple[str, Any]]:
         """Factors that a pairwise cover combines. A baseline's width is its data parallelism."""
         width, data = (self.data, 1) if self.is_baseline else (self.num_replicas, self.data)
-        layout = (self.tensor, self.pipeline, data)
+        layout = (self.tensor, self.stages, data, self.context)
         values = {"width": width, "layout": layout, "precision": self.precision}
         return frozenset({"method": self.method, **values}.items())
 
     @property
     def reference(self) -> "Case":
         """The case with the same method and samples, and one rank a replica."""
-        return replace(self, tensor=1, pipeline=1, data=1)
+        return replace(self, tensor=1, pipeline=1, data=1, context=1)
 
     @property
     def config(self) -> RunConfig:
         inner, outer = METHODS[self.method]
+        uneven = {"num_layers_in_last_pipeline_stage": self.layers // self.pipeline}
         return tiny_config(
             inner=inner,
             outer=outer,
@@ -83,7 +99,10 @@ class Case:
                 "num_replicas": self.num_replicas,
                 "tensor_model_parallel_size": self.tensor,
                 "pipeline_model_parallel_size": self.pipeline,
+                "context_parallel_size": self.context,
+                **(uneven if self.is_uneven else {}),
             },
+            model={"num_layers": self.layers},
             training={"precision": self.precision},
         )
 
@@ -112,7 +131,11 @@ def matrix() -> list[Case]:
         )
         if data == 1  # the width is data parallelism already
     ]
-    return replicas + baselines
+    more = [
+        replace(Case(method, 2, 1, 1, 1, precision), **sizes)
+        for method, sizes, precision in product(("muloco", "diloco"), MORE_LAYOUTS, PRECISIONS)
+    ]
+    return replicas + baselines + more
 
 
 def pairwise_cover(max_world: int) -> list[Case]:
