@@ -20,6 +20,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from typing_extensions import override
 
 from megatron_muloco.config import RunConfig
+from megatron_muloco.config.derived import LOOP_FROM
 from megatron_muloco.config.messages import Problem
 from megatron_muloco.config.schema import ModelConfig
 from megatron_muloco.errors import ConfigError
@@ -41,8 +42,6 @@ __all__ = [
     "kernel_under_a_mask",
 ]
 
-# On a CPU the loop over documents was as fast as the mask at 512 tokens and twice as fast at 1,024.
-_LOOP_FROM = 1024
 _PROBED = (
     2048  # tokens with which torch is asked for its kernel; the answer does not depend on them
 )
@@ -107,9 +106,9 @@ def _choose(config: RunConfig, device: torch.device) -> ChosenAttention:
         if refusal:
             return _dense(config, device, refusal)
         return ChosenAttention(VarlenKernel(), "varlen, by torch's varlen_attn: CUDA and bf16")
-    if length < _LOOP_FROM:
-        return _dense(config, device, f"sequences below {_LOOP_FROM:,} tokens on a CPU")
-    reason = f"varlen, by a loop over documents: sequences from {_LOOP_FROM:,} tokens on a CPU"
+    if length < LOOP_FROM:
+        return _dense(config, device, f"sequences below {LOOP_FROM:,} tokens on a CPU")
+    reason = f"varlen, by a loop over documents: sequences from {LOOP_FROM:,} tokens on a CPU"
     return ChosenAttention(DocumentLoop(), reason)
 
 

@@ -1,4 +1,4 @@
-"""Bytes that one rank holds: weights, gradients, optimizer state, and buffers of outer steps.
+"""Bytes that one rank needs: weights, gradients, optimizer state, activations, temporary buffers.
 
 Megatron's distributed optimizer keeps the weights and gradients of a rank's slice whole, and
 divides masters and moments over data-parallel (x context-parallel) ranks. The shards of each rank
@@ -6,11 +6,15 @@ are known (`planning.layout`), and with them their number of moments and their f
 outer momentum are divided like the masters, and so are the buffers of outer steps. The buffers of
 the matrix exchange depend on the owners of the matrices.
 
-Not counted: activations, other temporary buffers, the allocator's slack, metadata and sketches (a
-few hundred kilobytes), and Megatron's padding (a few kilobytes per bucket).
+Activations are in `planning.activations`. What exists only in backward, in the inner optimizer's
+step or in an outer step does not add up: the peak is the largest of the three.
+
+Not counted: the microbatch itself, metadata and sketches (a few hundred kilobytes), and Megatron's
+padding (a few kilobytes per bucket).
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from megatron_muloco.comm.costs import reducer_cost
@@ -18,11 +22,12 @@ from megatron_muloco.config.derived import derive, stage_layers
 from megatron_muloco.config.inner import MuonInner
 from megatron_muloco.config.outer import NoOuter
 from megatron_muloco.config.schema import RunConfig
-from megatron_muloco.optim.matrices import is_vector
+from megatron_muloco.optim.matrices import MuonMatrix, is_vector
 from megatron_muloco.optim.parameter_table import assign
-from megatron_muloco.optim.routing import exchange_buffer_bytes
+from megatron_muloco.optim.routing import by_shape, divide, exchange_buffer_bytes
 from megatron_muloco.outer.schedule import Average, SyncSchedule
 from megatron_muloco.params import Shard
+from megatron_muloco.planning.activations import Activations, stage_activations
 from megatron_muloco.planning.layout import (
     BYTES,
     Slice,
@@ -35,10 +40,13 @@ from megatron_muloco.planning.traffic import planned_on_accelerator
 from megatron_muloco.topology import Topology
 
 __all__ = [
+    "ALLOCATOR_SLACK",
     "MemoryPlan",
     "OuterMemory",
+    "communicator_bytes",
     "exchange_bytes",
     "memory_plan",
+    "newton_schulz_bytes",
     "outer_memory",
 ]
 
@@ -159,6 +167,110 @@ def exchange_bytes(config: RunConfig, topology: Topology, *, stage: int = 0) -> 
 
 
 # ------------------------------------------------------------------------------------------
+# Temporary buffers of the inner optimizer's step.
+
+
+def newton_schulz_bytes(
+    matrices: Iterable[MuonMatrix], *, wire_bytes: int, value_bytes: int
+) -> int:
+    """Return the bytes that `newton_schulz.newton_schulz` allocates for a batch of equal matrices.
+
+    Beside the batch itself. At the start, the quotient by the norm in fp32, and the batch in fp32
+    where it is not; then the first, the old and the new X with two Gram matrices; at the end the
+    fp32 result twice, for its factor or where a tall matrix was transposed.
+
+    Args:
+        matrices: A batch that `routing.by_shape` forms.
+        wire_bytes: Bytes of an element of the batch.
+        value_bytes: Bytes of an element of the iteration.
+    """
+    batch = list(matrices)
+    numel = sum(matrix.numel for matrix in batch)
+    rows, columns = batch[0].shape
+    rows //= batch[0].blocks
+    short, long = sorted((rows, columns))
+    fp32, narrow = BYTES["fp32"], value_bytes < BYTES["fp32"]
+    # Not plain, matrices are computed one after the other, with three small buffers for all.
+    plain = batch[0].ns_impl == "plain"
+    gram = 2 * numel * short // long if plain else 3 * short**2
+    scaled = (fp32 if wire_bytes == fp32 else 2 * fp32) * numel
+    iterated = value_bytes * ((3 if plain else 2) * numel + gram)
+    transposed = value_bytes * numel if narrow and rows > columns else 0
+    return max(scaled, iterated, transposed + 2 * fp32 * numel)
+
+
+def _optimizer_step_bytes(config: RunConfig, shards: Sequence[Shard], newton_schulz: int) -> int:
+    """Return the bytes that the inner step allocates on a rank with these shards."""
+    held = sum(shard.numel for shard in shards)
+    gradients = 0 if config.training.accumulate_dtype == "fp32" else 4 * held
+    if not isinstance(config.inner, MuonInner):
+        return gradients + 4 * held  # the root of the second moment, for all parameters at once
+    vectors = sum(shard.numel for shard in shards if is_vector(shard.param))
+    ahead = 4 * (held - vectors) if config.inner.muon.nesterov else 0
+    return gradients + max(4 * vectors, ahead + newton_schulz)
+
+
+def _largest_newton_schulz(config: RunConfig, topology: Topology, *, stage: int) -> int:
+    """Return the memory of a stage's largest batch, as an owner computes it; 0 without Muon."""
+    if not isinstance(config.inner, MuonInner):
+        return 0
+    accelerator, muon = planned_on_accelerator(config), config.inner.muon
+    matrices = stage_matrices(config, topology, stage=stage, accelerator=accelerator)
+    owners, size = assign(matrices, topology.stage_size).owners, topology.stage_size
+    divided = divide(matrices, owners, muon.exchange_chunks) if size > 1 else [range(len(matrices))]
+    batches = (
+        batch
+        for bucket in divided
+        for rank in range(size)
+        for batch in by_shape([matrices[i] for i in bucket if owners[i] == rank])
+    )
+    return max(
+        newton_schulz_bytes(
+            batch,
+            wire_bytes=BYTES[muon.wire_dtype(accelerator=accelerator)],
+            value_bytes=BYTES[muon.compute_dtype(accelerator=accelerator)],
+        )
+        for batch in batches
+    )
+
+
+# ------------------------------------------------------------------------------------------
+# Memory outside torch's tensors, on accelerators.
+
+# Reported for an all-reduce of 4 MB on A100 with NVLink, in NVIDIA/nccl#964: 544 MB for a group of
+# two ranks, 688 MB for larger ones. NCCL makes a communicator at the first collective of a group.
+# Its size depends on channels and topology (NVIDIA/nccl#986); not measured here.
+_COMMUNICATOR_OF_TWO = 544_000_000
+_COMMUNICATOR = 688_000_000
+
+# Context, kernels and library handles of one process. Chosen: pytorch/pytorch#107667 has 300 MB for
+# a small model, whose few kernels are loaded when they are first used. Not measured here.
+_CONTEXT = 600_000_000
+
+# Share of the peak that the caching allocator reserves without using it. Chosen: not measured here.
+ALLOCATOR_SLACK = 0.05
+
+
+def communicator_bytes(config: RunConfig, topology: Topology) -> int:
+    """Return the bytes of a rank's NCCL communicators; groups of one rank have none.
+
+    Counted are the groups that training uses: tensor, pipeline and data parallel, stage, replica,
+    replicas (one for pseudogradients, unless host memory sends them, and one for the rest) and
+    world.
+    """
+    tensor, pipeline, data = topology.tensor, topology.pipeline, topology.sharding
+    axes = {"tp": tensor, "pp": pipeline, "dp": data}
+    used = [("tp",), ("pp",), ("dp",), ("tp", "dp"), ("tp", "dp", "pp")]
+    # Groups over axes of which one has more than one rank are the same group.
+    distinct = {tuple(axis for axis in group if axes[axis] > 1) for group in used}
+    sizes = [math.prod(axes[axis] for axis in group) for group in distinct]
+    outer = config.outer
+    sends = not isinstance(outer, NoOuter) and not outer.sends_from_host
+    sizes += [topology.num_replicas] * (1 + sends) + [topology.world_size]
+    return sum(_COMMUNICATOR_OF_TWO if size == 2 else _COMMUNICATOR for size in sizes if size > 1)
+
+
+# ------------------------------------------------------------------------------------------
 # All memory of a rank.
 
 
@@ -177,6 +289,10 @@ class MemoryPlan:
         outer_momentum: Outer momentum, fp32; 0 without outer steps.
         outer_step: Memory of outer steps besides this state.
         outer_on_host: Whether anchor and outer momentum are in host memory.
+        activations: Activations of the stage.
+        optimizer_step: Allocated during the inner optimizer's step.
+        communicators: NCCL's communicators; 0 on CPUs.
+        context: CUDA's context; 0 on CPUs.
     """
 
     stage: int
@@ -189,6 +305,10 @@ class MemoryPlan:
     outer_momentum: int
     outer_step: OuterMemory
     outer_on_host: bool
+    activations: Activations
+    optimizer_step: int
+    communicators: int
+    context: int
 
     @property
     def outer_state(self) -> int:
@@ -214,6 +334,26 @@ class MemoryPlan:
             + self.outer_step.device
         )
 
+    @property
+    def temporary(self) -> int:
+        """Bytes at the peak of backward, of the inner optimizer's step or of an outer step."""
+        return max(self.activations.peak, self.optimizer_step, self.outer_step.temporary)
+
+    @property
+    def allocated(self) -> int:
+        """Bytes of tensors at the peak of a run, what ``max_memory_allocated`` counts."""
+        return self.device - self.outer_step.temporary + self.temporary
+
+    @property
+    def slack(self) -> int:
+        """Bytes that the allocator reserves and does not use; 0 on CPUs."""
+        return int(ALLOCATOR_SLACK * self.allocated) if self.context else 0
+
+    @property
+    def needed(self) -> int:
+        """Bytes of device memory that a rank needs in all."""
+        return self.allocated + self.slack + self.communicators + self.context
+
 
 def memory_plan(config: RunConfig, topology: Topology) -> MemoryPlan:
     """Return the memory of the fullest rank; the first stage wins ties.
@@ -221,23 +361,33 @@ def memory_plan(config: RunConfig, topology: Topology) -> MemoryPlan:
     Only ranks of tensor-parallel rank 0 are considered: they also hold the anchor of the norms.
     """
     layers = [len(stage) for stage in stage_layers(config, topology)]
-    exchange = {
-        number: exchange_bytes(config, topology, stage=layers.index(number))
+    # Stages with the same number of layers have equal matrices.
+    matrices = {
+        number: (
+            exchange_bytes(config, topology, stage=layers.index(number)),
+            _largest_newton_schulz(config, topology, stage=layers.index(number)),
+        )
         for number in set(layers)
     }
     plans = [
-        _rank_memory(config, topology, part, shards, exchange[layers[part.stage]])
+        _rank_memory(config, topology, part, shards, *matrices[layers[part.stage]])
         for part in stage_slices(config, topology)
         for shards in stage_shards(config, topology, stage=part.stage, tp_rank=0)
     ]
-    return max(plans, key=lambda plan: plan.device + plan.host)
+    return max(plans, key=lambda plan: plan.needed + plan.host)
 
 
 def _rank_memory(
-    config: RunConfig, topology: Topology, part: Slice, shards: Sequence[Shard], exchange: int
+    config: RunConfig,
+    topology: Topology,
+    part: Slice,
+    shards: Sequence[Shard],
+    exchange: int,
+    newton_schulz: int,
 ) -> MemoryPlan:
     """Return the memory of the rank of a stage that has these shards."""
     training, outer = config.training, config.outer
+    accelerator = planned_on_accelerator(config)
     has_outer = not isinstance(outer, NoOuter)
     held = sum(shard.numel for shard in shards)
     owned = sum(shard.numel for shard in shards if shard.param.is_primary) if has_outer else 0
@@ -255,4 +405,8 @@ def _rank_memory(
         outer_momentum=4 * owned,
         outer_step=outer_memory(config, topology, shards),
         outer_on_host=not isinstance(outer, NoOuter) and outer.state_device == "cpu",
+        activations=stage_activations(config, topology, part.stage, accelerator=accelerator),
+        optimizer_step=_optimizer_step_bytes(config, shards, newton_schulz),
+        communicators=communicator_bytes(config, topology) if accelerator else 0,
+        context=_CONTEXT if accelerator else 0,
     )

@@ -123,11 +123,11 @@ def why_not_on_cpus(config: RunConfig, memory: int) -> str:
             "starts on CPUs by itself"
         )
     plan = memory_plan(config, layout)
-    needed = layout.world_size * (plan.device + plan.host)
+    needed = layout.world_size * (plan.allocated + plan.host)
     if needed > memory:
         return (
-            f"its ranks need up to {human_bytes(needed)} in all, without activations, and this "
-            f"machine has {human_bytes(memory)}"
+            f"its ranks need up to {human_bytes(needed)} in all, and this machine has "
+            f"{human_bytes(memory)}"
         )
     return ""
 

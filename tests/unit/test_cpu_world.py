@@ -40,7 +40,7 @@ def test_a_large_world_is_not_started() -> None:
 def test_a_world_that_needs_more_memory_than_there_is_is_not_started() -> None:
     config = replicas(4)
     plan = memory_plan(config, smallest_topology(config))
-    needed = 4 * (plan.device + plan.host)
+    needed = 4 * (plan.allocated + plan.host)
     assert why_not_on_cpus(config, needed) == ""
     assert "this machine has" in why_not_on_cpus(config, needed - 1)
     # what lives in host memory counts as well: here it is all one memory
