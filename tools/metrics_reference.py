@@ -30,13 +30,15 @@ _STEPS = {
 }
 
 _PEAKS_HEAD = """
-## Peaks used for `perf/mfu`
+## Accelerators
 
-Dense bf16 peaks in TFLOP/s. The name is exactly that which the driver reports. There is no MFU on
-any other accelerator, on a CPU or with `training.precision: fp32`.
+Dense bf16 peaks in TFLOP/s, for `perf/mfu`, and memory in GB (1e9 bytes), for the verdict of a plan
+with `--gpu`; a run on a GPU takes the memory that torch reports. The name is exactly that which the
+driver reports. There is no MFU on any other accelerator, on a CPU or with `training.precision:
+fp32`.
 
-| accelerator | peak | source |
-|---|---:|---|
+| accelerator | peak | memory | source |
+|---|---:|---:|---|
 """
 
 
@@ -47,7 +49,9 @@ def render() -> str:
         f"{row.when} | {row.meaning} |"
         for row in METRICS
     ]
-    peaks = [f"| {peak.device} | {peak.tflops:g} | {peak.source} |" for peak in PEAKS]
+    peaks = [
+        f"| {peak.device} | {peak.tflops:g} | {peak.memory_gb} | {peak.source} |" for peak in PEAKS
+    ]
     return _HEAD + "\n".join(rows) + "\n" + _PEAKS_HEAD + "\n".join(peaks) + "\n"
 
 

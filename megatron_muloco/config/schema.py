@@ -233,6 +233,9 @@ class TrainingConfig(Section):
         0, ge=0, description="Inner steps between evaluations of the anchor; 0 disables them."
     )
     eval_iters: PositiveInt = Field(10, description="Global batches per evaluation.")
+    check_memory: bool = Field(
+        True, description="Refuse to start on a GPU that has less memory than the plan needs."
+    )
     distributed_timeout_minutes: PositiveInt = Field(
         10, description="Minutes after which an unfinished collective ends the run."
     )

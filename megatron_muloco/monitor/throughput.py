@@ -1,4 +1,4 @@
-"""Throughput and MFU of a run, the slowest replica, and the table of accelerator peaks.
+"""Throughput and MFU of a run, the slowest replica, and the table of accelerators.
 
 Imports no torch.
 
@@ -10,39 +10,73 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["PEAKS", "Peak", "ReplicaTimes", "Speed", "measure_speed", "peak_tflops"]
+from megatron_muloco.errors import ConfigError
+
+__all__ = [
+    "PEAKS",
+    "Peak",
+    "ReplicaTimes",
+    "Speed",
+    "gpu_by_name",
+    "measure_speed",
+    "peak_tflops",
+]
 
 
 @dataclass(frozen=True, slots=True)
 class Peak:
-    """Dense bf16 matrix throughput of one accelerator, without structured sparsity.
+    """Dense bf16 matrix throughput of one accelerator, without structured sparsity, and its memory.
 
     Attributes:
         device: Exact name reported by the driver.
         tflops: Peak in TFLOP/s; half the number of data sheets that print only the sparse one.
-        source: Source of the number.
+        memory_gb: Memory in 1e9 bytes, as the data sheet prints it. What a driver reports differs
+            by a few per cent.
+        source: Source of the numbers.
     """
 
     device: str
     tflops: float
+    memory_gb: int
     source: str
 
 
 _A100 = "NVIDIA A100 data sheet"
 _H100 = "NVIDIA H100 data sheet; half of the sparse number"
 _H200 = "NVIDIA H200 data sheet; half of the sparse number"
+_B200 = "NVIDIA HGX B200 data sheet; half of the sparse number, an eighth of a board"
+_L40S = "NVIDIA L40S data sheet"
 
 PEAKS: tuple[Peak, ...] = (
-    Peak("NVIDIA A100-SXM4-40GB", 312.0, _A100),
-    Peak("NVIDIA A100-SXM4-80GB", 312.0, _A100),
-    Peak("NVIDIA A100-PCIE-40GB", 312.0, _A100),
-    Peak("NVIDIA A100 80GB PCIe", 312.0, _A100),
-    Peak("NVIDIA H100 80GB HBM3", 989.5, _H100),
-    Peak("NVIDIA H100 PCIe", 756.5, _H100),
-    Peak("NVIDIA H100 NVL", 835.5, _H100),
-    Peak("NVIDIA H200", 989.5, _H200),
-    Peak("NVIDIA H200 NVL", 835.5, _H200),
+    Peak("NVIDIA A100-SXM4-40GB", 312.0, 40, _A100),
+    Peak("NVIDIA A100-SXM4-80GB", 312.0, 80, _A100),
+    Peak("NVIDIA A100-PCIE-40GB", 312.0, 40, _A100),
+    Peak("NVIDIA A100 80GB PCIe", 312.0, 80, _A100),
+    Peak("NVIDIA L40S", 362.05, 48, _L40S),
+    Peak("NVIDIA H100 80GB HBM3", 989.5, 80, _H100),
+    Peak("NVIDIA H100 PCIe", 756.5, 80, _H100),
+    Peak("NVIDIA H100 NVL", 835.5, 94, _H100),
+    Peak("NVIDIA H200", 989.5, 141, _H200),
+    Peak("NVIDIA H200 NVL", 835.5, 141, _H200),
+    Peak("NVIDIA B200", 2250.0, 180, _B200),
 )
+
+
+def gpu_by_name(name: str) -> Peak:
+    """Return the accelerator of that name, or the first whose name contains all its words.
+
+    Raises:
+        ConfigError: The table has none.
+    """
+    words = name.lower().replace("-", " ").split()
+    for peak in PEAKS:
+        if peak.device == name:
+            return peak
+    for peak in PEAKS:
+        if words and all(word in peak.device.lower() for word in words):
+            return peak
+    known = ", ".join(peak.device for peak in PEAKS)
+    raise ConfigError(f"--gpu: {name!r} is not in the table of accelerators: {known}.")
 
 
 def peak_tflops(device: str, precision: str) -> float | None:

@@ -14,8 +14,8 @@ a view, so the whole output of ``qkv`` stays. SwiGLU keeps gate and up, silu(gat
 up, because Megatron adds its offset to it (0 here).
 
 With dense document masks (`attention_has_a_mask`), every layer also keeps the mask in the dtype of
-the queries, as torch's attention wants it: b s^2 values. Full recompute keeps the input of each recomputed layer or chunk;
-selective recompute drops what attention itself kept.
+the queries, as torch's attention wants it: b s^2 values. Full recompute keeps the input of each
+recomputed layer or chunk; selective recompute drops what attention itself kept.
 
 Under 1F1B, stage p of P holds the activations of P - p microbatches, or of all microbatches where
 there are fewer. The last stage holds one: there the logits exist once.

@@ -34,7 +34,8 @@ from megatron_muloco.monitor.monitor import Monitor
 from megatron_muloco.monitor.profiler import StepProfiler, build_profiler
 from megatron_muloco.optim.muon import Muon
 from megatron_muloco.optim.parameter_table import ParameterReport, ParameterTable, parameter_report
-from megatron_muloco.planning.report import render_plan
+from megatron_muloco.planning.memory import memory_plan
+from megatron_muloco.planning.report import Device, judge, refusal, render_plan
 from megatron_muloco.runtime.accelerator import training_device
 from megatron_muloco.runtime.megatron import wrap_data_parallel
 from megatron_muloco.topology import Topology
@@ -141,8 +142,31 @@ def build_run(config: RunConfig) -> RunContext:
     Collectives: every rank of the job calls it.
     """
     groups = initialize_replicas(config)
+    require_memory(config, groups.topology, training_gpu())
     writes = torch.distributed.get_rank() == 0
     return build_context(config, groups, load_data(config, groups.topology), writes=writes)
+
+
+def training_gpu() -> Device | None:
+    """Return this rank's GPU with the memory that torch reports; ``None`` on a CPU."""
+    device = training_device()
+    if device.type == "cpu":
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    return Device(properties.name, properties.total_memory)
+
+
+def require_memory(config: RunConfig, topology: Topology, gpu: Device | None) -> None:
+    """Refuse a run whose plan does not fit this rank's GPU, unless the config allows it.
+
+    Raises:
+        ConfigError: The plan needs more memory than the GPU has.
+    """
+    if gpu is None or not config.training.check_memory:
+        return
+    verdict = judge(config, topology, memory_plan(config, topology), gpu)
+    if not verdict.fits:
+        raise ConfigError(refusal(verdict))
 
 
 def load_data(config: RunConfig, topology: Topology) -> RunData:
@@ -214,7 +238,7 @@ def build_context(config: RunConfig, groups: Groups, data: RunData, *, writes: b
         writes=writes,
         resumed_step=resumed,
         layout=layout,
-        plan_text=render_plan(config, groups.topology),
+        plan_text=render_plan(config, groups.topology, training_gpu()),
         parameters=gather_report(optimizer.inner.table, groups),
         attention=choose_attention(config, training_device()).reason,
     )

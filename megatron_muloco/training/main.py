@@ -27,6 +27,7 @@ EXIT_DONE = 0
 EXIT_FAULT = 1
 EXIT_STOPPED = 85  # the launcher passes it on, and no shell or scheduler uses it
 
+_ASSUMED_GPU = "NVIDIA H100 80GB HBM3"  # for plans without --gpu
 _USUAL_ACCELERATORS = 8  # per machine; the suggested command names a hostfile for more
 
 # The launcher ends all ranks once one has exited, so rank 0 must print its message before any other
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         try:
             config = load_config(options.config, options.set)
             if options.dry_run:
-                _print_plan(config, options.world_size)
+                _print_plan(config, options.world_size, options.gpu)
                 sys.exit(EXIT_DONE)
             ranks = discover_ranks(os.environ)
             _check_inputs(config)
@@ -76,18 +77,31 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         type=int,
         help="number of ranks to plan for with --dry-run; by default the smallest that fits",
     )
+    parser.add_argument(
+        "--gpu",
+        help="GPU for the verdict of --dry-run, such as 'H200' or 'A100 40GB'; by default an H100 "
+        "of 80 GB, and none with training.precision=fp32",
+    )
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 
-def _print_plan(config: RunConfig, world_size: int | None) -> None:
+def _print_plan(config: RunConfig, world_size: int | None, gpu: str | None) -> None:
     from megatron_muloco.data.checks import check_run_data
-    from megatron_muloco.planning.report import render_plan, write_out
+    from megatron_muloco.monitor.throughput import gpu_by_name
+    from megatron_muloco.planning.report import Device, render_plan, write_out
+    from megatron_muloco.planning.traffic import planned_on_accelerator
 
+    device = None
+    if gpu is not None or planned_on_accelerator(config):
+        chosen = gpu_by_name(gpu or _ASSUMED_GPU)
+        device = Device(chosen.device, chosen.memory_gb * 10**9)
     topology = None if world_size is None else topology_of(config, world_size)
     check(config, topology or smallest_topology(config))
     if _rank() == 0:
-        write_out(f"{render_plan(config, topology)}\n{_data_report(check_run_data(config))}\n")
+        write_out(
+            f"{render_plan(config, topology, device)}\n{_data_report(check_run_data(config))}\n"
+        )
 
 
 def _data_report(problems: Sequence[str]) -> str:

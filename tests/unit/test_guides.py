@@ -6,7 +6,8 @@ from pathlib import Path
 
 from megatron_muloco.config import load_config
 from megatron_muloco.config.derived import topology_of
-from megatron_muloco.planning.report import render_plan
+from megatron_muloco.monitor.throughput import gpu_by_name
+from megatron_muloco.planning.report import Device, render_plan
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,7 +52,9 @@ def test_the_plan_in_the_15b_guide_is_what_the_command_prints() -> None:
     guide = (ROOT / "docs/guides/15b.md").read_text(encoding="utf-8")
     excerpt = guide.partition("prints (excerpt):\n\n```\n")[2].partition("```")[0].splitlines()
     config = load_config(ROOT / "configs/15b_k16.yaml")
-    printed = iter(render_plan(config, topology_of(config, 1024)).splitlines())
+    gpu = gpu_by_name("NVIDIA H100 80GB HBM3")
+    device = Device(gpu.device, gpu.memory_gb * 10**9)
+    printed = iter(render_plan(config, topology_of(config, 1024), device).splitlines())
     assert excerpt
     # "in" consumes the iterator, so the lines must also be in the plan's order.
     assert not [line for line in excerpt if line not in printed]

@@ -415,7 +415,7 @@ def test_the_15b_plan_says_what_the_paper_says() -> None:
     for words in (
         "1,024  16 replicas x tp 4 x pp 2 x dp 8\n",
         "sequences: 32 microbatches of 1 on each of 8 data-parallel ranks",
-        "bf16, pipeline stage 1, which needs most",
+        "bf16, pipeline stage 0, which needs most",
         "to 15 other replicas, fp32",
         "15.23B",
         "15,229,089,792",
@@ -428,7 +428,7 @@ def test_the_15b_plan_says_what_the_paper_says() -> None:
         assert words in text
     assert "smallest world" not in text
     assert max(len(line) for line in text.splitlines()) <= 110
-    assert len(text.splitlines()) <= 50
+    assert len(text.splitlines()) <= 60
 
 
 def test_an_assumed_world_is_said() -> None:
