@@ -284,8 +284,9 @@ class CoreAttention(MegatronModule):
             raise ValueError("attention dropout is not implemented in CoreAttention")
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         self.backend = backend
-        sliced = config.context_parallel_size > 1 and pg_collection is not None
-        self._context_group = pg_collection.cp if sliced else None
+        self._context_group = None
+        if config.context_parallel_size > 1 and pg_collection is not None:
+            self._context_group = pg_collection.cp
 
     @override
     def forward(

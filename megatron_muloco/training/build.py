@@ -35,7 +35,8 @@ from megatron_muloco.monitor.profiler import StepProfiler, build_profiler
 from megatron_muloco.optim.muon import Muon
 from megatron_muloco.optim.parameter_table import ParameterReport, ParameterTable, parameter_report
 from megatron_muloco.planning.memory import memory_plan
-from megatron_muloco.planning.report import Device, judge, refusal, render_plan
+from megatron_muloco.planning.report import refusal, render_plan
+from megatron_muloco.planning.verdict import Device, judge
 from megatron_muloco.runtime.accelerator import training_device
 from megatron_muloco.runtime.megatron import wrap_data_parallel
 from megatron_muloco.topology import Topology

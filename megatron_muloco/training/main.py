@@ -89,8 +89,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 def _print_plan(config: RunConfig, world_size: int | None, gpu: str | None) -> None:
     from megatron_muloco.data.checks import check_run_data
     from megatron_muloco.monitor.throughput import gpu_by_name
-    from megatron_muloco.planning.report import Device, render_plan, write_out
+    from megatron_muloco.planning.report import render_plan, write_out
     from megatron_muloco.planning.traffic import planned_on_accelerator
+    from megatron_muloco.planning.verdict import Device
 
     device = None
     if gpu is not None or planned_on_accelerator(config):

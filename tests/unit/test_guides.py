@@ -7,7 +7,8 @@ from pathlib import Path
 from megatron_muloco.config import load_config
 from megatron_muloco.config.derived import topology_of
 from megatron_muloco.monitor.throughput import gpu_by_name
-from megatron_muloco.planning.report import Device, render_plan
+from megatron_muloco.planning.report import render_plan
+from megatron_muloco.planning.verdict import Device
 
 ROOT = Path(__file__).parents[2]
 

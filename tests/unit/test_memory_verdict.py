@@ -14,7 +14,8 @@ from megatron_muloco.optim.muon import Muon
 from megatron_muloco.planning import memory_plan, render_plan
 from megatron_muloco.planning.activations import stage_activations
 from megatron_muloco.planning.memory import communicator_bytes, newton_schulz_bytes
-from megatron_muloco.planning.report import Device, Verdict, judge, refusal
+from megatron_muloco.planning.report import refusal
+from megatron_muloco.planning.verdict import Device, Verdict, judge
 from megatron_muloco.topology import Topology
 from megatron_muloco.training import build
 from tests.support.allocated import AllocatedBytes
