@@ -105,7 +105,14 @@ def test_earlier_stages_hold_more_microbatches() -> None:
 def test_document_masks_grow_with_the_square_of_the_sequence() -> None:
     path = CONFIGS / "15b_k16.yaml"
     short, long = (
-        load_config(path, [f"model.seq_length={length}", "training.global_batch_size=4096"])
+        load_config(
+            path,
+            [
+                f"model.seq_length={length}",
+                "training.global_batch_size=4096",
+                "model.attention_impl=dense",
+            ],
+        )
         for length in (2048, 4096)
     )
     masks = [
@@ -114,8 +121,9 @@ def test_document_masks_grow_with_the_square_of_the_sequence() -> None:
     ]
     assert masks[0] == 27 * 2 * 2048**2  # 27 layers of a stage, in bf16
     assert masks[1] == 4 * masks[0]
-    off = load_config(path, ["data.mask_document_boundaries=false"])
-    assert stage_activations(off, topology_of(off, 1024), 0, accelerator=True).layers.mask == 0
+    for other in ("data.mask_document_boundaries=false", "model.attention_impl=varlen"):
+        off = load_config(path, [other])
+        assert stage_activations(off, topology_of(off, 1024), 0, accelerator=True).layers.mask == 0
 
 
 # ---- temporary buffers of the inner step ---------------------------------------------------------
