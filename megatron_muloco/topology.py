@@ -177,6 +177,15 @@ class Topology:
             for start in product(*fixed_ranges)
         ]
 
+    def group_of(self, rank: int, *axes: Axis) -> tuple[int, ...]:
+        """Return the one of ``groups(*axes)`` that contains ``rank``."""
+        own = self.coords(rank)
+        indices = [
+            range(size) if name in axes else (own[place],)
+            for place, (name, size) in enumerate(zip(Coords._fields, self._sizes, strict=True))
+        ]
+        return tuple(self.rank(Coords(*place)) for place in product(*indices))
+
     @override
     def __str__(self) -> str:
         """Return the whole product: ``16 replicas x tp 4 x pp 2 x dp 8 = 1024 ranks``."""

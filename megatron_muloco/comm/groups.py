@@ -3,7 +3,7 @@
 Every group is a set of ranks that differ only in some axes of the topology. Megatron gets the
 groups inside a replica as one `ProcessGroupCollection`. This package adds the *outer group* (the K
 ranks with the same position in their replicas) and the *stage group* (the ranks of one pipeline
-stage of one replica, which share its matrices).
+stage of one replica, which share its matrices). All groups of one rank are one group.
 """
 
 from dataclasses import dataclass
@@ -64,10 +64,11 @@ class Groups:
         coords: This rank's place in the topology.
         pg: Groups inside this replica, for Megatron.
         outer: The K ranks with this position, in replica order.
-        exchange: The same ranks with a separate communicator, used for pseudogradients only. A
-            communication thread may use it while the main thread uses ``outer``: collectives of
-            one communicator are matched by order, and the order of two threads differs from rank
-            to rank.
+        exchange: The same ranks, used for pseudogradients only; with a separate communicator where
+            a reduction continues beside training or is sent from host memory. A communication
+            thread may then use it while the main thread uses ``outer``: collectives of one
+            communicator are matched by order, and the order of two threads differs from rank to
+            rank.
         stage: The tp x cp x dp ranks of this pipeline stage of this replica.
         replica: All ranks of this replica.
     """
@@ -97,37 +98,58 @@ class Groups:
 
 
 class _GroupBuilder:
-    """Creates each distinct group once; axes of size one do not lead to a new group."""
+    """Creates each distinct group once, and one group for everything that this rank does alone.
+
+    Creation is local: a rank makes the groups that it belongs to, one `new_group` for each division
+    of the job, and knows nothing of the others. If the default group is bound to a device, the
+    divisions become one split of its communicator each. torch derives the name of such a group from
+    its ranks and from the number of groups that the process already has, so all ranks make the same
+    number in the same order.
+    """
 
     def __init__(self, topology: Topology, timeout: timedelta, backend: str | None) -> None:
-        self._topology = topology
+        self._topology, self._rank = topology, torch.distributed.get_rank()
         self._options: dict[str, Any] = {"timeout": timeout, "backend": backend}
-        self._built: dict[tuple[tuple[int, ...], ...], Any] = {}
+        self._built: dict[tuple[int, ...], Any] = {}
+        # Of the same backend as the others: with one data-parallel rank Megatron still sends the
+        # whole gradient buffer through this group. NCCL makes its communicator at the first use.
+        self.alone = self._own((self._rank,), self._options)
 
     def over(self, *axes: Axis) -> Any:
         """Return the group of the ranks that differ from this one only in ``axes``."""
-        return self.from_lists(tuple(self._topology.groups(*axes)))
-
-    def from_lists(self, lists: tuple[tuple[int, ...], ...]) -> Any:
-        """Return the group among ``lists`` that contains this rank, or ``None``."""
-        if lists not in self._built:
-            self._built[lists] = self._new(lists, self._options)
-        return self._built[lists]
+        ranks = self._topology.group_of(self._rank, *axes)
+        if len(ranks) == 1:
+            return self.alone
+        if ranks not in self._built:
+            self._built[ranks] = self._own(ranks, self._options)
+        return self._built[ranks]
 
     def another(self, *axes: Axis, backend: str | None) -> Any:
         """Return a group of the same ranks as `over`, with a separate communicator."""
-        chosen = {"backend": backend} if backend else {}
-        return self._new(tuple(self._topology.groups(*axes)), self._options | chosen)
+        ranks = self._topology.group_of(self._rank, *axes)
+        if len(ranks) == 1:
+            return self.alone
+        return self._own(ranks, self._options | ({"backend": backend} if backend else {}))
 
-    def _new(self, lists: tuple[tuple[int, ...], ...], options: dict[str, Any]) -> Any:
-        # new_group is a collective over the whole job: every rank takes part in the creation of
-        # every group, also of those it does not belong to, in the same order.
+    def ends(self) -> Any:
+        """Return the group of the first and the last stage; ``None`` between them.
+
+        It is built last: stages between the two have one group less from here on.
+        """
+        if self._topology.pipeline <= 2:
+            return self.over("pp")
+        # Ranks without a group take part as well: if the default group is bound to a device, each
+        # group is a split of its communicator, which is a collective of the whole job.
         mine = None
-        for ranks in lists:
-            group = torch.distributed.new_group(list(ranks), **options)
-            if torch.distributed.get_rank() in ranks:
+        for ranks in self._topology.groups("pp"):
+            group = torch.distributed.new_group([ranks[0], ranks[-1]], **self._options)
+            if self._rank in (ranks[0], ranks[-1]):
                 mine = group
         return mine
+
+    @staticmethod
+    def _own(ranks: tuple[int, ...], options: dict[str, Any]) -> Any:
+        return torch.distributed.new_group(list(ranks), **options, use_local_synchronization=True)
 
 
 def build_groups(
@@ -136,11 +158,16 @@ def build_groups(
     timeout: timedelta,
     backend: str | None = None,
     exchange_backend: str | None = None,
+    separate_exchange: bool = True,
 ) -> Groups:
-    """Create every process group of the job.
+    """Create every process group of this rank.
+
+    The number of `new_group` calls of a rank does not grow with the job: at most one for each
+    division of the job into groups. A pipeline of three or more stages adds one for each pipeline
+    of the job, for the pairs of its first and last stage.
 
     Collectives: every rank of the job must call it at the same point, because the groups must be
-    created in the same order everywhere.
+    created in the same order everywhere. All ranks must have created equally many groups before.
 
     Args:
         topology: Topology of the job; its size must be the world size.
@@ -149,6 +176,9 @@ def build_groups(
         backend: Backend of the groups; ``None`` takes that of the default group.
         exchange_backend: Backend of `Groups.exchange`: ``gloo`` where pseudogradients are sent from
             host memory, else ``None`` for the same as the others.
+        separate_exchange: Whether `Groups.exchange` needs a communicator of its own: collectives of
+            pseudogradients are in progress while `Groups.outer` is used, or have another backend.
+            If not, it is `Groups.outer`.
     """
     build = _GroupBuilder(topology, timeout, backend)
     pg = ProcessGroupCollection()
@@ -163,16 +193,22 @@ def build_groups(
     for field in _NEWER_UNUSED_FIELDS:
         if field in declared:
             setattr(pg, field, None)
-    pipelines = topology.groups("pp")
-    ends = tuple(tuple(sorted({ranks[0], ranks[-1]})) for ranks in pipelines)
-    pg.embd = build.from_lists(ends)
-    pg.pos_embd = build.from_lists(tuple((ranks[0],) for ranks in pipelines))
+    outer = build.over("replica")
+    exchange = (
+        build.another("replica", backend=exchange_backend)
+        if separate_exchange or exchange_backend
+        else outer
+    )
+    stage, replica = build.over("tp", "cp", "dp"), build.over("tp", "cp", "dp", "pp")
+    coords = topology.coords(torch.distributed.get_rank())
+    pg.pos_embd = build.alone if coords.pp == 0 else None
+    pg.embd = build.ends()
     return Groups(
         topology=topology,
-        coords=topology.coords(torch.distributed.get_rank()),
+        coords=coords,
         pg=pg,
-        outer=build.over("replica"),
-        exchange=build.another("replica", backend=exchange_backend),
-        stage=build.over("tp", "cp", "dp"),
-        replica=build.over("tp", "cp", "dp", "pp"),
+        outer=outer,
+        exchange=exchange,
+        stage=stage,
+        replica=replica,
     )

@@ -44,8 +44,14 @@ def initialize_replicas(config: RunConfig) -> Groups:
     topology = topology_of(config, ranks.world_size)
     check(config, topology, rules=(*RULES, wandb_is_installed))
     _require_one_config(config)
-    by_host = not isinstance(config.outer, NoOuter) and config.outer.sends_from_host
-    groups = build_groups(topology, timeout=timeout, exchange_backend="gloo" if by_host else None)
+    outer = config.outer
+    by_host = not isinstance(outer, NoOuter) and outer.sends_from_host
+    groups = build_groups(
+        topology,
+        timeout=timeout,
+        exchange_backend="gloo" if by_host else None,
+        separate_exchange=not isinstance(outer, NoOuter) and outer.overlap_steps > 0,
+    )
     mirror_groups(groups)
     seed_ranks(config.training.seed, groups)
     return groups

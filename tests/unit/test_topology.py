@@ -61,6 +61,8 @@ def test_groups_differ_along_the_named_axes_only(topology: Topology, axes: tuple
             values = {place[name] for place in places}
             if name not in axes:
                 assert len(values) == 1
+        for rank in group:
+            assert topology.group_of(rank, *axes) == group
 
 
 @given(topologies())

@@ -1,0 +1,123 @@
+"""How many process groups a job of many ranks makes, counted with a stand-in for torch's."""
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_muloco.comm.groups import Groups, build_groups
+from megatron_muloco.topology import Topology
+
+LAYOUTS = {
+    "15b": Topology(num_replicas=16, tensor=4, pipeline=2, data=8),
+    "one replica": Topology(num_replicas=1, tensor=4, pipeline=2, data=128),
+    "tp 2": Topology(num_replicas=16, tensor=2, pipeline=2, data=16),
+    "pp 4": Topology(num_replicas=16, tensor=4, pipeline=4, data=4),
+    "dp 1": Topology(num_replicas=128, tensor=8, pipeline=1, data=1),
+    "replicas of one rank": Topology(num_replicas=1024, tensor=1, pipeline=1, data=1),
+}
+
+
+@dataclass(frozen=True)
+class Made:
+    """One call of `new_group`."""
+
+    ranks: tuple[int, ...]
+    backend: str | None
+    local: bool
+
+    def size(self) -> int:
+        """Return the number of members."""
+        return len(self.ranks)
+
+
+def _made_by(
+    rank: int, topology: Topology, monkeypatch: pytest.MonkeyPatch, **options: Any
+) -> tuple[Groups, list[Made]]:
+    """Return the groups of one rank of a job without processes, and its calls of `new_group`."""
+    calls: list[Made] = []
+
+    def new_group(
+        ranks: list[int],
+        *,
+        timeout: timedelta,
+        backend: str | None,
+        use_local_synchronization: bool = False,
+    ) -> Made | None:
+        assert timeout == timedelta(minutes=10)
+        calls.append(Made(tuple(ranks), backend, use_local_synchronization))
+        return calls[-1] if rank in ranks else None
+
+    monkeypatch.setattr(torch.distributed, "new_group", new_group)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+    return build_groups(topology, timeout=timedelta(minutes=10), **options), calls
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("rank", [0, 1, 517, 1023])
+def test_the_number_of_groups_does_not_grow_with_the_job(
+    layout: str, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    topology = LAYOUTS[layout]
+    assert topology.world_size == 1024
+    _, calls = _made_by(rank, topology, monkeypatch)
+    by_all = [call for call in calls if not call.local]
+    # tp, dp, pp, tp x pp, stage, replica, outer, exchange, and one for what a rank does alone.
+    assert len(calls) - len(by_all) <= 9
+    # The embedding's pairs leave the stages between out, so all ranks make all of them.
+    pipelines = topology.world_size // topology.pipeline
+    assert len(by_all) == (pipelines if topology.pipeline > 2 else 0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_rank_makes_one_group_for_all_that_it_does_alone(
+    layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups, calls = _made_by(0, LAYOUTS[layout], monkeypatch)
+    singles = [call for call in calls if call.size() == 1]
+    assert singles == [Made((0,), None, local=True)]
+    alone = groups.pg.cp
+    assert alone.ranks == (0,)
+    for group in (groups.pg.ep, groups.pg.pos_embd):
+        assert group is alone
+    every = [groups.outer, groups.exchange, groups.stage, groups.replica]
+    every += [getattr(groups.pg, field) for field in ("tp", "dp", "dp_cp", "pp", "mp", "embd")]
+    for group in every:
+        assert (group is alone) == (group.size() == 1)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("separate", [False, True])
+def test_a_rank_is_in_at_most_eight_communicators(
+    layout: str, separate: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank = 300
+    groups, calls = _made_by(rank, LAYOUTS[layout], monkeypatch, separate_exchange=separate)
+    members = [call for call in calls if rank in call.ranks and call.size() > 1]
+    # With the embedding's pairs: stages between the ends have none, others one of their own.
+    assert len(members) <= (9 if LAYOUTS[layout].pipeline > 2 else 8)
+    assert (groups.exchange is groups.outer) == (not separate or groups.outer.size() == 1)
+
+
+def test_every_rank_makes_its_groups_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch names a local group by its ranks and the number of groups made before."""
+    topology = Topology(num_replicas=3, tensor=2, pipeline=2, data=2)
+    orders: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
+    for rank in range(topology.world_size):
+        _, calls = _made_by(rank, topology, monkeypatch)
+        for ranks in {call.ranks for call in calls}:
+            places = tuple(index for index, call in enumerate(calls) if call.ranks == ranks)
+            orders.setdefault(ranks, set()).add(places)
+    assert all(len(places) == 1 for places in orders.values())
+
+
+def test_pseudogradients_in_host_memory_have_a_communicator_of_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    groups, calls = _made_by(
+        0, LAYOUTS["15b"], monkeypatch, exchange_backend="gloo", separate_exchange=False
+    )
+    assert groups.exchange is not groups.outer
+    assert [call.ranks for call in calls if call.backend == "gloo"] == [groups.outer.ranks]
