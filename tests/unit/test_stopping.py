@@ -95,15 +95,19 @@ class Job:
     """K replicas of one rank each around the real loop: a shared store, meetings, counters."""
 
     def __init__(
-        self, replicas: int, seed: int, *, sync_interval: int = 4, delay: int = 0, saves: int = 0
+        self,
+        replicas: int,
+        seed: int,
+        *,
+        sync_interval: int = 4,
+        delay: int = 0,
+        saves: int = 0,
+        evaluations: int = 0,
+        stepped: bool = False,
     ) -> None:
         self.turns = Turns(replicas, seed)
-        self.replicas, self.sync_interval, self.delay, self.saves = (
-            replicas,
-            sync_interval,
-            delay,
-            saves,
-        )
+        self.replicas, self.sync_interval, self.delay = replicas, sync_interval, delay
+        self.saves, self.evaluations, self.stepped = saves, evaluations, stepped
         self.values: dict[str, bytes] = {}
         self.steps = [0] * replicas
         self.arrivals: dict[Any, set[int]] = {}
@@ -135,7 +139,7 @@ class Job:
             topology=SimpleNamespace(data=1, replica_size=1, pipeline=1),
         )
         config = SimpleNamespace(
-            training=SimpleNamespace(eval_interval=0, global_batch_size=1),
+            training=SimpleNamespace(eval_interval=self.evaluations, global_batch_size=1),
             checkpoint=SimpleNamespace(save_interval=self.saves),
             monitor=SimpleNamespace(sample_tokens=0),
         )
@@ -185,7 +189,10 @@ class SharedValues:
 
 
 class FakeOptimizer:
-    """Counts steps; its outer steps wait until all replicas have launched."""
+    """Counts steps; its outer steps wait until all replicas have launched.
+
+    A stepped reduction also waits half of the delay after the launch, and sends again there.
+    """
 
     inner = None
 
@@ -201,14 +208,21 @@ class FakeOptimizer:
         return SimpleNamespace(lr=0.0, grad_norm=0.0)
 
     def waits_after(self, step: int) -> bool:
-        launched = step - self._job.delay
-        return launched > 0 and launched % self._job.sync_interval == 0
+        """Whether something is launched, in flight or applied after the step."""
+        launched = step - step % self._job.sync_interval
+        return launched > 0 and step <= launched + self._job.delay
 
     def outer_step(self, metadata: object) -> None:
-        step = self._job.steps[self._replica]
-        if self.waits_after(step):
-            launched = step - self._job.delay
-            self._job.turns.wait(self._replica, lambda: min(self._job.steps) >= launched)
+        step, delay = self._job.steps[self._replica], self._job.delay
+        launched = step - step % self._job.sync_interval
+        half = launched + -(-delay // 2) if self._job.stepped else launched
+        if launched and step == launched + delay:
+            self._wait_for(half)
+        elif launched and step == half and self._job.stepped:
+            self._wait_for(launched)
+
+    def _wait_for(self, step: int) -> None:
+        self._job.turns.wait(self._replica, lambda: min(self._job.steps) >= step)
 
     def flush(self) -> None:
         self._job.meet(self._replica, "flush")
@@ -227,6 +241,10 @@ class FakeStore:
         self._job.saved[step] = self._job.saved.get(step, 0) + 1
         return f"checkpoint {step}"
 
+    def evaluate(self, step: int) -> None:
+        """Meet the other replicas, among which the forward passes are divided."""
+        self._job.meet(self._replica, ("evaluate", step))
+
 
 class FakeMonitor:
     """Listens."""
@@ -243,6 +261,7 @@ def _quick_loop() -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stopping.time, "sleep", lambda seconds: None)
         patch.setattr(loop, "_save_final_anchor", lambda context, last_step: True)
+        patch.setattr(loop, "_evaluate", lambda context, step: context.store.evaluate(step))
         patch.setattr(loop, "digests_of", lambda *args: {loop.ANCHOR: ""})
         yield
 
@@ -265,10 +284,12 @@ def request_at(job: Job, replica: int, step: int) -> None:
     step=st.integers(0, LAST_STEP),
     everyone=st.booleans(),
     sync_interval=st.sampled_from([1, 3, 4, 20]),
-    delay=st.sampled_from([0, 0, 1, 2]),
+    delay=st.sampled_from([0, 0, 1, 2, 3]),
     saves=st.sampled_from([0, 1, 2, 5]),
+    evaluations=st.sampled_from([0, 0, 2, 3]),
+    stepped=st.booleans(),
 )
-@example(2, 0, LAST_STEP - 1, False, 20, 0, 0)
+@example(2, 0, LAST_STEP - 1, False, 20, 0, 0, 0, False)
 def test_all_replicas_stop_at_the_same_step_and_nobody_hangs(
     replicas: int,
     seed: int,
@@ -277,9 +298,18 @@ def test_all_replicas_stop_at_the_same_step_and_nobody_hangs(
     sync_interval: int,
     delay: int,
     saves: int,
+    evaluations: int,
+    stepped: bool,
 ) -> None:
-    delay = min(delay, sync_interval - 1)
-    job = Job(replicas, seed, sync_interval=sync_interval, delay=delay, saves=saves)
+    job = Job(
+        replicas,
+        seed,
+        sync_interval=sync_interval,
+        delay=min(delay, sync_interval - 1),
+        saves=saves,
+        evaluations=evaluations,
+        stepped=stepped,
+    )
     for replica in range(replicas) if everyone else [seed % replicas]:
         request_at(job, replica, step)
     outcomes = job.run()
