@@ -263,6 +263,18 @@ def gram_matrices_have_precision(config: RunConfig, topology: Topology | None) -
         )
 
 
+def attention_is_deterministic(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
+    """Refuse ``deterministic`` with attention whose backward pass torch's mode does not cover."""
+    impl = config.model.attention_impl
+    if config.training.deterministic and impl in ("flex", "te"):
+        yield Problem(
+            "model.attention_impl",
+            f"{impl}, but training.deterministic is true; torch's deterministic mode covers its "
+            "flash and memory-efficient attention only.\nUse auto, dense or varlen, or "
+            "training.deterministic: false.",
+        )
+
+
 RULES: tuple[Rule, ...] = (
     one_length,
     one_weight_decay,
@@ -282,6 +294,7 @@ RULES: tuple[Rule, ...] = (
     fragments_have_layers,
     exceptions_fit_the_compression,
     block_size_has_blocks,
+    attention_is_deterministic,
     codec_is_deterministic,
     additive_apply_overlaps,
     norm_ratio_is_above_one,

@@ -98,6 +98,10 @@ RULE_CASES: dict[str, tuple[list[str], list[str]]] = {
         ["outer.compression={kind: linear, bits: 4, block_size: 64}"],
         ["outer.compression.block_size: 64 has no effect with granularity tensor"],
     ),
+    "attention_is_deterministic": (
+        ["training.deterministic=true", "model.attention_impl=flex"],
+        ["model.attention_impl: flex, but training.deterministic is true"],
+    ),
     "codec_is_deterministic": (
         ["training.deterministic=true", "outer.compression={kind: statistical, bits: 4}"],
         ["outer.compression.kind: statistical, but training.deterministic is true"],
