@@ -232,8 +232,8 @@ _RESIDUALS = {
     "residual": "compression error of the pseudogradients (e)",
     "owner_residual": "compression error of the mean (f)",
 }
-# Keys of the model section that have no effect after the first step.
-_FREE_KEYS = frozenset({"model.init", "model.init_method_std"})
+# Keys of the model section that have no effect after the first step, or none on what is stored.
+_FREE_KEYS = frozenset({"model.init", "model.init_method_std", "model.transformer_impl"})
 
 
 def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:

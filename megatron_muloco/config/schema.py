@@ -70,6 +70,12 @@ class ModelConfig(Section):
     untie_embeddings_and_output_weights: bool = Field(
         True, description="Use separate matrices for the embedding and the output head."
     )
+    transformer_impl: Literal["local", "transformer_engine"] = Field(
+        "local",
+        description="Linear layers and norms of the decoder: Megatron's own, or Transformer "
+        "Engine's where it can be imported. Parameters have the same names and shapes, so a "
+        "checkpoint fits both.",
+    )
     init: Literal["muloco", "megatron"] = Field(
         "muloco",
         description="Initialisation: muloco as in the MuLoCo code (truncated normal, scaled by "

@@ -17,7 +17,11 @@ from megatron_muloco.model.attention import SequenceSlice
 from megatron_muloco.model.attention_backends import choose_attention
 from megatron_muloco.model.fused import UNFUSED, Fusions, choose_fusions, install
 from megatron_muloco.model.initialise import initialise_weights, poison_weights
-from megatron_muloco.model.layer_spec import decoder_block_spec
+from megatron_muloco.model.layer_spec import (
+    LOCAL_PARTS,
+    decoder_block_spec,
+    transformer_engine_parts,
+)
 
 __all__ = ["build_model", "transformer_config"]
 
@@ -111,6 +115,9 @@ def build_model(
     Raises:
         ConfigError: The configured attention does not run on this device.
 
+    Raises:
+        RuntimeMismatch: ``model.transformer_impl`` names a package that cannot be imported.
+
     Collectives: with tied embeddings and more than one pipeline stage, Megatron all-reduces the
     embedding over the first and the last stage; every rank must call.
     """
@@ -126,6 +133,7 @@ def build_model(
             qk_layernorm=model.qk_layernorm,
             post_layernorm=model.post_layernorm,
             attention_backend=choose_attention(config, device).backend,
+            parts=LOCAL_PARTS if model.transformer_impl == "local" else transformer_engine_parts(),
         ),
         vocab_size=padded_vocab_size(model),
         max_sequence_length=model.seq_length,

@@ -45,7 +45,8 @@ class Fusions:
         cross_entropy: The loss is a few compiled kernels and one collective fewer over tensor
             ranks. Its gradient is bf16.
         rotary: Cosines and sines of the rotary embedding are computed once (`cached`), and the
-            rotation is one kernel as well (`compiled`).
+            rotation is one kernel as well (`compiled`). Transformer Engine's kernel is used where
+            it can be imported.
         notes: Why parts are not fused that could be on this device.
     """
 

@@ -5,9 +5,12 @@ A layer adds the output of two branches to the residual stream x::
     x += post_norm(linear_proj(attention(rope(qk_norm(linear_qkv(input_layernorm(x)))))))
     x += post_norm(linear_fc2(swiglu(linear_fc1(pre_mlp_layernorm(x)))))
 
-Without ``post_layernorm`` and ``qk_layernorm`` this is a standard Llama layer.
+Without ``post_layernorm`` and ``qk_layernorm`` this is a standard Llama layer. Linear layers and
+norms are Megatron's and this module's own, or Transformer Engine's; names, shapes and division over
+ranks of the parameters are the same.
 """
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -27,9 +30,18 @@ from megatron.core.transformer.transformer_layer import (
 from torch import Tensor, nn
 from typing_extensions import override
 
+from megatron_muloco.errors import RuntimeMismatch
 from megatron_muloco.model.attention import AttentionBackend, CoreAttention, DenseAttention
 
-__all__ = ["PostNormRowParallelLinear", "QKRMSNorm", "RMSNorm", "decoder_block_spec"]
+__all__ = [
+    "LOCAL_PARTS",
+    "LayerParts",
+    "PostNormRowParallelLinear",
+    "QKRMSNorm",
+    "RMSNorm",
+    "decoder_block_spec",
+    "transformer_engine_parts",
+]
 
 
 class RMSNorm(nn.Module):
@@ -90,12 +102,73 @@ class PostNormRowParallelLinear(RowParallelLinear):
         return self.post_norm(output), bias
 
 
+@dataclass(frozen=True)
+class LayerParts:
+    """The classes that a decoder layer is built of; their constructors take Megatron's arguments.
+
+    Attributes:
+        column_linear: Linear layer that is divided along its outputs.
+        row_linear: Linear layer that is divided along its inputs.
+        post_norm_row_linear: The same with a norm of the sum over tensor-parallel ranks.
+        norm: Norm over the hidden size. Queries and keys have `QKRMSNorm` always.
+    """
+
+    column_linear: type[Any]
+    row_linear: type[Any]
+    post_norm_row_linear: type[Any]
+    norm: type[Any]
+
+
+LOCAL_PARTS = LayerParts(
+    ColumnParallelLinear, RowParallelLinear, PostNormRowParallelLinear, RMSNorm
+)
+
+
+def transformer_engine_parts() -> LayerParts:
+    """Return Transformer Engine's linear layers and norm, as Megatron wraps them.
+
+    Norm and linear layer stay separate modules: in the fused one the norm's weight has another
+    name, and checkpoints would fit one implementation only. (It has not been run with Transformer
+    Engine yet.)
+
+    Raises:
+        RuntimeMismatch: Transformer Engine cannot be imported.
+    """
+    from megatron.core.extensions import transformer_engine as engine
+
+    if not engine.HAVE_TE:
+        raise RuntimeMismatch(
+            "model.transformer_impl is transformer_engine, but Transformer Engine cannot be "
+            "imported. Install it, or use model.transformer_impl: local."
+        )
+
+    class PostNormTERowParallelLinear(engine.TERowParallelLinear):
+        """As `PostNormRowParallelLinear`."""
+
+        def __init__(self, input_size: int, output_size: int, *, config: Any, **kwargs: Any):
+            super().__init__(input_size, output_size, config=config, **kwargs)
+            self.post_norm = engine.TENorm(config, output_size, config.layernorm_epsilon)
+
+        @override
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+            output, bias = super().forward(x)
+            return self.post_norm(output), bias
+
+    return LayerParts(
+        engine.TEColumnParallelLinear,
+        engine.TERowParallelLinear,
+        PostNormTERowParallelLinear,
+        engine.TENorm,
+    )
+
+
 def decoder_block_spec(
     num_layers: int,
     *,
     qk_layernorm: bool,
     post_layernorm: bool,
     attention_backend: AttentionBackend | None = None,
+    parts: LayerParts = LOCAL_PARTS,
 ) -> TransformerBlockSubmodules:
     """Return the specification of one pipeline stage's decoder layers.
 
@@ -105,15 +178,16 @@ def decoder_block_spec(
         post_layernorm: Normalise the branch outputs before the residual is added.
         attention_backend: Backend of attention; by default `DenseAttention`, whose layers take
             Megatron's boolean attention mask.
+        parts: Linear layers and norms.
     """
     backend = attention_backend or DenseAttention()
     qk_norm = QKRMSNorm if qk_layernorm else None
-    row_linear = PostNormRowParallelLinear if post_layernorm else RowParallelLinear
+    row_linear = parts.post_norm_row_linear if post_layernorm else parts.row_linear
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear,
+            linear_qkv=parts.column_linear,
             core_attention=partial(CoreAttention, backend=backend),
             linear_proj=row_linear,
             q_layernorm=qk_norm,
@@ -122,17 +196,17 @@ def decoder_block_spec(
     )
     mlp = ModuleSpec(
         module=MLP,
-        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=row_linear),
+        submodules=MLPSubmodules(linear_fc1=parts.column_linear, linear_fc2=row_linear),
     )
     layer = ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
+            input_layernorm=parts.norm,
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
+            pre_mlp_layernorm=parts.norm,
             mlp=mlp,
             mlp_bda=get_bias_dropout_add,
         ),
     )
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=parts.norm)

@@ -27,6 +27,7 @@ def changed(section: str, **keys: object) -> dict[str, object]:
         changed("inner", lr=0.01),
         changed("parallel", tensor_model_parallel_size=4),
         changed("model", init="megatron"),
+        changed("model", transformer_impl="transformer_engine"),
         changed("outer", lr={"kind": "linear", "start": 0.9, "end": 0.7, "rounds": 5}),
     ],
 )
