@@ -147,6 +147,13 @@ def recompute_is_complete(config: RunConfig, topology: Topology | None) -> Itera
             f"{training.recompute_num_layers} is more than the {layers} layers of a pipeline "
             f"stage.\nUse at most {layers}.",
         )
+    elif training.recompute_method == "uniform" and layers % training.recompute_num_layers:
+        yield Problem(
+            "training.recompute_num_layers",
+            f"chunks of {training.recompute_num_layers} do not divide the {layers} layers of a "
+            "pipeline stage, and Megatron would look for layers that are not there.\nUse a divisor "
+            f"of {layers}, or recompute_method: block.",
+        )
 
 
 def gather_overlap_needs_reduce_overlap(

@@ -240,6 +240,10 @@ OTHER_CASES = [
         ["training.recompute_granularity=full", "training.recompute_num_layers=5"],
         "training.recompute_num_layers: 5 is more than the 4 layers of a pipeline stage.",
     ),
+    (
+        ["training.recompute_granularity=full", "training.recompute_num_layers=3"],
+        "training.recompute_num_layers: chunks of 3 do not divide the 4 layers of a pipeline stage",
+    ),
     (["training.global_batch_size=8"], "Use 16."),
     (
         ["parallel.num_layers_in_first_pipeline_stage=2"],
