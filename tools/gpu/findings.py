@@ -82,7 +82,7 @@ ENTRIES = (
     Entry(
         "T8",
         "150M: settings that must not change the result, one after the other",
-        "equal in bits where the run is deterministic; loss falls",
+        "equal in bits, in deterministic runs; loss falls",
         f"{_H100}, without deterministic kernels",
     ),
     Entry("T9", "fused operations against plain ones", "within a rounding of bf16"),
