@@ -5,11 +5,7 @@ Saving describes the live tensors as Megatron's `ShardedTensor`s and the plain v
 live state. Where directories are, and when a new one becomes visible, is `store`'s part.
 """
 
-import os
-import warnings
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,26 +14,21 @@ from typing import Any
 import torch
 import yaml
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreLoadPlanner,
-    MCoreSavePlanner,
-    mcore_to_pyt_state_dict,
-)
 from torch import Tensor
-from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed import ProcessGroup
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
-from typing_extensions import override
 
+from megatron_muloco.checkpoint.directory import (
+    everywhere,
+    finish_directory,
+    missing_bytes,
+    read_tensors,
+)
 from megatron_muloco.checkpoint.layout import (
-    COMMON_FILE,
     CONFIG_FILE,
     FINAL_ANCHOR,
     STATE_FILE,
-    sync_directory,
     write_file,
 )
 from megatron_muloco.checkpoint.sharding import (
@@ -72,167 +63,15 @@ __all__ = [
     "Kinds",
     "describe",
     "digests_of",
-    "everywhere",
-    "finish_directory",
     "load_anchor",
     "load_run",
     "masters_differ",
-    "missing_bytes",
-    "read_tensors",
     "run_kinds",
     "sharded_kinds",
     "sharded_rng",
     "write_description",
-    "write_tensors",
 ]
 
-
-# ------------------------------------------------------------------------------------------
-# Tensors in one directory, in Megatron's torch_dist format.
-#
-# Megatron's own writer uses forked processes and a spawned manager, which let it save in the
-# background. A save that training waits for needs neither. They cost a second each, do not work in
-# daemonic ranks and require a main guard in the user's script. So Megatron's `ShardedTensor`
-# describes the tensors and Megatron's planner plans the write, but this process does the writing.
-# The parts of Megatron used here are the same in both supported versions, and so is the format:
-# each version reads what the other wrote.
-
-
-@contextmanager
-def everywhere(what: str, remedy: str) -> Iterator[None]:
-    """Turn a failure on any rank into the same `CheckpointError` on all ranks.
-
-    Args:
-        what: First words of the message, such as ``"the checkpoint X could not be written"``.
-        remedy: Last sentence of the message: what is still safe, and what to do.
-
-    Collectives: gathers one short text from every rank of the job when the body ends, so every rank
-    must enter and leave it. The body may contain a collective only if a rank that fails there still
-    takes part in it; torch's checkpoint functions do, because they agree on failures themselves.
-    """
-    message: str | None = None
-    try:
-        yield
-    except CheckpointError as error:  # its message is complete
-        message = str(error)
-    except CheckpointException as error:  # torch's: it lists the failures of all ranks
-        rank, (cause, _) = min(error.failures.items(), key=lambda item: item[0])
-        message = f"{what}: rank {rank}: {_describe(cause)}. {remedy}"
-    # Reading a damaged file can raise anything. A rank that left here alone would make the others
-    # wait in the next collective until its time limit.
-    except Exception as error:  # noqa: BLE001
-        message = f"{what}: rank {torch.distributed.get_rank()}: {_describe(error)}. {remedy}"
-    first = next((text for text in gather_objects(None, message) if text is not None), None)
-    if first is not None:
-        raise CheckpointError(first)
-
-
-def write_tensors(directory: Path, entries: Iterable[ShardedBase]) -> None:
-    """Write this rank's tensors and objects, and fsync them.
-
-    Exactly one rank must give each element of each key.
-
-    Collectives: torch's checkpoint planning gathers and scatters small objects over the whole job;
-    every rank calls it.
-    """
-    by_key: dict[str, list[ShardedBase]] = defaultdict(list)
-    for entry in entries:
-        key = entry.unique_key if isinstance(entry, ShardedObject) else entry.key
-        by_key[key].append(entry)
-    state_dict_saver.save(
-        mcore_to_pyt_state_dict(by_key),
-        storage_writer=FileSystemWriter(directory, sync_files=True),
-        planner=MCoreSavePlanner(flatten_state_dict=False),
-    )
-
-
-class _IndexedReader(FileSystemReader):
-    """torch's reader with an index that is already in memory."""
-
-    def __init__(self, directory: Path, index: Metadata) -> None:
-        super().__init__(directory)
-        self._index = index
-
-    @override
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Return the index."""
-        return self._index
-
-
-def read_tensors(directory: Path, index: Metadata, tensors: Sequence[ShardedTensor]) -> None:
-    """Fill the given tensors, each a slab of a stored tensor. No collectives.
-
-    Args:
-        directory: The checkpoint.
-        index: Its index: each tensor's chunks, and each chunk's place in a file.
-        tensors: The tensors to fill.
-
-    Raises:
-        KeyError: A key is not in the checkpoint.
-        CheckpointingException: Megatron's error for a shape that differs from the stored one.
-    """
-    if not tensors:
-        return
-    by_key: dict[str, list[ShardedTensor]] = defaultdict(list)
-    for tensor in tensors:
-        by_key[tensor.key].append(tensor)
-    planner = MCoreLoadPlanner(
-        shapes_validation_sharded_tensors=tensors,
-        flatten_state_dict=False,
-        flatten_sharded_tensors=False,
-    )
-    with warnings.catch_warnings():
-        # torch warns about no_dist, which is on purpose: reading needs no coordination, and a rank
-        # that fails must not leave the others in a collective; `everywhere` agrees on failures.
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        state_dict_loader.load(
-            mcore_to_pyt_state_dict(by_key, is_loading=True),
-            storage_reader=_IndexedReader(directory, index),
-            planner=planner,
-            no_dist=True,
-        )
-
-
-def finish_directory(directory: Path, common: dict[str, Any]) -> None:
-    """Write the small files that Megatron's loader expects. One rank calls it.
-
-    Args:
-        directory: Directory of the tensors.
-        common: Plain values that Megatron calls the common state.
-    """
-    torch.save(common, directory / COMMON_FILE)
-    save_config(CheckpointingConfig("torch_dist", 1), str(directory))
-    for name in (COMMON_FILE, "metadata.json"):
-        with (directory / name).open("rb") as stream:
-            os.fsync(stream.fileno())
-    sync_directory(directory)
-
-
-def missing_bytes(directory: Path, index: Metadata) -> list[str]:
-    """Return a phrase for each file of a checkpoint that is missing or too short."""
-    needed: dict[str, int] = defaultdict(int)
-    # The index names every stored byte range. A file may be longer than its last range, never
-    # shorter.
-    for place in index.storage_data.values():
-        needed[place.relative_path] = max(needed[place.relative_path], place.offset + place.length)
-    problems = []
-    for name, size in sorted(needed.items()):
-        path = directory / name
-        if not path.is_file():
-            problems.append(f"{name} is missing")
-        elif path.stat().st_size < size:
-            problems.append(f"{name} has {path.stat().st_size} bytes of {size}")
-    return problems
-
-
-def _describe(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    first = text[0] if text else ""
-    return first if isinstance(error, OSError) else f"{type(error).__name__}: {first}"
-
-
-# ------------------------------------------------------------------------------------------
-# The state of a run.
 
 Kinds = Mapping[str, Mapping[str, Tensor]]  # key prefix -> parameter name -> flat shard
 Wanted = Mapping[str, Sequence[str]]  # key prefix -> parameter names
@@ -325,7 +164,7 @@ def masters_differ(state: RunState) -> bool:
         )
         for name, anchor in state.anchors().items()
     )
-    return any(gather_objects(None, differs))
+    return any(gather_objects(state.groups.control, differs))
 
 
 def describe(
@@ -346,7 +185,7 @@ def describe(
     }
     if state.synchronizer is not None:
         own["synchronizer"] = state.synchronizer.scalars()
-    by_rank = gather_objects(None, own if groups.is_leader else None)
+    by_rank = gather_objects(groups.control, own if groups.is_leader else None)
     replicas = [entry for entry in by_rank if entry is not None]
     _check_shared(filter(is_shared, kinds), [replica["digests"] for replica in replicas])
     return Description(
@@ -410,12 +249,13 @@ def load_run(path: Path, into: RunState, space: ModelSpace) -> Description:
     Collectives: `ModelSpace` over dp x cp, digests over the replica, error agreement and parameter
     publication; every rank of the job calls it.
     """
-    with everywhere(f"the checkpoint {path} cannot be read", _REMEDY):
+    control = into.groups.control
+    with everywhere(control, f"the checkpoint {path} cannot be read", _REMEDY):
         description = read_description(path)
         _check_config(path, description, into)
-    index = _whole_index(path)
+    index = _whole_index(path, control)
     wanted = _wanted(description, index, into, space)
-    pieces = _read(path, index, wanted, space)
+    pieces = _read(path, index, wanted, space, control)
     own = description.replicas[into.groups.coords.replica]
     found = digests_of(into.groups, into.view.shards, pieces, space.device)
     _check_digests(path, found, own["digests"])
@@ -423,7 +263,7 @@ def load_run(path: Path, into: RunState, space: ModelSpace) -> Description:
     # Generator states belong to ranks. In another layout rank r does other work, so every rank
     # keeps the generators that it was started with.
     if description.topology == asdict(into.groups.topology):
-        _load_rng(path, index)
+        _load_rng(path, index, control)
     into.scalars.clear()
     into.scalars.update(description.scalars)
     into.view.publish()
@@ -451,9 +291,10 @@ def load_anchor(
     """
     if flushed and (path / FINAL_ANCHOR / STATE_FILE).is_file():
         path = path / FINAL_ANCHOR
-    with everywhere(f"the checkpoint {path} cannot be read", _REMEDY):
+    with everywhere(groups.control, f"the checkpoint {path} cannot be read", _REMEDY):
         description = read_description(path)
-    pieces = _read(path, _whole_index(path), {ANCHOR: list(view.infos)}, space)
+    index = _whole_index(path, groups.control)
+    pieces = _read(path, index, {ANCHOR: list(view.infos)}, space, groups.control)
     found = digests_of(groups, view.shards, pieces, space.device)
     _check_digests(path, found, {ANCHOR: description.anchor_digest})
     _fill(view, pieces[ANCHOR])
@@ -472,14 +313,14 @@ def _check_config(path: Path, description: Description, into: RunState) -> None:
         )
 
 
-def _whole_index(path: Path) -> Metadata:
+def _whole_index(path: Path, control: ProcessGroup) -> Metadata:
     """Return the index of a checkpoint, which rank 0 reads, after checking the sizes of its files.
 
     Collectives: agreement on errors, then rank 0 broadcasts the index to the job, some hundred
     bytes for each chunk.
     """
     index: Any = None
-    with everywhere(f"the checkpoint {path} cannot be read", _REMEDY):
+    with everywhere(control, f"the checkpoint {path} cannot be read", _REMEDY):
         if torch.distributed.get_rank() == 0:
             index = FileSystemReader(path).read_metadata()
             if problems := missing_bytes(path, index):
@@ -487,7 +328,7 @@ def _whole_index(path: Path) -> Metadata:
                     f"the checkpoint {path} is incomplete: {'; '.join(problems[:4])}"
                     f"{f' and {len(problems) - 4} more' if len(problems) > 4 else ''}. {_REMEDY}"
                 )
-    whole: Metadata = broadcast_object(index)
+    whole: Metadata = broadcast_object(control, index)
     return whole
 
 
@@ -515,7 +356,9 @@ def _wanted(
     return wanted
 
 
-def _read(path: Path, index: Metadata, wanted: Wanted, space: ModelSpace) -> Pieces:
+def _read(
+    path: Path, index: Metadata, wanted: Wanted, space: ModelSpace, control: ProcessGroup
+) -> Pieces:
     """Return key prefix -> name -> this rank's flat shard.
 
     Each stored chunk is read by one rank of a replica, or of all replicas where they share it.
@@ -538,7 +381,7 @@ def _read(path: Path, index: Metadata, wanted: Wanted, space: ModelSpace) -> Pie
         for part, values in found.items()
         for tensor in sharded_tensors(f"{prefix}.{part.name}", space.cut(part.name), part, values)
     ]
-    with everywhere(f"the checkpoint {path} cannot be read", _REMEDY):
+    with everywhere(control, f"the checkpoint {path} cannot be read", _REMEDY):
         read_tensors(path, index, tensors)
     return {prefix: space.scatter(read.pop(prefix), parts[prefix]) for prefix in wanted}
 
@@ -597,7 +440,7 @@ def _check_digests(path: Path, found: Mapping[str, str], saved: Mapping[str, str
             )
 
 
-def _load_rng(path: Path, index: Metadata) -> None:
+def _load_rng(path: Path, index: Metadata, control: ProcessGroup) -> None:
     """Restore this rank's generators if the checkpoint has all of their states.
 
     It has not when a run on CPUs resumes on GPUs, or the other way round.
@@ -606,7 +449,7 @@ def _load_rng(path: Path, index: Metadata) -> None:
     """
     states = {name: torch.empty_like(state) for name, state in rng_tensors().items()}
     keys = {rng_key(torch.distributed.get_rank(), name): state for name, state in states.items()}
-    with everywhere(f"the random number states in {path} cannot be read", _REMEDY):
+    with everywhere(control, f"the random number states in {path} cannot be read", _REMEDY):
         if keys.keys() <= index.state_dict_metadata.keys():
             tensors = [ShardedTensor.from_rank_offsets(key, state) for key, state in keys.items()]
             read_tensors(path, index, tensors)

@@ -24,11 +24,12 @@ from pathlib import Path
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedBase
+from torch.distributed import ProcessGroup
 
 from megatron_muloco.checkpoint import layout
+from megatron_muloco.checkpoint.directory import everywhere, write_tensors
 from megatron_muloco.checkpoint.io import (
     describe,
-    everywhere,
     load_anchor,
     load_run,
     masters_differ,
@@ -36,7 +37,6 @@ from megatron_muloco.checkpoint.io import (
     sharded_kinds,
     sharded_rng,
     write_description,
-    write_tensors,
 )
 from megatron_muloco.checkpoint.layout import Found
 from megatron_muloco.checkpoint.sharding import ModelSpace
@@ -63,6 +63,7 @@ class CheckpointStore:
     def __init__(self, directory: Path, groups: Groups, *, keep: int = 2) -> None:
         self.directory, self.keep = directory, keep
         self._groups, self._device = groups, training_device()
+        self._control = groups.control
 
     def latest(self) -> Found | None:
         """Return the checkpoint to resume from and a note for the user; ``None`` if there is none.
@@ -73,10 +74,12 @@ class CheckpointStore:
         Collectives: agreement on errors, then rank 0 broadcasts one small object to the job.
         """
         found: Found | None = None
-        with everywhere(f"{self.directory} cannot be read", "Check that all ranks may read it."):
+        with everywhere(
+            self._control, f"{self.directory} cannot be read", "Check that all ranks may read it."
+        ):
             if _first_rank():
                 found = layout.find_latest(self.directory)
-        return broadcast_object(found)
+        return broadcast_object(self._control, found)
 
     def has(self, step: int) -> bool:
         """Whether the checkpoint of ``step`` is published, as rank 0 sees it.
@@ -84,7 +87,8 @@ class CheckpointStore:
         Collectives: rank 0 broadcasts one flag to the job; every rank calls it.
         """
         return broadcast_object(
-            _first_rank() and layout.checkpoint_path(self.directory, step).is_dir()
+            self._control,
+            _first_rank() and layout.checkpoint_path(self.directory, step).is_dir(),
         )
 
     def save(self, step: int, state: RunState) -> Path:
@@ -106,8 +110,10 @@ class CheckpointStore:
             path,
             chain(sharded_kinds(kinds, self._space(state.view)), sharded_rng()),
             lambda temporary: write_description(temporary, description),
+            self._control,
         )
         with everywhere(
+            self._control,
             f"the checkpoint {path} is complete, but {self.directory} could not be updated",
             f"Resume with checkpoint.resume: {path}, or free space and save again.",
         ):
@@ -135,16 +141,17 @@ class CheckpointStore:
             target,
             sharded_kinds(kinds, self._space(state.view)),
             lambda temporary: write_description(temporary, description),
+            self._control,
         )
         return target
 
     def load(self, path: Path, into: RunState) -> Description:
         """Overwrite the live state with that of a checkpoint; see `load_run`."""
-        return load_run(_resolved(path), into, self._space(into.view))
+        return load_run(_resolved(path, self._control), into, self._space(into.view))
 
     def load_anchor(self, path: Path, view: Masters, *, flushed: bool = True) -> Description:
         """Set masters and model parameters to the anchor of a checkpoint; see `load_anchor`."""
-        path = _resolved(path)
+        path = _resolved(path, self._control)
         return load_anchor(path, self._groups, view, self._space(view), flushed=flushed)
 
     def _space(self, view: Masters) -> ModelSpace:
@@ -152,7 +159,10 @@ class CheckpointStore:
 
 
 def _write_published(
-    path: Path, entries: Iterable[ShardedBase], describe_in: Callable[[Path], None]
+    path: Path,
+    entries: Iterable[ShardedBase],
+    describe_in: Callable[[Path], None],
+    control: ProcessGroup,
 ) -> None:
     """Write a directory under a temporary name and rename it when it is complete.
 
@@ -161,6 +171,7 @@ def _write_published(
         entries: Tensors that this rank writes; exhausted inside, on all ranks at the same point.
         describe_in: Function that writes the small files into the temporary directory; rank 0
             calls it.
+        control: `Groups.control`.
 
     Raises:
         CheckpointError: On every rank, if any of them failed; ``path`` is then as it was.
@@ -174,15 +185,15 @@ def _write_published(
     )
     temporary = layout.temporary_path(path)
     try:
-        with everywhere(what, remedy):
+        with everywhere(control, what, remedy):
             if _first_rank():
                 layout.begin(path)
         # Outside of `everywhere`: ``entries`` gathers over dp x cp, and a rank that failed inside
         # would leave the others there. No rank writes before rank 0 has made the directory.
         collected = list(entries)
-        with everywhere(what, remedy):
-            write_tensors(temporary, collected)
-        with everywhere(what, remedy):
+        with everywhere(control, what, remedy):
+            write_tensors(temporary, collected, control=control)
+        with everywhere(control, what, remedy):
             if _first_rank():
                 # Reached only if every rank has written and synced its tensors.
                 describe_in(temporary)
@@ -193,16 +204,16 @@ def _write_published(
         raise
 
 
-def _resolved(path: Path) -> Path:
+def _resolved(path: Path, control: ProcessGroup) -> Path:
     """Return the checkpoint that ``path`` means, as rank 0 sees it.
 
     Collectives: agreement on errors, then rank 0 broadcasts one path to the job.
     """
     found = path
-    with everywhere(f"{path} cannot be read", "Check that all ranks may read it."):
+    with everywhere(control, f"{path} cannot be read", "Check that all ranks may read it."):
         if _first_rank():
             found = layout.resolve(path)
-    return broadcast_object(found)
+    return broadcast_object(control, found)
 
 
 def _first_rank() -> bool:

@@ -373,28 +373,32 @@ def gather_objects(group: ProcessGroup | None, value: Value) -> list[Value]:
     """Return the ``value`` of every rank of ``group``, in the order of its ranks.
 
     Args:
-        group: A process group; ``None`` for the whole job.
+        group: A process group; `Groups.control` for the whole job.
         value: Any picklable object; ranks may give objects of different sizes.
 
-    Collectives: an all-gather of the sizes and one of the pickled values over ``group``; each rank
-    receives group size times the bytes of the largest value. Every rank of ``group`` calls it.
+    Collectives: an all-gather of the sizes and one of the pickled values over ``group``, none for a
+    group of one rank; each rank receives group size times the bytes of the largest value. Every
+    rank of ``group`` calls it.
     """
+    if torch.distributed.get_world_size(group) == 1:
+        return [value]
     gathered: list[Any] = [None] * torch.distributed.get_world_size(group)
     torch.distributed.all_gather_object(gathered, value, group=group)
     return gathered
 
 
-def broadcast_object(value: Value) -> Value:
+def broadcast_object(control: ProcessGroup, value: Value) -> Value:
     """Return rank 0's ``value`` on every rank of the job.
 
     Args:
+        control: `Groups.control`.
         value: Any picklable object on rank 0; ignored on other ranks.
 
     Collectives: a broadcast of the size and one of the pickled value over the job; every rank of
     the job calls it.
     """
     values = [value]
-    torch.distributed.broadcast_object_list(values, src=0)
+    torch.distributed.broadcast_object_list(values, src=0, group=control)
     return values[0]
 
 
@@ -432,9 +436,9 @@ def sum_over(group: ProcessGroup, tensor: Tensor) -> Tensor:
     return total
 
 
-def barrier() -> None:
-    """Return when every rank of the job has called it."""
-    torch.distributed.barrier()
+def barrier(control: ProcessGroup) -> None:
+    """Return when every rank of the job has called it with its `Groups.control`."""
+    torch.distributed.barrier(group=control)
 
 
 def job_store() -> Any:

@@ -15,7 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_muloco.topology import Axis, Coords, Topology
 
-__all__ = ["Groups", "build_groups"]
+__all__ = ["Groups", "build_control", "build_groups", "groups_made"]
 
 # Field of ProcessGroupCollection -> axes that vary inside the group. There are no experts, so the
 # expert-parallel group has one rank and the expert fields repeat the dense ones.
@@ -71,6 +71,8 @@ class Groups:
             rank.
         stage: The tp x cp x dp ranks of this pipeline stage of this replica.
         replica: All ranks of this replica.
+        control: All ranks of the job, with a host backend and a time limit of its own, for small
+            objects: agreements, checkpoint planning, the end of the job.
     """
 
     topology: Topology
@@ -80,6 +82,7 @@ class Groups:
     exchange: Any
     stage: Any
     replica: Any
+    control: Any
 
     @property
     def is_leader(self) -> bool:
@@ -152,9 +155,32 @@ class _GroupBuilder:
         return torch.distributed.new_group(list(ranks), **options, use_local_synchronization=True)
 
 
+def build_control(timeout: timedelta) -> Any:
+    """Create the group of `Groups.control`.
+
+    Over NCCL such messages would be device tensors, and a gather to rank 0 would open a connection
+    to every rank. They also wait for file systems, longer than a training step may wait.
+
+    Collectives: every rank of the job calls it at the same point.
+
+    Args:
+        timeout: Time limit of a message.
+    """
+    return torch.distributed.new_group(backend="gloo", timeout=timeout)
+
+
+def groups_made() -> int:
+    """Return how many process groups this process is in, the default group included.
+
+    torch gives no public access to it, but derives the names of new groups from it.
+    """
+    return len(torch.distributed.distributed_c10d._world.pg_names)
+
+
 def build_groups(
     topology: Topology,
     *,
+    control: Any,
     timeout: timedelta,
     backend: str | None = None,
     exchange_backend: str | None = None,
@@ -167,10 +193,11 @@ def build_groups(
     of the job, for the pairs of its first and last stage.
 
     Collectives: every rank of the job must call it at the same point, because the groups must be
-    created in the same order everywhere. All ranks must have created equally many groups before.
+    created in the same order everywhere. `groups_made` must be the same on all ranks before.
 
     Args:
         topology: Topology of the job; its size must be the world size.
+        control: What `build_control` returned.
         timeout: Time limit of a collective in these groups. Torch's default of 30 minutes would
             hide a dead peer for too long.
         backend: Backend of the groups; ``None`` takes that of the default group.
@@ -211,4 +238,5 @@ def build_groups(
         exchange=exchange,
         stage=stage,
         replica=replica,
+        control=control,
     )

@@ -245,6 +245,11 @@ class TrainingConfig(Section):
     distributed_timeout_minutes: PositiveInt = Field(
         10, description="Minutes after which an unfinished collective ends the run."
     )
+    control_timeout_minutes: PositiveInt = Field(
+        60,
+        description="The same limit for the small messages of start-up and checkpoints, which wait "
+        "for ranks that read and write files.",
+    )
 
 
 class CheckpointConfig(Section):

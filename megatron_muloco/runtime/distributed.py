@@ -10,12 +10,15 @@ import warnings
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
 from megatron_muloco.errors import RuntimeMismatch
 from megatron_muloco.runtime.ranks import RankInfo, discover_ranks
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = [
     "hide_unwanted_gpus",
@@ -227,8 +230,11 @@ def _meet(ranks: RankInfo, backend: str, timeout: timedelta) -> None:
     )
 
 
-def shutdown() -> None:
+def shutdown(control: "ProcessGroup") -> None:
     """Leave the job after a clean end.
+
+    Args:
+        control: `Groups.control`.
 
     Never call it while an error propagates: the barrier would wait for ranks that have failed.
 
@@ -239,5 +245,5 @@ def shutdown() -> None:
     from megatron_muloco.comm.collectives import barrier
 
     if torch.distributed.is_initialized():
-        barrier()
+        barrier(control)
         torch.distributed.destroy_process_group()

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from megatron_muloco.checkpoint.io import everywhere
+from megatron_muloco.checkpoint.directory import everywhere
 from megatron_muloco.checkpoint.state import Description, RunState, residual_changes
 from megatron_muloco.checkpoint.store import CheckpointStore
 from megatron_muloco.comm.collectives import gather_objects, job_store
@@ -395,7 +396,7 @@ def _resume(
     """
     try:
         description = store.load(path, state)
-        _require_loaded(path, model, optimizer)
+        _require_loaded(path, model, optimizer, state.groups.control)
     except CheckpointError as error:
         raise ConfigError(f"checkpoint.resume: {error}") from error
     step = description.step
@@ -410,7 +411,7 @@ def _resume(
 
 
 def _require_loaded(
-    path: Path, model: DistributedDataParallel, optimizer: ReplicaOptimizer
+    path: Path, model: DistributedDataParallel, optimizer: ReplicaOptimizer, control: ProcessGroup
 ) -> None:
     """Raise CheckpointError on all ranks if a load left poison in any tensor of any rank.
 
@@ -419,7 +420,7 @@ def _require_loaded(
     """
     what = f"the checkpoint {path} could not be loaded"
     remedy = "Resume from an older checkpoint (checkpoint.resume: <directory>)."
-    with optimizer.view.gathered(), everywhere(what, remedy):
+    with optimizer.view.gathered(), everywhere(control, what, remedy):
         tensors: dict[str, Tensor] = dict(model.module.named_parameters())
         tensors |= {f"master of {name}": t for name, t in optimizer.view.masters.items()}
         for moment, found in optimizer.inner.named_state().items():

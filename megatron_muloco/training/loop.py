@@ -58,7 +58,7 @@ def run(config: RunConfig, stop: StopRequest) -> Outcome:
     if context.profiler is not None:
         context.profiler.close()
     context.monitor.close(outcome.value)
-    shutdown()
+    shutdown(context.groups.control)
     return outcome
 
 

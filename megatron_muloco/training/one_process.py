@@ -23,7 +23,7 @@ import torch
 
 from megatron_muloco.checkpoint.io import digests_of
 from megatron_muloco.checkpoint.state import ANCHOR
-from megatron_muloco.comm.groups import Groups, build_groups
+from megatron_muloco.comm.groups import Groups, build_control, build_groups
 from megatron_muloco.comm.in_process import InProcessGroup, run_in_turns
 from megatron_muloco.config import RunConfig
 from megatron_muloco.config.derived import smallest_topology
@@ -194,7 +194,8 @@ def _start(config: RunConfig) -> tuple[Topology, Groups]:
     topology = smallest_topology(config)
     check(config, topology)
     one_rank = Topology(num_replicas=1, tensor=1, pipeline=1, data=1)
-    alone = build_groups(one_rank, timeout=timeout)
+    control = build_control(timedelta(minutes=config.training.control_timeout_minutes))
+    alone = build_groups(one_rank, control=control, timeout=timeout)
     mirror_groups(alone)
     return topology, alone
 

@@ -1,6 +1,7 @@
 """Checkpoints of a real tiny model: stopped and resumed is never stopped, on any layout."""
 
 import time
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -213,3 +214,44 @@ def test_the_flushed_anchor_is_stored_beside_the_state_before_it(tmp_path: Path)
     sections = {"parallel": {"num_replicas": 2}, "training": {"train_iters": 3}}
     for final, unflushed, _ in run_ranks(flush_and_store, 2, tmp_path, sections):
         assert not torch.equal(final, unflushed)
+
+
+OBJECT_COLLECTIVES = (
+    "all_gather_object",
+    "broadcast_object_list",
+    "gather_object",
+    "scatter_object_list",
+)
+
+
+def messages(directory: Path) -> list[str]:
+    """Save and load; return the object collectives that are not over groups of the package."""
+    outside: list[str] = []
+    control = set()
+
+    def spy(name: str) -> Any:
+        original = getattr(torch.distributed, name)
+
+        def call(*args: Any, group: Any = None, **kwargs: Any) -> Any:
+            if group in (None, torch.distributed.group.WORLD):
+                outside.append(name)
+            elif group.size() == torch.distributed.get_world_size():
+                control.add(group)
+            return original(*args, group=group, **kwargs)
+
+        return mock.patch.object(torch.distributed, name, call)
+
+    with ExitStack() as stack:
+        for name in OBJECT_COLLECTIVES:
+            stack.enter_context(spy(name))
+        run = started({"parallel": {"num_replicas": 2}, "inner": MUON})
+        path = store_of(run, directory).save(1, state_of(run))
+        store_of(run, directory).load(path, state_of(run))
+    assert control == {run.groups.control}
+    finish_tiny()
+    return outside
+
+
+def test_no_small_message_uses_the_default_group(tmp_path: Path) -> None:
+    for outside in run_ranks(messages, 4, tmp_path, timeout_s=240):
+        assert outside == []

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_muloco.comm.groups import Groups, build_groups
+from megatron_muloco.comm.groups import Groups, build_control, build_groups
 from megatron_muloco.topology import Topology
 
 LAYOUTS = {
@@ -52,7 +52,7 @@ def _made_by(
 
     monkeypatch.setattr(torch.distributed, "new_group", new_group)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
-    return build_groups(topology, timeout=timedelta(minutes=10), **options), calls
+    return build_groups(topology, control=None, timeout=timedelta(minutes=10), **options), calls
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -121,3 +121,12 @@ def test_pseudogradients_in_host_memory_have_a_communicator_of_their_own(
     )
     assert groups.exchange is not groups.outer
     assert [call.ranks for call in calls if call.backend == "gloo"] == [groups.outer.ranks]
+
+
+def test_small_messages_have_a_host_backend_and_a_limit_of_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: dict[str, Any] = {}
+    monkeypatch.setattr(torch.distributed, "new_group", lambda **given: made.update(given))
+    build_control(timedelta(minutes=60))
+    assert made == {"backend": "gloo", "timeout": timedelta(minutes=60)}
