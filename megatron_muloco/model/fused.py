@@ -45,15 +45,14 @@ class Fusions:
         cross_entropy: The loss is a few compiled kernels and one collective fewer over tensor
             ranks. Its gradient is bf16.
         rotary: Cosines and sines of the rotary embedding are computed once (`cached`), and the
-            rotation is one kernel as well (`compiled`). Transformer Engine's kernel is used where
-            it can be imported.
+            rotation is one kernel as well (`compiled`); or the kernel is Transformer Engine's.
         notes: Why parts are not fused that could be on this device.
     """
 
     weight_gradients: bool = False
     swiglu: bool = False
     cross_entropy: bool = False
-    rotary: Literal["", "cached", "compiled"] = ""
+    rotary: Literal["", "cached", "compiled", "Transformer Engine"] = ""
     notes: tuple[str, ...] = ()
 
     def line(self) -> str:
@@ -93,12 +92,16 @@ def choose_fusions(training: TrainingConfig, device: torch.device) -> Fusions:
     compiles = can_compile()
     if not compiles:
         notes.append("nothing is compiled: triton or a C compiler is missing")
+    rotary: Literal["cached", "compiled", "Transformer Engine"]
+    rotary = "compiled" if compiles else "cached"
+    if not isinstance(rope_utils.fused_apply_rotary_pos_emb, RotaryKernel | None):
+        rotary = "Transformer Engine"
     return Fusions(
         weight_gradients=product,
         swiglu=compiles,
         # Compiled sums depend on block sizes, which some versions of torch choose by timing.
         cross_entropy=compiles and training.precision == "bf16" and not training.deterministic,
-        rotary="compiled" if compiles else "cached",
+        rotary=rotary,
         notes=tuple(notes),
     )
 

@@ -16,6 +16,7 @@ from megatron_muloco.model.fused import (
     accumulate_product,
     can_accumulate,
     choose_fusions,
+    install,
 )
 from megatron_muloco.runtime.megatron import wrap_data_parallel
 from megatron_muloco.training.forward import ForwardBackward
@@ -111,7 +112,8 @@ PAIR: dict[str, Case] = {
 @pytest.fixture(scope="module")
 def alone() -> dict[str, list[Result]]:
     """Return the results of all cases of one rank."""
-    return run_ranks(_compare, 1, ALONE)[0]
+    (results,) = run_ranks(_compare, 1, ALONE)
+    return dict(results)
 
 
 def assert_close(got: Result, expected: Result, bound: float, what: str) -> None:
@@ -175,9 +177,14 @@ def test_rotation_has_the_bits_of_megatrons(dtype: torch.dtype) -> None:
 
 
 def test_the_table_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
+    calls: list[torch.Tensor] = []
     cosine = torch.cos
-    monkeypatch.setattr(torch, "cos", lambda x: calls.append(0) or cosine(x))
+
+    def counted(x: torch.Tensor) -> torch.Tensor:
+        calls.append(x)
+        return cosine(x)
+
+    monkeypatch.setattr(torch, "cos", counted)
     kernel = RotaryKernel(compiled=False)
     angles, x = torch.zeros(4, 1, 1, 8), torch.ones(4, 2, 3, 8)
     for _ in range(3):
@@ -239,6 +246,19 @@ def test_what_is_fused_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not choose_fusions(same, CUDA).cross_entropy  # its sums are compiled
     none = tiny_config(training={"precision": "bf16", "fusions": "none"}).training
     assert choose_fusions(none, CUDA) == UNFUSED
+
+
+def test_the_rotary_kernel_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_muloco.model.fused.can_accumulate", lambda device: True)
+    monkeypatch.setattr(layers, "_grad_accum_fusion_available", True)
+    training = tiny_config().training
+    for kernel, name in ((len, "Transformer Engine"), (RotaryKernel(compiled=False), "cached")):
+        monkeypatch.setattr(rope_utils, "fused_apply_rotary_pos_emb", kernel)
+        monkeypatch.setattr("megatron_muloco.model.fused.can_compile", lambda: False)
+        chosen = choose_fusions(training, CUDA)
+        assert f"RoPE ({name})" in chosen.line()
+        install(chosen)
+        assert rope_utils.fused_apply_rotary_pos_emb is kernel  # what is there stays
 
 
 def test_nothing_is_fused_on_a_cpu() -> None:
