@@ -12,7 +12,12 @@ from torch import Tensor
 
 from megatron_muloco.checkpoint.sharding import digest_sum
 from megatron_muloco.config.schema import TrainingConfig
-from megatron_muloco.model.fused import accumulate_product, choose_fusions
+from megatron_muloco.model.fused import (
+    RotaryKernel,
+    accumulate_product,
+    can_compile,
+    choose_fusions,
+)
 from megatron_muloco.outer.diagnostics import PseudogradientSketch, cosines, gram
 from megatron_muloco.outer.guard import local_statistics
 from megatron_muloco.outer.optimizer import (
@@ -24,6 +29,7 @@ from megatron_muloco.outer.optimizer import (
     pseudogradient,
 )
 from megatron_muloco.params import ParamInfo, Shard
+from megatron_muloco.runtime.megatron import norm_of_all
 from tools.gpu.findings import Finding
 
 __all__ = ["fusions", "outer_parts"]
@@ -196,7 +202,7 @@ def fusions(device: torch.device) -> list[Finding]:
                 errors[0] <= bound and errors[0] <= 2 * errors[1],
             )
         )
-    return [*findings, _activation(device)]
+    return [*findings, _activation(device), _rotation(device), _norm(device)]
 
 
 def _activation(device: torch.device) -> Finding:
@@ -221,3 +227,39 @@ def _activation(device: torch.device) -> Finding:
         f"error {errors[0]:.1e} forward, {errors[1]:.1e} backward, {bound:.1e} allowed",
         max(errors) <= bound,
     )
+
+
+def _rotation(device: torch.device) -> Finding:
+    """Compare the rotation of queries with fp64, forward and backward; it is compiled on a GPU."""
+    kernel = RotaryKernel(compiled=device.type == "cuda" and can_compile())
+    rates = 500_000.0 ** -(torch.arange(64, device=device) / 64)
+    angles = torch.arange(512, device=device).outer(rates).repeat(1, 2)[:, None, None]
+    values = torch.randn(512, 2, 3, 128, device=device).to(torch.bfloat16).requires_grad_()
+    fused = kernel(values, angles, interleaved=False)
+    gradient = torch.randn_like(fused)
+    (ours,) = torch.autograd.grad(fused, values, gradient)
+    wide = values.detach().double().requires_grad_()
+    first, second = wide.chunk(2, -1)
+    turned = torch.cat((-second, first), -1)
+    plain = wide * angles.double().cos() + turned * angles.double().sin()
+    (theirs,) = torch.autograd.grad(plain, wide, gradient.double())
+    errors = [
+        float((a.double() - b).norm() / b.norm()) for a, b in ((fused, plain), (ours, theirs))
+    ]
+    bound = 2 * ULP[torch.bfloat16]
+    return Finding(
+        "T9",
+        "RoPE, bf16",
+        f"error {errors[0]:.1e} forward, {errors[1]:.1e} backward, {bound:.1e} allowed",
+        max(errors) <= bound,
+    )
+
+
+def _norm(device: torch.device) -> Finding:
+    """Compare the norm of many gradients with fp64."""
+    tensors = [torch.randn(1 + 9973 * index, device=device) for index in range(40)]
+    norm, _ = norm_of_all(0, torch.zeros(1, device=device), [tensors], False)
+    exact = torch.stack([each.double().square().sum() for each in tensors]).sum().sqrt()
+    error = abs(float(norm[0]) / float(exact) - 1)
+    bound = 64 * ULP[torch.float32]  # squares are added in blocks, which are added in turn
+    return Finding("T9", "gradient norm", f"error {error:.1e}, {bound:.1e} allowed", error <= bound)
