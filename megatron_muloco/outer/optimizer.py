@@ -14,6 +14,7 @@ its weight, u the outer momentum::
 a shard gets the same bits as the whole tensor would.
 """
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -35,6 +36,7 @@ __all__ = [
     "check_names",
     "copy_to",
     "overwrite",
+    "pin_while_used",
     "pseudogradient",
 ]
 
@@ -203,7 +205,8 @@ class AnchorState:
     """Anchor theta and outer momentum u of one rank's shards, by name, flat fp32.
 
     The state lives on the masters' device or in host memory. From host memory one shard at a time
-    is copied to the masters' device for its step, so the arithmetic and all bits are the same.
+    is copied to the masters' device for its step, so the arithmetic and all bits are the same. All
+    tensors are views of one block, 8 bytes a value.
 
     Args:
         masters: Parameters that the run starts from. They are copied, because masters may be views
@@ -218,10 +221,21 @@ class AnchorState:
 
     def __init__(self, masters: Mapping[str, Tensor], device: torch.device) -> None:
         self.device = device
-        self.anchor = {name: copy_to(device, local) for name, local in masters.items()}
-        self.momentum = {
-            name: copy_to(device, torch.zeros_like(local)) for name, local in masters.items()
+        sizes = [local.numel() for local in masters.values()]
+        both = torch.zeros(2, sum(sizes), dtype=torch.float32, device=device)
+        # A rank without shards has nothing to pin, and CUDA refuses an empty range.
+        if device.type == "cpu" and any(local.is_cuda for local in masters.values()):
+            pin_while_used(self, both)
+        anchor, momentum = (
+            dict(zip(masters, row.split(sizes), strict=True)) for row in both.unbind()
+        )
+        self.anchor: dict[str, Tensor] = {
+            name: anchor[name].view_as(local) for name, local in masters.items()
         }
+        self.momentum: dict[str, Tensor] = {
+            name: momentum[name].view_as(local) for name, local in masters.items()
+        }
+        overwrite(self.anchor, masters)
 
     def anchor_on(self, device: torch.device, name: str) -> Tensor:
         """Return one shard's anchor on ``device``: the stored tensor itself if it is there."""
@@ -262,6 +276,28 @@ def copy_to(device: torch.device, tensor: Tensor) -> Tensor:
     pin = device.type == "cpu" and tensor.device.type == "cuda"
     copy = torch.empty(tensor.shape, dtype=torch.float32, device=device, pin_memory=pin)
     return copy.copy_(tensor.detach())
+
+
+_PORTABLE = 1  # cudaHostRegisterPortable: pinned for every CUDA context of the process
+
+
+def pin_while_used(owner: object, block: Tensor) -> None:
+    """Lock the pages of host memory, so that GPUs copy it directly, until ``owner`` is gone.
+
+    (CUDA only; this way of pinning has not run on a GPU.)
+    """
+    # torch's pinned allocator rounds every block up to a power of two, in the worst case to twice
+    # its size. Registering memory that was allocated as usual adds no byte.
+    torch.cuda.check_error(
+        torch.cuda.cudart().cudaHostRegister(block.data_ptr(), block.nbytes, _PORTABLE)
+    )
+    # The arguments keep the block alive, so it is never freed while it is registered.
+    release = weakref.finalize(owner, _unpin, block)
+    release.atexit = False  # CUDA may be gone by then, and the process frees everything
+
+
+def _unpin(block: Tensor) -> None:
+    torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(block.data_ptr()))
 
 
 @torch.no_grad()

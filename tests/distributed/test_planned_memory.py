@@ -10,7 +10,7 @@ from megatron_muloco.config import RunConfig
 from megatron_muloco.config.derived import topology_of
 from megatron_muloco.planning.memory import memory_plan
 from tests.support.spawn import run_ranks
-from tests.support.tiny_models import MUON, finish_tiny, start_tiny, tiny_config
+from tests.support.tiny_models import MUON, NESTEROV, finish_tiny, start_tiny, tiny_config
 
 # Sizes (tp, pp, dp, replicas), and sections of the config.
 CASES: dict[str, tuple[tuple[int, int, int, int], dict[str, Any]]] = {
@@ -23,6 +23,10 @@ CASES: dict[str, tuple[tuple[int, int, int, int], dict[str, Any]]] = {
         {"training": {"precision": "bf16", "accumulate_dtype": "bf16"}},
     ),
     "two-replicas": ((1, 1, 1, 2), {"inner": MUON}),
+    "outer-state-on-host": (
+        (1, 1, 1, 1),
+        {"outer": {**NESTEROV, "state_device": "cpu"}},
+    ),
 }
 
 
@@ -100,3 +104,5 @@ def test_planned_rows_are_the_tensors_of_a_run(world: int) -> None:
         fullest = max((of[index] for of in by_rank), key=lambda found: sum(found.values()))
         planned = {kind: getattr(plan, kind) for kind in fullest}
         assert fullest == pytest.approx(planned, rel=0.05), name
+        if plan.outer_on_host:
+            assert fullest["outer_state"] == plan.host, name

@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_muloco.outer.optimizer import Additive, Mix, OuterNesterov, pseudogradient
+from megatron_muloco.outer.optimizer import (
+    Additive,
+    AnchorState,
+    Mix,
+    OuterNesterov,
+    pin_while_used,
+    pseudogradient,
+)
 from tests.support.tensors import assert_close, assert_equal, integer_tensor
 
 
@@ -103,3 +110,56 @@ def test_additive_keeps_the_progress_since_the_launch() -> None:
     local, anchor, at_launch = torch.tensor([7.0]), torch.tensor([10.0]), torch.tensor([5.0])
     Additive().merge(local, anchor, at_launch)
     assert local.item() == 12.0
+
+
+# ---- the anchor's memory -------------------------------------------------------------------------
+
+
+def test_the_anchor_state_has_8_bytes_a_value() -> None:
+    # Sizes of which none is a power of two: a pinned block for each would be rounded up.
+    masters = {
+        "a": integer_tensor(1000, seed=1),
+        "b": integer_tensor(129, seed=2),
+        "c": integer_tensor(7, seed=3),
+    }
+    state = AnchorState(masters, torch.device("cpu"))
+    blocks = {
+        tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes()
+        for tensor in (*state.anchor.values(), *state.momentum.values())
+    }
+    assert sum(blocks.values()) == 8 * (1000 + 129 + 7)
+    for name, local in masters.items():
+        assert_equal(state.anchor[name], local)
+        assert_equal(state.momentum[name], torch.zeros_like(local))
+    state.anchor["a"].add_(1)
+    assert_equal(state.anchor["b"], masters["b"])  # tensors do not overlap
+    assert_equal(state.momentum["a"], torch.zeros(1000))
+    assert AnchorState({}, torch.device("cpu")).anchor == {}  # a rank without shards
+
+
+def test_pinned_memory_is_released_with_its_owner(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, int]] = []
+
+    class Runtime:
+        """Replacement for the CUDA runtime, which CPU builds of torch lack."""
+
+        def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+            calls.append(("pin", size))
+            return 0
+
+        def cudaHostUnregister(self, address: int) -> int:
+            calls.append(("unpin", address))
+            return 0
+
+    class Owner:
+        pass
+
+    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    monkeypatch.setattr(torch.cuda, "check_error", lambda code: None)
+    owner, block = Owner(), torch.zeros(2, 1129)
+    pin_while_used(owner, block)
+    assert calls == [("pin", 2 * 1129 * 4)]
+    address = block.data_ptr()
+    del block
+    del owner
+    assert calls[1:] == [("unpin", address)]
