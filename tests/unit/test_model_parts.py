@@ -15,6 +15,7 @@ from megatron_muloco.model.attention import (
     SequenceSlice,
     document_mask,
 )
+from megatron_muloco.model.initialise import has_poison, poison
 from megatron_muloco.model.layer_spec import QKRMSNorm, RMSNorm
 
 END = 9
@@ -112,3 +113,23 @@ def test_only_norms_of_whole_tokens_follow_the_sequence() -> None:
     config: Any = SimpleNamespace(params_dtype=torch.float32, sequence_parallel=True)
     assert RMSNorm(config, 8, 1e-6).weight.sequence_parallel is True
     assert QKRMSNorm(config, 8, 1e-6).weight.sequence_parallel is False
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_poison_is_a_nan_that_no_arithmetic_makes(dtype: torch.dtype) -> None:
+    poisoned = poison(torch.zeros(3, dtype=dtype))
+    assert poisoned.isnan().all()
+    assert has_poison(poisoned.float()), "a master is made of a bf16 parameter"
+    filled = torch.ones(3, dtype=dtype)
+    assert not has_poison(filled)
+    filled[2] = poisoned[0]
+    assert has_poison(filled)
+    zero, infinite = torch.zeros(3, dtype=dtype), torch.full((3,), torch.inf, dtype=dtype)
+    for made in (
+        zero / zero,
+        infinite - infinite,
+        zero * infinite,
+        torch.full_like(zero, torch.nan),
+    ):
+        assert made.isnan().all()
+        assert not has_poison(made)
