@@ -117,19 +117,23 @@ def _digest(numel: int, device: torch.device) -> Finding:
     info = ParamInfo.from_name("decoder.final_layernorm.weight", (numel,), None)
     shard = Shard(info, 0, numel)
     values = _values(numel, 1, device)
-    found, expected = (
-        int(digest_sum([(shard, each)], tensor_rank=0, tensor_size=1))
-        for each in (values, values.cpu())
-    )
+
+    def digest(given: Tensor, place: torch.device) -> int:
+        return int(digest_sum([(shard, given)], tensor_rank=0, tensor_size=1, device=place))
+
+    cpu = torch.device("cpu")
+    found, expected = digest(values, device), digest(values.cpu(), cpu)
+    moved = digest(values.cpu(), device)
     changed = values.clone()
     changed[numel // 2] *= 1 + ULP[torch.float32]
-    other = int(digest_sum([(shard, changed)], tensor_rank=0, tensor_size=1))
+    shows = digest(changed, device) != found
+    same = found == expected == moved
     return Finding(
         "T2",
         f"digest of {numel:,} values",
-        f"{'equal to' if found == expected else 'DIFFERENT from'} the CPU's; one changed bit "
-        f"{'shows' if other != found else 'DOES NOT SHOW'}",
-        found == expected and other != found,
+        f"{'equal to' if same else 'DIFFERENT from'} the CPU's, also of values in host memory; "
+        f"one changed bit {'shows' if shows else 'DOES NOT SHOW'}",
+        same and shows,
     )
 
 
