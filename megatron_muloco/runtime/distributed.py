@@ -26,6 +26,7 @@ __all__ = [
     "shutdown",
     "silence_known_warnings",
     "start_distributed",
+    "use_one_hardware_queue",
 ]
 
 # Environment variables that are read when CUDA and NCCL start, and their deterministic values.
@@ -92,6 +93,18 @@ def hide_unwanted_gpus(environ: MutableMapping[str, str]) -> None:
     """
     if environ.get("DS_ACCELERATOR") == "cpu":
         environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def use_one_hardware_queue(environ: MutableMapping[str, str]) -> None:
+    """Ask CUDA for one hardware queue unless the user chose; call it before anything uses CUDA.
+
+    Megatron overlaps tensor-parallel communication with products by the order in which kernels are
+    launched, and only one queue keeps that order.
+
+    Args:
+        environ: Usually ``os.environ``.
+    """
+    environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
 def require_determinism(environ: MutableMapping[str, str], *, started: bool) -> None:

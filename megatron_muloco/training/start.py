@@ -1,5 +1,6 @@
 """`initialize_replicas`: joins the job, builds process groups, checks and seeds all ranks."""
 
+import os
 from datetime import timedelta
 
 import torch
@@ -14,7 +15,7 @@ from megatron_muloco.config.outer import NoOuter
 from megatron_muloco.config.rules import RULES, check
 from megatron_muloco.errors import ConfigError, RuntimeMismatch
 from megatron_muloco.monitor.writers import wandb_is_installed
-from megatron_muloco.runtime.distributed import start_distributed
+from megatron_muloco.runtime.distributed import start_distributed, use_one_hardware_queue
 from megatron_muloco.runtime.parallel_state import mirror_groups, require_unset
 
 __all__ = ["initialize_replicas", "seed_ranks"]
@@ -41,6 +42,8 @@ def initialize_replicas(config: RunConfig) -> Groups:
     calls it at the same point.
     """
     require_unset()
+    if config.parallel.tensor_model_parallel_size > 1:
+        use_one_hardware_queue(os.environ)
     timeout = timedelta(minutes=config.training.distributed_timeout_minutes)
     ranks = start_distributed(timeout=timeout, deterministic=config.training.deterministic)
     topology = topology_of(config, ranks.world_size)

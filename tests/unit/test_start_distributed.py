@@ -13,6 +13,7 @@ from megatron_muloco.runtime.distributed import (
     hide_unwanted_gpus,
     require_determinism,
     start_distributed,
+    use_one_hardware_queue,
 )
 
 MINUTE = timedelta(minutes=1)
@@ -75,6 +76,13 @@ def test_gpus_are_hidden_where_deepspeed_uses_the_cpu() -> None:
             environ["DS_ACCELERATOR"] = chosen
         hide_unwanted_gpus(environ)
         assert environ["CUDA_VISIBLE_DEVICES"] == left, chosen
+
+
+def test_the_number_of_hardware_queues_is_the_users_if_set() -> None:
+    for chosen, used in (({}, "1"), ({"CUDA_DEVICE_MAX_CONNECTIONS": "8"}, "8")):
+        environ = dict(chosen)
+        use_one_hardware_queue(environ)
+        assert environ == {"CUDA_DEVICE_MAX_CONNECTIONS": used}
 
 
 def test_a_gpu_that_can_no_longer_be_hidden_is_an_error(
