@@ -87,7 +87,7 @@ class Activations:
         received: Input of another microbatch, which the schedule still holds while the next one
             runs. Not on the first stage.
         head: Kept by final norm, output layer and loss; the logits are fp32. Last stage only.
-        head_gradient: The logits again, in the dtype of the forward pass. Last stage only.
+        head_gradient: Allocated by the backward of loss and output layer. Last stage only.
         working: At most needed while one layer, or one recomputed chunk, runs backward.
     """
 
@@ -263,5 +263,13 @@ class _Parts:
         return norm + self.stream + target + _FP32 * self._tokens * self._vocab
 
     def head_gradient(self) -> int:
-        """Return the bytes of the logits in bf16: before the loss, and as its gradient."""
-        return 0 if self._value == _FP32 else self._value * self._tokens * self._vocab
+        """Return what the head's backward allocates beside the logits in fp32.
+
+        In bf16 the logits' gradient, and after that, without the fp32 logits, the gradients of the
+        output layer's matrix and input. In fp32 the logits' memory becomes their gradient.
+        """
+        logits = self._tokens * self._vocab
+        products = self._value * self._vocab * self._model.hidden_size + self.stream
+        if self._value == _FP32:
+            return products
+        return self._value * logits + max(0, products - _FP32 * logits)

@@ -13,7 +13,7 @@ import torch
 from megatron_muloco.config import RunConfig
 from megatron_muloco.config.derived import topology_of
 from megatron_muloco.planning.activations import Activations, stage_activations
-from tests.support.allocated import SavedBytes
+from tests.support.allocated import AllocatedBytes, SavedBytes
 from tests.support.spawn import run_ranks
 from tests.support.tiny_models import finish_tiny, start_tiny, tiny_config
 
@@ -156,3 +156,59 @@ def test_planned_activations_are_what_autograd_saves(sizes: tuple[int, int]) -> 
                 small = 4 * config.model.num_layers + plan.in_flight * ANGLES
                 assert plan.kept == pytest.approx(most, abs=small), name
                 assert kinds == pytest.approx(planned(plan), abs=small), name
+
+
+# ---- peak of forward and backward ----------------------------------------------------------------
+
+# Logits or layers at the peak. Sequences are long enough that tables and masks do not matter.
+PEAKS = {
+    f"{precision}-{recompute}-{vocabulary}": (precision, recompute, vocabulary)
+    for precision in ("fp32", "bf16")
+    for recompute in ("none", "full")
+    for vocabulary in (128, 4096)
+}
+
+
+def peaks(configs: list[RunConfig]) -> list[int]:
+    """Return the most bytes that forward and backward of one microbatch allocate."""
+    found = []
+    for config in configs:
+        run = start_tiny(config)
+        batches = run.batches(list(run.assignment(1, run.groups, config)))
+        with AllocatedBytes() as counted:
+            run.forward(batches, 1)
+        finish_tiny()
+        found.append(counted.most)
+    return found
+
+
+def test_the_planned_peak_is_what_forward_and_backward_allocate() -> None:
+    configs = []
+    for precision, recompute, vocabulary in PEAKS.values():
+        layers = {"recompute_granularity": recompute}
+        if recompute == "full":
+            layers["recompute_num_layers"] = 1
+        configs.append(
+            tiny_config(
+                model=MODEL
+                | {
+                    "hidden_size": 64,
+                    "ffn_hidden_size": 176,
+                    "kv_channels": 16,
+                    "seq_length": 128,
+                    "vocab_size": vocabulary,
+                },
+                training={
+                    "micro_batch_size": 4,
+                    "global_batch_size": 4,
+                    "precision": precision,
+                    **layers,
+                },
+            )
+        )
+    (measured,) = run_ranks(peaks, 1, configs)
+    for name, config, most in zip(PEAKS, configs, measured, strict=True):
+        plan = stage_activations(config, topology_of(config, 1), 0, accelerator=False)
+        # From below a per cent. From above, because a layer's backward is planned as if nothing of
+        # the layer were freed before its MLP's gradients are there.
+        assert 0.99 * most <= plan.peak <= 1.2 * most, name
