@@ -14,7 +14,7 @@ from megatron_muloco.optim.muon import Muon
 from megatron_muloco.planning import memory_plan, render_plan
 from megatron_muloco.planning.activations import stage_activations
 from megatron_muloco.planning.memory import communicator_bytes, newton_schulz_bytes
-from megatron_muloco.planning.report import refusal
+from megatron_muloco.planning.report import human_bytes, refusal
 from megatron_muloco.planning.verdict import Device, Verdict, judge
 from megatron_muloco.topology import Topology
 from megatron_muloco.training import build
@@ -32,13 +32,26 @@ def verdict_of(name: str, ranks: int, *overrides: str, gpu: Device = GPU_80GB) -
 
 @pytest.mark.parametrize(
     ("name", "ranks", "fits"),
-    [("15b_k16", 1024, True), ("15b_k16", 128, False), ("3.1b_muloco_k16", 16, False)],
+    [
+        ("15b_k16", 1024, True),
+        ("15b_k16", 128, False),
+        ("3.1b_muloco_k16", 16, False),
+        ("3.1b_muloco_k16", 128, True),
+    ],
 )
 def test_shipped_configs_on_gpus_of_80_gb(name: str, ranks: int, fits: bool) -> None:
     verdict = verdict_of(name, ranks)
     assert verdict.fits == fits
     assert len(verdict.largest) == 3
     assert bool(verdict.changes) != fits
+
+
+def test_the_15b_guide_has_the_figures_of_the_verdict() -> None:
+    guide = (CONFIGS.parent / "docs/guides/15b.md").read_text(encoding="utf-8")
+    verdict = verdict_of("15b_k16", 128)
+    needed = {change.words: change.needed for change in verdict.changes}
+    for size in (verdict.needed, needed["outer.state_device=cpu"], needed["on 256 ranks"]):
+        assert human_bytes(size) in guide
 
 
 def test_changes_of_a_verdict_keep_what_they_promise() -> None:
