@@ -4,11 +4,13 @@ apex is optional here. Megatron finds apex's fused norms and optimizers by itsel
 fused is decided in `model.fused`.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
 from megatron_muloco.comm.groups import Groups
 from megatron_muloco.config import RunConfig
@@ -171,6 +173,11 @@ def _slice_positions(stage: GPTModel, config: RunConfig, groups: Groups) -> None
     )
     rotary: Any = stage.rotary_pos_emb
     rotary.cp_group = None
-    rotary.register_forward_hook(
-        lambda _module, _inputs, whole: whole[own.positions.to(whole.device)]
-    )
+
+    # Megatron caches the whole table; the same object gives the same slice, so that cosines and
+    # sines of it are computed once as well.
+    @lru_cache(maxsize=1)
+    def own_part(whole: Tensor) -> Tensor:
+        return whole[own.positions.to(whole.device)]
+
+    rotary.register_forward_hook(lambda _module, _inputs, whole: own_part(whole))

@@ -13,6 +13,9 @@ Attention and SwiGLU have values of this rank's heads and columns, over the whol
 a view, so the whole output of ``qkv`` stays. SwiGLU keeps gate and up, silu(gate), and a copy of
 up, because Megatron adds its offset to it (0 here).
 
+With context parallelism s is s/c, but attention keeps the keys and values of whole sequences, in
+one tensor, and in the place of ``k`` and ``v``; its mask has b s^2/c values.
+
 With dense document masks (`attention_has_a_mask`), every layer also keeps the mask in the dtype of
 the queries, as torch's attention wants it: b s^2 values. Full recompute keeps the input of each
 recomputed layer or chunk; selective recompute drops what attention itself kept.
@@ -171,6 +174,7 @@ class _Parts:
         self._value = BYTES[training.precision]
         self._model, self._sequence = model, model.seq_length
         self._batch = training.micro_batch_size
+        self._context = topology.context
         self._tokens = self._batch * self._sequence // topology.context
         self._sharded = self._tokens // (tensor if config.parallel.sequence_parallel else 1)
         self._tensor = tensor
@@ -179,6 +183,8 @@ class _Parts:
         self._ffn = model.ffn_hidden_size // tensor
         self._vocab = padded_vocab_size(model) // tensor
         self._masked = attention_has_a_mask(config, accelerator=accelerator)
+        # Without documents one mask serves all sequences of a microbatch.
+        self._masks = self._batch if config.data.mask_document_boundaries else 1
         self.stream = self._value * self._sharded * model.hidden_size
 
     def layer(self) -> LayerBytes:
@@ -189,12 +195,20 @@ class _Parts:
             # A key head is a view of the projection's output. With grouped heads queries are not.
             norms += self._norm(self._tokens * self._queries, model.kv_channels, view=not self._gqa)
             norms += self._norm(self._tokens * self._groups, model.kv_channels, view=True)
+            # The projection's output, which attention keeps where it has the values in it.
+            if self._context > 1 and (self._fused or self._value == _FP32):
+                norms += self._value * self._projected
         return LayerBytes(
             norms=norms,
             attention=self._attention(),
             mask=self._mask(self._value),
             mlp=self.stream + 5 * self._value * self._tokens * self._ffn,
         )
+
+    @property
+    def _length(self) -> int:
+        """Tokens of a sequence on one rank."""
+        return self._sequence // self._context
 
     @property
     def _gqa(self) -> bool:
@@ -215,12 +229,19 @@ class _Parts:
         copies = 1 if view and self._value == _FP32 else 2
         return _FP32 * rows + copies * _FP32 * own
 
+    @property
+    def _projected(self) -> int:
+        """Values of the output of the query, key and value projection."""
+        return self._tokens * (self._queries + 2 * self._groups) * self._model.kv_channels
+
     def _attention(self) -> int:
-        heads, head = self._queries + 2 * self._groups, self._model.kv_channels
-        projected = self._tokens * heads * head
+        head, projected = self._model.kv_channels, self._projected
         rotated = self._tokens * (self._queries + self._groups) * head
+        if self._context > 1:
+            gathered = 2 * self._batch * self._sequence * self._groups * head
+            projected, rotated = 0, self._tokens * self._queries * head + gathered
         output = self._tokens * self._queries * head
-        tables = 4 * self._sequence * head  # cos and sin, for queries and for keys
+        tables = 4 * self._length * head  # cos and sin, for queries and for keys
         values = self._value * (projected + rotated + output + tables)
         return self.stream + values + self._log_sums()
 
@@ -229,7 +250,7 @@ class _Parts:
         return _FP32 * self._tokens * self._queries
 
     def _mask(self, value_bytes: int) -> int:
-        return value_bytes * self._tokens * self._sequence if self._masked else 0
+        return value_bytes * self._masks * self._length * self._sequence * self._masked
 
     def boolean_mask(self) -> LayerBytes:
         """Return the mask as recompute keeps it: boolean, one for all layers of a microbatch."""
@@ -237,7 +258,7 @@ class _Parts:
 
     def rotary_angles(self) -> LayerBytes:
         """Return the angles of the rotary embedding, an argument of recomputed layers."""
-        return LayerBytes(inputs=_FP32 * self._sequence * self._model.kv_channels)
+        return LayerBytes(inputs=_FP32 * self._length * self._model.kv_channels)
 
     def without_attention(self, layer: LayerBytes) -> LayerBytes:
         """Return what selective recompute keeps of a layer: all but the sums and the mask."""

@@ -4,6 +4,7 @@ Without recompute they are equal to the byte. A recomputed layer also saves smal
 kind of the mask, 4 bytes a layer, and one table of rotary angles that all microbatches share.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,8 +33,8 @@ MODEL = {
 ANGLES = 4 * 32 * 8  # fp32, tokens, head width
 FULL = {"recompute_granularity": "full"}
 
-# Sizes (tp, pp), and sections of the config.
-CASES: dict[str, tuple[tuple[int, int], dict[str, Any]]] = {
+# Sizes (tp, pp) or (tp, pp, cp), and sections of the config.
+CASES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "fp32": ((1, 1), {}),
     "bf16-masked": ((1, 1), {"training": {"precision": "bf16"}, "data": {"masked": True}}),
     "plain-norms": ((1, 1), {"model": {"qk_layernorm": False, "post_layernorm": False}}),
@@ -63,6 +64,16 @@ CASES: dict[str, tuple[tuple[int, int], dict[str, Any]]] = {
         (2, 1),
         {"parallel": {"sequence_parallel": True}, "training": {"precision": "bf16"}},
     ),
+    "cp2": ((1, 1, 2), {}),
+    "cp2-masked-bf16": ((1, 1, 2), {"training": {"precision": "bf16"}, "data": {"masked": True}}),
+    "cp2-plain-norms-grouped": (
+        (1, 1, 2),
+        {"model": {"qk_layernorm": False, "post_layernorm": False, "num_query_groups": 2}},
+    ),
+    "cp2-full-masked": (
+        (1, 1, 2),
+        {"training": {**FULL, "recompute_num_layers": 1}, "data": {"masked": True}},
+    ),
     "pp2": ((1, 2), {}),
     "pp2-one-microbatch": ((1, 2), {"training": {"global_batch_size": 2}}),
     "tp2-pp2-full-sp": (
@@ -75,8 +86,8 @@ CASES: dict[str, tuple[tuple[int, int], dict[str, Any]]] = {
 }
 
 
-def config_of(sizes: tuple[int, int], **sections: Any) -> RunConfig:
-    tensor, pipeline = sizes
+def config_of(sizes: tuple[int, ...], **sections: Any) -> RunConfig:
+    tensor, pipeline, context = (*sizes, 1)[:3]
     masked = sections.pop("data", {}).get("masked", False)
     return tiny_config(
         model=MODEL | sections.pop("model", {}),
@@ -85,6 +96,7 @@ def config_of(sizes: tuple[int, int], **sections: Any) -> RunConfig:
             "num_replicas": 1,
             "tensor_model_parallel_size": tensor,
             "pipeline_model_parallel_size": pipeline,
+            "context_parallel_size": context,
             **sections.pop("parallel", {}),
         },
         training={
@@ -115,7 +127,9 @@ def saved_of(config: RunConfig) -> tuple[dict[str, int], int]:
 
 def kind_of(module: str, tensor: torch.Tensor) -> str:
     """Return the plan's kind of a tensor saved by a module."""
-    if tensor.dim() == 4 and tensor.shape[1] == 1 and tensor.shape[2] == tensor.shape[3]:
+    s = MODEL["seq_length"]
+    # Context-parallel ranks have the rows of their own half of a sequence.
+    if tensor.dim() == 4 and tensor.shape[1] == 1 and tensor.shape[2:] in ((s, s), (s // 2, s)):
         return "mask"
     if "layers." not in module:
         return "embedding" if module.startswith("embedding") else "head_or_inputs"
@@ -142,10 +156,10 @@ def planned(activations: Activations) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("sizes", sorted({sizes for sizes, _ in CASES.values()}))
-def test_planned_activations_are_what_autograd_saves(sizes: tuple[int, int]) -> None:
+def test_planned_activations_are_what_autograd_saves(sizes: tuple[int, ...]) -> None:
     cases = [name for name, (wanted, _) in CASES.items() if wanted == sizes]
     configs = [config_of(sizes, **CASES[name][1]) for name in cases]
-    world = sizes[0] * sizes[1]
+    world = math.prod(sizes)
     for rank, of_rank in enumerate(run_ranks(saved, world, configs)):
         for name, config, (kinds, most) in zip(cases, configs, of_rank, strict=True):
             topology = topology_of(config, world)
