@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from tools import gpu_check
-from tools.gpu import measure, parts, runs, several
+from tools.gpu import inside, measure, parts, runs, several
 from tools.gpu.findings import ENTRIES, Finding, not_run, page_table, report
 
 
@@ -142,6 +143,38 @@ def test_configs_of_the_checks_are_accepted(tmp_path: Path) -> None:
     for each in (runs.train_and_resume, runs.parity, runs.start_up, runs.variants, measure.speed):
         each(program)
     assert len(seen) == 6 + 2 + 2 + len(runs.VARIANTS) + len(measure.SPEED)
+
+
+@pytest.mark.parametrize(
+    ("size", "layouts"),
+    [(4, several.FOUR_RANKS), (2, several.TWO_RANKS)],
+    ids=["four ranks", "two ranks"],
+)
+def test_layouts_of_several_ranks_are_accepted(
+    size: int, layouts: Sequence[several.Layout], tmp_path: Path
+) -> None:
+    from megatron_muloco.config.derived import topology_of
+    from megatron_muloco.config.rules import check
+
+    for layout in layouts:
+        config = inside.run_config(str(tmp_path / "none"), layout.sections)
+        topology = topology_of(config, size)
+        check(config, topology)
+        assert topology.world_size == size
+
+
+@pytest.mark.parametrize("switch", measure.SWITCHES)
+def test_the_layer_of_the_15b_model_is_that_of_a_rank_of_tp_4(switch: str, tmp_path: Path) -> None:
+    base = ("models/15b.yaml", "methods/muloco_k1.yaml")
+    prefix = str(tmp_path / "none")
+    unsaved = {"checkpoint": {"save_interval": 0}}
+    whole = inside.run_config(prefix, unsaved, base=base).model
+    sections = inside.merged(measure.ALONE, {"model": measure.LAYER}, measure.SWITCHES[switch])
+    config = inside.run_config(prefix, sections, base=base)
+    part = config.model
+    assert (part.num_layers, part.hidden_size) == (1, whole.hidden_size)
+    assert part.num_attention_heads * 4 == whole.num_attention_heads
+    assert part.ffn_hidden_size * 4 == whole.ffn_hidden_size
 
 
 def test_differences_of_losses() -> None:

@@ -88,7 +88,7 @@ ENTRIES = (
     Entry("T9", "fused operations against plain ones", "within a rounding of bf16"),
     Entry(
         "T10",
-        "four ranks on one device over the staged backend: K 2 with tp 2, pp 2, dp 2",
+        "four ranks on one device over the staged backend: K 2 with tp 2, pp 2, cp 2, dp 2",
         "losses of gloo on the CPU, one anchor; equal bits on a CPU",
     ),
     Entry(

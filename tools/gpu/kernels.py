@@ -25,6 +25,7 @@ from megatron_muloco.config.outer import (
 from megatron_muloco.errors import ConfigError
 from megatron_muloco.model.attention import AttentionBackend, DenseAttention, document_mask
 from megatron_muloco.model.attention_backends import choose_attention
+from megatron_muloco.monitor.throughput import peak_tflops
 from megatron_muloco.optim.matrices import newton_schulz_flops
 from megatron_muloco.optim.newton_schulz import NSImplementation, newton_schulz
 from megatron_muloco.outer.reducer import Reducer
@@ -93,6 +94,10 @@ def ceilings(device: torch.device) -> list[Finding]:
     size, numel = (8192, 1 << 28) if large else (128, 1 << 16)
     name, text = versions(device)
     findings = [Finding("T0", f"versions on {name}", text)]
+    if large:
+        peak = peak_tflops(name, "bf16")
+        known = "n/a: no MFU here" if peak is None else f"{peak:,.0f} TFLOP/s"
+        findings.append(Finding("T0", "peak of bf16 that the program knows", known))
     for dtype in (torch.bfloat16, torch.float32):
         left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
         tflops = rate(2 * size**3, lambda a=left, b=right: a @ b, device) / 1e3  # type: ignore[misc]

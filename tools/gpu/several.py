@@ -47,9 +47,12 @@ class Layout:
     sections: Mapping[str, Mapping[str, Any]]
 
 
-def _parallel(replicas: int, tensor: int = 1, pipeline: int = 1) -> dict[str, Any]:
+def _parallel(
+    replicas: int, tensor: int = 1, pipeline: int = 1, context: int = 1
+) -> dict[str, Any]:
     return {
         "num_replicas": replicas,
+        "context_parallel_size": context,
         "tensor_model_parallel_size": tensor,
         "pipeline_model_parallel_size": pipeline,
     }
@@ -60,6 +63,7 @@ _CODE = {"overlap_steps": 1, "compression": {"kind": "linear", "bits": 4}}
 FOUR_RANKS = (
     Layout("K 2, tp 2", {"parallel": _parallel(2, tensor=2)}),
     Layout("K 2, pp 2", {"parallel": _parallel(2, pipeline=2)}),
+    Layout("K 2, cp 2", {"parallel": _parallel(2, context=2)}),
     Layout(
         "K 2, dp 2, 4 bits, overlap",
         {"parallel": _parallel(2), "training": _OVERLAP, "outer": _CODE},
@@ -70,6 +74,7 @@ TWO_RANKS = (
     Layout("K 2, 4 bits, overlap", {"parallel": _parallel(2), "outer": _CODE}),
     Layout("tp 2", {"parallel": _parallel(1, tensor=2)}),
     Layout("pp 2", {"parallel": _parallel(1, pipeline=2)}),
+    Layout("cp 2", {"parallel": _parallel(1, context=2)}),
     Layout("dp 2", {"parallel": _parallel(1), "training": _OVERLAP}),
 )
 
