@@ -11,7 +11,9 @@ gradients. A layer without recompute, fused norms, b sequences of s tokens, e by
 ``x``, ``x'`` and ``y`` have s b h values, divided by tp where `parallel.sequence_parallel` is on.
 Attention and SwiGLU have values of this rank's heads and columns, over the whole sequence. ``v`` is
 a view, so the whole output of ``qkv`` stays. SwiGLU keeps gate and up, silu(gate), and a copy of
-up, because Megatron adds its offset to it (0 here).
+up, because Megatron adds its offset to it (0 here). Fused, it keeps gate and up only, ``2 f``. A
+plan takes it as fused on accelerators with `training.fusions: auto`; where nothing can be compiled,
+the run needs more than that.
 
 With context parallelism s is s/c, but attention keeps the keys and values of whole sequences, in
 one tensor, and in the place of ``k`` and ``v``; its mask has b s^2/c values.
@@ -182,6 +184,8 @@ class _Parts:
         self._groups = model.query_groups // tensor
         self._ffn = model.ffn_hidden_size // tensor
         self._vocab = padded_vocab_size(model) // tensor
+        # Gate, up and what `fc2` keeps; not fused also silu(gate) and a copy of up.
+        self._swiglu = 3 if accelerator and training.fusions == "auto" else 5
         self._masked = attention_has_a_mask(config, accelerator=accelerator)
         # Without documents one mask serves all sequences of a microbatch.
         self._masks = self._batch if config.data.mask_document_boundaries else 1
@@ -202,7 +206,7 @@ class _Parts:
             norms=norms,
             attention=self._attention(),
             mask=self._mask(self._value),
-            mlp=self.stream + 5 * self._value * self._tokens * self._ffn,
+            mlp=self.stream + self._swiglu * self._value * self._tokens * self._ffn,
         )
 
     @property

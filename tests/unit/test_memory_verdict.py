@@ -139,6 +139,15 @@ def test_document_masks_grow_with_the_square_of_the_sequence() -> None:
         assert stage_activations(off, topology_of(off, 1024), 0, accelerator=True).layers.mask == 0
 
 
+def test_fused_swiglu_keeps_two_copies_less() -> None:
+    path = CONFIGS / "15b_k16.yaml"
+    fused, plain = (
+        stage_activations(config, topology_of(config, 1024), 0, accelerator=True).layers.mlp
+        for config in (load_config(path), load_config(path, ["training.fusions=none"]))
+    )
+    assert plain - fused == 27 * 2 * (2 * 2048 * 12672 // 4)  # layers, copies, bf16 of a tp rank
+
+
 # ---- temporary buffers of the inner step ---------------------------------------------------------
 
 
