@@ -5,13 +5,15 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from megatron.core.num_microbatches_calculator import RampupBatchsizeNumMicroBatchesCalculator
+from megatron.core import num_microbatches_calculator as megatron_batches
 
 from megatron_muloco.config import load_config
 from megatron_muloco.config.derived import batch_schedule
 from megatron_muloco.data.sampler import BatchLayout, RunLayout, run_layout, samples_of_step, share
 from megatron_muloco.errors import ConfigError
 
+# Newer versions of Megatron have dropped this class.
+MEGATRON = getattr(megatron_batches, "RampupBatchsizeNumMicroBatchesCalculator", None)
 TRAINING = load_config("configs/cpu_k2.yaml").training
 SIZES = st.sampled_from([1, 2, 3, 4, 8])
 
@@ -67,6 +69,7 @@ def test_held_out_data_has_no_offset(layout, step, consumed):
     assert resumed.at(step).held_out() == layout.held_out()
 
 
+@pytest.mark.skipif(MEGATRON is None, reason="this Megatron has no such ramp-up")
 @given(
     start=st.integers(1, 6),
     increment=st.integers(1, 4),
@@ -83,9 +86,7 @@ def test_a_ramp_reads_every_sample_once_with_megatrons_batches(
             "global_batch_size": batch, "rampup_batch_size": (start, increment, samples),
         }
     )  # fmt: skip
-    theirs = RampupBatchsizeNumMicroBatchesCalculator(
-        batch, 1, 1, False, 1, start, increment, samples
-    )
+    theirs = MEGATRON(batch, 1, 1, False, 1, start, increment, samples)
     batches = batch_schedule(training)
     run = run_layout(BatchLayout(batch, 1, 1, 1), batches)
     read_so_far = []
