@@ -213,10 +213,6 @@ class BatchSchedule:
 
     stages: tuple[tuple[int, int], ...]
 
-    def batch(self, step: int) -> int:
-        """Return the sequences of inner step ``step``, from 1, over all replicas."""
-        return next(batch for first, batch in reversed(self.stages) if step >= first)
-
     def consumed(self, step: int) -> int:
         """Return the sequences of the first ``step`` inner steps together."""
         ends = [first - 1 for first, _ in self.stages[1:]] + [step]

@@ -204,16 +204,14 @@ def context_parallel_attention_is_dense(
 
 def batch_divides(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
     """Require the same number of microbatches on every data-parallel rank."""
-    layout = topology or smallest_topology(config)
-    micro, batch = config.training.micro_batch_size, config.training.global_batch_size
-    unit = layout.num_replicas * layout.data * micro
+    batch = config.training.global_batch_size
+    unit, product = _batch_unit(config, topology)
     if batch % unit:
         below = batch - batch % unit
         near = f"{below} or {below + unit}" if below else f"{unit}"
         yield Problem(
             "training.global_batch_size",
-            f"{batch} is not divisible by {layout.num_replicas} replicas x dp {layout.data} x "
-            f"micro_batch_size {micro} = {unit}.\nIt is the number of sequences per inner step "
+            f"{batch} is not divisible by {product}.\nIt is the number of sequences per inner step "
             f"over all replicas, and every rank takes the same share. Use {near}.",
         )
 
@@ -222,9 +220,9 @@ def rampup_reaches_the_batch(config: RunConfig, topology: Topology | None) -> It
     """Require a ramp-up of the batch whose every stage divides over the ranks."""
     if config.training.rampup_batch_size is None:
         return
-    layout, batch = topology or smallest_topology(config), config.training.global_batch_size
+    batch = config.training.global_batch_size
     start, increment, _ = config.training.rampup_batch_size
-    unit = layout.num_replicas * layout.data * config.training.micro_batch_size
+    unit, product = _batch_unit(config, topology)
     if start >= batch or (batch - start) % increment:
         yield Problem(
             "training.rampup_batch_size",
@@ -235,11 +233,17 @@ def rampup_reaches_the_batch(config: RunConfig, topology: Topology | None) -> It
     elif start % unit or increment % unit:
         yield Problem(
             "training.rampup_batch_size",
-            f"start {start} and increment {increment} are not both divisible by "
-            f"{layout.num_replicas} replicas x dp {layout.data} x micro_batch_size "
-            f"{config.training.micro_batch_size} = {unit}.\nEvery rank takes the same share of "
-            f"every batch. Use multiples of {unit}.",
+            f"start {start} and increment {increment} are not both divisible by {product}.\nEvery "
+            f"rank takes the same share of every batch. Use multiples of {unit}.",
         )
+
+
+def _batch_unit(config: RunConfig, topology: Topology | None) -> tuple[int, str]:
+    """Return the sequences of one forward pass of all ranks together, and the product in words."""
+    layout, micro = topology or smallest_topology(config), config.training.micro_batch_size
+    unit = layout.num_replicas * layout.data * micro
+    words = f"{layout.num_replicas} replicas x dp {layout.data} x micro_batch_size {micro} = {unit}"
+    return unit, words
 
 
 def _divisors(number: int) -> str:

@@ -15,7 +15,7 @@ Resuming needs the step number, and after a change of B the samples read before 
 
 from dataclasses import dataclass, replace
 
-from megatron_muloco.config.derived import BatchSchedule
+from megatron_muloco.config.derived import batch_schedule
 from megatron_muloco.config.schema import RunConfig
 from megatron_muloco.errors import ConfigError
 from megatron_muloco.topology import Topology
@@ -53,28 +53,6 @@ class RunLayout:
                 for first, layout in self.stages
             )
         )
-
-
-def run_layout(layout: "BatchLayout", batches: BatchSchedule) -> RunLayout:
-    """Return the layouts of a run with these batches.
-
-    Args:
-        layout: The layout of the last batch.
-        batches: The batch of every step.
-    """
-    return RunLayout(
-        tuple(
-            (
-                first,
-                replace(
-                    layout,
-                    global_batch_size=batch,
-                    offset=layout.offset + batches.consumed(first - 1) - (first - 1) * batch,
-                ),
-            )
-            for first, batch in batches.stages
-        )
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +137,17 @@ def batch_layout(config: RunConfig, topology: Topology) -> BatchLayout:
     return BatchLayout(
         training.global_batch_size, topology.num_replicas, topology.data, training.micro_batch_size
     )
+
+
+def run_layout(config: RunConfig, topology: Topology) -> RunLayout:
+    """Return the layouts of a config's run from its first sample on."""
+    layout, batches = batch_layout(config, topology), batch_schedule(config.training)
+
+    def stage(first: int, batch: int) -> BatchLayout:
+        offset = batches.consumed(first - 1) - (first - 1) * batch
+        return replace(layout, global_batch_size=batch, offset=offset)
+
+    return RunLayout(tuple((first, stage(first, batch)) for first, batch in batches.stages))
 
 
 def share(count: int, index: int, of: int) -> range:

@@ -218,15 +218,14 @@ class SequenceSlice:
         length: Tokens of a sequence, a multiple of twice the number of ranks.
         rank: This rank's place in the context-parallel group.
         size: Number of context-parallel ranks.
-        device: Where the positions are needed.
 
-    Attributes:
+    Attributes, on the CPU:
         positions: int64 [s/c], the positions of this rank, ascending.
         gathered: int64 [s], all positions in the order of an all-gather over the ranks.
     """
 
-    def __init__(self, length: int, *, rank: int, size: int, device: torch.device) -> None:
-        chunks = torch.arange(length, device=device).chunk(2 * size)
+    def __init__(self, length: int, *, rank: int, size: int) -> None:
+        chunks = torch.arange(length).chunk(2 * size)
         of_ranks = [torch.cat([chunks[r], chunks[2 * size - 1 - r]]) for r in range(size)]
         self.positions = of_ranks[rank]
         self.gathered = torch.cat(of_ranks)

@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_muloco.comm.groups import Groups
 from megatron_muloco.config import RunConfig
 from megatron_muloco.config.derived import padded_vocab_size, stage_layers
-from megatron_muloco.model.attention import SequenceSlice
+from megatron_muloco.model.attention import AttentionBackend, SequenceSlice
 from megatron_muloco.model.attention_backends import choose_attention
 from megatron_muloco.model.fused import UNFUSED, Fusions, choose_fusions, install
 from megatron_muloco.model.initialise import initialise_weights, poison_weights
@@ -103,7 +103,12 @@ def _recompute(config: RunConfig) -> dict[str, Any]:
 
 
 def build_model(
-    config: RunConfig, groups: Groups, fusions: Fusions | None = None, *, draw: bool = True
+    config: RunConfig,
+    groups: Groups,
+    fusions: Fusions | None = None,
+    attention: AttentionBackend | None = None,
+    *,
+    draw: bool = True,
 ) -> GPTModel:
     """Return this rank's pipeline stage, initialised, on the training device.
 
@@ -111,13 +116,12 @@ def build_model(
         config: The configuration of the run.
         groups: This rank's groups.
         fusions: What runs fused; by default what `choose_fusions` finds.
+        attention: Backend of attention; by default what `choose_attention` chooses.
         draw: Whether to draw initial weights. Without them every parameter is poison (a NaN), for a
             run that loads a checkpoint.
 
     Raises:
         ConfigError: The configured attention does not run on this device.
-
-    Raises:
         RuntimeMismatch: ``model.transformer_impl`` names a package that cannot be imported.
 
     Collectives: with tied embeddings and more than one pipeline stage, Megatron all-reduces the
@@ -134,7 +138,7 @@ def build_model(
             len(stage_layers(config, groups.topology)[groups.coords.pp]),
             qk_layernorm=model.qk_layernorm,
             post_layernorm=model.post_layernorm,
-            attention_backend=choose_attention(config, device).backend,
+            attention_backend=attention or choose_attention(config, device).backend,
             parts=LOCAL_PARTS if model.transformer_impl == "local" else transformer_engine_parts(),
         ),
         vocab_size=padded_vocab_size(model),
@@ -168,9 +172,7 @@ def _slice_positions(stage: GPTModel, config: RunConfig, groups: Groups) -> None
     Megatron's own slicing, of the same positions, needs a GPU. Without a group it returns all.
     """
     coords, topology = groups.coords, groups.topology
-    own = SequenceSlice(
-        config.model.seq_length, rank=coords.cp, size=topology.context, device=torch.device("cpu")
-    )
+    own = SequenceSlice(config.model.seq_length, rank=coords.cp, size=topology.context)
     rotary: Any = stage.rotary_pos_emb
     rotary.cp_group = None
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 import yaml
 
-from megatron_muloco.config.derived import batch_schedule, derive
+from megatron_muloco.config.derived import derive
 from megatron_muloco.config.schema import RunConfig
-from megatron_muloco.data.sampler import RunLayout, batch_layout, run_layout
+from megatron_muloco.data.sampler import RunLayout, run_layout
 from megatron_muloco.model.flops import flops_per_token
 from megatron_muloco.monitor.console import Console, start_banner
 from megatron_muloco.monitor.metrics import METRICS, MetricTable
@@ -68,8 +68,7 @@ def build_monitor(
         num_replicas=topology.num_replicas,
         world_size=topology.world_size,
         train_iters=derived.train_iters,
-        layout=layout
-        or run_layout(batch_layout(config, topology), batch_schedule(config.training)),
+        layout=layout or run_layout(config, topology),
         seq_length=config.model.seq_length,
         flops_per_token=flops_per_token(config.model).total,
         peak_tflops=peak_tflops(name, config.training.precision),

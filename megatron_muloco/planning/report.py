@@ -351,9 +351,9 @@ def _run_rows(config: RunConfig, layout: Topology, derived: Derived) -> Iterator
         f"{derived.train_iters:,}",
         f"of {training.global_batch_size:,} sequences, {derived.tokens_per_step:,} tokens",
     )
-    first, last = batch_schedule(training).stages[0], batch_schedule(training).stages[-1]
-    if first != last:
-        yield "ramp-up", f"{last[0] - 1:,}", f"steps, from {first[1]:,} sequences"
+    stages = batch_schedule(training).stages
+    if len(stages) > 1:
+        yield "ramp-up", f"{stages[-1][0] - 1:,}", f"steps, from {stages[0][1]:,} sequences"
     yield "tokens", human_count(derived.train_tokens), f"{derived.train_tokens:,}"
     yield (
         "batch per replica",

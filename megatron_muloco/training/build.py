@@ -25,6 +25,7 @@ from megatron_muloco.data.datasets import Datasets, build_datasets
 from megatron_muloco.data.sampler import BatchLayout, RunLayout, batch_layout, run_layout
 from megatron_muloco.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_muloco.errors import CheckpointError, ConfigError
+from megatron_muloco.model.attention import AttentionBackend
 from megatron_muloco.model.attention_backends import choose_attention
 from megatron_muloco.model.build import build_model
 from megatron_muloco.model.fused import Fusions, choose_fusions
@@ -219,12 +220,13 @@ def build_context(config: RunConfig, groups: Groups, data: RunData, *, writes: b
     derived = derive(config, groups.topology)
     datasets = data.datasets
     fusions = choose_fusions(config.training, training_device())
+    attention = choose_attention(config, training_device())
     store = None
     if config.checkpoint.dir is not None:
         store = CheckpointStore(Path(config.checkpoint.dir), groups, keep=config.checkpoint.keep)
     found = _found(config, store)
     # A load overwrites all weights, so drawing them first would be for nothing.
-    model = _build_model(config, groups, fusions, draw=found is None)
+    model = _build_model(config, groups, fusions, attention.backend, draw=found is None)
     optimizer = build_replica_optimizer(model, config, groups)
     probe = _build_probe(optimizer)
     state = RunState(groups, optimizer.view, optimizer.inner, optimizer.synchronizer, config)
@@ -242,7 +244,7 @@ def build_context(config: RunConfig, groups: Groups, data: RunData, *, writes: b
         layout=layout,
         plan_text=render_plan(config, groups.topology, training_gpu()),
         parameters=gather_report(optimizer.inner.table, groups),
-        attention=choose_attention(config, training_device()).reason,
+        attention=attention.reason,
     )
     monitor.say(note)
     if training_device().type == "cuda":
@@ -290,11 +292,11 @@ def build_context(config: RunConfig, groups: Groups, data: RunData, *, writes: b
 
 
 def _build_model(
-    config: RunConfig, groups: Groups, fusions: Fusions, *, draw: bool
+    config: RunConfig, groups: Groups, fusions: Fusions, attention: AttentionBackend, *, draw: bool
 ) -> DistributedDataParallel:
     training = config.training
     return wrap_data_parallel(
-        build_model(config, groups, fusions, draw=draw),
+        build_model(config, groups, fusions, attention, draw=draw),
         groups,
         reduce_in_fp32=training.accumulate_dtype == "fp32",
         overlap_grad_reduce=training.overlap_grad_reduce,
@@ -311,7 +313,7 @@ def _train_layout(
         ConfigError: The batch changed, and length or data do not allow it.
     """
     training = config.training
-    layout = run_layout(batch_layout(config, groups.topology), batch_schedule(training))
+    layout = run_layout(config, groups.topology)
     consumed = state.scalars.get("consumed_samples", layout.consumed(step))
     if consumed == layout.consumed(step):
         return layout

@@ -75,10 +75,7 @@ class ForwardBackward:
         self._slice = None
         if groups.topology.context > 1:
             self._slice = SequenceSlice(
-                seq_length,
-                rank=groups.coords.cp,
-                size=groups.topology.context,
-                device=torch.device("cpu"),
+                seq_length, rank=groups.coords.cp, size=groups.topology.context
             )
 
     def __call__(

@@ -79,9 +79,7 @@ def test_slices_of_a_sequence_partition_positions_and_mask(size: int) -> None:
     documents = document_ids(tokens, END)
     whole = document_mask(documents)
     causal = document_mask(torch.zeros(1, 12))
-    slices = [
-        SequenceSlice(12, rank=rank, size=size, device=torch.device("cpu")) for rank in range(size)
-    ]
+    slices = [SequenceSlice(12, rank=rank, size=size) for rank in range(size)]
     gathered = torch.cat([each.positions for each in slices])
     assert gathered.sort().values.tolist() == list(range(12))
     for rank, each in enumerate(slices):

@@ -11,10 +11,11 @@ from megatron_muloco.config import load_config
 from megatron_muloco.config.derived import batch_schedule
 from megatron_muloco.data.sampler import BatchLayout, RunLayout, run_layout, samples_of_step, share
 from megatron_muloco.errors import ConfigError
+from megatron_muloco.topology import Topology
 
 # Newer versions of Megatron have dropped this class.
 MEGATRON = getattr(megatron_batches, "RampupBatchsizeNumMicroBatchesCalculator", None)
-TRAINING = load_config("configs/cpu_k2.yaml").training
+CONFIG = load_config("configs/cpu_k2.yaml")
 SIZES = st.sampled_from([1, 2, 3, 4, 8])
 
 
@@ -81,14 +82,14 @@ def test_a_ramp_reads_every_sample_once_with_megatrons_batches(
     start, increment, increments, samples, consumed
 ):
     batch = start + increments * increment
-    training = TRAINING.model_copy(
-        update={
-            "global_batch_size": batch, "rampup_batch_size": (start, increment, samples),
-        }
-    )  # fmt: skip
+    changes = {
+        "global_batch_size": batch, "micro_batch_size": 1,
+        "rampup_batch_size": (start, increment, samples),
+    }  # fmt: skip
+    training = CONFIG.training.model_copy(update=changes)
     theirs = MEGATRON(batch, 1, 1, False, 1, start, increment, samples)
     batches = batch_schedule(training)
-    run = run_layout(BatchLayout(batch, 1, 1, 1), batches)
+    run = run_layout(CONFIG.model_copy(update={"training": training}), Topology(1, 1, 1, 1))
     read_so_far = []
     for step in range(1, 30):
         theirs.update(len(read_so_far), False)

@@ -31,6 +31,7 @@ from megatron_muloco.outer.optimizer import (
 from megatron_muloco.params import ParamInfo, Shard
 from megatron_muloco.runtime.megatron import norm_of_all
 from tools.gpu.findings import Finding
+from tools.gpu.kernels import relative_error
 
 __all__ = ["fusions", "outer_parts"]
 
@@ -214,22 +215,13 @@ def _activation(device: torch.device) -> Finding:
     from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
 
     values = torch.randn(256, 352, device=device).to(torch.bfloat16).requires_grad_()
-    fused = bias_swiglu_impl(values, None)
-    gradient = torch.randn_like(fused)
-    (ours,) = torch.autograd.grad(fused, values, gradient)
-    wide = values.detach().double().requires_grad_()
-    gate, up = wide.chunk(2, -1)
-    plain = torch.nn.functional.silu(gate) * up
-    (theirs,) = torch.autograd.grad(plain, wide, gradient.double())
-    errors = [
-        float((a.double() - b).norm() / b.norm()) for a, b in ((fused, plain), (ours, theirs))
-    ]
-    bound = 2 * ULP[torch.bfloat16]
-    return Finding(
-        "T9",
-        "SwiGLU, fused, bf16",
-        f"error {errors[0]:.1e} forward, {errors[1]:.1e} backward, {bound:.1e} allowed",
-        max(errors) <= bound,
+
+    def plain(wide: Tensor) -> Tensor:
+        gate, up = wide.chunk(2, -1)
+        return torch.nn.functional.silu(gate) * up
+
+    return _against_fp64(
+        "SwiGLU, fused, bf16", values, lambda each: bias_swiglu_impl(each, None), plain
     )
 
 
@@ -239,21 +231,35 @@ def _rotation(device: torch.device) -> Finding:
     rates = 500_000.0 ** -(torch.arange(64, device=device) / 64)
     angles = torch.arange(512, device=device).outer(rates).repeat(1, 2)[:, None, None]
     values = torch.randn(512, 2, 3, 128, device=device).to(torch.bfloat16).requires_grad_()
-    fused = kernel(values, angles, interleaved=False)
-    gradient = torch.randn_like(fused)
-    (ours,) = torch.autograd.grad(fused, values, gradient)
-    wide = values.detach().double().requires_grad_()
-    first, second = wide.chunk(2, -1)
-    turned = torch.cat((-second, first), -1)
-    plain = wide * angles.double().cos() + turned * angles.double().sin()
-    (theirs,) = torch.autograd.grad(plain, wide, gradient.double())
-    errors = [
-        float((a.double() - b).norm() / b.norm()) for a, b in ((fused, plain), (ours, theirs))
-    ]
+
+    def plain(wide: Tensor) -> Tensor:
+        first, second = wide.chunk(2, -1)
+        turned = torch.cat((-second, first), -1)
+        return wide * angles.double().cos() + turned * angles.double().sin()
+
+    return _against_fp64(
+        "RoPE, bf16", values, lambda each: kernel(each, angles, interleaved=False), plain
+    )
+
+
+def _against_fp64(
+    subject: str,
+    values: Tensor,
+    fused: Callable[[Tensor], Tensor],
+    plain: Callable[[Tensor], Tensor],
+) -> Finding:
+    """Compare a fused function of bf16 values with the plain one in fp64, forward and backward."""
+    ours, wide = fused(values), values.detach().double().requires_grad_()
+    theirs, gradient = plain(wide), torch.randn_like(ours)
+    backward = (
+        torch.autograd.grad(ours, values, gradient)[0],
+        torch.autograd.grad(theirs, wide, gradient.double())[0],
+    )
+    errors = [relative_error(a, b) for a, b in ((ours, theirs), backward)]
     bound = 2 * ULP[torch.bfloat16]
     return Finding(
         "T9",
-        "RoPE, bf16",
+        subject,
         f"error {errors[0]:.1e} forward, {errors[1]:.1e} backward, {bound:.1e} allowed",
         max(errors) <= bound,
     )
