@@ -20,6 +20,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
+from torch.distributed import HashStore
 
 from megatron_muloco.checkpoint.io import digests_of
 from megatron_muloco.checkpoint.state import ANCHOR
@@ -40,7 +41,7 @@ from megatron_muloco.topology import Coords, Topology
 from megatron_muloco.training.build import RunData, build_context, load_data
 from megatron_muloco.training.loop import train
 from megatron_muloco.training.start import seed_ranks
-from megatron_muloco.training.stopping import StopRequest
+from megatron_muloco.training.stopping import StopAgreement, StopRequest
 
 __all__ = ["OneProcessResult", "ReplicaResult", "run_in_one_process", "run_replicas"]
 
@@ -275,8 +276,14 @@ def _train(config: RunConfig, groups: Groups, data: RunData, *, writes: bool) ->
     context = build_context(config, groups, data, writes=writes)
     result = ReplicaResult()
     recorder: Any = _Recorder(context.monitor, result)
-    # A request that never comes: an interrupt ends all replicas at once.
-    outcome = train(replace(context, monitor=recorder), StopRequest())
+    # A request that never comes: an interrupt ends all replicas at once. A store in memory, because
+    # asking the job's store at every step took 8 % of a run of 0.1M parameters.
+    never = StopAgreement(
+        HashStore(),
+        replica=groups.coords.replica,
+        num_replicas=groups.topology.num_replicas,
+    )
+    outcome = train(replace(context, monitor=recorder, agreement=never), StopRequest())
     context.monitor.close(outcome.value)
     anchors = {ANCHOR: context.state.anchors()}
     shards = context.optimizer.view.shards

@@ -37,6 +37,7 @@ LOCAL_NAMES = frozenset(
 INITIALISERS = {
     "runtime/distributed.py": {"TCPStore", "destroy_process_group", "init_process_group"},
     "data/datasets.py": {"HashStore", "destroy_process_group", "init_process_group"},
+    "training/one_process.py": {"HashStore"},
 }
 
 TORCH_FREE = (
