@@ -42,7 +42,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from megatron_muloco.comm.reducers import PhasedReducer, Phases, finish
+from megatron_muloco.comm.reducers import PhasedReducer, Phases, finish, new_memory
 from megatron_muloco.errors import RuntimeMismatch
 from megatron_muloco.outer.reducer import Reduced, Reducer, Residuals, Sizes
 
@@ -106,6 +106,10 @@ class BackgroundReducer:
         # A daemon, because a thread that is blocked in a collective with a dead peer would keep
         # the process alive until the group's time limit.
         threading.Thread(target=self._work, name="outer communication", daemon=True).start()
+
+    def memory(self, sizes: Sizes, metadata_count: int) -> dict[str, Tensor]:
+        """See `Reducer.memory`: new memory, because only the thread uses the reducer's."""
+        return new_memory(sizes, self._device)
 
     def launch(
         self,
@@ -253,6 +257,10 @@ class SteppedReducer:
         self._reducer, self._overlap_steps = reducer, overlap_steps
         self._failure: BaseException | None = None  # the first one
         self.residual_names, self.returns_views = reducer.residual_names, reducer.returns_views
+
+    def memory(self, sizes: Sizes, metadata_count: int) -> dict[str, Tensor]:
+        """See `Reducer.memory`."""
+        return self._reducer.memory(sizes, metadata_count)
 
     def launch(
         self,

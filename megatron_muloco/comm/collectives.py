@@ -82,9 +82,12 @@ class Layout:
 
 
 class BufferPool:
-    """Reusable flat buffers, so that outer steps allocate nothing after the first round.
+    """Reusable flat buffers for reductions in flight.
 
-    The pool holds as many buffers as were ever in use at the same time, not one for each fragment.
+    The pool holds as many buffers as were in use at the same time, not one for each fragment. When
+    the last one is released, their memory goes back: between blocking outer steps the activations
+    can have it. Page-locked buffers are kept, because locking takes long.
+
     Lifetime: a buffer belongs to the caller from `acquire` to `release`. In between a collective
     may read or write it at any time, so it is released only after `Pending.wait`.
 
@@ -121,6 +124,8 @@ class BufferPool:
         for buffer in buffers:
             index = next(i for i, (used, _) in enumerate(self._in_use) if used is buffer)
             self._free.append(self._in_use.pop(index)[1])
+        if not self._in_use and not self._pin_memory:
+            self._free.clear()
 
 
 # ------------------------------------------------------------------------------------------

@@ -8,11 +8,11 @@ In bytes for each of the rank's n values, with w bytes per sent value, p bytes o
 K replicas, and u values in the largest unit, which takes E bytes to encode and D to decode::
 
                             buffers        in launch    in wait
-    AllReduce               4              0            0, the mean is in the buffer
-    ChunkedAllReduce        3w             0            bf16 8; fp32 4 + about 2
-    CompressedAllReduce     2p             E / n        the larger of p / K + (4u + E) / n
+    AllReduce               4              0, D_k and mean are in the buffer
+    ChunkedAllReduce        3w             4            bf16 8; fp32 4 + about 2
+    CompressedAllReduce     2p             4 + E / n    the larger of p / K + (4u + E) / n
                                                         and 4 + D / n
-    CompressedAllGather     (1 + K) p      E / n        4 + D / n
+    CompressedAllGather     (1 + K) p      4 + E / n    4 + D / n
 """
 
 from collections.abc import Sequence
@@ -55,8 +55,9 @@ class ReducerCost:
     Attributes:
         sent: Bytes that the rank sends, for launch and wait together, by its replica. They differ
             where ranks own different chunks.
-        buffers: Bytes of sent and received buffers, kept between rounds.
-        launching: Additional bytes in `launch`, without the pseudogradients.
+        buffers: Bytes of sent and received buffers, held from launch to wait.
+        launching: Additional bytes in `launch`, with the pseudogradients where they are not in
+            ``buffers``.
         waiting: Additional bytes in `wait`, with the mean.
         staged: Bytes of copies in host memory, where tensors are sent through the host.
         residuals: Bytes that error feedback keeps.
@@ -118,7 +119,7 @@ def chunked_all_reduce_cost(
     return ReducerCost(
         sent=(sent,) * num_replicas,
         buffers=3 * wire,  # values, messages, received
-        launching=0,
+        launching=fp32,
         waiting=summing if value_bytes == _FP32 else 2 * fp32,  # bf16: before and after weighing
         staged=2 * wire,
         residuals=0,
@@ -144,7 +145,7 @@ def compressed_all_reduce_cost(
     return ReducerCost(
         sent=tuple(two_way_bytes(sizes, index, row) for index in range(num_replicas)),
         buffers=buffers,
-        launching=payload_format.encoding_bytes(unit),
+        launching=fp32 + payload_format.encoding_bytes(unit),
         waiting=max(own + averaging, decoding),
         staged=buffers,
         residuals=_FP32 * (numel + owned) if compression.error_feedback else 0,
@@ -162,7 +163,7 @@ def compressed_all_gather_cost(
     return ReducerCost(
         sent=((num_replicas - 1) * (_FP32 * row + payload),) * num_replicas,
         buffers=buffers,
-        launching=payload_format.encoding_bytes(unit),
+        launching=fp32 + payload_format.encoding_bytes(unit),
         waiting=fp32 + payload_format.decoding_bytes(unit),  # the mean, and one replica's values
         staged=buffers,
         residuals=fp32 if compression.error_feedback else 0,

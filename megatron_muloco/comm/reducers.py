@@ -66,6 +66,7 @@ __all__ = [
     "Stopwatch",
     "build_plain_reducer_for",
     "finish",
+    "new_memory",
 ]
 
 
@@ -182,7 +183,7 @@ class PhasedReducer(Reducer[HandleT], Protocol[HandleT]):
 
 
 class ByPhases:
-    """The methods of a `PhasedReducer` that follow from its phases.
+    """The methods of a `PhasedReducer` that most reducers share.
 
     Args:
         outer: The outer group.
@@ -198,12 +199,21 @@ class ByPhases:
         """See `PhasedReducer.sends_from`."""
         return self._outer.sends_from
 
+    def memory(self, sizes: Sizes, metadata_count: int) -> dict[str, Tensor]:
+        """See `Reducer.memory`: new memory."""
+        return new_memory(sizes, self._outer.device)
+
     def advance(self, handle: object) -> None:
         """Do nothing: all phases are left to `wait`; see `Reducer.advance`."""
 
     def wait(self: _HasPhases[Any], handle: Any) -> Reduced:
         """See `Reducer.wait`."""
         return finish(self.phases(handle))
+
+
+def new_memory(sizes: Sizes, device: torch.device) -> dict[str, Tensor]:
+    """Return flat fp32 tensors with undefined contents."""
+    return {name: torch.empty(size, device=device) for name, size in sizes.items()}
 
 
 def finish(phases: Phases) -> Reduced:
@@ -309,6 +319,14 @@ class _WithoutResiduals:
         """Ignore residuals of an earlier, compressed run; see `Reducer.load_residuals`."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """The buffer of the next launch, and its parts, which the caller fills."""
+
+    tensors: dict[str, Tensor]
+    buffer: Tensor
+
+
 class AllReduce(ByPhases, _WithoutResiduals):
     """fp32 mean by one all-reduce; the default.
 
@@ -328,6 +346,14 @@ class AllReduce(ByPhases, _WithoutResiduals):
     ) -> None:
         super().__init__(OuterGroup(group, device, through_host=through_host))
         self._pool = BufferPool(device)
+        self._prepared: _Prepared | None = None
+
+    def memory(self, sizes: Sizes, metadata_count: int) -> dict[str, Tensor]:
+        """See `Reducer.memory`: views of the buffer that is sent."""
+        layout = Layout(tuple(sizes.items()))
+        buffer = self._acquire(layout, 1 + metadata_count)
+        self._prepared = _Prepared(layout.unpack(buffer), buffer)
+        return self._prepared.tensors
 
     def launch(
         self,
@@ -342,20 +368,36 @@ class AllReduce(ByPhases, _WithoutResiduals):
         outer, layout = self._outer, Layout.of(tensors)
         # 1. Fill the buffer: weighted tensors, and this replica's row among zeros.
         row = outer.row(weight, metadata)
-        size = all_reduce_length(layout.numel, outer.size, row.numel())
-        buffer = self._pool.acquire(size, torch.float32)
+        buffer = self._filled(layout, tensors, row.numel())
+        values, rest = buffer[: layout.numel], buffer[layout.numel :]
         # A replica of weight 0 sends zeros, not ``0 * tensors``: its tensors may hold NaN, and
         # 0 * NaN is NaN.
-        buffer.zero_()
         if weight:
-            layout.pack(tensors, buffer)
-            buffer[: layout.numel] *= weight
-        start = layout.numel + outer.index * row.numel()
-        buffer[start : start + row.numel()] = row
+            values *= weight
+        else:
+            values.zero_()
+        rest.zero_()
+        start = outer.index * row.numel()
+        rest[start : start + row.numel()] = row
         # 2. Start the sum.
         with outer.named_errors("launch", fragment, round_index):
             pending = outer.wire.all_reduce(buffer)
         return LaunchedMean(fragment, round_index, layout, metadata.numel(), (buffer,), pending)
+
+    def _filled(self, layout: Layout, tensors: Mapping[str, Tensor], row: int) -> Tensor:
+        """Return a buffer that begins with the tensors."""
+        prepared, self._prepared = self._prepared, None
+        if prepared is not None:
+            if prepared.tensors is tensors:
+                return prepared.buffer
+            self._pool.release(prepared.buffer)
+        buffer = self._acquire(layout, row)
+        layout.pack(tensors, buffer)
+        return buffer
+
+    def _acquire(self, layout: Layout, row: int) -> Tensor:
+        size = all_reduce_length(layout.numel, self._outer.size, row)
+        return self._pool.acquire(size, torch.float32)
 
     def phases(self, handle: LaunchedMean) -> Phases:
         """See `PhasedReducer.phases`."""

@@ -241,9 +241,10 @@ class AnchorState:
         """Return one shard's anchor on ``device``: the stored tensor itself if it is there."""
         return self.anchor[name].to(device)
 
-    def pseudogradient(self, name: str, local: Tensor) -> Tensor:
-        """Return ``theta - local`` of one shard, in new memory on the device of ``local``."""
-        return pseudogradient(self.anchor[name], local, out=torch.empty_like(local))
+    def pseudogradient(self, name: str, local: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """Return ``theta - local`` of one shard, by default in new memory beside ``local``."""
+        out = torch.empty_like(local) if out is None else out
+        return pseudogradient(self.anchor[name], local, out=out)
 
     def step(self, name: str, mean: Tensor, optimizer: OuterOptimizer, round_index: int) -> Tensor:
         """Take the outer step on one shard; see `OuterOptimizer.step`.

@@ -33,6 +33,7 @@ __all__ = [
     "Residuals",
     "Sizes",
     "combined",
+    "metadata_count",
     "pack_metadata",
     "summed_over_replica",
 ]
@@ -243,6 +244,18 @@ class Reducer(Protocol[HandleT]):
     residual_names: tuple[str, ...]
     returns_views: bool
 
+    def memory(self, sizes: Sizes, metadata_count: int) -> dict[str, Tensor]:
+        """Return memory for the tensors of the next launch: flat fp32, by name, undefined.
+
+        A reducer that sends fp32 values as they are returns views of what it will send, so that
+        `launch`, given this very mapping, copies nothing. It then works in this memory. Others
+        return new memory.
+
+        Args:
+            sizes: Number of elements by name, in the order of the launch.
+            metadata_count: fp32 metadata values of a replica.
+        """
+
     def launch(
         self,
         fragment: int,
@@ -256,8 +269,9 @@ class Reducer(Protocol[HandleT]):
 
         Args:
             fragment: Index of the fragment; for messages.
-            tensors: Flat fp32 tensors. The caller must not change them before ``wait`` returns.
-                Names, sizes and order are the same on every replica; the mapping may be empty.
+            tensors: Flat fp32 tensors, what `memory` returned or any others. The caller must not
+                change them before ``wait`` returns. Names, sizes and order are the same on every
+                replica; the mapping may be empty.
             weight: Weight of this replica, in [0, 1]. With 0 nothing of ``tensors`` reaches the
                 other replicas, not even a NaN.
             metadata: 1-D fp32 numbers for all replicas; the same count on each.
@@ -309,6 +323,11 @@ class Reducer(Protocol[HandleT]):
 
 
 # ---- metadata ------------------------------------------------------------------------------------
+
+
+def metadata_count(line_values: Tensor | None, sketch_size: int = 0) -> int:
+    """Return the length of what `pack_metadata` packs."""
+    return 1 + (0 if line_values is None else line_values.numel()) + sketch_size
 
 
 def pack_metadata(norm: float, line_values: Tensor | None, sketch: Tensor | None = None) -> Tensor:

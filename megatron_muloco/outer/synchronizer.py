@@ -44,7 +44,7 @@ from megatron_muloco.outer.optimizer import (
     copy_to,
     overwrite,
 )
-from megatron_muloco.outer.reducer import Reducer, pack_metadata
+from megatron_muloco.outer.reducer import Reducer, metadata_count, pack_metadata
 from megatron_muloco.outer.schedule import Apply, Average, Launch, SyncSchedule
 from megatron_muloco.params import Shard
 
@@ -263,9 +263,15 @@ class Synchronizer:
 
     def _launch(self, fragment: int, line_values: Tensor | None) -> InFlight:
         """Start the reduction of a fragment's pseudogradient."""
-        # D_k = theta - theta_k in memory of its own. The reducer may read it until the wait, while
+        round_index = self._schedule.round(self.step)
+        sketches = self._sketch if self._sketch and self._sketch.is_due(round_index) else None
+        # D_k = theta - theta_k in the reducer's memory. It may read that until the wait, while
         # training changes the masters, and model parameters may be views of those.
-        deltas = self._pseudogradients(fragment)
+        sketch_size = sketches.width if sketches and self._owned[fragment] else 0
+        sizes = {name: self._replica.masters[name].numel() for name in self._owned[fragment]}
+        deltas = self._reducer.memory(sizes, metadata_count(line_values, sketch_size))
+        for name, delta in deltas.items():
+            self._state.pseudogradient(name, self._replica.masters[name], out=delta)
         verdict, norm = self._guard.judge_replica(
             fragment,
             deltas,
@@ -280,10 +286,7 @@ class Synchronizer:
             self._observer.launch(self.step, fragment, deltas, finite=finite)
         # Start counting the next interval even where the share is not used as a weight.
         share = self._progress[fragment].take()
-        round_index = self._schedule.round(self.step)
-        sketch = None
-        if self._sketch is not None and self._sketch.is_due(round_index):
-            sketch = self._sketch(deltas)
+        sketch = sketches(deltas) if sketches else None
         started = time.perf_counter()
         handle = self._reducer.launch(
             fragment,
@@ -348,7 +351,10 @@ class Synchronizer:
         The parameters themselves are reduced, not pseudogradients: the result is exactly the mean,
         without the rounding of ``theta - (theta - mean)``.
         """
-        deltas = self._pseudogradients(fragment)
+        deltas = {
+            name: self._state.pseudogradient(name, self._replica.masters[name])
+            for name in self._owned[fragment]
+        }
         verdict, norm = self._guard.judge_replica(
             fragment, deltas, self._replica.total, self._replica.device, lr_sum=None
         )
@@ -380,13 +386,6 @@ class Synchronizer:
         return diagnostics.report(self._replica.total, round_index)
 
     # ---- parts of events --------------------------------------------------------------------
-
-    def _pseudogradients(self, fragment: int) -> dict[str, Tensor]:
-        """Return ``theta - theta_k`` of this rank's shards of a fragment, in new memory."""
-        return {
-            name: self._state.pseudogradient(name, self._replica.masters[name])
-            for name in self._owned[fragment]
-        }
 
     def _lr_sum(self, launched_at: int, fragment: int) -> float:
         """Return the sum of the inner learning rates whose steps a launched pseudogradient holds.

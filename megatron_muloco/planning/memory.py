@@ -56,16 +56,18 @@ __all__ = [
 #
 # For each fragment of a rank, in bytes per value::
 #
-#     kept between rounds, per fragment in flight   the reducer's buffers
+#     per fragment in flight                        the reducer's buffers
 #     copies of the local values at launch          4 per fragment in flight, none without overlap
 #     error feedback                                4, and 4/K where the mean is encoded again
-#     while a fragment is launched                  4 (the pseudogradient), and what encoding takes
+#     while a fragment is launched                  4 (the pseudogradient; an fp32 all-reduce has it
+#                                                   in its buffer), and what encoding takes
 #     while it is averaged after the last round     4, and another flat fp32 buffer, 4
 #
 # A communication thread reduces one fragment after the other. The reducer's buffers then exist
 # once, and each fragment in flight holds 4 until it is applied: its pseudogradient, later its mean.
 # Without one (on accelerators, unless the host sends) each fragment in flight holds buffers, and
-# between two phases nothing else.
+# between two phases nothing else. Where training waits for the outer step, the buffers are released
+# before it goes on.
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +76,12 @@ class OuterMemory:
 
     Attributes:
         in_flight: Number of fragments that are in flight at once, at most.
-        buffers: Sent and received buffers, kept between rounds.
+        buffers: Sent and received buffers of fragments that stay in flight while training goes on.
         queued: Pseudogradients and means held by the communication thread.
         at_launch: Copies of the local values at launch, for all fragments in flight.
         residuals: Residuals of error feedback.
-        temporary: Additional bytes at the peak of an outer step.
+        temporary: Additional bytes at the peak of an outer step, with its buffers where training
+            waits for it.
         staged: Copies of sent and received buffers in host memory.
     """
 
@@ -116,18 +119,23 @@ def outer_memory(config: RunConfig, topology: Topology, shards: Sequence[Shard])
     flushing = 0
     if any(isinstance(event, Average) for event in schedule.flush_events()):
         flushing = 2 * largest  # nothing else is in flight then
-    launching = max(reducer.launching for reducer in reducers) + (0 if in_thread else largest)
+    # The thread's pseudogradients are among what is queued.
+    launching = max(reducer.launching for reducer in reducers) - (largest if in_thread else 0)
     waiting = max(reducer.waiting for reducer in reducers)
+    buffers = at_once * max(reducer.buffers for reducer in reducers)
+    kept = buffers if outer.overlap_steps else 0
     if in_thread:
         waiting = max(waiting, largest)  # the thread copies the mean out of the reducer's buffers
     return OuterMemory(
         in_flight=number,
         # Pooled buffers are shared by all fragments, and each grows to the largest.
-        buffers=at_once * max(reducer.buffers for reducer in reducers),
+        buffers=kept,
         queued=queued,
         at_launch=at_launch,
         residuals=sum(reducer.residuals for reducer in reducers),
-        temporary=max(launching, waiting, flushing - at_launch - queued),
+        temporary=max(
+            buffers - kept + max(launching, waiting), flushing - at_launch - queued - kept
+        ),
         staged=at_once * max(reducer.staged for reducer in reducers)
         if outer.sends_from_host
         else 0,

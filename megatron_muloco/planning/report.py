@@ -110,8 +110,8 @@ def memory_rows(config: RunConfig, memory: MemoryPlan, layout: Topology) -> Iter
         )
     step = memory.outer_step
     if step.buffers:
-        flights = f"of {step.in_flight} fragments in flight" if step.in_flight > 1 else ""
-        yield "outer buffers", human_bytes(step.buffers), f"kept between rounds {flights}".strip()
+        flights = f"{step.in_flight} fragments" if step.in_flight > 1 else "a fragment"
+        yield "outer buffers", human_bytes(step.buffers), f"of {flights} in flight"
     if step.queued:
         note = "fp32, pseudogradients and means of the communication thread"
         yield "in flight", human_bytes(step.queued), note
@@ -120,7 +120,7 @@ def memory_rows(config: RunConfig, memory: MemoryPlan, layout: Topology) -> Iter
     if step.residuals:
         yield "residuals", human_bytes(step.residuals), "fp32, error feedback"
     if step.temporary:
-        note = "fp32, pseudogradients or their mean, during an outer step"
+        note = "pseudogradients, buffers and means, during an outer step"
         yield "outer step", human_bytes(step.temporary), note
     if step.staged:
         yield "host buffers", human_bytes(step.staged), "sent and received, in host memory"

@@ -56,7 +56,26 @@ def reduce_integers(kind: str, weights: list[float]) -> list[Any]:
             tensors = {name: torch.full_like(tensor, math.nan) for name, tensor in tensors.items()}
         metadata = torch.tensor([float(rank), math.nan if rank == 1 else 0.5])
         results.append(reduce_once(reducer, tensors, weights[rank], metadata))
+        in_place = reducer.memory(sizes, len(metadata))
+        for name, tensor in tensors.items():
+            in_place[name].copy_(tensor)
+        again, *_ = reduce_once(reducer, in_place, weights[rank], metadata)
+        reducer.memory(sizes, len(metadata))  # not used: the next launch has memory of its own
+        third, *_ = reduce_once(reducer, tensors, weights[rank], metadata)
+        for name, mean in results[-1][0].items():
+            assert_equal(again[name], mean, f"in the reducer's memory, {name}")
+            assert_equal(third[name], mean, f"beside the reducer's memory, {name}")
     return results
+
+
+def test_an_all_reduce_is_made_in_the_memory_that_it_gave() -> None:
+    reducer = build_plain_reducer_for(None, CPU)
+    tensors = reducer.memory({"a": 3, "b": 2}, 1)
+    places = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+    for tensor in tensors.values():
+        tensor.fill_(3.0)
+    reduced = reducer.wait(reducer.launch(0, tensors, 1.0, torch.zeros(1), round_index=1))
+    assert {name: mean.data_ptr() for name, mean in reduced.mean.items()} == places
 
 
 @pytest.mark.parametrize("kind", KINDS)

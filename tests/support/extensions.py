@@ -49,6 +49,9 @@ class ZeroShare:
         self.residual_names = reducer.residual_names
         self.returns_views = reducer.returns_views
 
+    def memory(self, sizes: Sizes, metadata_count: int) -> dict[str, Tensor]:
+        return self._reducer.memory(sizes, metadata_count)
+
     def launch(
         self,
         fragment: int,

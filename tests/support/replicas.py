@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from megatron_muloco.comm.reducers import new_memory
 from megatron_muloco.outer.fragments import FragmentPlan
 from megatron_muloco.outer.guard import Guard
 from megatron_muloco.outer.optimizer import Additive, MergeRule, Mix, OuterNesterov
@@ -82,6 +83,10 @@ class ExchangeReducer:
     def __init__(self, exchange: Exchange, replica: int) -> None:
         self.exchange, self.replica = exchange, replica
         self.launches = 0
+
+    def memory(self, sizes: Sizes, metadata_count: int) -> dict[str, Tensor]:
+        """See `Reducer.memory`."""
+        return new_memory(sizes, torch.device("cpu"))
 
     def launch(
         self,

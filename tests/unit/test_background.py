@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 
 from megatron_muloco.comm.background import BackgroundReducer, SteppedReducer, beside_training
-from megatron_muloco.comm.reducers import Phases, build_plain_reducer_for, finish
+from megatron_muloco.comm.reducers import (
+    Phases,
+    build_plain_reducer_for,
+    finish,
+    new_memory,
+)
 from megatron_muloco.config.outer import NesterovOuter
 from megatron_muloco.errors import RuntimeMismatch, SyncError
 from megatron_muloco.outer.reducer import Reduced, Reducer, ReductionStats, Residuals, Sizes
@@ -31,7 +36,10 @@ class Recorder:
         self.go_on = threading.Event()
         self.go_on.set()
         self.fail = False
-        self.memory = torch.zeros(1)
+        self.buffer = torch.zeros(1)
+
+    def memory(self, sizes: Sizes, metadata_count: int) -> dict[str, Tensor]:
+        return new_memory(sizes, CPU)
 
     def launch(
         self,
@@ -62,9 +70,9 @@ class Recorder:
         if self.fail:
             raise SyncError("a peer failed")
         assert not torch.is_grad_enabled()
-        self.memory.copy_(tensors["a"] * 2)
+        self.buffer.copy_(tensors["a"] * 2)
         stats = ReductionStats(torch.ones(1), torch.zeros(1, 0), wire_bytes=fragment)
-        return Reduced({"a": self.memory}, stats)
+        return Reduced({"a": self.buffer}, stats)
 
     def forget_residual(self) -> None:
         self.note("forget")

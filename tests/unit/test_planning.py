@@ -107,15 +107,15 @@ def test_one_rank_holds_everything() -> None:
     assert memory.masters == 0  # fp32 parameters are their own masters
     assert memory.inner_state == 4 * (counts.matrices + 2 * counts.vectors)
     assert memory.anchor == memory.outer_momentum == 4 * counts.total
-    # the pseudogradient and the reducer's flat buffer, also where there is nobody to send it to
-    assert memory.outer_step == OuterMemory(1, 4 * counts.total, 0, 0, 0, 4 * counts.total, 0)
+    # the pseudogradient in the reducer's flat buffer, also where there is nobody to send it to
+    assert memory.outer_step == OuterMemory(1, 0, 0, 0, 0, 4 * counts.total, 0)
     assert memory.device == (
         memory.weights
         + memory.gradients
         + memory.inner_state
         + memory.exchange
         + memory.outer_state
-        + 2 * 4 * counts.total
+        + 4 * counts.total
     )
 
 
@@ -196,19 +196,21 @@ def outer_step_of(*overrides: str) -> OuterMemory:
 def test_fragments_and_overlap_need_what_is_in_flight() -> None:
     whole, parts = outer_step_of(), outer_step_of("outer.fragments.count=4")
     assert (whole.in_flight, parts.in_flight) == (1, 1)
-    assert parts.buffers < whole.buffers / 2  # the embedding is in one of the four
-    assert parts.temporary == 2 * parts.buffers  # the run ends within a round: fragments average
+    assert whole.buffers == parts.buffers == 0  # training waits, and they are released
     assert whole.at_launch == parts.at_launch == 0
     late = outer_step_of("outer.fragments.count=4", "outer.overlap_steps=1")
-    assert (late.in_flight, late.buffers) == (1, parts.buffers)
-    assert late.at_launch == late.temporary == late.buffers
+    assert late.in_flight == 1
+    assert late.buffers == late.at_launch < whole.temporary / 2  # the embedding is in one of four
+    # The run ends within a round: fragments average, from pseudogradients and a buffer.
+    assert parts.temporary == 2 * late.buffers
+    assert late.temporary == 0  # nothing is in flight then
     # offsets 2, 5, 7, 10: never more than two launches within four steps, three within five
     for steps, flights in ((3, 2), (4, 2), (5, 2), (6, 3)):
         more = outer_step_of(
             "outer.fragments.count=4", f"outer.overlap_steps={steps}", "outer.max_in_flight=4"
         )
         assert more.in_flight == flights
-        assert more.buffers == flights * parts.buffers
+        assert more.buffers == flights * late.buffers
         assert more.buffers / 2 < more.at_launch <= more.buffers  # the others are smaller
 
 
@@ -262,9 +264,9 @@ def test_exchange_memory_is_that_of_the_exchange(
 
 def test_a_narrow_wire_needs_more_memory_than_it_saves() -> None:
     wide, narrow = outer_step_of(), outer_step_of("outer.compression.wire_dtype=bf16")
-    assert 2 * narrow.buffers == 3 * wide.buffers  # three copies of half the size
-    # the chunks of both replicas in fp32, before and after they are weighed
-    assert narrow.temporary == 2 * wide.temporary
+    # Three copies of half the size, and the chunks of both replicas in fp32, before and after they
+    # are weighed; an all-reduce works in one buffer.
+    assert narrow.temporary == (3 * 0.5 + 2) * wide.temporary
 
 
 def test_the_plan_shows_fragments_and_overlap() -> None:

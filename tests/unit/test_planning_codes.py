@@ -115,7 +115,8 @@ def test_planned_temporaries_cover_those_of_the_codecs(name: str) -> None:
         encode(codec, unit, values, payload, residual, 0.9)
     most = allocated.most
     param = ParamInfo.from_name("decoder.layers.0.a.weight", (1 << 12, 256), None)
-    planned = reducer_cost(code, [Shard(param, 0, param.numel)], 1).launching
+    whole = reducer_cost(code, [Shard(param, 0, param.numel)], 1).launching
+    planned = whole - 4 * param.numel  # the pseudogradient
     assert most <= planned <= 2 * most
 
 
@@ -218,8 +219,8 @@ def test_a_communication_thread_keeps_what_it_works_on() -> None:
     late = memory_plan(config_of(*code, *parts, "outer.overlap_steps=3"), topology).outer_step
     now = memory_plan(config_of(*code, *parts), topology).outer_step
     assert late.in_flight == 2
-    assert late.buffers == now.buffers  # one fragment is reduced after the other
-    assert (now.queued, late.queued) == (0, late.at_launch)
+    assert 0 < late.buffers <= now.temporary  # one fragment is reduced after the other
+    assert (now.buffers, now.queued, late.queued) == (0, 0, late.at_launch)
     # an all-reduce works by itself, unless it goes through the host
     plain = memory_plan(config_of(*parts, "outer.overlap_steps=3"), topology)
     assert (plain.outer_step.queued, plain.host) == (0, 0)

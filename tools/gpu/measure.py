@@ -338,7 +338,8 @@ def _one_outer_step(
     metadata = torch.zeros(3, device=local.device)
 
     def step() -> None:
-        difference = {"a": state.pseudogradient("a", local)}
+        difference = reducer.memory({"a": local.numel()}, metadata.numel())
+        state.pseudogradient("a", local, out=difference["a"])
         handle = reducer.launch(0, difference, 1.0, metadata, round_index=1)
         mean = reducer.wait(handle).mean["a"]
         rule.merge(local, state.step("a", mean, optimizer, 1), local)
