@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, get_process_group_ranks
 from torch.profiler import record_function
-from typing_extensions import TypeVar
+from typing_extensions import TypeVar, override
 
 from megatron_muloco.comm.chunking import all_reduce_length, even_chunk_length, ring_bytes
 from megatron_muloco.comm.collectives import (
@@ -348,6 +348,7 @@ class AllReduce(ByPhases, _WithoutResiduals):
         self._pool = BufferPool(device)
         self._prepared: _Prepared | None = None
 
+    @override
     def memory(self, sizes: Sizes, metadata_count: int) -> dict[str, Tensor]:
         """See `Reducer.memory`: views of the buffer that is sent."""
         layout = Layout(tuple(sizes.items()))

@@ -20,7 +20,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
-from torch.distributed import HashStore
+from torch.distributed import HashStore  # type: ignore[attr-defined]  # not in its __all__
 
 from megatron_muloco.checkpoint.io import digests_of
 from megatron_muloco.checkpoint.state import ANCHOR
