@@ -13,6 +13,7 @@ from megatron_muloco.model.flops import flops_per_token
 from megatron_muloco.monitor.console import Console, start_banner
 from megatron_muloco.monitor.metrics import METRICS, MetricTable
 from megatron_muloco.monitor.monitor import Monitor, RunFacts
+from megatron_muloco.monitor.terminal import console_for
 from megatron_muloco.monitor.throughput import peak_tflops
 from megatron_muloco.monitor.writers import EventWriter, Mirrored, PointWriter, WandbWriter
 from megatron_muloco.optim.parameter_table import ParameterReport
@@ -59,7 +60,7 @@ def build_monitor(
         parameters: Parameter report: its summary goes to the console, its table to TensorBoard and
             to `PARAMETERS_FILE` beside the event files.
         attention: Attention backend of the run and why, for the console.
-        console: Console; standard output by default.
+        console: Console; by default that of standard output, with a progress bar on a terminal.
         metrics: Table of the metrics that the run may write.
     """
     derived = derive(config, topology)
@@ -77,7 +78,7 @@ def build_monitor(
     calendar = LineCalendar(config.monitor.log_interval, schedule)
     if not writes:
         return Monitor(facts, calendar, device=device, metrics=metrics)
-    console = console or Console()
+    console = console or console_for(derived.train_iters, resumed_step)
     console.line(start_banner(config, topology, derived, device=name, resumed_step=resumed_step))
     if parameters is not None:
         console.line(f" > parameters:  {parameters.summary}")

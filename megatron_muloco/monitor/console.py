@@ -64,6 +64,20 @@ class Console:
         """Write a line that begins with a time stamp, as Megatron's do."""
         self.line(f" [{datetime.now():%Y-%m-%d %H:%M:%S}] {text}")
 
+    def step(self) -> None:
+        """Note that an inner step was made; only a progress bar shows it."""
+
+    def training(self, line: "TrainingLine", *, tokens_per_s: float) -> None:
+        """Write a training line; a progress bar also shows the tokens per second."""
+        self.stamped(str(line))
+
+    def evaluation(self, line: "EvaluationLine") -> None:
+        """Write the line of an evaluation."""
+        self.stamped(str(line))
+
+    def end(self) -> None:
+        """End the live part of the display, before the summary."""
+
 
 @dataclass(frozen=True, slots=True)
 class TrainingLine:

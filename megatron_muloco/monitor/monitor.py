@@ -281,6 +281,8 @@ class Monitor:
         assert step == self._step + 1, f"inner step {step} recorded after {self._step}"
         self._step = step
         self._interval.add(values)
+        if self._console is not None:
+            self._console.step()
         if not self.due(step):
             return
         means, skipped = self._interval.take()
@@ -387,7 +389,7 @@ class Monitor:
         perplexity = math.exp(min(number, _LARGEST_EXPONENT))
         if split == "validation":
             self._evaluations.append((step, number))
-        self._console.stamped(str(EvaluationLine(split, step, number, perplexity)))
+        self._console.evaluation(EvaluationLine(split, step, number, perplexity))
         self.scalars(step, {f"lm loss {split}": number, f"lm loss {split} ppl": perplexity})
 
     def say(self, text: str) -> None:
@@ -419,6 +421,7 @@ class Monitor:
         if self._writer is not None:
             self._writer.close()
         if self._console is not None:
+            self._console.end()
             self._console.line(str(self.summary(outcome)))
 
     def summary(self, outcome: str) -> RunSummary:
@@ -474,8 +477,8 @@ class Monitor:
         if "grad-norm" in values:
             values["grad-norm"] = norm
         self._skipped += int(skipped)
-        text = self._training_line(line, values, times, skipped=int(skipped), alone=alone)
-        self._console.stamped(str(text))
+        shown = self._training_line(line, values, times, skipped=int(skipped), alone=alone)
+        self._console.training(shown, tokens_per_s=line.speed.tokens_per_s)
         values |= {} if times is None else times.metrics()
         if alone:
             values = {_TAGS_OF_REPLICA_0.get(tag, tag): value for tag, value in values.items()}
