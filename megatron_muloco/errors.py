@@ -8,6 +8,7 @@
       RuntimeMismatch    a package is missing, untested or misused
       SyncError          a launch or apply failed, or replicas disagree
       CheckpointError    state on disk is missing, incompatible or incomplete
+      NumericsError      gradients or weights are not finite, so that nothing is trained any more
 
 A message answers four questions in this order: what is wrong (with the values), where, why it
 matters, what to do.
@@ -18,15 +19,18 @@ from collections.abc import Callable, Sequence
 
 __all__ = [
     "EXIT_BAD_INPUT",
+    "EXIT_NUMERICS",
     "CheckpointError",
     "ConfigError",
     "MulocoError",
+    "NumericsError",
     "RuntimeMismatch",
     "SyncError",
     "TopologyError",
     "run_tool",
 ]
 
+EXIT_NUMERICS = 17  # nothing is trained any more; Megatron's code for results that are not valid
 EXIT_BAD_INPUT = 2  # of the training program and of every tool; argparse exits with it too
 _EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
@@ -61,6 +65,10 @@ class SyncError(MulocoError):
 
 class CheckpointError(MulocoError):
     """A checkpoint is missing, incompatible or incomplete, or cannot be written."""
+
+
+class NumericsError(MulocoError):
+    """Steps or rounds without usable gradients have reached their limit."""
 
 
 def run_tool(body: Callable[[], None]) -> int:

@@ -66,6 +66,8 @@ __all__ = [
     "load_anchor",
     "load_run",
     "masters_differ",
+    "not_finite",
+    "require_finite",
     "run_kinds",
     "sharded_kinds",
     "sharded_rng",
@@ -148,6 +150,47 @@ def digests_of(
     )
 
 
+def require_finite(state: RunState, kinds: Kinds) -> None:
+    """Raise on every rank if tensors that a resumed run could not do without are not finite.
+
+    These are what all replicas share, and without an outer step everything. With an outer step, a
+    replica whose own tensors are not finite may be saved: its next launch sets it back.
+
+    Costs one read of every tensor.
+
+    Raises:
+        CheckpointError: The message names the tensors.
+
+    Collectives: one small object from every rank of the job; every rank calls it.
+    """
+    own = {k: v for k, v in kinds.items() if state.synchronizer is None or is_shared(k)}
+    by_rank = gather_objects(state.groups.control, not_finite(own))
+    if lost := sorted({name for names in by_rank for name in names}):
+        raise CheckpointError(
+            f"{', '.join(lost[:4])}{f' and {len(lost) - 4} more' if len(lost) > 4 else ''} hold "
+            "values that are not finite, so this state is not saved. Earlier checkpoints are "
+            "unchanged; resume from one of them."
+        )
+
+
+@torch.no_grad()
+def not_finite(kinds: Kinds) -> list[str]:
+    """Return ``<kind> of <name>`` of the tensors that hold NaN or infinity, in their order."""
+    names: dict[torch.device, list[str]] = {}
+    ends: dict[torch.device, list[Tensor]] = {}
+    for kind, tensors in kinds.items():
+        for name, tensor in tensors.items():
+            if tensor.numel():
+                names.setdefault(tensor.device, []).append(f"{kind} of {name}")
+                # Smallest and largest value: NaN passes through both, and no copy is made.
+                ends.setdefault(tensor.device, []).append(torch.stack(torch.aminmax(tensor)))
+    bad = []
+    for device, found in ends.items():
+        finite = torch.stack(found).isfinite().all(dim=1).tolist()
+        bad += [name for name, good in zip(names[device], finite, strict=True) if not good]
+    return bad
+
+
 def masters_differ(state: RunState) -> bool:
     """Whether any master on any rank differs from the anchor in any bit.
 
@@ -185,6 +228,8 @@ def describe(
     }
     if state.synchronizer is not None:
         own["synchronizer"] = state.synchronizer.scalars()
+    if state.spikes is not None:
+        own["spikes"] = state.spikes.state_dict()
     by_rank = gather_objects(groups.control, own if groups.is_leader else None)
     replicas = [entry for entry in by_rank if entry is not None]
     _check_shared(filter(is_shared, kinds), [replica["digests"] for replica in replicas])
@@ -413,6 +458,8 @@ def _apply(description: Description, pieces: Pieces, into: RunState) -> None:
     _fill(into.view, pieces[masters])
     moments = {kind: pieces[f"replica_{replica}.inner.{kind}"] for kind in into.inner.named_state()}
     into.inner.load_named_state(moments, step=int(own["inner_step"]))
+    if into.spikes is not None:
+        into.spikes.load_state_dict(own.get("spikes", {}))
     if into.synchronizer is not None:
         tensors = {
             kind: {

@@ -70,6 +70,16 @@ class Masters(Protocol):
         """Bring the model's parameters up to date with the masters."""
 
 
+class Stateful(Protocol):
+    """Something of a replica, equal on all its ranks, that is saved as plain values."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the plain values, for JSON."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore them; from an empty mapping, begin anew."""
+
+
 @dataclass
 class RunState:
     """Live objects whose state makes up a checkpoint.
@@ -83,6 +93,8 @@ class RunState:
         config: The run's configuration.
         scalars: Plain numbers, texts, lists and dicts of the training run, equal on all ranks, such
             as the consumed samples; replaced on load.
+        spikes: Medians of the replica's gradient norms and losses; ``None`` where nothing watches
+            them.
         resolved: The configuration as plain values, as a checkpoint stores it.
     """
 
@@ -92,6 +104,7 @@ class RunState:
     synchronizer: Synchronizer | None
     config: RunConfig
     scalars: dict[str, Any] = field(default_factory=dict)
+    spikes: Stateful | None = None
     resolved: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -118,7 +131,8 @@ class Description:
         has_masters: Whether masters are stored, because they differ from the anchor.
         scalars: Plain values of the training run (`RunState.scalars`).
         replicas: For each replica the ``digests`` of its tensors by key prefix, its ``inner_step``
-            (steps since its moments were zero) and the plain values of its ``synchronizer``.
+            (steps since its moments were zero) and the plain values of its ``synchronizer`` and, if
+            it has any, of its ``spikes``.
         config: The resolved configuration.
     """
 

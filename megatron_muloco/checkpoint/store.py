@@ -33,6 +33,7 @@ from megatron_muloco.checkpoint.io import (
     load_anchor,
     load_run,
     masters_differ,
+    require_finite,
     run_kinds,
     sharded_kinds,
     sharded_rng,
@@ -91,11 +92,17 @@ class CheckpointStore:
             _first_rank() and layout.checkpoint_path(self.directory, step).is_dir(),
         )
 
-    def save(self, step: int, state: RunState) -> Path:
+    def save(self, step: int, state: RunState, *, prune: bool = True) -> Path:
         """Publish a checkpoint of ``step`` and delete superseded ones; return its path.
 
+        Args:
+            step: Inner step just made.
+            state: The live state.
+            prune: Whether superseded checkpoints are deleted. False while a run does not advance,
+                so that the last good state is not replaced.
+
         Raises:
-            CheckpointError: It could not be written; training may continue.
+            CheckpointError: It could not be written, or is not finite; training may continue.
             SyncError: Replicas disagree about what they share; nothing was written.
 
         Collectives: those of `describe` and `_write_published`; every rank of the job calls it.
@@ -103,6 +110,7 @@ class CheckpointStore:
         path = layout.checkpoint_path(self.directory, step)
         has_masters = masters_differ(state)
         kinds = run_kinds(state, with_masters=has_masters)
+        require_finite(state, kinds)
         description = describe(
             state, kinds, step=step, has_masters=has_masters, device=self._device
         )
@@ -121,7 +129,8 @@ class CheckpointStore:
                 # In this order: a kill between the two leaves one checkpoint too many, the reverse
                 # could leave a latest file that names a deleted one.
                 layout.set_latest(self.directory, step)
-                layout.prune(self.directory, step=step, keep=self.keep)
+                if prune:
+                    layout.prune(self.directory, step=step, keep=self.keep)
         return path
 
     def save_final_anchor(self, path: Path, state: RunState) -> Path:
@@ -133,6 +142,7 @@ class CheckpointStore:
         Collectives: as `save`.
         """
         kinds = {ANCHOR: state.anchors()}
+        require_finite(state, kinds)
         description = describe(
             state, kinds, step=layout.step_of(path), has_masters=False, device=self._device
         )

@@ -524,14 +524,23 @@ class ReplicatedBroadcast:
                 self._masters[shard.name].copy_(piece)
 
     @torch.no_grad()
-    def check(self, round_index: int) -> None:
+    def check(self, round_index: int, names: Collection[str] | None = None) -> None:
         """Raise `SyncError` naming the first parameter whose copies differ in any bit.
 
         Only ranks that differ from their primary rank raise; their end ends the job.
 
+        Args:
+            round_index: Round in the message.
+            names: Parameters to compare; all by default. Right after a call with these names the
+                copies are equal unless something is broken. At other times an optimizer whose
+                kernels round differently on two ranks may have changed them.
+
         Collectives: as for the call, with the same bytes.
         """
-        for group, shards in self._routes:
+        for group, members in self._routes:
+            shards = [shard for shard in members if names is None or shard.name in names]
+            if not shards:
+                continue
             mine = self._packed(shards)
             received = mine.clone()
             torch.distributed.broadcast(received, group=group, group_src=0)

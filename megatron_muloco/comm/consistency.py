@@ -23,8 +23,8 @@ _AT_THE_START = (
     "same training.seed or load the same checkpoint on all ranks."
 )
 _AFTER_A_ROUND = (
-    "From here on replicas would drift apart. Resume from a checkpoint before this round; if it "
-    "happens again, suspect the minority's hardware."
+    "From here on they would drift apart. Nothing of this state is saved: resume from an earlier "
+    "checkpoint; if it happens again, suspect the minority's hardware."
 )
 
 
@@ -43,16 +43,18 @@ def check_equal(
     device: torch.device,
     *,
     what: str,
-    round_index: int,
+    round_index: int = 0,
+    step: int | None = None,
 ) -> None:
     """Raise on every rank of ``group`` unless all its ranks hold the same bits.
 
     Args:
         tensors: Tensors with the same names on each rank, for instance the anchor.
-        group: The outer group.
+        group: The outer group, or ranks of a replica that hold copies.
         device: Device from which the group's backend sends.
         what: Name of the tensors in the message, for instance ``"the anchor"``.
         round_index: Round in the message; 0 before the first round.
+        step: Inner step in the message in place of the round.
 
     Collectives: a blocking all-gather of 8 bytes per tensor over ``group``; all its ranks call it.
 
@@ -70,20 +72,31 @@ def check_equal(
     differing = (by_rank != by_rank[0]).any(dim=0).nonzero().flatten().tolist()
     if differing:
         column = by_rank[:, differing[0]].tolist()
+        when = f"round {round_index}" if round_index else "before the first round"
+        if step is not None:
+            when = f"inner step {step}"
         raise SyncError(
-            f"{f'round {round_index}' if round_index else 'before the first round'}: {what} of "
+            f"{when}: {what} of "
             f"{sorted(tensors)[differing[0]]} differs between ranks "
             f"({_camps(column, outer.ranks)}); {len(differing)} parameters of "
-            f"{len(tensors)} differ. {_AFTER_A_ROUND if round_index else _AT_THE_START}"
+            f"{len(tensors)} differ. "
+            f"{_AFTER_A_ROUND if round_index or step is not None else _AT_THE_START}"
         )
 
 
 def _camps(values: Sequence[int], ranks: Sequence[int]) -> str:
-    """Return the ranks grouped by value, as ``ranks [0, 1] against [2]``."""
+    """Return the ranks grouped by value, the minority named, as ``ranks [0, 1] against [2]``.
+
+    With three or more ranks of which more than half agree, the others are ``suspect``.
+    """
     camps: dict[int, list[int]] = {}
     for value, rank in zip(values, ranks, strict=True):
         camps.setdefault(value, []).append(rank)
-    return "ranks " + " against ".join(map(str, camps.values()))
+    words = "ranks " + " against ".join(map(str, camps.values()))
+    majority = max(camps.values(), key=len)
+    if len(ranks) < 3 or 2 * len(majority) <= len(ranks):
+        return words
+    return f"{words}; suspect: {[rank for rank in ranks if rank not in majority]}"
 
 
 def _digest(tensor: Tensor) -> int:

@@ -434,7 +434,17 @@ class GuardConfig(Section):
         description="Exclude a replica from the mean when the norm of its pseudogradient, divided "
         "by the sum of the round's inner learning rates, is more than max_norm_ratio times the "
         "median of the previous round, or less than the median divided by it. 0 is off; needs at "
-        "least 4 replicas. A pseudogradient that is not finite is always excluded.",
+        "least 4 replicas. A pseudogradient that is not finite is always excluded, and so is a "
+        "replica that skipped every step of the round.",
+    )
+    min_usable_replicas: PositiveInt = Field(
+        1, description="Replicas that a round needs; with fewer it counts as empty."
+    )
+    max_empty_rounds: int = Field(
+        3,
+        ge=0,
+        description="Empty rounds in a row after which the run saves its state and stops with exit "
+        "code 17; 0 never stops.",
     )
 
 
@@ -491,9 +501,9 @@ class _Synchronised(Section):
     )
     weighting: Literal["replica", "tokens"] = Field(
         "replica",
-        description="Weight of a replica in the mean: equal for all replicas, or the share of the "
-        "interval's tokens that it trained on. The two differ where a replica skipped steps "
-        "because its gradients were not finite.",
+        description="Weight of a replica in the mean: equal for all replicas that trained, or the "
+        "share of the interval's tokens that each trained on. The two differ where a replica "
+        "skipped steps, for instance because its gradients were not finite.",
     )
     guard: GuardConfig = Field(
         default_factory=GuardConfig, description="Exclusion of replicas that failed numerically."

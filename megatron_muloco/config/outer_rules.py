@@ -36,6 +36,7 @@ __all__ = [
     "overlap_is_shorter_than_the_spacing",
     "rounds_of_schedules_ascend",
     "run_has_a_round",
+    "usable_replicas_exist",
 ]
 
 
@@ -194,6 +195,19 @@ def norm_ratio_is_above_one(config: RunConfig, topology: Topology | None) -> Ite
             "outer.guard.max_norm_ratio",
             f"{ratio:g} excludes norms on both sides of the median, so every replica would be "
             "excluded.\nUse 0 to turn it off, or a ratio well above 1, for instance 10.",
+        )
+
+
+def usable_replicas_exist(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
+    """Require that a round with all replicas has enough of them."""
+    if isinstance(config.outer, NoOuter):
+        return
+    needed, replicas = config.outer.guard.min_usable_replicas, config.parallel.num_replicas
+    if needed > replicas:
+        yield Problem(
+            "outer.guard.min_usable_replicas",
+            f"{needed} is more than parallel.num_replicas {replicas}, so every round would be "
+            f"empty.\nUse at most {replicas}.",
         )
 
 

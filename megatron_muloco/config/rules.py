@@ -36,6 +36,7 @@ from megatron_muloco.config.outer_rules import (
     overlap_is_shorter_than_the_spacing,
     rounds_of_schedules_ascend,
     run_has_a_round,
+    usable_replicas_exist,
 )
 from megatron_muloco.config.schema import RunConfig
 from megatron_muloco.errors import ConfigError
@@ -208,6 +209,33 @@ def resuming_has_a_place(config: RunConfig, topology: Topology | None) -> Iterat
         )
 
 
+def spike_ratios_are_above_one(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
+    """Require ratios of the spike policy above 1 (0 is off), and an anchor to roll back to."""
+    spikes = config.training.spikes
+    for name in ("max_norm_ratio", "max_loss_ratio"):
+        ratio = getattr(spikes, name)
+        if 0 < ratio <= 1:
+            yield Problem(
+                f"training.spikes.{name}",
+                f"{ratio:g} is not above the median itself, so half of all steps would be "
+                "spikes.\nUse 0 to turn it off, or a ratio well above 1, for instance 5.",
+            )
+    if not spikes.max_loss_ratio:
+        return
+    if isinstance(config.outer, NoOuter):
+        yield Problem(
+            "training.spikes.max_loss_ratio",
+            f"{spikes.max_loss_ratio:g}, but outer.kind is none, so there is no anchor to go back "
+            "to.\nUse max_norm_ratio, or an outer step.",
+        )
+    if 2 * spikes.patience > spikes.window:
+        yield Problem(
+            "training.spikes.patience",
+            f"{spikes.patience} is more than half of window {spikes.window}, so a high loss would "
+            "be the median before a replica is set back.\nUse less patience or a longer window.",
+        )
+
+
 def profile_has_a_window(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
     """A profile covers steps in order and goes to a directory."""
     steps = config.monitor.profile.steps
@@ -305,6 +333,7 @@ RULES: tuple[Rule, ...] = (
     codec_is_deterministic,
     additive_apply_overlaps,
     norm_ratio_is_above_one,
+    usable_replicas_exist,
     overlap_is_shorter_than_the_spacing,
     rounds_of_schedules_ascend,
     run_has_a_round,
@@ -318,6 +347,7 @@ RULES: tuple[Rule, ...] = (
     precision_of_gradients_fits,
     profile_has_a_window,
     saved_rounds_exist,
+    spike_ratios_are_above_one,
 )
 
 

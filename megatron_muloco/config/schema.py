@@ -25,6 +25,7 @@ __all__ = [
     "ProfileConfig",
     "RunConfig",
     "SavePseudogradientsConfig",
+    "SpikesConfig",
     "TrainingConfig",
 ]
 
@@ -166,6 +167,33 @@ class DataConfig(Section):
     )
 
 
+class SpikesConfig(Section):
+    """What a replica does when its gradient norm or loss leaps."""
+
+    max_norm_ratio: float = Field(
+        0.0,
+        ge=0,
+        description="Skip an inner step whose gradient norm is more than this many times the "
+        "median of the last window steps; 0 is off.",
+    )
+    max_loss_ratio: float = Field(
+        0.0,
+        ge=0,
+        description="Set a replica back to the anchor, with moments of zero, when its loss was "
+        "more than this many times the median of the last window steps for patience steps in a "
+        "row; 0 is off. Needs an outer step.",
+    )
+    window: PositiveInt = Field(
+        100,
+        description="Inner steps of the medians. Nothing is compared before so many steps. Every "
+        "finite value counts, also of a skipped step, so that a lasting change is accepted after "
+        "half of them.",
+    )
+    patience: PositiveInt = Field(
+        10, description="Inner steps in a row with a high loss before a replica is set back."
+    )
+
+
 class TrainingConfig(Section):
     """Batches, length, precision and overlap of the inner steps."""
 
@@ -206,6 +234,17 @@ class TrainingConfig(Section):
     clip_grad: float = Field(
         1.0, ge=0, description="Maximum global gradient norm of a replica; 0 disables clipping."
     )
+    spikes: SpikesConfig = Field(
+        default_factory=SpikesConfig,
+        description="What a replica does when its gradient norm or loss leaps.",
+    )
+    max_skipped_steps: int = Field(
+        20,
+        ge=0,
+        description="Skipped inner steps in a row after which plain data parallelism stops with "
+        "exit code 17; 0 never stops. A step is skipped when its gradient norm is not finite or a "
+        "spike. With an outer step, outer.guard.max_empty_rounds is the limit instead.",
+    )
     recompute_granularity: Literal["none", "selective", "full"] = Field(
         "none",
         description="Activations that backward recomputes: none, those of attention (selective), "
@@ -239,6 +278,12 @@ class TrainingConfig(Section):
         0, ge=0, description="Inner steps between evaluations of the anchor; 0 disables them."
     )
     eval_iters: PositiveInt = Field(10, description="Global batches per evaluation.")
+    check_weight_hash_across_dp_replicas_interval: int = Field(
+        0,
+        ge=0,
+        description="Inner steps between checks inside a replica that its ranks hold the same "
+        "model parameters, and that these are the rounded master weights; 0 is off.",
+    )
     check_memory: bool = Field(
         True, description="Refuse to start on a GPU that has less memory than the plan needs."
     )
@@ -347,7 +392,8 @@ class MonitorConfig(Section):
     digest_interval: int = Field(
         10,
         ge=0,
-        description="Rounds between checks that the anchors of all replicas are equal; 0 is off.",
+        description="Rounds between checks that all replicas hold the same anchor and outer "
+        "momentum, and tensor-parallel ranks the same norm weights; 0 is off.",
     )
     debug_digests: bool = Field(
         False, description="Check anchors and replicated parameters after every outer step."

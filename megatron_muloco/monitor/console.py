@@ -275,6 +275,7 @@ class RunSummary:
         skipped: Skipped steps of all replicas in the lines written so far.
         validation: First and last evaluation, ``(step, loss)``; ``None`` without evaluations.
         lost_points: TensorBoard points that could not be written.
+        excluded: Weights 0 in outer steps, over replicas and fragments.
     """
 
     outcome: str
@@ -286,6 +287,7 @@ class RunSummary:
     skipped: int
     validation: tuple[tuple[int, float], tuple[int, float]] | None
     lost_points: int
+    excluded: int = 0
 
     @override
     def __str__(self) -> str:
@@ -296,7 +298,11 @@ class RunSummary:
             "outer bytes": f"{self.wire_bytes:,} sent by this rank",
         }
         if self.skipped:
-            facts["skipped"] = f"{self.skipped} steps (summed over replicas), gradient not finite"
+            facts["skipped"] = (
+                f"{self.skipped} steps (summed over replicas), gradient not finite or a spike"
+            )
+        if self.excluded:
+            facts["excluded"] = f"{self.excluded} times a replica had weight 0 in an outer step"
         if self.validation is not None:
             (first, before), (last, after) = self.validation
             facts["held-out"] = (

@@ -116,6 +116,7 @@ _EVALUATION = "`training.eval_interval` above 0"
 _TEST = "`data.test`; once, at the end of the run"
 _KNOWN_PEAK = "an accelerator with a known peak"
 _MUON = "`inner.kind: muon`"
+_SPIKES = "`training.spikes.max_loss_ratio` above 0"
 _SENT = "K > 1, lines that a launch sends"
 _UNSENT = "K > 1, lines after the last launch"
 _OUTER = "an outer step"
@@ -171,13 +172,23 @@ _ROWS = (
     ),
     Metric(
         "grad-norm", "1", "last", "mean over replicas", _ALWAYS,
-        "Norm of a replica's gradient before clipping; not finite if a step was skipped.",
+        "Norm of a replica's gradient before clipping. A step is skipped where it is not finite.",
         _GRADIENT_NORM,
     ),
     Metric(
         "grad-norm replica 0", "1", "last", "replica 0", _UNSENT,
         "Gradient norm of replica 0 alone, where there is `lm loss replica 0`.",
         _GRADIENT_NORM,
+    ),
+    Metric(
+        "skipped", "1", "mean", "writing rank", _ALWAYS,
+        "Share of the inner steps that this replica skipped, because the gradient norm was not "
+        "finite or a spike. The console counts those of all replicas.",
+        _GRADIENT_NORM,
+    ),
+    Metric(
+        "rolled-back", "1", "mean", "writing rank", _SPIKES,
+        "Share of the inner steps after which this replica was set back to the anchor.",
     ),
     Metric(
         "learning-rate", "1", "last", "the same everywhere", _ALWAYS,
@@ -353,8 +364,14 @@ _ROWS = (
     ),
     Metric(
         "muloco/excluded", "replicas", "event", "the same everywhere", _OUTER,
-        "Replicas with weight 0: excluded by the guard, or without trained tokens where tokens are "
-        "the weights; largest over fragments.",
+        "Replicas with weight 0: excluded by the guard, or without a trained step; largest over "
+        "fragments.",
+        _REPLICA_CHART,
+    ),
+    Metric(
+        "muloco/empty_rounds", "rounds", "event", "the same everywhere", _OUTER,
+        "Rounds in a row with fewer usable replicas than `outer.guard.min_usable_replicas`; "
+        "largest over fragments. At `outer.guard.max_empty_rounds` the run stops.",
         _REPLICA_CHART,
     ),
 )  # fmt: skip

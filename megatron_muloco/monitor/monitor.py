@@ -116,7 +116,9 @@ class Interval:
                 # Cloned, because it may be a buffer that the next step overwrites. A sum is a new
                 # tensor anyway.
                 self._last[tag] = own.clone() if isinstance(own, Tensor) else own
-        if "grad-norm" in values:
+        if "skipped" in values:
+            self._skipped = self._skipped + values["skipped"]
+        elif "grad-norm" in values:
             self._skipped = self._skipped + _not_finite(values["grad-norm"])
 
     def take(self) -> tuple[dict[str, Value], Value]:
@@ -254,6 +256,7 @@ class Monitor:
         self._printed_peak: float | None = None
         self._wire_bytes = 0
         self._skipped = 0
+        self._excluded = 0
         self._evaluations: list[tuple[int, float]] = []
         self._closed = False
 
@@ -351,6 +354,7 @@ class Monitor:
             self._wire_bytes += int(metrics["muloco/wire_bytes"])
             metrics["muloco/wire_bytes_total"] = float(self._wire_bytes)
         for part in report.applied:
+            self._excluded += int((part.weights == 0).sum())
             self.receive(part.launched_at, part.line_values)
         metrics |= self._round_time(report.step)
         if metrics:
@@ -439,6 +443,7 @@ class Monitor:
             skipped=self._skipped,
             validation=(evaluations[0], evaluations[-1]) if evaluations else None,
             lost_points=self._writer.lost_points if self._writer is not None else 0,
+            excluded=self._excluded,
         )
 
     # ---- lines ------------------------------------------------------------------------------

@@ -76,6 +76,8 @@ class OuterReport:
         restarted_from_anchor: Whether this replica was not finite and now holds the anchor in every
             fragment. The caller then zeroes the inner optimizer's state on all ranks of the
             replica.
+        exhausted: Whether the guard's limit of empty rounds is reached, the same on all ranks of
+            all replicas. The caller then saves and stops.
     """
 
     step: int
@@ -83,6 +85,7 @@ class OuterReport:
     launched: tuple[int, ...]
     applied: tuple[FragmentReport, ...]
     restarted_from_anchor: bool
+    exhausted: bool = False
 
     @property
     def alarm(self) -> bool:
@@ -235,17 +238,21 @@ class FragmentDiagnostics:
         """
         self._moved += torch.stack([dot, mean_square, update_square]).double()
 
-    def report(self, total: Callable[[Tensor], Tensor], round_index: int) -> FragmentReport:
+    def report(
+        self, total: Callable[[Tensor], Tensor], round_index: int, *, empty_rounds: int = 0
+    ) -> FragmentReport:
         """Sum over the replica and return the fragment's report.
 
         Args:
             total: Sum over the ranks of the replica.
             round_index: Round of the launch.
+            empty_rounds: Empty rounds of the fragment in a row, with this one.
 
         Collectives: one call of ``total``; all ranks of the replica call this method.
         """
         flight, stats = self._flight, self._stats
         measurements = self._measured() | self._compared | dict(stats.measurements)
+        measurements["muloco/empty_rounds"] = Measurement.of(empty_rounds, max)
         return FragmentReport(
             fragment=flight.fragment,
             launched_at=flight.launched_at,

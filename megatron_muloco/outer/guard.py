@@ -5,7 +5,11 @@ pseudogradient is not finite, or far from the usual norm, the weight 0 for this 
 uses two numbers, both summed over the whole replica, so all its ranks decide alike; it reaches the
 other replicas as the weight that is sent with the data, without a collective of its own.
 
-`Progress` counts how much of an interval a replica trained, for means weighted by tokens.
+A round in which too few replicas are usable is counted. After `Guard.max_empty_rounds` of them in a
+row the run has to stop: it would only repeat the outer momentum, or trust one replica for all.
+
+`Progress` counts how much of an interval a replica trained, for means weighted by tokens, and for
+the weight 0 of a replica that trained on no step of it.
 """
 
 import math
@@ -27,6 +31,7 @@ class Verdict(Enum):
     GOOD = "good"
     NON_FINITE = "non-finite"  # weight 0, and the replica restarts from the anchor
     OUTLIER = "norm outside the band"  # weight 0 in this mean; the replica trains on unchanged
+    IDLE = "trained on no step"  # weight 0 in this mean, which its zeros would make smaller
 
     @property
     def weight(self) -> float:
@@ -67,12 +72,17 @@ class Guard:
         max_norm_ratio: Largest accepted ratio of ``q`` and median, in both directions. The default
             of 10 is chosen.
         min_replicas: Smallest K for which the band is used.
+        min_usable: Replicas with a weight above 0 that a round needs in order not to be empty.
+        max_empty_rounds: Empty rounds in a row after which the run has to stop; 0 is no limit.
     """
 
     num_replicas: int
     max_norm_ratio: float = 10.0
     min_replicas: int = 4
+    min_usable: int = 1
+    max_empty_rounds: int = 0
     _medians: dict[int, float] = field(default_factory=dict, init=False)
+    _empty: dict[int, int] = field(default_factory=dict, init=False)
 
     @property
     def has_band(self) -> bool:
@@ -133,9 +143,33 @@ class Guard:
         if finite and median(finite) > 0.0 and lr_sum > 0.0:
             self._medians[fragment] = median(finite) / lr_sum
 
+    def count_usable(self, fragment: int, usable: int) -> None:
+        """Count a round of a fragment, in which ``usable`` replicas had a weight above 0.
+
+        The number is the same on all ranks, since weights come with the data of the reduction.
+        """
+        self._empty[fragment] = 0 if usable >= self.min_usable else self.empty(fragment) + 1
+
+    def empty(self, fragment: int) -> int:
+        """Return the empty rounds of a fragment in a row, up to now."""
+        return self._empty.get(fragment, 0)
+
+    @property
+    def empty_rounds(self) -> int:
+        """Empty rounds in a row, up to now; the largest number over fragments."""
+        return max(self._empty.values(), default=0)
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the limit of empty rounds is reached."""
+        return 0 < self.max_empty_rounds <= self.empty_rounds
+
     def state_dict(self) -> dict[str, Any]:
-        """Return ``{"medians_per_lr": {fragment's index as text: median}}``, for JSON."""
-        return {"medians_per_lr": {str(i): middle for i, middle in self._medians.items()}}
+        """Return medians and empty rounds by the fragment's index as text, for JSON."""
+        return {
+            "medians_per_lr": {str(i): middle for i, middle in self._medians.items()},
+            "empty_rounds": {str(i): rounds for i, rounds in self._empty.items() if rounds},
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned.
@@ -145,6 +179,8 @@ class Guard:
         """
         medians = state.get("medians_per_lr", {})
         self._medians = {int(fragment): float(middle) for fragment, middle in medians.items()}
+        empty = state.get("empty_rounds", {})
+        self._empty = {int(fragment): int(rounds) for fragment, rounds in empty.items()}
 
 
 # ---- weights by tokens ---------------------------------------------------------------------------

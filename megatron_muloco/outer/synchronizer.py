@@ -191,6 +191,7 @@ class Synchronizer:
             line_values: 1-D fp32 numbers sent to the other replicas with this step's launches, for
                 instance the loss; the same count at every launch.
             trained: Share of the step's tokens that this replica trained on; 0 for a skipped step.
+                A replica that trained on nothing in an interval has weight 0 in its mean.
 
         Returns:
             The report; ``None`` if nothing was due.
@@ -234,7 +235,26 @@ class Synchronizer:
             launched=tuple(flight.fragment for flight in launched),
             applied=tuple(applied),
             restarted_from_anchor=restarted_from_anchor,
+            exhausted=bool(applied) and self._guard.exhausted,
         )
+
+    @property
+    def empty_rounds(self) -> int:
+        """Rounds in a row, up to now, with fewer usable replicas than the guard needs."""
+        return self._guard.empty_rounds
+
+    @torch.no_grad()
+    def roll_back(self) -> None:
+        """Set this replica's parameters to the anchor, in all fragments, between two inner steps.
+
+        What it trained since the last apply is lost, and does not count as trained. Residuals of
+        error feedback stay: they are of rounds that the other replicas have.
+
+        Collectives: broadcast and publish over the replica; all its ranks call it after the same
+        inner step, before `after_inner_step`.
+        """
+        self._take_anchor()
+        self._publish(self._plan.names())
 
     @torch.no_grad()
     def flush(self) -> OuterReport:
@@ -286,13 +306,16 @@ class Synchronizer:
             self._observer.launch(self.step, fragment, deltas, finite=finite)
         # Start counting the next interval even where the share is not used as a weight.
         share = self._progress[fragment].take()
+        if verdict is Verdict.GOOD and not share:
+            verdict = Verdict.IDLE
         sketch = sketches(deltas) if sketches else None
         started = time.perf_counter()
         handle = self._reducer.launch(
             fragment,
             deltas,
             verdict.weight * (share if self._weigh_by_tokens else 1.0),
-            pack_metadata(norm, line_values, sketch),
+            # The norm of a replica that did not train is no norm for the guard's median.
+            pack_metadata(math.nan if verdict is Verdict.IDLE else norm, line_values, sketch),
             round_index=round_index,
         )
         flight = InFlight(
@@ -326,6 +349,7 @@ class Synchronizer:
             lr_sum = self._lr_sum(flight.launched_at, flight.fragment)
             self._guard.observe(flight.fragment, norms, lr_sum=lr_sum)
         usable = bool(reduced.stats.weights.any())
+        self._guard.count_usable(flight.fragment, int((reduced.stats.weights > 0).sum()))
         # lr and momentum of the round of the launch: with overlap the apply may be in the next one.
         round_index = self._schedule.round(flight.launched_at)
         diagnostics = FragmentDiagnostics(flight, self._sketch, self._replica.device)
@@ -343,7 +367,9 @@ class Synchronizer:
                 anchor = self._state.anchor_on(local.device, name)
             diagnostics.add(dot, mean_square, torch.dot(mean, mean))
             self._merge.merge(local, anchor, at_launch)
-        return diagnostics.report(self._replica.total, round_index)
+        return diagnostics.report(
+            self._replica.total, round_index, empty_rounds=self._guard.empty(flight.fragment)
+        )
 
     def _average(self, fragment: int) -> FragmentReport:
         """Set anchor and local parameters of a fragment to the mean of the local parameters.
@@ -358,6 +384,8 @@ class Synchronizer:
         verdict, norm = self._guard.judge_replica(
             fragment, deltas, self._replica.total, self._replica.device, lr_sum=None
         )
+        if verdict is Verdict.GOOD and not self._progress[fragment].trained:
+            verdict = Verdict.IDLE
         round_index = self._schedule.round(self.step)
         flight = InFlight(
             fragment=fragment,
@@ -409,9 +437,12 @@ class Synchronizer:
         In all, not only in the one that was found: a model with one fragment of the anchor and the
         rest not finite would stay broken. Fragments in flight keep the weight that was sent.
         """
+        self._take_anchor()
+        self._reducer.forget_residual()
+
+    def _take_anchor(self) -> None:
         overwrite(self._replica.masters, self._state.anchor)
         self._in_flight.restart_from(self._state.anchor)
-        self._reducer.forget_residual()
         for progress in self._progress:
             progress.restart()
 
@@ -437,6 +468,10 @@ class Synchronizer:
     def anchors(self) -> Mapping[str, Tensor]:
         """Return the anchor of the shards that this rank synchronises, by name, flat; read only."""
         return self._state.anchor
+
+    def momenta(self) -> Mapping[str, Tensor]:
+        """Return the outer momentum of these shards, by name, flat; read only."""
+        return self._state.momentum
 
     @contextmanager
     def anchor_loaded(self) -> Iterator[None]:

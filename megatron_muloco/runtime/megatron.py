@@ -180,6 +180,7 @@ class MasterView:
         tensor_group = groups.pg.tp
         described = describe_parameters(ddp.module, tensor_rank=tensor_group.rank(), names=names)
         self.infos: dict[str, ParamInfo] = {name: info for name, (info, _) in described.items()}
+        self._parameters = {name: parameter for name, (_, parameter) in described.items()}
         by_parameter = dict(_model_and_master(optimizer))
         self.raw_masters: dict[str, Tensor] = {}
         shards: list[Shard] = []
@@ -206,6 +207,22 @@ class MasterView:
                     f"the masters of {name} do not cover its {info.numel} elements once: {ranges}. "
                     "This Megatron version shards its optimizer in a way that is not supported."
                 )
+
+    def parameters(self) -> Mapping[str, Tensor]:
+        """Return the model parameters of this stage by name, whole, in the model's precision."""
+        return self._parameters
+
+    @torch.no_grad()
+    def differing(self) -> list[str]:
+        """Return the names of this rank's shards whose parameters are not their rounded masters."""
+        found = []
+        for shard in self.shards:
+            own = self._parameters[shard.name].detach().view(-1)[shard.start : shard.end]
+            rounded = self.masters[shard.name].to(own.dtype)
+            # Compared as bytes: NaN equals NaN, and 0.0 differs from -0.0.
+            if not torch.equal(own.view(torch.uint8), rounded.view(torch.uint8)):
+                found.append(shard.name)
+        return found
 
     @torch.no_grad()
     def publish(self) -> None:

@@ -229,7 +229,14 @@ def build_context(config: RunConfig, groups: Groups, data: RunData, *, writes: b
     model = _build_model(config, groups, fusions, attention.backend, draw=found is None)
     optimizer = build_replica_optimizer(model, config, groups)
     probe = _build_probe(optimizer)
-    state = RunState(groups, optimizer.view, optimizer.inner, optimizer.synchronizer, config)
+    state = RunState(
+        groups,
+        optimizer.view,
+        optimizer.inner,
+        optimizer.synchronizer,
+        config,
+        spikes=optimizer.spikes,
+    )
     resumed, note = 0, ""
     if store is not None and found is not None:
         resumed, note = _resume(*found, store, state, model, optimizer)

@@ -52,7 +52,7 @@ from megatron_muloco.runtime.megatron import (
     find_distributed_optimizer,
     keep_statistics_inside,
 )
-from megatron_muloco.training.replica_optimizer import OuterChecks, ReplicaOptimizer
+from megatron_muloco.training.replica_optimizer import OuterChecks, ReplicaOptimizer, WeightChecks
 
 __all__ = ["build_replica_optimizer", "wrap_optimizer"]
 
@@ -100,7 +100,15 @@ def wrap_optimizer(
     distributed.optimizer = inner
     derived = derive(config, groups.topology)
     synchronizer, checks = _build_outer_step(view, config, derived, groups, outer_optimizer)
-    return ReplicaOptimizer(optimizer, view, inner, synchronizer, checks, config, derived)
+    weight_checks = WeightChecks(
+        view,
+        groups.pg.intra_dp_cp,
+        training_device(),
+        interval=config.training.check_weight_hash_across_dp_replicas_interval,
+    )
+    return ReplicaOptimizer(
+        optimizer, view, inner, synchronizer, checks, weight_checks, config, derived
+    )
 
 
 def build_replica_optimizer(
@@ -290,9 +298,10 @@ def _build_outer_step(
         publish=view.publish,
     )
     schedule = SyncSchedule.from_config(outer, derived.train_iters)
+    plan = FragmentPlan.from_config(outer, view.infos.values(), num_layers=config.model.num_layers)
     synchronizer = Synchronizer(
         port,
-        FragmentPlan.from_config(outer, view.infos.values(), num_layers=config.model.num_layers),
+        plan,
         schedule,
         optimizer,
         Additive() if outer.apply == "additive" else Mix(outer.effective_mixing_weight),
@@ -301,6 +310,8 @@ def _build_outer_step(
         Guard(
             num_replicas=groups.topology.num_replicas,
             max_norm_ratio=outer.guard.max_norm_ratio or float("inf"),
+            min_usable=outer.guard.min_usable_replicas,
+            max_empty_rounds=outer.guard.max_empty_rounds,
         ),
         state_device=torch.device("cpu") if outer.state_device == "cpu" else None,
         sketch=_build_sketch(config, groups),
@@ -310,8 +321,9 @@ def _build_outer_step(
         observer=build_recorder(config, view.shards, schedule, groups.coords, groups.topology),
     )
     checks = OuterChecks(
-        synchronizer.anchors(),
+        {"the anchor": synchronizer.anchors(), "the outer momentum": synchronizer.momenta()},
         replicated,
+        plan.fragments,
         groups.outer,
         device,
         interval=config.monitor.digest_interval,

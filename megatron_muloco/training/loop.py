@@ -7,15 +7,19 @@
 
 After each inner step the order is: outer step, evaluation, stop or checkpoint, stop decision for
 the next step. Between two outer steps a replica waits for others only to evaluate and to save.
+
+A run that trains nothing any more, because steps or rounds have no usable gradients, stops by
+itself with its state saved (`ReplicaOptimizer.stalled`).
 """
 
+import sys
 import time
 from enum import Enum
 
 import torch
 from torch.profiler import record_function
 
-from megatron_muloco.checkpoint.io import digests_of
+from megatron_muloco.checkpoint.io import digests_of, require_finite
 from megatron_muloco.checkpoint.layout import checkpoint_path
 from megatron_muloco.checkpoint.state import ANCHOR
 from megatron_muloco.comm.collectives import sum_over
@@ -46,6 +50,8 @@ class Outcome(Enum):
     STOPPED = "stopped on request; state saved"
     UNSAVED = "stopped on request; checkpoint.dir is not set, so nothing was saved"
     SAVE_FAILED = "ended because the last save failed; the checkpoint before it is complete"
+    STALLED = "stopped because nothing was trained any more; the cause is above"
+    NOT_FINITE = "ended with weights that are not finite; earlier checkpoints are unchanged"
 
 
 def run(config: RunConfig, stop: StopRequest) -> Outcome:
@@ -74,6 +80,9 @@ def train(context: RunContext, stop: StopRequest) -> Outcome:
         with profiled(context.profiler, step):
             stop_after = inner_step(context, step, stop, stop_after)
             outer_step(context, step)
+            # Before anything is evaluated or saved as if the run went on.
+            if reason := context.optimizer.stalled():
+                return _stalled(context, step, reason)
             # After the outer step, so that the loss of step t belongs to the anchor of step t. The
             # last step is left to `_finish`, which evaluates and saves around the flush.
             if _is_due(step, context.config.training.eval_interval) and step < last_step:
@@ -109,13 +118,36 @@ def inner_step(
         report = context.optimizer.inner_step()
     elapsed_ms = (time.perf_counter() - started) * 1e3
     loss, stop_wanted, stop_after = _share(context, loss / count, stop.requested, stop_after)
+    rolled_back = _watch(context, step, loss) if context.optimizer.spikes.watches_losses else None
     if stop_wanted and context.groups.is_leader:
         context.agreement.request()
     metrics = _metrics(context, step, report, loss, elapsed_ms)
+    if rolled_back is not None:
+        metrics["rolled-back"] = float(rolled_back)
     # Of the whole replica, and of the device too: `_share` has waited for both.
     metrics["perf/replica_step_ms"] = (time.perf_counter() - began) * 1e3
     context.monitor.record(step, metrics)
     return stop_after
+
+
+def _watch(context: RunContext, step: int, loss: torch.Tensor) -> bool:
+    """Set this replica back to the anchor if its loss has been high for too long.
+
+    The replica says so itself: no other one, and not the writing rank, learns of it.
+
+    Collectives: inside the replica, if it goes back; every rank of the replica calls it.
+    """
+    with record_function("muloco/watch_loss"):
+        rolled_back = context.optimizer.watch_loss(float(loss))
+    if rolled_back and context.groups.is_leader:
+        spikes = context.config.training.spikes
+        sys.stderr.write(
+            f"replica {context.groups.coords.replica}: after iteration {step} set back to the "
+            f"anchor, with inner moments of zero: its loss ({float(loss):.4g}) was above "
+            f"{spikes.max_loss_ratio:g} times the median of {spikes.window} steps for "
+            f"{spikes.patience} steps\n"
+        )
+    return rolled_back
 
 
 def _share(
@@ -166,7 +198,7 @@ def _report_excluded(context: RunContext, report: OuterReport) -> None:
             consequence = "; NO REPLICA IS LEFT, the anchor did not change" if report.alarm else ""
             context.monitor.say(
                 f"outer step after iteration {report.step}: replicas {excluded} have weight 0 in "
-                f"fragment {part.fragment} (excluded by the guard, or trained on no tokens)"
+                f"fragment {part.fragment} (excluded by the guard, or trained on no step)"
                 f"{consequence}"
             )
 
@@ -194,6 +226,7 @@ def _metrics(
         "lm loss": loss,
         "learning-rate": report.lr,
         "grad-norm": report.grad_norm,
+        "skipped": float(report.skipped),
         "perf/inner_optimizer_ms": elapsed_ms,
     }
     if context.probe is not None:
@@ -246,11 +279,28 @@ def _stop(context: RunContext, step: int) -> Outcome:
     return Outcome.STOPPED if _save(context, step) else Outcome.SAVE_FAILED
 
 
+def _stalled(context: RunContext, step: int, reason: str) -> Outcome:
+    """Save what there is and end the run; all ranks of the job come here after the same step.
+
+    Nothing is pruned, so the last state before the trouble stays beside the one of now.
+    """
+    _announce(context, step)
+    saved = context.store is not None and _save(context, step)
+    remedy = (
+        "Look for bad data or a bad machine; then start again, from an older checkpoint "
+        "(checkpoint.resume) if the weights themselves are at fault."
+    )
+    state = "The state is saved" if saved else "The state was not saved; earlier checkpoints stay"
+    context.monitor.say(f"STOPPED after iteration {step}: {reason}. {state}. {remedy}")
+    return Outcome.STALLED
+
+
 def _save(context: RunContext, step: int) -> bool:
     """Save a checkpoint of ``step`` if the run has a directory; return False if saving failed.
 
-    A failure, such as a full disk, does not end the run. It is reported, and the next checkpoint is
-    tried when it is due.
+    A failure, such as a full disk or values that are not finite, does not end the run. It is
+    reported, and the next checkpoint is tried when it is due. While the run does not advance, a
+    save deletes no older checkpoint.
 
     Collectives: over the whole job; every rank calls it after the same step.
     """
@@ -259,7 +309,7 @@ def _save(context: RunContext, step: int) -> bool:
     with context.monitor.paused(), record_function("muloco/save"):
         context.state.scalars.update(scalars_of(step, context.train_data.layout))
         try:
-            path = context.store.save(step, context.state)
+            path = context.store.save(step, context.state, prune=context.optimizer.advances)
         except CheckpointError as error:  # raised on all ranks alike
             context.monitor.say(f"NOT SAVED: {error}")
             return False
@@ -288,6 +338,11 @@ def _finish(context: RunContext, last_step: int) -> Outcome:
     kinds = {ANCHOR: state.anchors()}
     digests = digests_of(state.groups, state.view.shards, kinds, training_device())
     context.monitor.say(f"final anchor digest: {digests[ANCHOR]}")
+    try:
+        require_finite(state, kinds)
+    except CheckpointError as error:  # raised on all ranks alike
+        context.monitor.say(f"THE RUN HAS FAILED: {error}")
+        return Outcome.NOT_FINITE
     return Outcome.DONE if saved else Outcome.SAVE_FAILED
 
 

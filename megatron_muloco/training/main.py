@@ -1,7 +1,8 @@
 """`main`: the command line ``deepspeed launch/pretrain.py --config F [--set a.b=c] [--dry-run]``.
 
 Exit codes: 0 done; 2 bad input, nothing was trained; 85 stopped on request with the state saved,
-start the same command again; any other code is a fault.
+start the same command again; 17 nothing was trained any more (gradients or weights not finite),
+starting again would not help; any other code is a fault.
 """
 
 import argparse
@@ -16,7 +17,13 @@ from typing import NoReturn
 from megatron_muloco.config import RunConfig, load_config
 from megatron_muloco.config.derived import smallest_topology, topology_of
 from megatron_muloco.config.rules import check
-from megatron_muloco.errors import EXIT_BAD_INPUT, ConfigError, MulocoError, TopologyError
+from megatron_muloco.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_NUMERICS,
+    ConfigError,
+    MulocoError,
+    TopologyError,
+)
 from megatron_muloco.runtime.distributed import hide_unwanted_gpus, silence_known_warnings
 from megatron_muloco.runtime.ranks import RankInfo, discover_ranks
 from megatron_muloco.training.stopping import StopRequest
@@ -196,6 +203,8 @@ def _train(config: RunConfig, stop: StopRequest) -> int:
         Outcome.STOPPED: EXIT_STOPPED,
         Outcome.UNSAVED: EXIT_FAULT,  # restarting would train from the beginning
         Outcome.SAVE_FAILED: EXIT_FAULT,  # restarting would fail again
+        Outcome.STALLED: EXIT_NUMERICS,
+        Outcome.NOT_FINITE: EXIT_NUMERICS,
     }
     try:
         return exit_codes[run(config, stop)]

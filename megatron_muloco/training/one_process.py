@@ -31,7 +31,7 @@ from megatron_muloco.config.derived import smallest_topology
 from megatron_muloco.config.messages import Problem
 from megatron_muloco.config.rules import check
 from megatron_muloco.data.checks import check_run_data
-from megatron_muloco.errors import ConfigError
+from megatron_muloco.errors import ConfigError, NumericsError
 from megatron_muloco.monitor.monitor import Monitor, Value
 from megatron_muloco.outer.diagnostics import OuterReport
 from megatron_muloco.runtime.accelerator import CpuDeviceMode, training_device
@@ -39,7 +39,7 @@ from megatron_muloco.runtime.distributed import start_distributed
 from megatron_muloco.runtime.parallel_state import mirror_groups, require_unset, unmirror_groups
 from megatron_muloco.topology import Coords, Topology
 from megatron_muloco.training.build import RunData, build_context, load_data
-from megatron_muloco.training.loop import train
+from megatron_muloco.training.loop import Outcome, train
 from megatron_muloco.training.start import seed_ranks
 from megatron_muloco.training.stopping import StopAgreement, StopRequest
 
@@ -119,6 +119,8 @@ def run_in_one_process(config: RunConfig, *, writes: bool = True) -> OneProcessR
         ConfigError: The configuration needs more than one rank for a replica, an accelerator is
             present, or the run saves or profiles. Nothing has been trained.
         SyncError: As on K ranks.
+        NumericsError: The run stopped because nothing was trained any more, or ended with weights
+            that are not finite.
     """
     problems = [*_problems(config), *check_run_data(config)]
     if problems:
@@ -285,6 +287,8 @@ def _train(config: RunConfig, groups: Groups, data: RunData, *, writes: bool) ->
     )
     outcome = train(replace(context, monitor=recorder, agreement=never), StopRequest())
     context.monitor.close(outcome.value)
+    if outcome is not Outcome.DONE:
+        raise NumericsError(f"the run {outcome.value}")
     anchors = {ANCHOR: context.state.anchors()}
     shards = context.optimizer.view.shards
     result.anchor_digest = digests_of(groups, shards, anchors, training_device())[ANCHOR]

@@ -66,6 +66,33 @@ def test_a_flipped_bit_is_found_and_named(case: str) -> None:
         )
 
 
+def _with_a_flipped_momentum(config: RunConfig) -> str:
+    """Flip one bit of replica 1's outer momentum after a round; return the error of the next."""
+    run = start_tiny(config).train(3)
+    assert run.optimizer.synchronizer is not None
+    if run.groups.coords.replica == 1:
+        momentum = run.optimizer.synchronizer.momenta()["decoder.final_layernorm.weight"]
+        momentum.view(torch.int32)[3] ^= 1 << 20
+    message = ""
+    try:
+        run.train(1)
+    except SyncError as error:
+        message = str(error)
+    finish_tiny()
+    return message
+
+
+def test_a_replica_outside_the_majority_is_suspect() -> None:
+    # Anchor and momentum of a round differ together; with lr 0 the anchor would not move.
+    outer = {"kind": "nesterov", "lr": 1e-30, "momentum": 0.6, "sync_interval": 2}
+    config = config_of(3, outer=outer, monitor={"digest_interval": 1})
+    for message in run_ranks(_with_a_flipped_momentum, 3, config):
+        assert message.startswith(
+            "round 2: the outer momentum of decoder.final_layernorm.weight differs between ranks "
+            "(ranks [0, 2] against [1]; suspect: [1]); 1 parameters of"
+        )
+
+
 def test_without_digests_nothing_is_compared() -> None:
     config = config_of(2, monitor={"digest_interval": 0})
     assert run_ranks(_with_a_flipped_bit, 2, config) == [(8, ""), (8, "")]
@@ -92,6 +119,85 @@ def test_a_copy_that_drifted_is_found_and_named() -> None:
     assert copy.startswith(
         "round 1: decoder.final_layernorm.weight: rank 1 holds other values than rank 0"
     )
+
+
+def test_norm_weights_that_drift_are_compared_right_after_their_broadcast() -> None:
+    """A change between outer steps is overwritten by the next broadcast, so it is no error."""
+    config = config_of(
+        1, parallel={"tensor_model_parallel_size": 2}, monitor={"digest_interval": 1}
+    )
+    assert run_ranks(_changed_between_rounds, 2, config) == ["", ""]
+
+
+def _changed_between_rounds(config: RunConfig) -> str:
+    run = start_tiny(config).train(3)
+    if run.groups.coords.tp == 1:
+        run.optimizer.view.masters["decoder.final_layernorm.weight"][0] += 1e-6
+    try:
+        run.train(1)
+    except SyncError as error:
+        return str(error)
+    finally:
+        finish_tiny()
+    return ""
+
+
+# ---- weights inside a replica ----------------------------------------------------------------
+
+
+def _with_a_changed_weight(config: RunConfig, where: str) -> str:
+    """Change a weight of rank 1 in the middle of step 2; return the error of its check."""
+    run = start_tiny(config).train(1)
+    optimizer = run.optimizer
+    step = optimizer._distributed.step_with_ready_grads
+    name = "decoder.final_layernorm.weight"
+
+    def changed() -> Any:
+        done = step()
+        held = {"parameter": optimizer.view.parameters, "masters": lambda: optimizer.view.masters}
+        if dist.get_rank() == 1 and where in held:
+            with torch.no_grad():
+                for tensor in chosen(held[where]()):
+                    tensor.view(-1)[0] += 1.0
+        return done
+
+    def chosen(tensors: Any) -> list[torch.Tensor]:
+        return [tensors[name]] if where == "parameter" else list(tensors.values())
+
+    optimizer._distributed.step_with_ready_grads = changed
+    try:
+        run.train(1)
+    except SyncError as error:
+        return str(error)
+    finally:
+        finish_tiny()
+    return ""
+
+
+def weights_config(**training: Any) -> RunConfig:
+    interval = {"check_weight_hash_across_dp_replicas_interval": 2}
+    outer = {"kind": "none"}
+    return config_of(1, outer=outer, training={"precision": "bf16", **interval, **training})
+
+
+def test_a_parameter_that_differs_between_data_parallel_ranks_is_named() -> None:
+    for message in run_ranks(_with_a_changed_weight, 2, weights_config(), "parameter"):
+        assert message.startswith(
+            "inner step 2: the parameter of decoder.final_layernorm.weight differs between ranks "
+            "(ranks [0] against [1]); 1 parameters of"
+        )
+
+
+def test_masters_that_were_not_published_are_named() -> None:
+    first, second = run_ranks(_with_a_changed_weight, 2, weights_config(), "masters")
+    assert first == ""
+    assert second.startswith("inner step 2: rank 1: ")
+    assert "is not its master weight in the precision of the model" in second
+
+
+def test_equal_weights_pass_with_the_gather_overlapped() -> None:
+    overlap = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+    assert run_ranks(_with_a_changed_weight, 2, weights_config(**overlap), "nowhere") == ["", ""]
 
 
 # ---- the start -------------------------------------------------------------------------------

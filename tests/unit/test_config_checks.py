@@ -117,6 +117,10 @@ RULE_CASES: dict[str, tuple[list[str], list[str]]] = {
         ["outer.guard.max_norm_ratio=1"],
         ["outer.guard.max_norm_ratio: 1 excludes norms on both sides of the median"],
     ),
+    "usable_replicas_exist": (
+        ["outer.guard.min_usable_replicas=3"],
+        ["outer.guard.min_usable_replicas: 3 is more than parallel.num_replicas 2"],
+    ),
     "overlap_is_shorter_than_the_spacing": (
         ["outer.overlap_steps=5", "outer.fragments.count=2"],
         ["outer.overlap_steps: 5 is not shorter than the 5 steps between two launches"],
@@ -185,6 +189,13 @@ RULE_CASES: dict[str, tuple[list[str], list[str]]] = {
         [
             "monitor.save_pseudogradients.steps: true, but the steps of a round add up",
             "monitor.save_pseudogradients.rounds: [5, 2] ends before it begins.",
+        ],
+    ),
+    "spike_ratios_are_above_one": (
+        ["training.spikes={max_norm_ratio: 1, max_loss_ratio: 1.5, patience: 60}"],
+        [
+            "training.spikes.max_norm_ratio: 1 is not above the median itself",
+            "training.spikes.patience: 60 is more than half of window 100",
         ],
     ),
 }

@@ -83,3 +83,30 @@ def test_medians_of_undivided_norms_are_not_used() -> None:
     restored.load_state_dict({"0": 0.3})
     assert verdict_of(restored, 0.3, lr_sum=0.01) is Verdict.GOOD
     assert restored.state_dict() == Guard(4).state_dict()
+
+
+def test_empty_rounds_count_until_a_round_has_enough_replicas() -> None:
+    guard = Guard(3, min_usable=2, max_empty_rounds=2)
+    for usable, rounds, exhausted in ((1, 1, False), (2, 0, False), (0, 1, False), (1, 2, True)):
+        guard.count_usable(0, usable)
+        assert (guard.empty_rounds, guard.exhausted) == (rounds, exhausted)
+    restored = Guard(3, min_usable=2, max_empty_rounds=2)
+    restored.load_state_dict(json.loads(json.dumps(guard.state_dict())))
+    assert restored.empty(0) == 2
+    restored.load_state_dict({"medians_per_lr": {}})  # a checkpoint from before they were counted
+    assert restored.empty_rounds == 0
+
+
+def test_one_fragment_may_be_empty_while_another_is_not() -> None:
+    guard = Guard(2, max_empty_rounds=2)
+    for fragment, usable in ((0, 0), (1, 2), (0, 0), (1, 2)):
+        guard.count_usable(fragment, usable)
+    assert (guard.empty(0), guard.empty(1)) == (2, 0)
+    assert guard.exhausted
+
+
+def test_without_a_limit_nothing_stops() -> None:
+    guard = Guard(1)
+    for _ in range(100):
+        guard.count_usable(0, 0)
+    assert (guard.empty_rounds, guard.exhausted) == (100, False)

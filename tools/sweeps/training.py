@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 
-from megatron_muloco.errors import ConfigError
+from megatron_muloco.errors import EXIT_NUMERICS, ConfigError
 from tools.sweeps.runs import Run
 from tools.sweeps.study import Study
 from tools.sweeps.table import Outcome
@@ -23,7 +23,7 @@ def train_run(study: Study, run: Run) -> Outcome:
     Without ``launch`` in the study all replicas share this process. With it, the training program
     is started with that command, and its losses are read from its event files.
 
-    A loss that is not finite, or an outer step that refuses such a pseudogradient, is the outcome
+    A loss that is not finite, or a run that stops because of such values, is the outcome
     ``diverged``: an answer of the sweep, not a failure of it.
 
     Raises:
@@ -51,12 +51,12 @@ def _here(study: Study, run: Run) -> Measured:
 
     silence_known_warnings()  # before Megatron is imported, which warns
     from megatron_muloco.config import load_config
-    from megatron_muloco.errors import SyncError
+    from megatron_muloco.errors import NumericsError, SyncError
     from megatron_muloco.training.one_process import run_in_one_process
 
     try:
         result = run_in_one_process(load_config(study.base, run.overrides), writes=False)
-    except SyncError:
+    except (NumericsError, SyncError):
         return math.nan, None, [], 0
     return result.held_out[run.steps], result.test_loss, result.losses, max(result.wire_bytes)
 
@@ -77,7 +77,7 @@ def _launched(study: Study, run: Run) -> Measured:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         said = (done.stdout + done.stderr)[-_SHOWN:]
-        if "SyncError" in said:
+        if done.returncode == EXIT_NUMERICS or "SyncError" in said:
             return math.nan, None, [], 0
         raise ConfigError(
             f"run {run.key} ended with {done.returncode}: {' '.join(command)}\n{said}"
