@@ -5,11 +5,11 @@ Saving describes the live tensors as Megatron's `ShardedTensor`s and the plain v
 live state. Where directories are, and when a new one becomes visible, is `store`'s part.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -19,6 +19,13 @@ from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 
+from megatron_muloco.checkpoint.changes import (
+    RunningMean,
+    Takeover,
+    differences,
+    model_differences,
+    refusal,
+)
 from megatron_muloco.checkpoint.directory import (
     everywhere,
     finish_directory,
@@ -45,7 +52,6 @@ from megatron_muloco.checkpoint.state import (
     Description,
     Masters,
     RunState,
-    differences,
     is_shared,
     outer_key,
     read_description,
@@ -285,7 +291,8 @@ def _versions() -> dict[str, str]:
 def load_run(path: Path, into: RunState, space: ModelSpace) -> Description:
     """Overwrite the live state with that of a training checkpoint; return its description.
 
-    Nothing is overwritten before everything has been read and its digests have been verified.
+    Nothing is overwritten before everything has been read and its digests have been verified, which
+    is before anything is averaged. Where K or the method changes, `changes.Takeover` has the rules.
 
     Raises:
         CheckpointError: The checkpoint is damaged, was written by another program or in another
@@ -299,12 +306,12 @@ def load_run(path: Path, into: RunState, space: ModelSpace) -> Description:
         description = read_description(path)
         _check_config(path, description, into)
     index = _whole_index(path, control)
-    wanted = _wanted(description, index, into, space)
-    pieces = _read(path, index, wanted, space, control)
-    own = description.replicas[into.groups.coords.replica]
-    found = digests_of(into.groups, into.view.shards, pieces, space.device)
-    _check_digests(path, found, own["digests"])
-    _apply(description, pieces, into)
+    takeover = Takeover(description, into.resolved, into.groups.coords.replica)
+    source = _Source(path, index, takeover, into, space)
+    pieces = source.read(_wanted(takeover, index, into, space))
+    with everywhere(control, f"the checkpoint {path} cannot be resumed", _REMEDY):
+        takeover.require_finite(source.broken)
+    _apply(takeover, pieces, into)
     # Generator states belong to ranks. In another layout rank r does other work, so every rank
     # keeps the generators that it was started with.
     if description.topology == asdict(into.groups.topology):
@@ -316,11 +323,18 @@ def load_run(path: Path, into: RunState, space: ModelSpace) -> Description:
 
 
 def load_anchor(
-    path: Path, groups: Groups, view: Masters, space: ModelSpace, *, flushed: bool = True
+    path: Path,
+    groups: Groups,
+    view: Masters,
+    space: ModelSpace,
+    *,
+    flushed: bool = True,
+    model: Mapping[str, Any] | None = None,
 ) -> Description:
     """Set masters and model parameters to the anchor of a checkpoint of any number of replicas.
 
-    For evaluation. The states of the inner and outer optimizer are not changed.
+    For evaluation and as the first weights of another run. The states of the inner and outer
+    optimizer are not changed.
 
     Args:
         path: A training checkpoint.
@@ -328,6 +342,7 @@ def load_anchor(
         view: Masters of this rank.
         space: Model space of the same shards.
         flushed: Take the anchor after the final flush where the checkpoint has one.
+        model: The resolved section ``model`` of this run, which has to be the checkpoint's.
 
     Raises:
         CheckpointError: As `load_run`.
@@ -338,23 +353,30 @@ def load_anchor(
         path = path / FINAL_ANCHOR
     with everywhere(groups.control, f"the checkpoint {path} cannot be read", _REMEDY):
         description = read_description(path)
+        if model is not None:
+            _check_model(path, description, model)
     index = _whole_index(path, groups.control)
     pieces = _read(path, index, {ANCHOR: list(view.infos)}, space, groups.control)
     found = digests_of(groups, view.shards, pieces, space.device)
-    _check_digests(path, found, {ANCHOR: description.anchor_digest})
+    _check_digests(path, found, {ANCHOR: description.anchor_digest}.get)
     _fill(view, pieces[ANCHOR])
     view.publish()
     return description
 
 
 def _check_config(path: Path, description: Description, into: RunState) -> None:
-    changed = differences(description.config, into.resolved)
-    if changed:
-        listed = "".join(f"\n  {line}" for line in changed)
+    found = differences(description.config, into.resolved)
+    problem = refusal(found, into.config.checkpoint.allow_changes)
+    if problem:
+        raise CheckpointError(f"{path} was saved by a run with another configuration:\n  {problem}")
+
+
+def _check_model(path: Path, description: Description, model: Mapping[str, Any]) -> None:
+    lines = model_differences(description.config, {**description.config, "model": model})
+    if lines:
+        listed = "".join(f"\n  {line}" for line in lines)
         raise CheckpointError(
-            f"{path} was saved by a run with another configuration:{listed}\n"
-            "Continuing would mix two runs. Give these keys their old values, or start a new run "
-            "with checkpoint.resume: none and another checkpoint.dir."
+            f"{path} has the weights of another model:{listed}\nUse the model of that checkpoint."
         )
 
 
@@ -378,27 +400,94 @@ def _whole_index(path: Path, control: ProcessGroup) -> Metadata:
 
 
 def _wanted(
-    description: Description, index: Metadata, into: RunState, space: ModelSpace
-) -> dict[str, list[str]]:
-    """Return key prefix -> names to read, the same on all dp x cp ranks.
+    takeover: Takeover, index: Metadata, into: RunState, space: ModelSpace
+) -> dict[str, "_Wanted"]:
+    """Return kind -> what to read for it, the same on all dp x cp ranks.
+
+    Kinds: ``master``, ``anchor``, ``inner.<moment>``, ``outer.<kind>``. Without stored masters the
+    anchor is ``master``, and with every name: also a rank that is not primary needs the masters of
+    its replicated parameters.
 
     Collectives: `ModelSpace.names`; every rank of the group calls it.
     """
-    replica = into.groups.coords.replica
-    infos = into.view.infos
+    infos, stored = into.view.infos, index.state_dict_metadata
     primary = [name for name, info in infos.items() if info.is_primary]
-    masters = f"replica_{replica}.master" if description.has_masters else ANCHOR
-    wanted = {masters: list(infos)}
-    for moment, names in space.names(into.inner.named_state()).items():
-        wanted[f"replica_{replica}.inner.{moment}"] = names
-    for kind in into.synchronizer.kinds() if into.synchronizer else ():
-        prefix = outer_key(kind, replica)
-        # Where no masters are stored, the anchor is in `wanted` already, and with every name: also
-        # a rank that is not primary needs the masters of its replicated parameters.
-        if prefix != masters:
-            stored = index.state_dict_metadata
-            wanted[prefix] = [name for name in primary if f"{prefix}.{name}" in stored]
+    wanted = {"master": _Wanted(takeover.masters(), list(infos))}
+    if takeover.saved.has_masters:  # also where this run has no anchor: its digest is checked
+        wanted["anchor"] = _Wanted((ANCHOR,), primary)
+    own = space.names(into.inner.named_state())
+    for moment, names in takeover.moments_read(own).items():
+        wanted[f"inner.{moment}"] = _Wanted((takeover.moment(moment),), names)
+    if into.synchronizer is not None and not takeover.begins_outer:
+        for kind in into.synchronizer.kinds():
+            prefixes = takeover.outer(kind)
+            if kind != "anchor" and prefixes:
+                names = [name for name in primary if f"{prefixes[0]}.{name}" in stored]
+                wanted[f"outer.{kind}"] = _Wanted(prefixes, names)
     return wanted
+
+
+class _Wanted(NamedTuple):
+    """Key prefixes whose mean is wanted (most often there is one), and parameter names."""
+
+    prefixes: tuple[str, ...]
+    names: list[str]
+
+
+@dataclass
+class _Source:
+    """A checkpoint of which this rank reads its shards.
+
+    Attributes:
+        path: Its directory.
+        index: Its index.
+        takeover: The rules.
+        state: The live state of this rank.
+        space: Model space of its shards.
+        broken: Key prefixes under which values were read that are not finite; not looked for where
+            each replica takes its own state.
+    """
+
+    path: Path
+    index: Metadata
+    takeover: Takeover
+    state: RunState
+    space: ModelSpace
+    broken: set[str] = field(default_factory=set)
+
+    def read(self, wanted: Mapping[str, _Wanted]) -> Pieces:
+        """Return kind -> name -> this rank's flat shard.
+
+        Collectives: `_read` once for all kinds with one prefix and once for each prefix of the
+        others; every rank of the job calls it.
+
+        Raises:
+            CheckpointError: Tensors cannot be read, or do not have the digest of the save.
+        """
+        single = {kind: each for kind, each in wanted.items() if len(each.prefixes) == 1}
+        read = self._verified({each.prefixes[0]: each.names for each in single.values()})
+        found = {kind: read[each.prefixes[0]] for kind, each in single.items()}
+        for kind, each in wanted.items():
+            if kind not in single:
+                # One replica after the other: memory for two of them.
+                mean = RunningMean()
+                for prefix in each.prefixes:
+                    mean.add(self._verified({prefix: each.names})[prefix])
+                found[kind] = mean.mean
+        return found
+
+    def _verified(self, names: Wanted) -> Pieces:
+        groups = self.state.groups
+        pieces = _read(self.path, self.index, names, self.space, groups.control)
+        found = digests_of(groups, self.state.view.shards, pieces, self.space.device)
+        _check_digests(self.path, found, self.takeover.digest)
+        if self.takeover.changes_training:
+            self.broken |= {
+                prefix
+                for prefix, tensors in pieces.items()
+                if not all(bool(tensor.isfinite().all()) for tensor in tensors.values())
+            }
+        return pieces
 
 
 def _read(
@@ -451,25 +540,34 @@ def _parts(prefix: str, names: Sequence[str], index: Metadata, space: ModelSpace
     ]
 
 
-def _apply(description: Description, pieces: Pieces, into: RunState) -> None:
-    replica = into.groups.coords.replica
-    own = description.replicas[replica]
-    masters = f"replica_{replica}.master" if description.has_masters else ANCHOR
-    _fill(into.view, pieces[masters])
-    moments = {kind: pieces[f"replica_{replica}.inner.{kind}"] for kind in into.inner.named_state()}
-    into.inner.load_named_state(moments, step=int(own["inner_step"]))
+def _apply(takeover: Takeover, pieces: Pieces, into: RunState) -> None:
+    _fill(into.view, pieces["master"])
+    read = {
+        kind.removeprefix("inner."): tensors
+        for kind, tensors in pieces.items()
+        if kind.startswith("inner.")
+    }
+    moments, count = takeover.moments(read, into.inner.named_state())
+    into.inner.load_named_state(moments, step=count)
     if into.spikes is not None:
+        # Norms and losses of another K or method are no measure for those of this one.
+        own = {} if takeover.changes_training else takeover.saved.replicas[takeover.own]
         into.spikes.load_state_dict(own.get("spikes", {}))
-    if into.synchronizer is not None:
-        tensors = {
-            kind: {
-                name: piece
-                for name, piece in pieces.get(outer_key(kind, replica), {}).items()
-                if into.view.infos[name].is_primary
-            }
-            for kind in into.synchronizer.kinds()
-        }
-        into.synchronizer.load_state_dict({"tensors": tensors, "scalars": own["synchronizer"]})
+    synchronizer = into.synchronizer
+    if synchronizer is None:
+        return
+    if takeover.begins_outer:
+        synchronizer.begin(takeover.saved.step)
+        return
+
+    def owned(kind: str) -> dict[str, Tensor]:
+        return {n: t for n, t in pieces.get(kind, {}).items() if into.view.infos[n].is_primary}
+
+    tensors = {kind: owned(f"outer.{kind}") for kind in synchronizer.kinds()}
+    tensors["anchor"] = owned("anchor" if "anchor" in pieces else "master")
+    if not takeover.outer("momentum"):
+        tensors["momentum"] = {n: torch.zeros_like(t) for n, t in tensors["anchor"].items()}
+    synchronizer.load_state_dict({"tensors": tensors, "scalars": takeover.outer_scalars()})
 
 
 @torch.no_grad()
@@ -478,12 +576,14 @@ def _fill(view: Masters, pieces: Mapping[str, Tensor]) -> None:
         master.copy_(pieces[name])
 
 
-def _check_digests(path: Path, found: Mapping[str, str], saved: Mapping[str, str]) -> None:
+def _check_digests(
+    path: Path, found: Mapping[str, str], saved: Callable[[str], str | None]
+) -> None:
     for kind, digest in found.items():
-        if digest != saved.get(kind, render(0)):  # a kind without tensors was not saved
+        if digest != (saved(kind) or render(0)):  # a kind without tensors was not saved
             raise CheckpointError(
                 f"{path}: the {kind} tensors that were read have digest {digest}, but those that "
-                f"were saved have {saved.get(kind)}, so a file has changed since. {_REMEDY}"
+                f"were saved have {saved(kind)}, so a file has changed since. {_REMEDY}"
             )
 
 

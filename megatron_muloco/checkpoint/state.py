@@ -7,14 +7,11 @@ Two kinds of tensors are stored, each under ``<prefix>.<model-wide parameter nam
 - *per replica*, under ``replica_<r>.``: ``master`` (unless all masters equal the anchor),
   ``inner.<moment>``, ``outer.at_launch``, ``outer.residual`` (e).
 
-The last part decides which configuration may resume a checkpoint. Keys that determine the meaning
-of the saved tensors, or which samples come next, must keep their values. All others (learning
-rates, schedules, lengths, the batch, intervals, paths, the layout of a replica) may change, and the
-run continues from the same state with the new values.
+Which configuration may resume a checkpoint is `megatron_muloco.checkpoint.changes`' part.
 """
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,16 +30,13 @@ from megatron_muloco.params import ParameterNames, ParamInfo, Shard
 
 __all__ = [
     "ANCHOR",
-    "FIXED_KEYS",
     "FORMAT",
     "Description",
     "Masters",
     "RunState",
-    "differences",
     "is_shared",
     "outer_key",
     "read_description",
-    "residual_changes",
     "rng_key",
     "rng_tensors",
     "set_rng_tensors",
@@ -223,83 +217,3 @@ def set_rng_tensors(states: Mapping[str, Tensor]) -> None:
     get_cuda_rng_tracker().set_states(
         {name.removeprefix(prefix): s for name, s in states.items() if name.startswith(prefix)}
     )
-
-
-# ---- which configuration may resume a checkpoint --------------------------------------------
-
-# Key or section -> why it cannot change. A section stands for all keys in it.
-FIXED_KEYS: dict[str, str] = {
-    "model": "the stored tensors are those of this model",
-    "parallel.num_replicas": "changing the number of replicas is not available yet",
-    "data.seed": "it orders the samples, so some would repeat and others never come",
-    "data.tokenizer_type": "token ids would mean other text",
-    "inner.kind": "the stored moments belong to this optimizer",
-    "outer.kind": "the stored outer state belongs to this optimizer",
-    "outer.sync_interval": "it defines the round that the stored state is in",
-    "outer.fragments": "each fragment is at its own place in its interval",
-    "outer.overlap_steps": "it decides which fragments are in flight",
-}
-# Its value may be a number or a section, so it is compared and printed as one value.
-_WHOLE_KEYS = frozenset({"outer.sync_interval"})
-# Residuals of error feedback -> their names in messages.
-_RESIDUALS = {
-    "residual": "compression error of the pseudogradients (e)",
-    "owner_residual": "compression error of the mean (f)",
-}
-# Keys of the model section that have no effect after the first step, or none on what is stored.
-_FREE_KEYS = frozenset({"model.init", "model.init_method_std", "model.transformer_impl"})
-
-
-def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """Return one line for each fixed key whose value changed.
-
-    Args:
-        saved: Resolved configuration of the checkpoint, as nested plain values.
-        current: Resolved configuration of this run, likewise.
-    """
-    before, after = dict(_leaves(saved)), dict(_leaves(current))
-    lines = []
-    for key in sorted(before.keys() | after.keys()):
-        reason = _reason(key)
-        if reason and before.get(key) != after.get(key):
-            lines.append(f"{key}: {before.get(key)!r} when saved, {after.get(key)!r} now; {reason}")
-    return lines
-
-
-def residual_changes(saved: Collection[str], current: Collection[str]) -> list[str]:
-    """Return a line for the residuals that start from zero, and one for those that are dropped.
-
-    Args:
-        saved: Key prefixes of the tensors of one replica in the checkpoint.
-        current: Kinds of tensors of this run's synchronizer.
-    """
-    had = {kind for kind in _RESIDUALS if any(key.endswith(f".{kind}") for key in saved)}
-    has = {kind for kind in _RESIDUALS if kind in current}
-    lines = []
-    if has - had:
-        lines.append(f"error feedback: {_listed(has - had)}: zero, the checkpoint has none")
-    if had - has:
-        lines.append(f"error feedback: {_listed(had - has)}: dropped, this run keeps none")
-    return lines
-
-
-def _listed(kinds: Collection[str]) -> str:
-    return " and ".join(label for kind, label in _RESIDUALS.items() if kind in kinds)
-
-
-def _reason(key: str) -> str | None:
-    """Return why a dotted key is fixed, or ``None`` if it may change."""
-    if key in _FREE_KEYS:
-        return None
-    return next(
-        (why for fixed, why in FIXED_KEYS.items() if key == fixed or key.startswith(f"{fixed}.")),
-        None,
-    )
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping) and f"{prefix}{name}" not in _WHOLE_KEYS:
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value

@@ -18,9 +18,10 @@ looks at directories and renames them, and tells the others what it found, becau
 systems may show different ranks different listings for a while.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedBase
@@ -159,10 +160,17 @@ class CheckpointStore:
         """Overwrite the live state with that of a checkpoint; see `load_run`."""
         return load_run(_resolved(path, self._control), into, self._space(into.view))
 
-    def load_anchor(self, path: Path, view: Masters, *, flushed: bool = True) -> Description:
+    def load_anchor(
+        self,
+        path: Path,
+        view: Masters,
+        *,
+        flushed: bool = True,
+        model: Mapping[str, Any] | None = None,
+    ) -> Description:
         """Set masters and model parameters to the anchor of a checkpoint; see `load_anchor`."""
-        path = _resolved(path, self._control)
-        return load_anchor(path, self._groups, view, self._space(view), flushed=flushed)
+        path, space = _resolved(path, self._control), self._space(view)
+        return load_anchor(path, self._groups, view, space, flushed=flushed, model=model)
 
     def _space(self, view: Masters) -> ModelSpace:
         return ModelSpace(self._groups, view.infos, view.shards, self._device)

@@ -236,6 +236,17 @@ def spike_ratios_are_above_one(config: RunConfig, topology: Topology | None) -> 
         )
 
 
+def first_weights_are_used(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
+    """Refuse weights to begin with beside a checkpoint to resume."""
+    checkpoint = config.checkpoint
+    if checkpoint.init_from is not None and checkpoint.resume not in ("auto", "none"):
+        yield Problem(
+            "checkpoint.init_from",
+            f"{checkpoint.init_from}, but checkpoint.resume is {checkpoint.resume}, whose weights "
+            "the run would take.\nRemove one of them.",
+        )
+
+
 def profile_has_a_window(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
     """A profile covers steps in order and goes to a directory."""
     steps = config.monitor.profile.steps
@@ -343,6 +354,7 @@ RULES: tuple[Rule, ...] = (
     tokenizer_is_named,
     saving_has_a_place,
     resuming_has_a_place,
+    first_weights_are_used,
     gram_matrices_have_precision,
     precision_of_gradients_fits,
     profile_has_a_window,

@@ -320,6 +320,20 @@ class CheckpointConfig(Section):
         description="Checkpoint to resume from: auto (the latest in dir, if there is one), none, "
         "or the directory of a checkpoint.",
     )
+    allow_changes: tuple[Literal["replicas", "method", "inner_optimizer"], ...] = Field(
+        (),
+        strict=False,
+        description="Changes of the training that a resume may make: replicas "
+        "(parallel.num_replicas), method (outer.kind) and inner_optimizer (inner.kind). A change "
+        "that is not named is refused.",
+    )
+    init_from: str | None = Field(
+        None,
+        min_length=1,
+        description="Checkpoint of this package whose weights a new run begins with: a directory "
+        "of checkpoints, one of them, or its final_anchor. Only the anchor is read; optimizers, "
+        "data and steps begin afresh.",
+    )
 
 
 class ProfileConfig(Section):

@@ -172,6 +172,7 @@ class Synchronizer:
         self._observer = observer
         self._progress = [Progress() for _ in self._owned]
         self.step = 0
+        self._began = 0
 
     @property
     def schedule(self) -> SyncSchedule:
@@ -211,7 +212,7 @@ class Synchronizer:
         # Before the events, and whether or not there are any: its collectives then come at the same
         # place among all others on every rank.
         self._in_flight.advance(self._reducer)
-        events = self._schedule.events(step)
+        events = [event for event in self._schedule.events(step) if self._is_owed(event)]
         if not events:
             return None
         launched: list[InFlight] = []
@@ -268,6 +269,7 @@ class Synchronizer:
         applied = [
             self._average(event.fragment) if isinstance(event, Average) else self._apply(event)
             for event in self._schedule.flush_events()
+            if self._is_owed(event)
         ]
         if applied:
             self._publish(self._names_of(applied))
@@ -344,7 +346,7 @@ class Synchronizer:
         reduced = flight.wait(self._reducer)
         # After the wait, not at the launch: all replicas then see the same norms, hence all ranks
         # keep the same medians. The first, shorter intervals would set them too low.
-        if self._guard.has_band and self._schedule.is_full_interval(flight.launched_at):
+        if self._guard.has_band and self._is_full_interval(flight):
             norms = flight.metadata().norms.tolist()
             lr_sum = self._lr_sum(flight.launched_at, flight.fragment)
             self._guard.observe(flight.fragment, norms, lr_sum=lr_sum)
@@ -415,13 +417,23 @@ class Synchronizer:
 
     # ---- parts of events --------------------------------------------------------------------
 
+    def _is_owed(self, event: Launch | Apply | Average) -> bool:
+        """Whether an event is due; the applies of launches before the first step here are not."""
+        return not isinstance(event, Apply) or event.launched_at > self._began
+
+    def _is_full_interval(self, flight: InFlight) -> bool:
+        """Whether a launch covers a full interval that was trained with outer steps."""
+        before = self._schedule.last_launch(flight.launched_at - 1, flight.fragment)
+        return self._schedule.is_full_interval(flight.launched_at) and before >= self._began
+
     def _lr_sum(self, launched_at: int, fragment: int) -> float:
         """Return the sum of the inner learning rates whose steps a launched pseudogradient holds.
 
         Steps between the previous launch and its apply count by the share that the merge kept.
         """
-        before = self._schedule.last_launch(launched_at - 1, fragment)
-        applied = before + self._schedule.overlap_steps if before else 0
+        launch = self._schedule.last_launch(launched_at - 1, fragment)
+        before = max(launch, self._began)
+        applied = launch + self._schedule.overlap_steps if launch > self._began else before
         kept = self._merge.kept_progress
         return math.fsum(
             self._learning_rate(step) * (1.0 if step > applied else kept)
@@ -525,10 +537,27 @@ class Synchronizer:
     def _scalars(self, in_flight: list[Any]) -> dict[str, Any]:
         return {
             "step": self.step,
+            "began": self._began,
             "guard": self._guard.state_dict(),
             "in_flight": in_flight,
             "progress": [progress.state_dict() for progress in self._progress],
         }
+
+    @torch.no_grad()
+    def begin(self, step: int) -> None:
+        """Begin outer steps after inner step ``step``: the anchor is the masters as they are.
+
+        Momentum and residuals are zero and nothing is in flight. `SyncSchedule` stays a function of
+        the step alone, so the first round may be shorter, and results of launches before it are
+        never applied.
+        """
+        anchor = {name: self._replica.masters[name].detach() for name in self._state.anchor}
+        self._state.load(anchor, {name: torch.zeros_like(t) for name, t in anchor.items()})
+        self._in_flight = InFlightTable()
+        self._reducer.load_residuals({}, self._sizes)
+        self._guard.load_state_dict({})
+        self._progress = [Progress() for _ in self._owned]
+        self.step = self._began = step
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Copy what `state_dict` returned into this object's own memory.
@@ -539,11 +568,12 @@ class Synchronizer:
         """
         tensors, scalars = state["tensors"], state["scalars"]
         step = int(scalars["step"])
+        self._began = int(scalars.get("began", 0))
         self._state.load(tensors["anchor"], tensors["momentum"])
         self._in_flight.load_state_dict(
             tensors,
             scalars["in_flight"],
-            expected=self._schedule.in_flight(step),
+            expected=[apply for apply in self._schedule.in_flight(step) if self._is_owed(apply)],
             names=self._owned,
             device=self._replica.device,
         )

@@ -13,8 +13,9 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_muloco.checkpoint.changes import change_notes
 from megatron_muloco.checkpoint.directory import everywhere
-from megatron_muloco.checkpoint.state import Description, RunState, residual_changes
+from megatron_muloco.checkpoint.state import RunState
 from megatron_muloco.checkpoint.store import CheckpointStore
 from megatron_muloco.comm.collectives import gather_objects, job_store
 from megatron_muloco.comm.groups import Groups
@@ -226,7 +227,8 @@ def build_context(config: RunConfig, groups: Groups, data: RunData, *, writes: b
         store = CheckpointStore(Path(config.checkpoint.dir), groups, keep=config.checkpoint.keep)
     found = _found(config, store)
     # A load overwrites all weights, so drawing them first would be for nothing.
-    model = _build_model(config, groups, fusions, attention.backend, draw=found is None)
+    draw = found is None and config.checkpoint.init_from is None
+    model = _build_model(config, groups, fusions, attention.backend, draw=draw)
     optimizer = build_replica_optimizer(model, config, groups)
     probe = _build_probe(optimizer)
     state = RunState(
@@ -240,6 +242,8 @@ def build_context(config: RunConfig, groups: Groups, data: RunData, *, writes: b
     resumed, note = 0, ""
     if store is not None and found is not None:
         resumed, note = _resume(*found, store, state, model, optimizer)
+    elif config.checkpoint.init_from is not None:
+        note = _begin_from(Path(config.checkpoint.init_from), state, model, optimizer)
     layout = _train_layout(config, groups, state, resumed, len(datasets.train))
     monitor = build_monitor(
         config,
@@ -415,8 +419,31 @@ def _resume(
             f"{last}. Set training.train_iters to at least {step}."
         )
     optimizer.steps = step
-    notes = [note, *_residual_changes(description, state)]
+    kinds = () if state.synchronizer is None else state.synchronizer.kinds()
+    notes = [note, *change_notes(description, state.resolved, kinds)]
     return step, "\n".join([*notes, f"resumed from {path} after inner step {step}"]).strip()
+
+
+def _begin_from(
+    path: Path, state: RunState, model: DistributedDataParallel, optimizer: ReplicaOptimizer
+) -> str:
+    """Load the weights that a new run begins with; return a note for the user.
+
+    Raises:
+        ConfigError: They cannot be loaded, or are those of another model.
+    """
+    store = CheckpointStore(path, state.groups)
+    try:
+        description = store.load_anchor(path, state.view, model=state.resolved["model"])
+        if state.synchronizer is not None:
+            state.synchronizer.begin(0)
+        _require_loaded(path, model, optimizer, state.groups.control)
+    except CheckpointError as error:
+        raise ConfigError(f"checkpoint.init_from: {error}") from error
+    return (
+        f"weights from {path}: the anchor of inner step {description.step} "
+        f"(digest {description.anchor_digest}); all else begins afresh"
+    )
 
 
 def _require_loaded(
@@ -443,12 +470,6 @@ def _require_loaded(
                 f"{what}: it has no values for {', '.join(left[:4])} ({len(left)} tensors in all). "
                 f"{remedy}"
             )
-
-
-def _residual_changes(description: Description, state: RunState) -> list[str]:
-    if state.synchronizer is None:
-        return []
-    return residual_changes(description.replicas[0]["digests"], state.synchronizer.kinds())
 
 
 def scalars_of(step: int, layout: BatchLayout | RunLayout) -> dict[str, Any]:

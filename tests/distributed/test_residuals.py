@@ -9,7 +9,8 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_muloco.checkpoint.state import read_description, residual_changes
+from megatron_muloco.checkpoint.changes import residual_changes
+from megatron_muloco.checkpoint.state import read_description
 from megatron_muloco.comm.background import SteppedReducer
 from megatron_muloco.training import build_optimizer
 from tests.distributed.test_checkpoint import (

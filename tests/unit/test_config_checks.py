@@ -166,6 +166,10 @@ RULE_CASES: dict[str, tuple[list[str], list[str]]] = {
         ["checkpoint.dir=null", "checkpoint.save_interval=0", "checkpoint.resume=runs/old"],
         ["checkpoint.resume: runs/old, but checkpoint.dir is not set, so the run could not"],
     ),
+    "first_weights_are_used": (
+        ["checkpoint.init_from=runs/a", "checkpoint.resume=runs/b"],
+        ["checkpoint.init_from: runs/a, but checkpoint.resume is runs/b, whose weights"],
+    ),
     "gram_matrices_have_precision": (
         ["inner.muon.ns_impl=gram", "inner.muon.ns_dtype=bf16"],
         ["inner.muon.ns_impl: gram, but ns_dtype is bf16;", "auto or plain, or ns_dtype: fp32"],
