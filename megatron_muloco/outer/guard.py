@@ -64,8 +64,9 @@ class Guard:
     m * max_norm_ratio]`` around the median ``m`` of the replicas' ``q`` in the fragment's previous
     round. Learning rates are known in advance, and the norms of the previous round came with its
     data, so the verdict needs no message between replicas. A median means little for two or three
-    replicas, hence ``min_replicas``. All finite norms enter the median, also those of excluded
-    replicas, so that the band follows when all norms change together.
+    replicas, hence ``min_replicas``. The norms of excluded replicas enter the median only where
+    more than half of the replicas were excluded: the band then follows, as it has to when all norms
+    change together. Otherwise one half could exclude the other half in the next round.
 
     Attributes:
         num_replicas: K.
@@ -130,7 +131,14 @@ class Guard:
         inside = middle / self.max_norm_ratio <= norm / lr_sum <= middle * self.max_norm_ratio
         return Verdict.GOOD if inside else Verdict.OUTLIER
 
-    def observe(self, fragment: int, norms: list[float], *, lr_sum: float) -> None:
+    def observe(
+        self,
+        fragment: int,
+        norms: list[float],
+        *,
+        lr_sum: float,
+        weights: list[float] | None = None,
+    ) -> None:
         """Set the fragment's median from the replicas' norms of a full interval.
 
         Args:
@@ -138,8 +146,12 @@ class Guard:
             norms: Norm of every replica, NaN where it is not finite; equal on all ranks, since they
                 come from the metadata of the reduction.
             lr_sum: Sum of the inner learning rates of the interval; with 0 nothing is set.
+            weights: Weight of every replica in the mean; by default all were used.
         """
-        finite = [norm for norm in norms if norm == norm]
+        used = norms
+        if weights is not None and 2 * sum(weight > 0 for weight in weights) >= len(weights):
+            used = [norm for norm, weight in zip(norms, weights, strict=True) if weight > 0]
+        finite = [norm for norm in used if norm == norm]
         if finite and median(finite) > 0.0 and lr_sum > 0.0:
             self._medians[fragment] = median(finite) / lr_sum
 

@@ -349,7 +349,8 @@ class Synchronizer:
         if self._guard.has_band and self._is_full_interval(flight):
             norms = flight.metadata().norms.tolist()
             lr_sum = self._lr_sum(flight.launched_at, flight.fragment)
-            self._guard.observe(flight.fragment, norms, lr_sum=lr_sum)
+            weights = reduced.stats.weights.tolist()
+            self._guard.observe(flight.fragment, norms, lr_sum=lr_sum, weights=weights)
         usable = bool(reduced.stats.weights.any())
         self._guard.count_usable(flight.fragment, int((reduced.stats.weights > 0).sum()))
         # lr and momentum of the round of the launch: with overlap the apply may be in the next one.

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from megatron_muloco.comm.collectives import ReplicatedBroadcast
+from megatron_muloco.comm.collectives import ReplicatedBroadcast, gather_objects
 from megatron_muloco.comm.consistency import check_equal
 from megatron_muloco.comm.reducers import OuterPeers
 from megatron_muloco.config import RunConfig
@@ -122,7 +123,7 @@ class WeightChecks:
     """
 
     def __init__(
-        self, view: MasterView, group: OuterPeers, device: torch.device, *, interval: int
+        self, view: MasterView, group: ProcessGroup, device: torch.device, *, interval: int
     ) -> None:
         self._view, self._group = view, group
         self._device, self._interval = device, interval
@@ -131,25 +132,26 @@ class WeightChecks:
         """Make the checks that are due after inner step ``step``.
 
         Raises:
-            SyncError: Ranks differ; the message names the first differing parameter, the step and
-                the ranks. Where parameters are not the rounded masters, only their rank raises;
-                its end ends the job.
+            SyncError: Ranks differ, or a rank's parameters are not its rounded masters. All ranks
+                of the group raise; the message names the first parameter, the step and the ranks.
 
-        Collectives: 8 bytes per parameter over dp x cp when a check is due, and with
-        ``overlap_param_gather`` an all-gather of the parameters; every rank calls it.
+        Collectives: 8 bytes per parameter and one small object over dp x cp when a check is due,
+        and with ``overlap_param_gather`` an all-gather of the parameters; every rank calls it.
         """
         if not self._interval or step % self._interval:
             return
         with self._view.gathered():
             parameters = self._view.parameters()
             check_equal(parameters, self._group, self._device, what="the parameter", step=step)
-            stale = self._view.differing()
+            own = (torch.distributed.get_rank(), self._view.differing())
+        stale = [(rank, names) for rank, names in gather_objects(self._group, own) if names]
         if stale:
+            rank, names = stale[0]
             raise SyncError(
-                f"inner step {step}: rank {torch.distributed.get_rank()}: {stale[0]} is not its "
-                f"master weight in the precision of the model; {len(stale)} parameters of "
-                f"{len(parameters)} differ. Resume from an earlier checkpoint; if it happens "
-                "again, suspect this rank's hardware."
+                f"inner step {step}: rank {rank}: {names[0]} is not its master weight in the "
+                f"precision of the model; {len(names)} parameters of {len(parameters)} differ. "
+                "Resume from an earlier checkpoint; if it happens again, suspect this rank's "
+                "hardware."
             )
 
 

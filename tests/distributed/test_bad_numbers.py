@@ -139,11 +139,11 @@ Plan = list[dict[int, str]]  # by replica: inner step -> kind
 
 
 def random_plan(rounds: int, replicas: int, seed: int) -> Plan:
-    """Up to all but one replica are bad in every round; the first one sets the band."""
+    """Up to half of the replicas are bad in every round but the first one, which sets the band."""
     source = random.Random(seed)
     plan: Plan = [{} for _ in range(replicas)]
     for index in range(2, rounds + 1):
-        for replica in source.sample(range(replicas), source.randrange(replicas)):
+        for replica in source.sample(range(replicas), source.randint(0, replicas // 2)):
             plan[replica][2 * index] = source.choice(["nan", "inf", "far"])
     return plan
 
@@ -183,7 +183,7 @@ def bad_at_random(prefix: str, plan: Plan) -> tuple[str, list[float]]:
 
 
 def test_every_exclusion_of_a_run_is_said_and_counted(prefix: str) -> None:
-    plan = random_plan(rounds=10, replicas=4, seed=5)
+    plan = random_plan(rounds=10, replicas=4, seed=3)
     ((said, excluded),) = run_ranks(bad_at_random, 1, prefix, plan)
     kinds = {kind for steps in plan for kind in steps.values()}
     assert kinds == {"nan", "inf", "far"}

@@ -43,6 +43,19 @@ def test_the_band_follows_when_all_norms_move() -> None:
     assert verdict_of(guard, 100.0) is Verdict.GOOD
 
 
+def test_half_of_the_replicas_cannot_exclude_the_other_half() -> None:
+    guard = Guard(4)
+    guard.observe(0, [1.0] * 4, lr_sum=1.0)
+    guard.observe(0, [1.0, 1.2, 1e6, 1e6], lr_sum=1.0, weights=[1.0, 1.0, 0.0, 0.0])
+    assert verdict_of(guard, 1.1) is Verdict.GOOD
+    assert verdict_of(guard, 1e6) is Verdict.OUTLIER
+    # More than half: the band follows them, and comes back when they do.
+    guard.observe(0, [1.0, 1e6, 1e6, 1e6], lr_sum=1.0, weights=[1.0, 0.0, 0.0, 0.0])
+    assert verdict_of(guard, 1.1) is Verdict.OUTLIER
+    guard.observe(0, [1.0] * 4, lr_sum=1.0, weights=[0.0] * 4)
+    assert verdict_of(guard, 1.1) is Verdict.GOOD
+
+
 def test_norms_that_fall_with_the_learning_rate_stay_inside() -> None:
     # The last two rounds of a linear decay to zero; 0.332 is further than 3 from the median.
     guard = Guard(4, max_norm_ratio=3.0)

@@ -113,6 +113,7 @@ class Job:
         self.arrivals: dict[Any, set[int]] = {}
         self.saved: dict[int, int] = {}
         self.stops = [StopRequest() for _ in range(replicas)]
+        self.stalls_at = 0
 
     def run(self) -> list[Outcome]:
         """Return how every replica ended."""
@@ -195,6 +196,8 @@ class FakeOptimizer:
     """
 
     inner = None
+    spikes = SimpleNamespace(watches_losses=False)
+    advances = True
 
     def __init__(self, job: Job, replica: int) -> None:
         self._job, self._replica = job, replica
@@ -205,7 +208,7 @@ class FakeOptimizer:
     def inner_step(self) -> Any:
         self._job.turns.wait(self._replica)
         self._job.steps[self._replica] += 1
-        return SimpleNamespace(lr=0.0, grad_norm=0.0)
+        return SimpleNamespace(lr=0.0, grad_norm=0.0, skipped=False)
 
     def waits_after(self, step: int) -> bool:
         """Whether something is launched, in flight or applied after the step."""
@@ -220,6 +223,10 @@ class FakeOptimizer:
             self._wait_for(half)
         elif launched and step == half and self._job.stepped:
             self._wait_for(launched)
+
+    def stalled(self) -> str:
+        """Return the reason of the stop that all replicas know after the apply of a step."""
+        return "too few replicas" if self._job.steps[self._replica] == self._job.stalls_at else ""
 
     def _wait_for(self, step: int) -> None:
         self._job.turns.wait(self._replica, lambda: min(self._job.steps) >= step)
@@ -236,7 +243,7 @@ class FakeStore:
     def __init__(self, job: Job, replica: int) -> None:
         self._job, self._replica = job, replica
 
-    def save(self, step: int, state: object) -> str:
+    def save(self, step: int, state: object, *, prune: bool) -> str:
         self._job.meet(self._replica, ("save", step))
         self._job.saved[step] = self._job.saved.get(step, 0) + 1
         return f"checkpoint {step}"
@@ -263,6 +270,7 @@ def _quick_loop() -> Any:
         patch.setattr(loop, "_save_final_anchor", lambda context, last_step: True)
         patch.setattr(loop, "_evaluate", lambda context, step: context.store.evaluate(step))
         patch.setattr(loop, "digests_of", lambda *args: {loop.ANCHOR: ""})
+        patch.setattr(loop, "require_finite", lambda *args: None)
         yield
 
 
@@ -336,6 +344,16 @@ def test_without_a_request_nobody_waits() -> None:
     assert job.saved == {LAST_STEP: 3}
 
 
+@pytest.mark.parametrize("requested", [False, True])
+def test_a_run_that_stalls_saves_once_and_stops_everywhere(requested: bool) -> None:
+    job = Job(3, 4, sync_interval=3)
+    job.stalls_at = 6
+    if requested:  # while the others are on their way to the outer step of step 6
+        request_at(job, 1, 5)
+    assert job.run() == [Outcome.STALLED] * 3
+    assert job.saved == {6: 3}
+
+
 def test_a_replica_that_others_wait_for_trains_on_and_posts_again() -> None:
     values: dict[str, bytes] = {}
 
@@ -365,8 +383,8 @@ def test_a_failed_periodic_save_is_tried_again_and_a_failed_last_one_is_told(
         job = Job(2, 2, saves=5)
         original = FakeStore.save
 
-        def save(self: FakeStore, at: int, state: object) -> str:
-            path = original(self, at, state)
+        def save(self: FakeStore, at: int, state: object, *, prune: bool) -> str:
+            path = original(self, at, state, prune=prune)
             if at < step:
                 raise CheckpointError("no space left")
             return path
