@@ -184,7 +184,6 @@ _ROWS = (
         "skipped", "1", "mean", "writing rank", _ALWAYS,
         "Share of the inner steps that this replica skipped, because the gradient norm was not "
         "finite or a spike. The console counts those of all replicas.",
-        _GRADIENT_NORM,
     ),
     Metric(
         "rolled-back", "1", "mean", "writing rank", _SPIKES,

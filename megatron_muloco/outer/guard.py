@@ -13,7 +13,7 @@ the weight 0 of a replica that trained on no step of it.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from statistics import median
@@ -171,10 +171,13 @@ class Guard:
         """Empty rounds in a row, up to now; the largest number over fragments."""
         return max(self._empty.values(), default=0)
 
-    @property
-    def exhausted(self) -> bool:
-        """Whether the limit of empty rounds is reached."""
-        return 0 < self.max_empty_rounds <= self.empty_rounds
+    def exhausted(self, fragments: Iterable[int]) -> bool:
+        """Whether one of these fragments, which were just applied, has reached the limit.
+
+        Of the others a resumed run cannot say more than that they were empty before it.
+        """
+        empty = (self.empty(fragment) for fragment in fragments)
+        return any(0 < self.max_empty_rounds <= rounds for rounds in empty)
 
     def state_dict(self) -> dict[str, Any]:
         """Return medians and empty rounds by the fragment's index as text, for JSON."""

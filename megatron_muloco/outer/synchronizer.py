@@ -236,7 +236,7 @@ class Synchronizer:
             launched=tuple(flight.fragment for flight in launched),
             applied=tuple(applied),
             restarted_from_anchor=restarted_from_anchor,
-            exhausted=bool(applied) and self._guard.exhausted,
+            exhausted=self._guard.exhausted(report.fragment for report in applied),
         )
 
     @property

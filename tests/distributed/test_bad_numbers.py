@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_muloco.checkpoint import layout
 from megatron_muloco.comm.groups import Groups
 from megatron_muloco.config import RunConfig
-from megatron_muloco.errors import NumericsError
+from megatron_muloco.errors import EXIT_NUMERICS, NumericsError
 from megatron_muloco.training import one_process
 from megatron_muloco.training.one_process import run_in_one_process, run_replicas
 from tests.support.byte_runs import Ended, byte_config, byte_dataset, run_here
@@ -272,6 +272,26 @@ def test_a_run_in_one_process_that_stops_is_no_result(prefix: str) -> None:
     assert run_ranks(stops_in_one_process, 1, prefix) == [
         "the run stopped because nothing was trained any more; the cause is above"
     ]
+
+
+def exit_codes(config: RunConfig) -> dict[str, int]:
+    """Return the exit code of the program for every way in which a run can end."""
+    from megatron_muloco.training import loop, main
+    from megatron_muloco.training.stopping import StopRequest
+
+    codes = {}
+    for outcome in loop.Outcome:
+        with mock.patch.object(loop, "run", lambda *_, outcome=outcome: outcome):
+            codes[outcome.name] = main._train(config, StopRequest())
+    return codes
+
+
+def test_bad_numbers_have_an_exit_code_of_their_own(prefix: str) -> None:
+    (codes,) = run_ranks(exit_codes, 1, byte_config(prefix))
+    assert {name for name, code in codes.items() if code == EXIT_NUMERICS} == {
+        "STALLED",
+        "NOT_FINITE",
+    }
 
 
 # ---- spikes --------------------------------------------------------------------------------------

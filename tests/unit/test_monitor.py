@@ -140,6 +140,7 @@ def fragment_report(fragment, launched_at, line_values, weights=None, **measurem
         "muloco/cosine_to_mean": value(0.5, fmean),
         "muloco/weight_sum": value(float(weights.sum()), min),
         "muloco/excluded": value(int((weights == 0).sum()), max),
+        "muloco/empty_rounds": value(0, max),
         "muloco/wire_bytes": Measurement.of(1000),
         "muloco/compression_ratio": Measurement.ratio(1000, 1000),
         "muloco/exposed_ms": Measurement.of(5.0),
@@ -463,7 +464,7 @@ def test_a_monitor_from_a_config_writes_banner_texts_and_every_tag_that_applies(
     monitors[0].evaluation(0, 8.0)
     inner = {
         "lm loss": 1.0, "learning-rate": 0.1, "grad-norm": 1.0, "perf/replica_step_ms": 1.0,
-        "perf/inner_optimizer_ms": 1.0,
+        "perf/inner_optimizer_ms": 1.0, "skipped": 0.0,
         "perf/adamw_ms": 1.0, "perf/collect_ms": 1.0, "perf/newton_schulz_ms": 1.0,
         "perf/return_ms": 1.0, "muon/ns_calls": 3, "muon/balance": 1.0,
         "muon/orthogonality_error": 0.1,

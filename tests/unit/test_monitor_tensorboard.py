@@ -36,7 +36,7 @@ LAYOUT = {
         ),
         "bytes sent": ("muloco/wire_bytes", "muloco/wire_bytes_total"),
         "compression": ("muloco/compression_error", "muloco/compression_ratio"),
-        "replicas": ("muloco/weight_sum", "muloco/excluded"),
+        "replicas": ("muloco/weight_sum", "muloco/excluded", "muloco/empty_rounds"),
     },
 }  # fmt: skip
 

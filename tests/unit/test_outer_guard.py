@@ -102,7 +102,7 @@ def test_empty_rounds_count_until_a_round_has_enough_replicas() -> None:
     guard = Guard(3, min_usable=2, max_empty_rounds=2)
     for usable, rounds, exhausted in ((1, 1, False), (2, 0, False), (0, 1, False), (1, 2, True)):
         guard.count_usable(0, usable)
-        assert (guard.empty_rounds, guard.exhausted) == (rounds, exhausted)
+        assert (guard.empty_rounds, guard.exhausted([0])) == (rounds, exhausted)
     restored = Guard(3, min_usable=2, max_empty_rounds=2)
     restored.load_state_dict(json.loads(json.dumps(guard.state_dict())))
     assert restored.empty(0) == 2
@@ -114,12 +114,14 @@ def test_one_fragment_may_be_empty_while_another_is_not() -> None:
     guard = Guard(2, max_empty_rounds=2)
     for fragment, usable in ((0, 0), (1, 2), (0, 0), (1, 2)):
         guard.count_usable(fragment, usable)
-    assert (guard.empty(0), guard.empty(1)) == (2, 0)
-    assert guard.exhausted
+    assert (guard.empty(0), guard.empty(1), guard.empty_rounds) == (2, 0, 2)
+    assert guard.exhausted([0])
+    # After a stop and a resume, fragment 1 is applied first.
+    assert not guard.exhausted([1])
 
 
 def test_without_a_limit_nothing_stops() -> None:
     guard = Guard(1)
     for _ in range(100):
         guard.count_usable(0, 0)
-    assert (guard.empty_rounds, guard.exhausted) == (100, False)
+    assert (guard.empty_rounds, guard.exhausted([0])) == (100, False)
