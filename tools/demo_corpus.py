@@ -16,7 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_muloco.data.indexed import Manifest, check_indexed, read_manifest
+from megatron_muloco.data.indexed import Manifest, check_indexed, read_manifest, write_whole
 from megatron_muloco.data.prepare import PrepareOptions, prepare
 from megatron_muloco.data.tokenizer import tokenizer_digest, train_tokenizer
 from megatron_muloco.errors import ConfigError, run_tool
@@ -39,6 +39,8 @@ _RECIPE = 1
 _VOCAB_SIZE = 4096
 
 _HELD_OUT_FRACTION = 0.04
+
+_MARKER = ".demo_corpus"  # a file in every directory that this tool writes to
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -73,6 +75,7 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.test_split:
         recipe["splits"] = ["train", "valid", "test"]
     if not _up_to_date(directory, recipe):
+        _claim(directory, _splits(recipe))
         _build(directory, recipe, arguments.packages, arguments.workers)
     _summarise(directory, _splits(recipe))
 
@@ -101,6 +104,33 @@ def _up_to_date(directory: Path, recipe: dict[str, Any]) -> bool:
         }:
             return False
     return True
+
+
+def _claim(directory: Path, splits: Sequence[str]) -> None:
+    """Mark a directory as this tool's; refuse one with files of these names that it did not write.
+
+    Raises:
+        ConfigError: A file would be replaced that belongs to somebody else.
+    """
+    marker = directory / _MARKER
+    names = [f"{name}{suffix}" for name in splits for suffix in (".jsonl", ".json", ".bin", ".idx")]
+    found = [name for name in ("tokenizer.model", *names) if (directory / name).exists()]
+    if found and not marker.exists() and not any(_is_ours(directory / name) for name in splits):
+        raise ConfigError(
+            f"{directory} has {', '.join(found)}, which this tool did not write and would replace. "
+            f"Use another --output-dir."
+        )
+    directory.mkdir(parents=True, exist_ok=True)
+    marker.touch()
+
+
+def _is_ours(prefix: Path) -> bool:
+    """Whether a dataset's manifest was written by this tool."""
+    try:
+        manifest = read_manifest(str(prefix))
+    except ConfigError:
+        return False
+    return manifest is not None and "recipe" in manifest.origin
 
 
 def _build(directory: Path, recipe: dict[str, Any], packages: Sequence[str], workers: int) -> None:
@@ -145,17 +175,12 @@ def _divided(corpus: Corpus, recipe: Mapping[str, Any]) -> dict[str, Sequence[Do
 def _write_tokenizer(path: Path, corpus: Corpus, vocab_size: int) -> None:
     texts = tqdm((doc.text for doc in corpus.train), "training tokenizer", len(corpus.train))
     model = train_tokenizer(texts, vocab_size=vocab_size)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(model)
-    partial.replace(path)
+    write_whole(path, model)
 
 
 def _write_documents(path: Path, documents: Sequence[Document]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        for doc in documents:
-            file.write(json.dumps({"source": doc.source, "text": doc.text}) + "\n")
-    partial.replace(path)
+    lines = (json.dumps({"source": doc.source, "text": doc.text}) + "\n" for doc in documents)
+    write_whole(path, "".join(lines).encode())
 
 
 def _summarise(directory: Path, splits: Sequence[str]) -> None:

@@ -8,10 +8,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from megatron_muloco.data.indexed import write_whole
 from megatron_muloco.data.prepare import (
     BadRecord,
     Layout,
     check_inputs,
+    check_outputs,
     layout_of,
     raw_records,
     text_of,
@@ -53,16 +55,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(arguments: argparse.Namespace) -> None:
     output = Path(arguments.output)
-    if output.exists() and not arguments.overwrite:
-        raise ConfigError(f"{output} exists already. Use --overwrite, or another --output.")
+    check_outputs([output], inputs=arguments.input, overwrite=arguments.overwrite, other="--output")
     if not 0 < arguments.sample_fraction <= 1:
         raise ConfigError(f"--sample-fraction {arguments.sample_fraction} is not in (0, 1].")
     check_inputs(arguments.input)
     model = train_tokenizer(_texts(arguments), vocab_size=arguments.vocab_size)
     output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(output.name + ".partial")
-    partial.write_bytes(model)
-    partial.replace(output)
+    write_whole(output, model)
     digest = tokenizer_digest("sentencepiece", str(output))
     print(f"{output}: {arguments.vocab_size} ids, {len(model)} bytes, digest {digest[:16]}")
 

@@ -7,14 +7,16 @@ cost of copying ``seq_length`` tokens each, so no loader processes are needed.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from megatron_muloco.data.sampler import BatchLayout, RunLayout
+from megatron_muloco.errors import ConfigError
 
-__all__ = ["BatchSource", "SampleDataset", "collate", "document_ids", "read_ahead"]
+__all__ = ["BatchSource", "IdRange", "SampleDataset", "collate", "document_ids", "read_ahead"]
 
 # Keys of a sample of Megatron's GPTDataset when it creates no attention mask.
 _KEYS = ("tokens", "labels", "loss_mask", "position_ids")
@@ -32,6 +34,35 @@ class SampleDataset(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class IdRange:
+    """The token ids that a model has embeddings for.
+
+    With tensor parallelism an id outside of it selects no row on any rank, and training goes on
+    with a vector of zeros. So every microbatch is checked.
+
+    Attributes:
+        size: Ids are from 0 to ``size - 1``.
+        masks_padding: Whether the dataset masks the positions of a padding id. If not, the only
+            masked positions are those of id -1, which Megatron turns into id 0.
+    """
+
+    size: int
+    masks_padding: bool
+
+    def check(self, batch: Mapping[str, Tensor], places: Sequence[int]) -> None:
+        """Raise ConfigError if a microbatch, made of the samples ``places``, has another id."""
+        low, high = torch.stack([batch["tokens"], batch["labels"]]).aminmax()
+        negative = not self.masks_padding and bool((batch["loss_mask"] == 0).any())
+        if low < 0 or high >= self.size or negative:
+            found = "-1" if negative else str(int(low if low < 0 else high))
+            raise ConfigError(
+                f"a token of the samples {', '.join(map(str, places))} has id {found}, but the "
+                f"model has embeddings for 0 to {self.size - 1} (model.vocab_size). Prepare the "
+                f"data again with tools/prepare_data.py, or use the tokenizer's vocabulary size."
+            )
+
+
 class BatchSource:
     """The samples of one rank, by step and microbatch.
 
@@ -43,6 +74,7 @@ class BatchSource:
         dp_rank: This rank's data-parallel rank; ranks that differ only in tensor, pipeline or
             context position read the same samples.
         steps: Number of steps that will be read; the dataset must be long enough.
+        ids: Token ids that the model has embeddings for; ``None`` checks none.
     """
 
     def __init__(
@@ -53,6 +85,7 @@ class BatchSource:
         replica: int,
         dp_rank: int,
         steps: int,
+        ids: IdRange | None = None,
     ) -> None:
         needed = layout.consumed(steps)
         if len(dataset) < needed:
@@ -61,6 +94,7 @@ class BatchSource:
         self._dataset = dataset
         self._replica = replica
         self._dp_rank = dp_rank
+        self._ids = ids
 
     def microbatch(self, step: int, index: int) -> dict[str, Tensor]:
         """Return the tensors of one forward pass, on the CPU.
@@ -70,9 +104,15 @@ class BatchSource:
             index: Microbatch within the step.
 
         Shapes: as `collate`, b = micro-batch size.
+
+        Raises:
+            ConfigError: A token has an id that the model has no embedding for.
         """
         places = self.layout.at(step).indices(step, self._replica, self._dp_rank, index)
-        return collate([self._dataset[place] for place in places])
+        batch = collate([self._dataset[place] for place in places])
+        if self._ids is not None:
+            self._ids.check(batch, places)
+        return batch
 
 
 def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:

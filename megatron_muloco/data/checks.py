@@ -5,7 +5,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_muloco.config.messages import Problem
-from megatron_muloco.data.indexed import check_indexed, read_manifest
+from megatron_muloco.data.indexed import (
+    IndexedFiles,
+    Manifest,
+    bin_path,
+    check_indexed,
+    file_digest,
+    idx_path,
+    open_indexed,
+    read_manifest,
+)
 from megatron_muloco.data.tokenizer import (
     check_tokenizer,
     check_vocab_size,
@@ -21,6 +30,10 @@ __all__ = ["check_data", "check_run_data", "check_sources"]
 
 # Tokenizers that can be loaded without Megatron and its libraries.
 _LIGHT_TOKENIZERS = frozenset({"sentencepiece", "byte-level"})
+
+# Token files up to this size are read as a whole at every start, which takes a tenth of a second.
+# Of larger ones the manifest is believed, and every microbatch is checked (`batches.IdRange`).
+_SCANNED_BYTES = 64 * 1024 * 1024
 
 
 def check_run_data(config: "RunConfig") -> list[str]:
@@ -53,7 +66,7 @@ def check_data(
     problems = [
         Problem(key, text)
         for path, key in sources.items()
-        for text in check_sources([path], seq_length)
+        for text in check_sources([path], seq_length) or _check_contents(path, model_vocab_size)
     ]
     tokenizer_type, tokenizer_model = data.tokenizer_type, data.tokenizer_model
     tokenizer_problems = check_tokenizer(tokenizer_type, tokenizer_model)
@@ -108,6 +121,45 @@ def check_sources(prefixes: Sequence[str], seq_length: int = 0) -> list[str]:
         for prefix in dict.fromkeys(prefixes)
         for problem in check_indexed(prefix, min_tokens=seq_length + 1)
     ]
+
+
+def _check_contents(prefix: str, model_vocab_size: int | None) -> list[str]:
+    """Return what is wrong with the tokens of a dataset whose files fit together.
+
+    They have to be those that its manifest describes, where it has one, and ids of the model.
+    """
+    try:
+        manifest = read_manifest(prefix)
+        files = open_indexed(prefix)
+    except ConfigError:
+        return []  # a manifest of another kind, which the comparison of tokenizers reports
+    scanned = files.tokens.nbytes <= _SCANNED_BYTES
+    if manifest is not None and _changed(prefix, manifest, files, scanned):
+        return [
+            f"dataset {prefix}: its files are not those that {prefix}.json describes; one of them "
+            f"was replaced or has changed. Run tools/prepare_data.py again with --overwrite, or "
+            f"copy all three files again."
+        ]
+    low, high = 0, (manifest and manifest.largest_id) or 0
+    if scanned:
+        low, high = int(files.tokens.min()), int(files.tokens.max())
+    if low >= 0 and (model_vocab_size is None or high < model_vocab_size):
+        return []
+    return [
+        f"dataset {prefix}: its ids go from {low} to {high}, but the model has embeddings for 0 to "
+        f"{(model_vocab_size or 0) - 1} (model.vocab_size). Use a larger vocabulary, or prepare "
+        f"the data again with the tokenizer of this run."
+    ]
+
+
+def _changed(prefix: str, manifest: Manifest, files: IndexedFiles, scanned: bool) -> bool:
+    """Whether a dataset is another one than its manifest describes."""
+    counts = (manifest.tokens, manifest.documents, manifest.dtype)
+    return (
+        counts != (len(files.tokens), files.documents, files.tokens.dtype.name)
+        or manifest.idx_digest not in ("", file_digest(idx_path(prefix)))
+        or (scanned and manifest.bin_digest not in ("", file_digest(bin_path(prefix))))
+    )
 
 
 def _check_same_tokenizer(

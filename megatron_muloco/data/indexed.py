@@ -14,8 +14,11 @@ prepared by other tools have none and are read all the same.
 """
 
 import contextlib
+import fcntl
+import hashlib
 import json
 import os
+import secrets
 import struct
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -32,6 +35,7 @@ __all__ = [
     "Manifest",
     "bin_path",
     "check_indexed",
+    "file_digest",
     "idx_path",
     "manifest_path",
     "open_indexed",
@@ -39,6 +43,7 @@ __all__ = [
     "publish",
     "read_manifest",
     "write_manifest",
+    "write_whole",
 ]
 
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -68,6 +73,9 @@ class Manifest:
         vocab_size: Number of ids of the tokenizer.
         inputs: Path and size in bytes of every input, in order.
         origin: Origin of the text as the caller states it (versions, a content hash).
+        largest_id: Largest token id; ``None`` in a manifest of an older version.
+        bin_digest: SHA-256 of the tokens' file, in hexadecimal; empty in an older manifest.
+        idx_digest: SHA-256 of the index, likewise.
     """
 
     tokens: int
@@ -83,6 +91,9 @@ class Manifest:
     vocab_size: int
     inputs: list[dict[str, Any]]
     origin: dict[str, Any]
+    largest_id: int | None = None
+    bin_digest: str = ""
+    idx_digest: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,23 +196,51 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
         os.fsync(file.fileno())
 
 
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that readers see the old one or all of the new one.
+
+    The temporary name is unique, so two processes that write the same file do not mix.
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+    try:
+        with partial.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def partial_files(prefix: str) -> Iterator[tuple[Path, Path, Path]]:
     """Yield the temporary names of tokens, index and manifest; remove leftovers at the end.
 
     The temporary suffix comes last, so that a search for ``*.idx`` does not find them. A killed
-    process leaves them behind; the next run with this prefix overwrites them.
+    process leaves them behind; the next run with this prefix overwrites them. The tokens' file is
+    locked inside the block, so that two runs cannot write to one prefix.
+
+    Raises:
+        ConfigError: Another process is writing this dataset, or the file system has no locks.
     """
     partials = (
         _partial(bin_path(prefix)),
         _partial(idx_path(prefix)),
         _partial(manifest_path(prefix)),
     )
+    descriptor = _locked(prefix, partials[0])
     try:
         yield partials
     finally:
         for path in partials:
             path.unlink(missing_ok=True)
+        os.close(descriptor)  # unlocks
 
 
 def publish(prefix: str) -> None:
@@ -220,6 +259,30 @@ def publish(prefix: str) -> None:
 
 def _partial(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
+
+
+def _locked(prefix: str, path: Path) -> int:
+    """Return a descriptor of ``path`` that holds the file's lock until it is closed."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A run that ended in between has renamed or deleted the file that was opened here.
+            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            raise ConfigError(
+                f"dataset {prefix}: another process is writing it at this moment. Wait for that "
+                f"process, or use another prefix."
+            ) from None
+        except OSError as error:
+            os.close(descriptor)
+            raise ConfigError(
+                f"dataset {prefix}: {path} cannot be locked ({error.strerror}), so two runs could "
+                f"mix their files. Write to another file system and copy the result."
+            ) from error
+        os.close(descriptor)
 
 
 def _read_header(prefix: str) -> tuple[type[np.generic], int, int]:

@@ -15,11 +15,13 @@ files do not depend on the number of workers. At most a few batches per worker a
 bounds memory for inputs of any size.
 
 Files are written under temporary names and published at the end, the ``.idx`` last. So a dataset
-with an ``.idx`` is complete, at whatever moment a run was killed.
+with an ``.idx`` is complete, at whatever moment a run was killed. Nothing is ever written over an
+input, and nothing over any other file unless the caller asks for it.
 """
 
 import functools
 import gzip
+import hashlib
 import json
 import multiprocessing
 import os
@@ -41,7 +43,10 @@ import numpy.typing as npt
 
 from megatron_muloco.data.indexed import (
     Manifest,
+    bin_path,
+    file_digest,
     idx_path,
+    manifest_path,
     partial_files,
     publish,
     write_manifest,
@@ -55,6 +60,7 @@ __all__ = [
     "PrepareOptions",
     "Record",
     "check_inputs",
+    "check_outputs",
     "layout_of",
     "prepare",
     "raw_records",
@@ -112,6 +118,42 @@ def check_inputs(paths: list[str]) -> None:
             problems.append(f"input {path} is empty. Leave it out.")
     if problems:
         raise ConfigError(problems)
+
+
+def check_outputs(
+    outputs: Sequence[Path], *, inputs: Sequence[str], overwrite: bool, other: str
+) -> None:
+    """Raise one `ConfigError` that names every file that must not be written.
+
+    Args:
+        outputs: Files that will be written; existing ones would be replaced.
+        inputs: Files that are read, which no output may be, whatever ``overwrite`` says.
+        overwrite: Whether other existing files may be replaced.
+        other: Option that gives the outputs other names.
+    """
+    problems = []
+    for output in outputs:
+        read = [path for path in inputs if _same_file(output, Path(path))]
+        if read:
+            problems.append(
+                f"output {output} is the input {read[0]}, which would be lost. Use another {other}."
+            )
+        elif output.is_dir():
+            problems.append(f"output {output} is a directory. Use another {other}.")
+        elif os.path.lexists(output) and not overwrite:
+            problems.append(
+                f"output {output} exists already. Use --overwrite to replace it, or another "
+                f"{other}."
+            )
+    if problems:
+        raise ConfigError(problems)
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    """Whether two names mean the same file, now or once it is written."""
+    if one.exists() and other.exists():
+        return one.samefile(other)
+    return os.path.realpath(one) == os.path.realpath(other)
 
 
 def raw_records(path: str, layout: Layout) -> Iterator[Record]:
@@ -252,6 +294,8 @@ class _Totals:
     text_bytes: int = 0
     empty: int = 0
     bad: list[str] = field(default_factory=list)
+    largest_id: int = 0
+    hash: Any = field(default_factory=hashlib.sha256)
 
 
 def prepare(
@@ -272,18 +316,18 @@ def prepare(
         report_bad: Called with the message about every bad record that is skipped.
 
     Raises:
-        ConfigError: Bad input or tokenizer, or a dataset exists already.
+        ConfigError: Bad input or tokenizer, an output is an input or exists already, or another
+            process is writing this dataset.
     """
     check_inputs(list(inputs))
-    if idx_path(prefix).exists() and not options.overwrite:
-        raise ConfigError(
-            f"dataset {prefix} exists already. Use --overwrite to replace it, or another prefix."
-        )
+    _check_prefix(inputs, prefix, options)
     encoder = _encoder(options.tokenizer_type, options.tokenizer_model)
     megatron = _indexed_format()
     dtype: type[np.integer[Any]] = megatron.DType.optimal_dtype(encoder.vocab_size)
     Path(prefix).parent.mkdir(parents=True, exist_ok=True)
     with partial_files(prefix) as (bin_partial, idx_partial, manifest_partial):
+        # Again under the lock: another run with this prefix may have ended meanwhile.
+        _check_prefix(inputs, prefix, options)
         builder = megatron.IndexedDatasetBuilder(str(bin_partial), dtype=dtype)
         totals = _Totals()
         for position, batch in _tokenized(inputs, options, dtype):
@@ -303,10 +347,19 @@ def prepare(
                 f"records), so no dataset was written."
             )
         builder.finalize(str(idx_partial))
-        manifest = _manifest(inputs, options, encoder, dtype, totals)
+        manifest = _manifest(inputs, options, encoder, dtype, totals, file_digest(idx_partial))
         write_manifest(manifest_partial, manifest)
         publish(prefix)
     return manifest
+
+
+def _check_prefix(inputs: Sequence[str], prefix: str, options: PrepareOptions) -> None:
+    """Raise ConfigError if a file of the dataset must not be written; see `check_outputs`."""
+    files = [bin_path(prefix), manifest_path(prefix), idx_path(prefix)]
+    read = [*inputs, *([options.tokenizer_model] if options.tokenizer_model else [])]
+    partial = [path.with_name(path.name + ".partial") for path in files]
+    check_outputs(partial, inputs=read, overwrite=True, other="--output-prefix")
+    check_outputs(files, inputs=read, overwrite=options.overwrite, other="--output-prefix")
 
 
 def _tokenized(
@@ -386,8 +439,16 @@ def _encode(
     ending = [encoder.eod] if options.append_eod else []
     documents = [ids + ending for ids in encoder.encode_batch(texts)]
     lengths = [len(ids) for ids in documents]
-    flat = np.fromiter(chain.from_iterable(documents), dtype, sum(lengths))
-    return _Batch(flat, lengths, sum(len(text.encode()) for text in texts), empty, bad)
+    flat = np.fromiter(chain.from_iterable(documents), np.int64, sum(lengths))
+    if flat.size and not 0 <= flat.min() <= flat.max() < encoder.vocab_size:
+        raise ConfigError(
+            f"the tokenizer gives ids from {flat.min()} to {flat.max()}, but says that it has "
+            f"{encoder.vocab_size} ids, so a model of that size has no embedding for some. Use a "
+            f"tokenizer whose ids are from 0 to its vocabulary size."
+        )
+    return _Batch(
+        flat.astype(dtype), lengths, sum(len(text.encode()) for text in texts), empty, bad
+    )
 
 
 # A tokenizer is loaded once in each process that uses it.
@@ -411,6 +472,9 @@ def _append(builder: Any, batch: _Batch, totals: _Totals) -> None:
     for length in batch.lengths:
         builder.add_document(batch.tokens[start : start + length], [length])
         start += length
+    if start:
+        totals.largest_id = max(totals.largest_id, int(batch.tokens.max()))
+    totals.hash.update(np.ascontiguousarray(batch.tokens))
     totals.tokens += start
     totals.documents += len(batch.lengths)
     totals.text_bytes += batch.text_bytes
@@ -424,6 +488,7 @@ def _manifest(
     encoder: Encoder,
     dtype: type[np.integer[Any]],
     totals: _Totals,
+    idx_digest: str,
 ) -> Manifest:
     return Manifest(
         tokens=totals.tokens,
@@ -439,6 +504,9 @@ def _manifest(
         vocab_size=encoder.vocab_size,
         inputs=[{"path": path, "bytes": Path(path).stat().st_size} for path in inputs],
         origin=options.origin,
+        largest_id=totals.largest_id,
+        bin_digest=totals.hash.hexdigest(),
+        idx_digest=idx_digest,
     )
 
 

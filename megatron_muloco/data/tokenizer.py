@@ -29,6 +29,7 @@ __all__ = [
     "check_vocab_size",
     "load_encoder",
     "load_tokenizer",
+    "masks_padding",
     "tokenizer_digest",
     "train_tokenizer",
 ]
@@ -190,6 +191,29 @@ def load_tokenizer(
     return tokenizer
 
 
+def masks_padding(tokenizer: Tokenizer) -> bool:
+    """Whether Megatron's datasets mask positions of the tokenizer's padding id.
+
+    They do not where it has none, or one that is also another special id. They then mask -1, which
+    no text contains.
+
+    Source: ``MegatronDataset`` in ``megatron/core/datasets/megatron_dataset.py``.
+    """
+    specials = dict(_attribute(tokenizer, "special_tokens_dict") or {})
+    specials.pop("pad_token", None)
+    other = [*specials.values()] or [_attribute(tokenizer, name) for name in ("eos", "eod")]
+    pad = _attribute(tokenizer, "pad")
+    return pad is not None and pad >= 0 and pad not in other
+
+
+def _attribute(tokenizer: Tokenizer, name: str) -> Any:
+    """Return a property of Megatron's tokenizer, which some libraries do not implement."""
+    try:
+        return getattr(tokenizer, name)
+    except (AttributeError, IndexError, NotImplementedError, ValueError):
+        return None
+
+
 class _Bytes:
     vocab_size = _BYTE_LEVEL_VOCAB_SIZE
     eod = _BYTE_LEVEL_EOD
@@ -311,23 +335,34 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> bytes:
             minloglevel=2,
         )
     except (RuntimeError, ValueError) as error:
+        if lines.error is not None:
+            raise lines.error from None
         raise ConfigError(_reason(error, vocab_size, lines.count)) from error
     return model.getvalue()
 
 
 class _Counted:
-    """Iterable over the lines of texts that counts them while they are read."""
+    """Iterable over the lines of texts that counts them while they are read.
+
+    It keeps the error that ended the texts, of which sentencepiece's own error says only where in
+    the code it was raised.
+    """
 
     def __init__(self, texts: Iterable[str]) -> None:
         self._texts = texts
         self.count = 0
+        self.error: BaseException | None = None
 
     def __iter__(self) -> Iterator[str]:
-        for text in self._texts:
-            for line in text.splitlines():
-                for start in range(0, len(line), _LONGEST_LINE):
-                    self.count += 1
-                    yield line[start : start + _LONGEST_LINE]
+        try:
+            for text in self._texts:
+                for line in text.splitlines():
+                    for start in range(0, len(line), _LONGEST_LINE):
+                        self.count += 1
+                        yield line[start : start + _LONGEST_LINE]
+        except BaseException as error:
+            self.error = error
+            raise
 
 
 def _reason(error: Exception, vocab_size: int, lines: int) -> str:

@@ -21,10 +21,10 @@ from megatron_muloco.comm.collectives import gather_objects, job_store
 from megatron_muloco.comm.groups import Groups
 from megatron_muloco.config import RunConfig
 from megatron_muloco.config.derived import Derived, batch_schedule, derive
-from megatron_muloco.data.batches import BatchSource, SampleDataset
+from megatron_muloco.data.batches import BatchSource, IdRange, SampleDataset
 from megatron_muloco.data.datasets import Datasets, build_datasets
 from megatron_muloco.data.sampler import BatchLayout, RunLayout, batch_layout, run_layout
-from megatron_muloco.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_muloco.data.tokenizer import Tokenizer, load_tokenizer, masks_padding
 from megatron_muloco.errors import CheckpointError, ConfigError
 from megatron_muloco.model.attention import AttentionBackend
 from megatron_muloco.model.attention_backends import choose_attention
@@ -135,6 +135,10 @@ class RunData:
 
     tokenizer: Tokenizer
     datasets: Datasets
+
+    def ids(self, config: RunConfig) -> IdRange:
+        """Return the token ids that the run's model has embeddings for."""
+        return IdRange(config.model.vocab_size, masks_padding(self.tokenizer))
 
 
 def build_run(config: RunConfig) -> RunContext:
@@ -280,9 +284,10 @@ def build_context(config: RunConfig, groups: Groups, data: RunData, *, writes: b
             replica=groups.coords.replica,
             dp_rank=groups.coords.dp,
             steps=derived.train_iters,
+            ids=data.ids(config),
         ),
-        valid_data=_held_out_source(config, groups, datasets.valid),
-        test_data=_held_out_source(config, groups, datasets.test),
+        valid_data=_held_out_source(config, groups, datasets.valid, data.ids(config)),
+        test_data=_held_out_source(config, groups, datasets.test, data.ids(config)),
         monitor=monitor,
         profiler=build_profiler(
             config.monitor,
@@ -349,7 +354,7 @@ def _train_layout(
 
 
 def _held_out_source(
-    config: RunConfig, groups: Groups, samples: SampleDataset | None
+    config: RunConfig, groups: Groups, samples: SampleDataset | None, ids: IdRange
 ) -> BatchSource | None:
     """Return this rank's microbatches of held-out samples, if there are any."""
     if samples is None:
@@ -360,6 +365,7 @@ def _held_out_source(
         replica=0,
         dp_rank=groups.coords.dp,
         steps=config.training.eval_iters,
+        ids=ids,
     )
 
 

@@ -12,16 +12,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_muloco.config import load_config
 from megatron_muloco.config.schema import DataConfig
-from megatron_muloco.data.batches import BatchSource, collate, document_ids, read_ahead
+from megatron_muloco.data import checks
+from megatron_muloco.data.batches import BatchSource, IdRange, collate, document_ids, read_ahead
 from megatron_muloco.data.checks import check_data, check_run_data
 from megatron_muloco.data.datasets import build_datasets
 from megatron_muloco.data.indexed import open_indexed
 from megatron_muloco.data.prepare import PrepareOptions, prepare
 from megatron_muloco.data.sampler import BatchLayout
-from megatron_muloco.data.tokenizer import load_tokenizer
+from megatron_muloco.data.tokenizer import load_tokenizer, masks_padding
 from megatron_muloco.errors import ConfigError
 from tools.corpora.statistics import token_counts, unigram_cross_entropy
 
@@ -296,6 +298,111 @@ def test_other_tokenizer_than_the_one_it_was_made_with_is_a_problem(prefixes):
 def test_vocabulary_larger_than_the_model_is_a_problem(prefixes):
     (problem,) = problems(prefixes, model_vocab_size=256)
     assert "model.vocab_size: 256 is smaller than the 512 ids" in problem
+
+
+def foreign(directory, tokens, dtype=np.int32):
+    """A dataset without a manifest, as another tool writes it: documents of 24 tokens."""
+    builder = IndexedDatasetBuilder(str(directory / "foreign.bin"), dtype=dtype)
+    for start in range(0, len(tokens), 24):
+        builder.add_document(np.array(tokens[start : start + 24], dtype), [24])
+    builder.finalize(str(directory / "foreign.idx"))
+    return str(directory / "foreign")
+
+
+@pytest.mark.parametrize("stray", [512, -1, 2**31 - 1])
+def test_stray_id_of_another_tool_is_a_problem_at_start(tmp_path, stray):
+    prefix = foreign(tmp_path, [*range(1, 240), stray])
+    (problem,) = problems([prefix], model_vocab_size=512)
+    low, high = min(1, stray), max(239, stray)
+    assert f"its ids go from {low} to {high}, but the model has embeddings for 0 to 511" in problem
+    assert problems([foreign(tmp_path, [*range(240)])], model_vocab_size=512) == []
+
+
+@pytest.mark.parametrize("stray", [512, -1, 2**31 - 1])
+def test_stray_id_in_a_file_too_large_to_scan_is_refused_at_its_microbatch(
+    tmp_path, monkeypatch, stray
+):
+    monkeypatch.setattr(checks, "_SCANNED_BYTES", 0)
+    prefix = foreign(tmp_path, [*range(1, 240), stray])
+    assert problems([prefix], model_vocab_size=512) == []
+    samples = 239 // SEQ_LENGTH  # of one epoch
+    tokenizer = load_tokenizer("byte-level")
+    dataset = build([source(prefix)], train_samples=samples).train
+    holding = [
+        place
+        for place in range(samples)
+        if stray in dataset[place]["tokens"] or stray in dataset[place]["labels"]
+    ]
+    # The order of documents decides whether it is in one sample, in two (as the label of one and
+    # the input of the next), or in the tokens that are left over.
+    assert len(holding) in (1, 2)
+    batches = BatchSource(
+        dataset, BatchLayout(1, 1, 1, 1), replica=0, dp_rank=0, steps=samples,
+        ids=IdRange(512, masks_padding(tokenizer)),
+    )  # fmt: skip
+    for place in holding:
+        with pytest.raises(ConfigError, match=f"the samples {place} has id {stray}, but the model"):
+            batches.microbatch(place + 1, 0)
+    whole = next(place for place in range(samples) if place not in holding)
+    assert batches.microbatch(whole + 1, 0)["tokens"].shape == (1, SEQ_LENGTH)
+
+
+def test_ids_of_the_model_and_masked_padding_pass():
+    sample = {
+        "tokens": torch.tensor([0, 3, 0]),
+        "labels": torch.tensor([3, 0, 0]),
+        "loss_mask": torch.tensor([1.0, 0.0, 1.0]),
+        "position_ids": torch.arange(3),
+    }
+    IdRange(4, masks_padding=True).check(collate([sample]), [0])
+    with pytest.raises(ConfigError, match="has id 3, but the model has embeddings for 0 to 2"):
+        IdRange(3, masks_padding=True).check(collate([sample]), [0])
+    with pytest.raises(ConfigError, match="has id -1"):
+        IdRange(4, masks_padding=False).check(collate([sample]), [0])
+
+
+def test_padding_is_masked_where_it_is_an_id_of_its_own():
+    assert masks_padding(load_tokenizer("byte-level"))
+    assert masks_padding(SimpleNamespace(pad=3, eos=2, eod=2))
+    assert not masks_padding(SimpleNamespace(pad=2, eos=2, eod=2))
+    assert not masks_padding(SimpleNamespace(pad=-1, eos=2, eod=2))
+    special = {"pad_token": 0, "bos_token": 0}
+    assert not masks_padding(SimpleNamespace(pad=0, eod=2, special_tokens_dict=special))
+
+
+def swap(prefix, suffix):
+    """Replace one file of a dataset by that of another of the same size."""
+    path = Path(f"{prefix}{suffix}")
+    other = make(path.parent, "other", ["zyxwvutsrq" * (3 - i % 3) for i in range(30)])
+    data = Path(f"{other}{suffix}").read_bytes()
+    assert len(data) == path.stat().st_size
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_file_of_another_dataset_is_a_problem(prefixes, suffix):
+    swap(prefixes[0], suffix)
+    (problem,) = problems(prefixes, model_vocab_size=512)
+    assert f"dataset {prefixes[0]}: its files are not those that" in problem
+
+
+@pytest.mark.parametrize(
+    "changes", [{"tokens": 1}, {"documents": 29}, {"dtype": "int32"}, {"idx_digest": "0" * 64}]
+)
+def test_manifest_that_lies_is_a_problem(prefixes, changes):
+    path = Path(f"{prefixes[0]}.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    (problem,) = problems(prefixes)
+    assert "its files are not those that" in problem
+
+
+def test_manifest_without_digests_is_accepted(prefixes):
+    path = Path(f"{prefixes[0]}.json")
+    older = json.loads(path.read_text())
+    for key in ("largest_id", "bin_digest", "idx_digest"):
+        del older[key]
+    path.write_text(json.dumps(older))
+    assert problems(prefixes, model_vocab_size=512) == []
 
 
 def test_checks_and_sampler_import_neither_torch_nor_megatron():

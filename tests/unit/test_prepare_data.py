@@ -1,6 +1,7 @@
 """Text to indexed datasets: readers, tokenizer, order, errors and interruptions."""
 
 import gzip
+import hashlib
 import importlib.util
 import json
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_muloco.data import indexed as indexed_module
 from megatron_muloco.data import prepare as prepare_module
 from megatron_muloco.data.indexed import check_indexed, open_indexed, read_manifest
 from megatron_muloco.data.prepare import (
@@ -286,6 +288,101 @@ def test_input_without_text_makes_no_dataset(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl"]
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("name", ["set.json", "set.bin", "set.idx", "set.json.partial"])
+def test_input_is_never_written_over(tmp_path, name, overwrite):
+    path = write_jsonl(tmp_path / "corpus.jsonl", ["precious"])
+    linked = tmp_path / name
+    linked.symlink_to(path)  # the same file under another name
+    options = PrepareOptions("byte-level", workers=1, layout="jsonl", overwrite=overwrite)
+    before = linked.read_bytes()
+    for given in (str(linked), path):
+        with pytest.raises(ConfigError, match=f"output .*{name} is the input .*, which would be"):
+            prepare([given], str(tmp_path / "set"), options)
+    assert linked.is_symlink()
+    assert linked.read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["corpus.jsonl", name])
+
+
+def test_tokenizer_is_an_input_too(tmp_path, model):
+    mine = tmp_path / "set.bin"
+    mine.write_bytes(Path(model).read_bytes())
+    options = PrepareOptions("sentencepiece", str(mine), workers=1, overwrite=True)
+    with pytest.raises(ConfigError, match=r"is the input .*set\.bin, which would be lost"):
+        prepare([write_jsonl(tmp_path / "a.jsonl", ["text"])], str(tmp_path / "set"), options)
+    assert mine.read_bytes() == Path(model).read_bytes()
+
+
+@pytest.mark.parametrize("suffix", [".json", ".bin", ".idx"])
+def test_unrelated_file_is_kept_unless_told(tmp_path, suffix):
+    path = write_jsonl(tmp_path / "a.jsonl", ["text"])
+    other = tmp_path / f"set{suffix}"
+    other.write_text("somebody else's")
+    with pytest.raises(ConfigError, match=f"output .*set{suffix} exists already. Use --overwrite"):
+        prepare([path], str(tmp_path / "set"), BYTES)
+    assert other.read_text() == "somebody else's"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", other.name]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_two_runs_with_one_prefix_do_not_mix(tmp_path, overwrite):
+    """The second begins while the first writes, and again when the first has ended."""
+    prefix = str(tmp_path / "set")
+    first = write_jsonl(tmp_path / "a.jsonl", ["first"])
+    second = write_jsonl(tmp_path / "b.jsonl", ["the second"])
+    refused = []
+
+    def start_another(read, tokens):
+        with pytest.raises(ConfigError) as error:
+            prepare([second], prefix, PrepareOptions("byte-level", workers=1, overwrite=overwrite))
+        refused.append(str(error.value))
+
+    manifest = prepare([first], prefix, BYTES, progress=start_another)
+    assert "another process is writing it" in refused[0]
+    assert documents(prefix) == [[*b"first", 0]]
+    assert read_manifest(prefix) == manifest
+
+
+def test_lock_of_a_file_that_was_renamed_meanwhile_is_not_the_lock(tmp_path, monkeypatch):
+    """The first run publishes between the second's opening of the temporary file and its lock."""
+    prefix = str(tmp_path / "set")
+    path = write_jsonl(tmp_path / "a.jsonl", ["text"])
+    real, opened = os.open, []
+
+    def open_and_publish(name, flags, *args):
+        descriptor = real(name, flags, *args)
+        if str(name).endswith(".bin.partial") and not opened:
+            opened.append(name)
+            Path(name).rename(f"{prefix}.bin")
+        return descriptor
+
+    monkeypatch.setattr(indexed_module.os, "open", open_and_publish)
+    with pytest.raises(ConfigError, match=r"set\.bin exists already"):
+        prepare([path], prefix, BYTES)
+    assert Path(f"{prefix}.bin").read_bytes() == b""  # what the first run published
+
+
+def test_manifest_binds_the_files_and_the_largest_id(tmp_path):
+    prefix = str(tmp_path / "set")
+    manifest = prepare([write_jsonl(tmp_path / "a.jsonl", ["aez", "b"])], prefix, BYTES)
+    digests = [hashlib.sha256(data).hexdigest() for data in contents(prefix)]
+    assert [manifest.bin_digest, manifest.idx_digest] == digests
+    assert manifest.largest_id == ord("z")
+
+
+def test_id_outside_of_the_tokenizer_s_own_vocabulary_is_refused(tmp_path, monkeypatch):
+    class Lying:
+        vocab_size, eod = 100, 0
+
+        def encode_batch(self, texts):
+            return [list(text.encode()) for text in texts]
+
+    monkeypatch.setattr(prepare_module, "_encoder", lambda *_: Lying())
+    with pytest.raises(ConfigError, match="ids from 0 to 122, but says that it has 100 ids"):
+        prepare([write_jsonl(tmp_path / "a.jsonl", ["z"])], str(tmp_path / "set"), BYTES)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl"]
+
+
 def test_existing_dataset_is_kept_unless_told(tmp_path):
     prefix = str(tmp_path / "set")
     path = write_jsonl(tmp_path / "a.jsonl", ["old"])
@@ -392,7 +489,8 @@ TRAIN = ["train_tokenizer", "--input", "a.jsonl", "--output"]
         ([*PREPARE, "a.jsonl", "--json-keys", "a", "b"], "once per key"),
         ([*PREPARE, "a.jsonl", "--tokenizer-type", "byte-level"], "a.jsonl:1: not valid JSON"),
         ([*TRAIN, "t.model"], "a.jsonl:1: not valid JSON"),
-        ([*TRAIN, "a.jsonl"], "a.jsonl exists already"),
+        ([*TRAIN, "a.jsonl", "--overwrite"], "a.jsonl is the input a.jsonl, which would be lost"),
+        ([*TRAIN, "a.jsonl"], "a.jsonl is the input a.jsonl, which would be lost"),
         ([*TRAIN, "t.model", "--sample-fraction", "0"], "not in (0, 1]"),
         (["demo_corpus", "--packages", "no_such_package"], "no_such_package not installed"),
         (["fetch_corpus"], "apt-get, apt-cache, dpkg-deb not found"),
@@ -407,6 +505,25 @@ def test_tools_report_bad_input_and_write_nothing(tmp_path, monkeypatch, capsys,
     assert "error: " in errors
     assert reason in errors
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl"]
+
+
+def test_bad_line_behind_many_good_ones_is_named_by_train_tokenizer(tmp_path, capsys):
+    path = tmp_path / "a.jsonl"
+    write_jsonl(path, sentences(200))
+    path.write_text(path.read_text() + "nonsense\n")
+    arguments = ["--input", str(path), "--output", str(tmp_path / "t.model")]
+    assert tool("train_tokenizer").main(arguments) == 2
+    assert f"error: {path}:201: not valid JSON" in capsys.readouterr().err
+
+
+def test_demo_corpus_does_not_write_over_files_of_others(tmp_path, capsys):
+    mine = tmp_path / "train.jsonl"
+    mine.write_text("precious")
+    arguments = ["--output-dir", str(tmp_path), "--packages", "numpy"]
+    assert tool("demo_corpus").main(arguments) == 2
+    assert "has train.jsonl, which this tool did not write" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["train.jsonl"]
+    assert mine.read_text() == "precious"
 
 
 def test_train_tokenizer_as_a_command_writes_what_the_function_makes(tmp_path):
