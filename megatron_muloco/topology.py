@@ -24,6 +24,9 @@ __all__ = ["Axis", "Coords", "Topology"]
 Axis = Literal["tp", "cp", "dp", "pp", "replica"]
 
 
+_MOST_RANKS = 2**16  # the plan looks at every rank
+
+
 class Coords(NamedTuple):
     """A rank's index on every axis, slowest axis first."""
 
@@ -57,6 +60,11 @@ class Topology:
         for name, size in zip(("replicas", "pp", "dp", "cp", "tp"), self._sizes, strict=True):
             if size < 1:
                 raise TopologyError(f"{name} is {size}; every axis needs a size of at least 1")
+        if math.prod(self._sizes) > _MOST_RANKS:
+            raise TopologyError(
+                f"{math.prod(self._sizes)} ranks are more than the {_MOST_RANKS} that a job may "
+                "have. Use smaller parallel sizes (parallel section) or fewer ranks."
+            )
 
     @classmethod
     def from_world(

@@ -103,7 +103,7 @@ def _values(entry: SchemaField) -> str:
     if _takes_number(entry):
         annotation, metadata = get_args(annotation)[0], []
     bounds = [
-        f"{sign} {getattr(item, name):g}"
+        f"{sign} {_bound(getattr(item, name))}"
         for item in _constraints(annotation, metadata)
         for name, sign in (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"))
         if getattr(item, name, None) is not None
@@ -117,6 +117,11 @@ def _values(entry: SchemaField) -> str:
         else "a schedule"
     )
     return f"{words}, or {other}"
+
+
+def _bound(value: float) -> str:
+    """Return a bound in digits, or as a power of ten where it is a large one."""
+    return f"{value:g}" if isinstance(value, float) or value % 10**6 == 0 else f"{value}"
 
 
 def _takes_number(entry: SchemaField) -> bool:

@@ -23,6 +23,7 @@ from megatron_muloco.topology import Topology
 
 __all__ = [
     "LOOP_FROM",
+    "MOST_INCREMENTS",
     "BatchSchedule",
     "Derived",
     "ParameterCounts",
@@ -229,6 +230,10 @@ class BatchSchedule:
         return first - 1 + math.ceil((samples - self.consumed(first - 1)) / batch)
 
 
+MOST_INCREMENTS = 1000
+"""Most increments of a ramp-up of the batch: every question about a step looks at all of them."""
+
+
 def batch_schedule(training: TrainingConfig) -> BatchSchedule:
     """Return the batch of every inner step.
 
@@ -239,6 +244,8 @@ def batch_schedule(training: TrainingConfig) -> BatchSchedule:
         return BatchSchedule(((1, training.global_batch_size),))
     start, increment, samples = training.rampup_batch_size
     increments = (training.global_batch_size - start) // increment
+    if increments > MOST_INCREMENTS:
+        raise ConfigError(f"training.rampup_batch_size: {increments} increments are too many.")
     stages, step, consumed = [(1, start)], 0, 0
     for number in range(1, increments + 1):
         # The next batch begins where this many samples have been read.
@@ -314,9 +321,16 @@ def spacing_of_launches(outer: NesterovOuter | AverageOuter) -> int:
 
 def complete_rounds(interval: Interval, train_iters: int) -> tuple[int, int]:
     """Return the number of complete rounds of a run and the inner steps after the last one."""
+    values = ((1, interval),) if isinstance(interval, int) else interval.values
     rounds, left = 0, train_iters
-    while left >= (steps := interval_at(interval, rounds + 1)):
-        rounds, left = rounds + 1, left - steps
+    for place, (_, steps) in enumerate(values):
+        count = left // steps
+        if place + 1 < len(values):
+            # The next value holds from this round on.
+            count = min(count, max(0, values[place + 1][0] - 1 - rounds))
+        rounds, left = rounds + count, left - count * steps
+        if left < interval_at(interval, rounds + 1):
+            break
     return rounds, left
 
 

@@ -6,7 +6,8 @@ replaced, and ``null`` resets a key to its default.
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+import stat
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +41,12 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456
 
 _OVERRIDE = "--set "
 
+# Far more than any config has. Aliases can make a short file hold billions of values, and PyYAML
+# follows nested brackets by recursion.
+_MOST_BYTES = 2**20
+_MOST_VALUES = 20_000
+_DEEPEST = 20
+
 
 @dataclass
 class Document:
@@ -64,6 +71,7 @@ class _Reader:
         places: ``file:line`` of every dotted key read so far.
         problems: Messages collected so far.
         open_nodes: Ids of the nodes being converted, to find aliases that contain themselves.
+        values: Number of values read so far; an alias counts what it repeats.
     """
 
     label: str
@@ -71,6 +79,7 @@ class _Reader:
     places: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     open_nodes: list[int] = field(default_factory=list)
+    values: int = 0
 
     def place(self, node: yaml.Node) -> str:
         """Return ``file:line`` of the start of a node."""
@@ -81,6 +90,14 @@ class _Reader:
         if id(node) in self.open_nodes:
             self.problems.append(f"{self.place(node)}  {key}: this alias contains itself")
             return None
+        self.values += 1
+        if self.values > _MOST_VALUES:
+            raise ConfigError(
+                f"{self.place(node)}  the config has more than {_MOST_VALUES} values, those that "
+                "aliases repeat included.\n  Remove aliases (*name) of large sections."
+            )
+        if len(self.open_nodes) > _DEEPEST:
+            raise ConfigError(_too_deep(self.place(node)))
         self.open_nodes.append(id(node))
         try:
             if isinstance(node, yaml.MappingNode):
@@ -125,10 +142,25 @@ class _Reader:
     def scalar(self, node: yaml.Node, key: str) -> Any:
         """Return a number, string, boolean or null."""
         try:
-            return self.loader.construct_object(node)
+            value = self.loader.construct_object(node)
+            if isinstance(value, str):
+                value.encode()
         except (yaml.YAMLError, ValueError) as error:
             self.problems.append(f"{self.place(node)}  {key}: {_one_line(error)}")
             return None
+        if isinstance(value, str) and "\0" in value:
+            self.problems.append(
+                f"{self.place(node)}  {key}: {value!r} holds a NUL character, which no file name "
+                "or text may have. Remove it."
+            )
+        return value
+
+
+def _too_deep(place: str) -> str:
+    return (
+        f"{place}  nested more than {_DEEPEST} levels deep, but a config has at most five.\n"
+        "  Check brackets and indentation."
+    )
 
 
 def _place(label: str, line: int) -> str:
@@ -154,6 +186,8 @@ def _read_node(text: str, label: str, prefix: str = "") -> Document:
             f"{place}  not valid YAML: {_one_line(error)}.\n"
             "  Check indentation, colons and quotes near that line."
         ) from None
+    except RecursionError:
+        raise ConfigError(_too_deep(label)) from None
     reader = _Reader(label, loader)
     value = {} if node is None else reader.value(node, prefix)
     loader.dispose()
@@ -170,18 +204,28 @@ def read_document(path: str) -> Document:
             repeats a key.
     """
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ConfigError(
+                f"{path}: cannot be read: it is a directory, pipe or device. Give a YAML file that "
+                "every rank can read."
+            )
         with open(path, encoding="utf-8") as file:
-            text = file.read()
-    except OSError as error:
+            text = file.read(_MOST_BYTES + 1)
+    except (OSError, ValueError) as error:
+        if isinstance(error, UnicodeDecodeError):
+            raise ConfigError(
+                f"{path}: not a UTF-8 text file, so it cannot be a config file."
+            ) from None
+        reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(
-            f"{path}: cannot be read ({error.strerror}).\n"
+            f"{path}: cannot be read ({reason}).\n"
             f"  Paths are relative to the working directory, {os.getcwd()}; a file name after "
             "extends is relative to the file that contains it."
         ) from None
-    except UnicodeDecodeError:
+    if len(text) > _MOST_BYTES:
         raise ConfigError(
-            f"{path}: not a UTF-8 text file, so it cannot be a config file."
-        ) from None
+            f"{path}: more than {_MOST_BYTES} characters, so it cannot be a config file."
+        )
     document = _read_node(text, path)
     values = document.values[""]
     if not values:
@@ -201,7 +245,7 @@ def parse_override(text: str) -> Document:
     """Return the document of one ``--set a.b=value``; the value is parsed as YAML."""
     dotted, equals, value_text = text.partition("=")
     names = dotted.strip().split(".")
-    if not equals or not all(names):
+    if not equals or not all(names) or len(names) > _DEEPEST:
         raise ConfigError(
             f"--set {text}: not of the form section.key=value, for example --set inner.lr=0.01."
         )
@@ -218,11 +262,18 @@ def parse_override(text: str) -> Document:
 
 def merge(base: Document, over: Document) -> Document:
     """Return ``base`` with ``over`` on top; neither is changed."""
-    places = dict(base.places)
-    for key in _replaced(base.values, over.values, ""):
-        for place_key in [k for k in places if k.startswith(f"{key}.")]:
-            del places[place_key]
+    replaced = set(_replaced(base.values, over.values, ""))
+    places = {
+        key: place for key, place in base.places.items() if not replaced.intersection(_above(key))
+    }
     return Document(_merge_values(base.values, over.values), places | over.places)
+
+
+def _above(key: str) -> Iterator[str]:
+    """Yield the dotted keys of the sections that a key is in."""
+    while "." in key:
+        key = key.rpartition(".")[0]
+        yield key
 
 
 def _merge_values(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -252,10 +303,22 @@ def place_of(places: Mapping[str, str], key: str) -> str:
     return places.get(key, "")
 
 
-def without_nulls(value: Any) -> Any:
-    """Return ``value`` without the keys that are null, which then take their defaults."""
+def without_nulls(value: Any, known: Collection[str] | None = None, key: str = "") -> Any:
+    """Return ``value`` without the keys that are null, which then take their defaults.
+
+    Args:
+        value: Values of a document.
+        known: Dotted keys of the schema, with ``[]`` after that of a list. Null stays at any other
+            key, so that an unknown key is noticed whatever its value; by default all are known.
+        key: Dotted key of ``value``.
+    """
     if isinstance(value, dict):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+        dotted = {name: f"{key}.{name}" if key else str(name) for name in value}
+        return {
+            name: without_nulls(item, known, dotted[name])
+            for name, item in value.items()
+            if item is not None or (known is not None and dotted[name] not in known)
+        }
     if isinstance(value, list):
-        return [without_nulls(item) for item in value]
+        return [without_nulls(item, known, f"{key}[]") for item in value]
     return value

@@ -52,7 +52,7 @@ class MuonConfig(Section):
     nesterov: bool = Field(
         False, description="Orthogonalise the Nesterov look-ahead of M instead of M."
     )
-    num_ns_steps: int = Field(5, ge=1, description="Newton-Schulz steps per update.")
+    num_ns_steps: int = Field(5, ge=1, le=100, description="Newton-Schulz steps per update.")
     coefficient_type: CoefficientType = Field(
         "quintic", description="Coefficients of the Newton-Schulz polynomials."
     )

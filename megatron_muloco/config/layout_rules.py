@@ -1,8 +1,10 @@
 """Rules about division: heads, layers, vocabulary and batch over ranks. See `config.rules`."""
 
+import math
 from collections.abc import Iterator
 
 from megatron_muloco.config.derived import (
+    MOST_INCREMENTS,
     padded_vocab_size,
     smallest_topology,
 )
@@ -230,6 +232,12 @@ def rampup_reaches_the_batch(config: RunConfig, topology: Topology | None) -> It
             f"global_batch_size {batch}.\nUse a smaller start, and an increment that divides the "
             "difference.",
         )
+    elif (batch - start) // increment > MOST_INCREMENTS:
+        yield Problem(
+            "training.rampup_batch_size",
+            f"the batch would rise {(batch - start) // increment} times, and at most "
+            f"{MOST_INCREMENTS} times are possible.\nUse a larger increment.",
+        )
     elif start % unit or increment % unit:
         yield Problem(
             "training.rampup_batch_size",
@@ -248,4 +256,5 @@ def _batch_unit(config: RunConfig, topology: Topology | None) -> tuple[int, str]
 
 def _divisors(number: int) -> str:
     """Return the divisors of a number, separated by commas."""
-    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return ", ".join(str(d) for d in sorted({*small, *(number // d for d in small)}))

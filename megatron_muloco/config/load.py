@@ -14,7 +14,12 @@ from megatron_muloco.config.document import (
     read_document,
     without_nulls,
 )
-from megatron_muloco.config.messages import Problem, locate, validation_problems
+from megatron_muloco.config.messages import (
+    Problem,
+    locate,
+    schema_fields,
+    validation_problems,
+)
 from megatron_muloco.config.outer import LossyCompression, NoOuter
 from megatron_muloco.config.rules import find_problems
 from megatron_muloco.config.schema import RunConfig
@@ -34,7 +39,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         ConfigError: All problems found, each with file, line, key, value, reason and remedy.
     """
     document = load_document(path, overrides)
-    values = without_nulls(document.values)
+    values = without_nulls(document.values, {entry.key for entry in schema_fields()})
     try:
         config = RunConfig.model_validate(values).with_sources(document.places)
     except ValidationError as error:
@@ -77,7 +82,7 @@ def with_compression(config: RunConfig, compression: LossyCompression) -> RunCon
 
 def load_document(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Document:
     """Return the merged values of a file, its ``extends`` and the overrides, unchecked."""
-    document = _with_parents(os.fspath(path), ())
+    document = _with_parents(os.fspath(path), (), {})
     problems: list[str] = []
     for text in overrides:
         try:
@@ -89,12 +94,26 @@ def load_document(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -
     return document
 
 
-def _with_parents(path: str, including: tuple[str, ...]) -> Document:
+_LONGEST_CHAIN = 30
+
+
+def _with_parents(
+    path: str, including: tuple[str, ...], merged_before: dict[str, Document]
+) -> Document:
     """Return one file merged over the files it extends.
 
     ``including`` lists the files that led to this one, to find a file that extends itself.
+    ``merged_before`` has the result of every file that was read already: files that several others
+    extend would otherwise be read once for every way that leads to them.
     """
     identity = os.path.realpath(path)
+    if identity in merged_before:
+        return merged_before[identity]
+    if len(including) > _LONGEST_CHAIN:
+        raise ConfigError(
+            f"{path}: at the end of a chain of more than {_LONGEST_CHAIN} files that extend each "
+            "other.\n  Name some of them together, in one list under extends."
+        )
     if identity in (os.path.realpath(name) for name in including):
         chain = " extends ".join([*including, path])
         raise ConfigError(f"{path}: extends itself ({chain}).\n  Remove one extends.")
@@ -112,8 +131,9 @@ def _with_parents(path: str, including: tuple[str, ...]) -> Document:
                 f"{place}  extends: {name} does not exist (looked for {parent}).\n"
                 "  File names after extends are relative to the file that contains the extends."
             )
-        merged = merge(merged, _with_parents(parent, (*including, path)))
-    return merge(merged, document)
+        merged = merge(merged, _with_parents(parent, (*including, path), merged_before))
+    merged_before[identity] = merge(merged, document)
+    return merged_before[identity]
 
 
 def _problems_without(values: dict[str, Any], error: ValidationError) -> list[Problem]:

@@ -319,6 +319,9 @@ class Problem:
         return "\n".join([first, *(f"  {line}" for line in lines[1:])])
 
 
+_MOST_PROBLEMS = 20  # of one config; each costs a search for names that look like the wrong one
+
+
 def validation_problems(error: ValidationError) -> tuple[list[Problem], bool]:
     """Return one problem per pydantic error, and whether all of them are unknown keys.
 
@@ -326,8 +329,13 @@ def validation_problems(error: ValidationError) -> tuple[list[Problem], bool]:
     """
     details = _root_causes(error.errors(include_url=False))
     only_unknown = all(detail["type"] == "extra_forbidden" for detail in details)
-    unknown_names = [str(d["loc"][-1]) for d in details if d["type"] == "extra_forbidden"]
-    return [_problem(detail, unknown_names) for detail in details], only_unknown
+    shown, more = details[:_MOST_PROBLEMS], len(details) - _MOST_PROBLEMS
+    unknown_names = [str(d["loc"][-1]) for d in shown if d["type"] == "extra_forbidden"]
+    problems = [_problem(detail, unknown_names) for detail in shown]
+    if more > 0:
+        last = locate(details[-1]["loc"]).key
+        problems.append(Problem(last, f"the last of {more} more problems, which are not shown."))
+    return problems, only_unknown
 
 
 def _root_causes(details: list[ErrorDetails]) -> list[ErrorDetails]:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 from megatron_muloco.config.derived import (
+    complete_rounds,
     spacing_of_launches,
     train_iterations,
 )
@@ -211,8 +212,11 @@ def usable_replicas_exist(config: RunConfig, topology: Topology | None) -> Itera
         )
 
 
+_MOST_ROUNDS = 5_000_000  # the schedule keeps the first step of each in memory
+
+
 def run_has_a_round(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
-    """Require at least one outer step in the run."""
+    """Require at least one outer step in the run, and not more than can be planned."""
     iterations = train_iterations(config)
     if isinstance(config.outer, NoOuter) or iterations is None:
         return
@@ -222,6 +226,12 @@ def run_has_a_round(config: RunConfig, topology: Topology | None) -> Iterator[Pr
             "outer.sync_interval",
             f"{first} is longer than the run of {iterations} steps, so no "
             "outer step would ever happen.\nUse a shorter interval or a longer run.",
+        )
+    elif (rounds := complete_rounds(config.outer.sync_interval, iterations)[0]) > _MOST_ROUNDS:
+        yield Problem(
+            "outer.sync_interval",
+            f"the run of {iterations} steps has {rounds} rounds, and at most {_MOST_ROUNDS} are "
+            "possible.\nUse a longer interval or a shorter run.",
         )
 
 

@@ -13,7 +13,16 @@ from pydantic import Field, PrivateAttr
 from megatron_muloco.config.document import place_of
 from megatron_muloco.config.inner import InnerConfig
 from megatron_muloco.config.outer import OuterConfig
-from megatron_muloco.config.section import Count, PositiveInt, Section
+from megatron_muloco.config.section import (
+    Count,
+    Degree,
+    Extent,
+    Layers,
+    Minutes,
+    PositiveInt,
+    Section,
+    Seed,
+)
 
 __all__ = [
     "CheckpointConfig",
@@ -33,21 +42,19 @@ __all__ = [
 class ModelConfig(Section):
     """Shape of the decoder; the defaults are those of the MuLoCo paper's models."""
 
-    num_layers: PositiveInt = Field(description="Transformer layers.")
-    hidden_size: PositiveInt = Field(description="Width of the residual stream.")
-    ffn_hidden_size: PositiveInt = Field(
+    num_layers: Layers = Field(description="Transformer layers.")
+    hidden_size: Extent = Field(description="Width of the residual stream.")
+    ffn_hidden_size: Extent = Field(
         description="Width of the SwiGLU MLP; gate and up each have this many rows."
     )
-    num_attention_heads: PositiveInt = Field(description="Query heads.")
-    num_query_groups: PositiveInt | None = Field(
+    num_attention_heads: Extent = Field(description="Query heads.")
+    num_query_groups: Extent | None = Field(
         None, description="Key/value heads; by default num_attention_heads (no grouping)."
     )
-    kv_channels: PositiveInt = Field(128, description="Width of one attention head.")
-    seq_length: PositiveInt = Field(description="Tokens per sequence.")
-    vocab_size: PositiveInt = Field(
-        description="Number of tokens of the tokenizer, before padding."
-    )
-    make_vocab_size_divisible_by: PositiveInt = Field(
+    kv_channels: Extent = Field(128, description="Width of one attention head.")
+    seq_length: Extent = Field(description="Tokens per sequence.")
+    vocab_size: Extent = Field(description="Number of tokens of the tokenizer, before padding.")
+    make_vocab_size_divisible_by: Extent = Field(
         128,
         description="The vocabulary is padded up to a multiple of this number. It does not "
         "depend on the tensor-parallel size, so that a checkpoint fits every layout.",
@@ -96,16 +103,16 @@ class ModelConfig(Section):
 class ParallelConfig(Section):
     """Parallel sizes; the data-parallel size follows from the number of ranks."""
 
-    num_replicas: PositiveInt = Field(
+    num_replicas: Degree = Field(
         1, description="K, the number of replicas; each trains on its own data between outer steps."
     )
-    tensor_model_parallel_size: PositiveInt = Field(
+    tensor_model_parallel_size: Degree = Field(
         1, description="Ranks that share each matrix by slicing it."
     )
-    pipeline_model_parallel_size: PositiveInt = Field(
+    pipeline_model_parallel_size: Degree = Field(
         1, description="Pipeline stages that share the layers."
     )
-    context_parallel_size: PositiveInt = Field(
+    context_parallel_size: Degree = Field(
         1,
         description="Ranks that share each sequence: each holds two chunks of it, and gathers keys "
         "and values of the others for attention.",
@@ -161,7 +168,7 @@ class DataConfig(Section):
     mask_document_boundaries: bool = Field(
         True, description="Mask attention across document boundaries."
     )
-    seed: int = Field(42, ge=0, description="Seed of the sample order.")
+    seed: Seed = Field(42, description="Seed of the sample order.")
     cache_dir: str | None = Field(
         None, description="Directory of the sample index caches; by default beside the data."
     )
@@ -197,19 +204,17 @@ class SpikesConfig(Section):
 class TrainingConfig(Section):
     """Batches, length, precision and overlap of the inner steps."""
 
-    micro_batch_size: PositiveInt = Field(
+    micro_batch_size: Extent = Field(
         description="Sequences per forward pass of one data-parallel rank."
     )
-    rampup_batch_size: tuple[PositiveInt, PositiveInt, PositiveInt] | None = Field(
+    rampup_batch_size: tuple[Extent, Extent, PositiveInt] | None = Field(
         None,
         strict=False,
         description="Start, increment and samples, such as [256, 256, 1000000]: the batch begins "
         "with the start and rises in equal parts of the samples to global_batch_size. When not "
         "set, the batch is global_batch_size from the first step.",
     )
-    global_batch_size: PositiveInt = Field(
-        description="Sequences per inner step over all replicas."
-    )
+    global_batch_size: Extent = Field(description="Sequences per inner step over all replicas.")
     train_iters: Count | None = Field(
         None,
         description="Inner steps of the run. Set exactly one of train_iters, train_tokens and "
@@ -221,10 +226,11 @@ class TrainingConfig(Section):
     tokens_per_parameter: float | None = Field(
         None,
         gt=0,
+        le=1e9,
         description="Tokens of the run per parameter, embeddings included; rounded up to whole "
         "steps.",
     )
-    seed: int = Field(42, ge=0, description="Seed of the initial weights.")
+    seed: Seed = Field(42, description="Seed of the initial weights.")
     precision: Literal["bf16", "fp32"] = Field(
         "bf16", description="Dtype of forward and backward; master weights are fp32 in both cases."
     )
@@ -277,7 +283,7 @@ class TrainingConfig(Section):
     eval_interval: int = Field(
         0, ge=0, description="Inner steps between evaluations of the anchor; 0 disables them."
     )
-    eval_iters: PositiveInt = Field(10, description="Global batches per evaluation.")
+    eval_iters: Extent = Field(10, description="Global batches per evaluation.")
     check_weight_hash_across_dp_replicas_interval: int = Field(
         0,
         ge=0,
@@ -287,10 +293,10 @@ class TrainingConfig(Section):
     check_memory: bool = Field(
         True, description="Refuse to start on a GPU that has less memory than the plan needs."
     )
-    distributed_timeout_minutes: PositiveInt = Field(
+    distributed_timeout_minutes: Minutes = Field(
         10, description="Minutes after which an unfinished collective ends the run."
     )
-    control_timeout_minutes: PositiveInt = Field(
+    control_timeout_minutes: Minutes = Field(
         60,
         description="The same limit for the small messages of start-up and checkpoints, which wait "
         "for ranks that read and write files.",

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-__all__ = ["Count", "PositiveInt", "Section"]
+__all__ = ["Count", "Degree", "Extent", "Layers", "Minutes", "PositiveInt", "Section", "Seed"]
 
 
 class Section(BaseModel):
@@ -31,5 +31,12 @@ def _whole_number(value: Any) -> Any:
     return value
 
 
-PositiveInt = Annotated[int, Field(ge=1)]
-Count = Annotated[int, BeforeValidator(_whole_number), Field(ge=1)]
+# Upper bounds are far above what any run uses. They keep a slip of the keyboard from a plan that
+# needs hours, from an overflow in another library, and from arrays that no memory holds.
+PositiveInt = Annotated[int, Field(ge=1, le=10**12)]
+Count = Annotated[int, BeforeValidator(_whole_number), Field(ge=1, le=10**18)]
+Extent = Annotated[int, Field(ge=1, le=10**8)]  # of a dimension of a tensor
+Layers = Annotated[int, Field(ge=1, le=1024)]  # the plan tries all splits into stages
+Degree = Annotated[int, Field(ge=1, le=2**16)]  # ranks along one axis
+Minutes = Annotated[int, Field(ge=1, le=366 * 24 * 60)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy's generators take

@@ -6,6 +6,7 @@ other packages.
 
 import logging
 import os
+import resource
 import warnings
 from collections.abc import MutableMapping
 from dataclasses import dataclass
@@ -14,20 +15,25 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
-from megatron_muloco.errors import RuntimeMismatch
-from megatron_muloco.runtime.ranks import RankInfo, discover_ranks
+from megatron_muloco.errors import ConfigError, RuntimeMismatch
+from megatron_muloco.runtime.ranks import RankInfo, discover_ranks, thread_count
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = [
     "hide_unwanted_gpus",
+    "raise_file_limit",
     "require_determinism",
     "shutdown",
     "silence_known_warnings",
     "start_distributed",
     "use_one_hardware_queue",
 ]
+
+# Chosen; systems allow at least 1,024 by default. Some libraries look at every number up to the
+# limit when they start a process, which bounds what is asked for.
+_LEAST_FILES, _MOST_FILES = 256, 65_536
 
 # Environment variables that are read when CUDA and NCCL start, and their deterministic values.
 _DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring"}
@@ -93,6 +99,25 @@ def hide_unwanted_gpus(environ: MutableMapping[str, str]) -> None:
     """
     if environ.get("DS_ACCELERATOR") == "cpu":
         environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def raise_file_limit() -> None:
+    """Let this process open as many files and connections as it may; call it at start.
+
+    Every rank has connections to all others in each of its groups, and maps the files of its data.
+
+    Raises:
+        ConfigError: It may open too few for any run.
+    """
+    soft, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most != resource.RLIM_INFINITY and most < _LEAST_FILES:
+        raise ConfigError(
+            f"this process may have at most {most} files and connections open (ulimit -n), and a "
+            f"run needs {_LEAST_FILES} or more. Raise the limit of the shell or the job."
+        )
+    wanted = _MOST_FILES if most == resource.RLIM_INFINITY else min(most, _MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 def use_one_hardware_queue(environ: MutableMapping[str, str]) -> None:
@@ -182,7 +207,7 @@ def start_distributed(*, timeout: timedelta, deterministic: bool = False) -> Ran
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         threads = max(1, (os.cpu_count() or 1) // ranks.local_world_size)
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", threads)))
+        torch.set_num_threads(thread_count(os.environ, threads))
     silence_known_warnings()
 
     import deepspeed

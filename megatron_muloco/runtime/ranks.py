@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from megatron_muloco.errors import ConfigError
 
-__all__ = ["RankInfo", "discover_ranks"]
+__all__ = ["RankInfo", "discover_ranks", "thread_count"]
 
 # (source, rank, world size, local rank, local world size), in the order of trust. The deepspeed
 # launcher and torchrun both set the first; a launcher's answer is more specific than the
@@ -26,6 +26,7 @@ _SOURCES = (
 )
 # A rendezvous port outside the range that Linux hands out for outgoing connections (32768-60999).
 _DEFAULT_PORT = 29500
+_PORTS = (0, 2**16 - 1)  # 0 lets the operating system choose
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,20 +94,44 @@ def discover_ranks(environ: Mapping[str, str]) -> RankInfo:
                 f"{world_size} ranks were started ({source}) but MASTER_ADDR is not set, so they "
                 "cannot connect; export MASTER_ADDR and MASTER_PORT of the first node"
             )
-        local_world = next((environ[key] for key in local_world_keys if key in environ), "1")
+        local_key_found = next((key for key in local_world_keys if key in environ), "")
         return RankInfo(
             source=source,
             rank=rank,
             world_size=world_size,
             local_rank=_whole(environ, local_key, 0),
-            local_world_size=int(local_world.split("(")[0]),  # SLURM writes "4(x2)" for two nodes
+            local_world_size=_whole(environ, local_key_found, 1, least=1),
             master_addr=environ.get("MASTER_ADDR", "127.0.0.1"),
-            master_port=_whole(environ, "MASTER_PORT", _DEFAULT_PORT),
+            master_port=_port(environ, _DEFAULT_PORT),
         )
-    return RankInfo("single", 0, 1, 0, 1, "127.0.0.1", _whole(environ, "MASTER_PORT", 0))
+    return RankInfo("single", 0, 1, 0, 1, "127.0.0.1", _port(environ, 0))
 
 
-def _whole(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
+def thread_count(environ: Mapping[str, str], default: int) -> int:
+    """Return the threads that ``OMP_NUM_THREADS`` asks for.
+
+    It may be a list, one number for each level of nested parallelism; the first is that of torch.
+
+    Raises:
+        ConfigError: It is something else.
+    """
+    first = environ.get("OMP_NUM_THREADS", str(default)).split(",")[0].strip()
+    return _whole({"OMP_NUM_THREADS": first}, "OMP_NUM_THREADS", least=1)
+
+
+def _port(environ: Mapping[str, str], default: int) -> int:
+    port = _whole(environ, "MASTER_PORT", default)
+    if not _PORTS[0] <= port <= _PORTS[1]:
+        raise ConfigError(
+            f"the environment variable MASTER_PORT is {port}, and ports end at {_PORTS[1]}; set it "
+            "to a free port of the first node, such as 29500"
+        )
+    return port
+
+
+def _whole(
+    environ: Mapping[str, str], name: str, default: int | None = None, *, least: int = 0
+) -> int:
     """Return a variable as a number.
 
     Raises:
@@ -115,9 +140,12 @@ def _whole(environ: Mapping[str, str], name: str, default: int | None = None) ->
     text = environ.get(name)
     if text is None and default is not None:
         return default
-    if text is None or not text.isdecimal():
+    # SLURM writes "4(x2)" where two nodes have 4 tasks each, and "4(x2),3" where another has 3.
+    number = (text or "").split("(")[0] if name.startswith("SLURM_") else text
+    if not number or not (number.isascii() and number.isdecimal()) or int(number) < least:
+        wanted = "a whole number" if least == 0 else f"a whole number of at least {least}"
         raise ConfigError(
-            f"the environment variable {name} is {text!r}, which is not a whole number; launchers "
+            f"the environment variable {name} is {text!r}, which is not {wanted}; launchers "
             "and schedulers set it, so start the program through one of them or unset it"
         )
-    return int(text)
+    return int(number)

@@ -24,7 +24,11 @@ from megatron_muloco.errors import (
     MulocoError,
     TopologyError,
 )
-from megatron_muloco.runtime.distributed import hide_unwanted_gpus, silence_known_warnings
+from megatron_muloco.runtime.distributed import (
+    hide_unwanted_gpus,
+    raise_file_limit,
+    silence_known_warnings,
+)
 from megatron_muloco.runtime.ranks import RankInfo, discover_ranks
 from megatron_muloco.training.stopping import StopRequest
 
@@ -49,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     hide_unwanted_gpus(os.environ)
     with StopRequest() as stop:
         try:
+            raise_file_limit()
             config = load_config(options.config, options.set)
             if options.dry_run:
                 _print_plan(config, options.world_size, options.gpu)

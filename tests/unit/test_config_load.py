@@ -1,5 +1,6 @@
 """Reading: files merge in order, values keep their places, and broken files are named."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from megatron_muloco.config import RunConfig, load_config
+from megatron_muloco.config import RunConfig, load, load_config
 from megatron_muloco.config.document import Document, merge, parse_override, read_document
 from megatron_muloco.config.load import load_document
 from megatron_muloco.errors import ConfigError
@@ -94,7 +95,9 @@ def test_values_survive_being_saved() -> None:
 def test_a_missing_file(tmp_path: Path) -> None:
     message = problems_of(tmp_path / "absent.yaml")
     assert "absent.yaml: cannot be read (No such file or directory)" in message
-    assert "cannot be read (Is a directory)" in problems_of(tmp_path)
+    assert "cannot be read: it is a directory, pipe or device" in problems_of(tmp_path)
+    os.mkfifo(tmp_path / "pipe.yaml")  # an open of it would wait for a writer
+    assert "it is a directory, pipe or device" in problems_of(tmp_path / "pipe.yaml")
 
 
 @pytest.mark.parametrize("text", ["", "\n# only a comment\n", "{}"])
@@ -197,6 +200,118 @@ def test_all_broken_overrides_are_reported() -> None:
     assert "--set inner.muon={eps: 1, eps: 2}  inner.muon.eps: repeated" in problems_of(
         CPU, "inner.muon={eps: 1, eps: 2}"
     )
+
+
+def bomb() -> str:
+    """A file of 20 lines that stands for 2^20 values."""
+    lines = ["a0: &a0 [x, x]"] + [f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 20)]
+    return "\n".join(lines)
+
+
+HOSTILE: dict[str, tuple[str, str]] = {
+    "aliases": (bomb(), "the config has more than 20000 values"),
+    "brackets": ("a: " + "[" * 2000 + "]" * 2000, "nested more than 20 levels deep"),
+    "braces": ("{a: " * 30 + "1" + "}" * 30, "nested more than 20 levels deep"),
+    "large": ("# " + "x" * 2**20, "more than 1048576 characters"),
+    "nul": ('checkpoint: {dir: "a\\0b"}', "checkpoint.dir: 'a\\x00b' holds a NUL character"),
+    "surrogate": ('checkpoint: {dir: "a\\ud800"}', "checkpoint.dir: 'utf-8' codec can't encode"),
+    "code": ("a: !!python/name:os.getcwd", "could not determine a constructor"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_files_are_refused_with_their_name(tmp_path: Path, case: str) -> None:
+    text, reason = HOSTILE[case]
+    message = problems_of(write(tmp_path, "run.yaml", text))
+    assert "run.yaml" in message
+    assert reason in message
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        (f"a={'[' * 2000}", "nested more than 20 levels deep"),
+        ("a=*b", "not valid YAML"),
+        ("a." * 1000 + "b=1", "not of the form section.key=value"),
+        ("model.num_layers=1e9", "1000000000.0 is not a whole number"),
+        ("model.num_layers=1000000000", "it must be at most 1024"),
+        ("model.num_attention_heads=1000000000", "it must be at most 100000000"),
+        ("parallel.pipeline_model_parallel_size=1000000000", "it must be at most 65536"),
+        ("parallel.tensor_model_parallel_size=65536", "does not divide the 3 attention heads"),
+        ("training.train_iters=1e30", "it must be at most 1000000000000000000"),
+        ("training.train_iters=1e9", "has 33333333 rounds, and at most 5000000 are possible"),
+        ("training.rampup_batch_size=[1, 1, 100000000000000]", "it must be at most 1000000000000"),
+        ("training.control_timeout_minutes=1000000000", "it must be at most 527040"),
+        ("data.seed=4294967296", "it must be below 4294967296"),
+        ("training.seed=-1", "it must be at least 0"),
+        ("inner.muon.num_ns_steps=1000000000", "it must be at most 100"),
+    ],
+)
+def test_values_that_no_run_can_use_are_refused(override: str, reason: str) -> None:
+    assert reason in problems_of(CPU, override)
+
+
+def test_a_ramp_of_the_batch_with_endless_increments_is_refused() -> None:
+    changes = ["training.global_batch_size=100000000", "training.rampup_batch_size=[2, 2, 1000]"]
+    message = problems_of(CPU, *changes)
+    assert "the batch would rise 49999999 times, and at most 1000 times are possible" in message
+
+
+def test_a_job_of_more_ranks_than_a_plan_can_list_is_refused() -> None:
+    sizes = ("num_replicas", "context_parallel_size")
+    message = problems_of(CPU, *(f"parallel.{size}=60000" for size in sizes))
+    assert "3600000000 ranks are more than the 65536 that a job may have" in message
+
+
+def test_only_the_first_of_thousands_of_unknown_keys_are_explained(tmp_path: Path) -> None:
+    lines = "".join(f"unknown_{i}: 1\n" for i in range(5000))
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, "run.yaml", f"extends: {CPU}\n{lines}"))
+    *shown, last = caught.value.problems
+    assert len(shown) == 20
+    assert all("unknown key" in problem for problem in shown)
+    assert "the last of 4980 more problems, which are not shown" in last
+
+
+def test_an_unknown_key_is_refused_when_it_is_null() -> None:
+    for key in ("outer.fragmets", "nonsense", "training.train_iter"):
+        assert f"{key}: unknown key" in problems_of(CPU, f"{key}=null")
+    sources = "data.train=[{path: a, wieght: }]"
+    assert "data.train.0.wieght: unknown key" in problems_of(CPU, sources)
+    # One that another kind of the section has is only reset.
+    config = load_config(CPU, ["outer.compression.bits=null"])
+    assert config.digest() == load_config(CPU).digest()
+
+
+def test_a_file_that_many_ways_lead_to_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a row of diamonds there are 2^25 ways from the first file to the last."""
+    write(tmp_path, "0.yaml", "x: {deep: 1}\n")
+    for i in range(1, 26):
+        for side in "ab":
+            write(tmp_path, f"{i}{side}.yaml", f"extends: {i - 1}.yaml\n{side}{i}: {i}\n")
+        write(tmp_path, f"{i}.yaml", f"extends: [{i}a.yaml, {i}b.yaml]\n")
+    read: list[str] = []
+
+    def counting(path: str) -> Document:
+        read.append(path)
+        return read_document(path)
+
+    monkeypatch.setattr(load, "read_document", counting)
+    monkeypatch.setattr(load, "_LONGEST_CHAIN", 100)
+    document = load_document(tmp_path / "25.yaml")
+    assert len(read) == len(set(read)) == 76
+    assert document.values == {"x": {"deep": 1}} | {
+        f"{side}{i}": i for i in range(1, 26) for side in "ab"
+    }
+
+
+def test_a_long_chain_of_extends_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, "0.yaml", "x: 1\n")
+    for i in range(1, 500):
+        write(tmp_path, f"{i}.yaml", f"extends: {i - 1}.yaml\n")
+    assert "a chain of more than 30 files" in problems_of(tmp_path / "499.yaml")
 
 
 values = st.recursive(

@@ -1,9 +1,12 @@
 """Which rank a process is: launcher, then SLURM, then MPI, then alone."""
 
+import subprocess
+import sys
+
 import pytest
 
 from megatron_muloco.errors import ConfigError
-from megatron_muloco.runtime.ranks import RankInfo, discover_ranks
+from megatron_muloco.runtime.ranks import RankInfo, discover_ranks, thread_count
 
 MEETING = {"MASTER_ADDR": "node1", "MASTER_PORT": "29511"}
 LAUNCHER = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}
@@ -76,3 +79,53 @@ def test_a_broken_environment_is_explained(case: str) -> None:
     variables, expected = BROKEN[case]
     with pytest.raises(ConfigError, match=expected):
         discover_ranks(variables)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("LOCAL_SIZE", "two"),
+        ("LOCAL_SIZE", "0"),
+        ("LOCAL_WORLD_SIZE", ""),
+        ("MASTER_PORT", "65536"),
+        ("MASTER_PORT", "-1"),
+        ("MASTER_PORT", "29500.0"),
+        ("MASTER_PORT", "２９５００"),  # digits of another script
+        ("RANK", "1e3"),
+    ],
+)
+def test_odd_values_of_a_launcher_are_named(name: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=f"the environment variable {name} is"):
+        discover_ranks(LAUNCHER | MEETING | {name: value})
+
+
+@pytest.mark.parametrize("value", ["", "four", "(x2)", "0"])
+def test_odd_values_of_slurm_are_named(value: str) -> None:
+    with pytest.raises(ConfigError, match="SLURM_NTASKS_PER_NODE is"):
+        discover_ranks(SLURM | MEETING | {"SLURM_NTASKS_PER_NODE": value})
+
+
+def test_threads_are_a_number_or_a_list_of_them() -> None:
+    assert thread_count({}, 3) == 3
+    assert thread_count({"OMP_NUM_THREADS": "4"}, 3) == 4
+    assert thread_count({"OMP_NUM_THREADS": "4,2"}, 3) == 4
+    for value in ("", "many", "0", "-1", ",4"):
+        with pytest.raises(ConfigError, match="OMP_NUM_THREADS is"):
+            thread_count({"OMP_NUM_THREADS": value}, 3)
+
+
+def test_limit_of_open_files_is_raised_or_refused() -> None:
+    script = """if True:
+        import resource, sys
+        resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]), int(sys.argv[2])))
+        from megatron_muloco.runtime.distributed import raise_file_limit
+        raise_file_limit()
+        print(resource.getrlimit(resource.RLIMIT_NOFILE))
+    """
+
+    def limited(soft: int, most: int) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", script, str(soft), str(most)]
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+    assert limited(40, 512).stdout.strip() == "(512, 512)"
+    assert "at most 40 files and connections open (ulimit -n)" in limited(40, 40).stderr
