@@ -6,9 +6,16 @@ daemonic ranks and require a main guard in the user's script. So Megatron's `Sha
 describes the tensors and Megatron's planner plans the write, but this process does the writing. The
 parts of Megatron used here are the same in both supported versions, and so is the format: each
 version reads what the other wrote.
+
+The format's index, ``.metadata``, is a pickle, and unpickling it as torch does runs any code that
+someone puts there. `read_index` reads it without: it creates inert records only, and makes torch's
+objects from values that it has checked.
 """
 
+import hashlib
+import io
 import os
+import pickle
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,12 +35,24 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.filesystem import (
+    FileSystemReader,
+    FileSystemWriter,
+    _StorageInfo,
+)
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from typing_extensions import override
 
 from megatron_muloco.checkpoint.layout import (
     COMMON_FILE,
+    INDEX_FILE,
     sync_directory,
 )
 from megatron_muloco.comm.collectives import gather_objects
@@ -41,8 +60,10 @@ from megatron_muloco.errors import CheckpointError
 
 __all__ = [
     "everywhere",
+    "file_digest",
     "finish_directory",
     "missing_bytes",
+    "read_index",
     "read_tensors",
     "write_tensors",
 ]
@@ -179,7 +200,187 @@ def missing_bytes(directory: Path, index: Metadata) -> list[str]:
     return problems
 
 
+# ---- the index -----------------------------------------------------------------------------------
+
+
+class _Record:
+    """Inert stand-in for an object in a pickle: holds what the object was made with."""
+
+    args: tuple[Any, ...] = ()
+    state: Any = None
+
+    def __init__(self, *args: Any) -> None:
+        self.args = args
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+_METADATA, _FILESYSTEM = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint"
+# Classes of the index by module; their stand-ins have no methods, so pickles can call none.
+_KNOWN_CLASSES: tuple[tuple[str, str], ...] = (
+    *(
+        (_METADATA, name)
+        for name in (
+            "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata",
+            "TensorProperties", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING",
+        )
+    ),
+    (f"{_FILESYSTEM}.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    *(
+        (module, name)
+        for module in ("pathlib", "pathlib._local")  # its place since Python 3.13
+        for name in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")
+    ),
+    ("builtins", "getattr"),  # how some versions of Python pickle the members of an enum
+)  # fmt: skip
+_STAND_INS: dict[tuple[str, str], type[_Record]] = {
+    place: type(place[1], (_Record,), {}) for place in _KNOWN_CLASSES
+}
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Creates stand-ins, tuples, dtypes and plain values, and nothing else."""
+
+    @override
+    def find_class(self, module_name: str, global_name: str, /) -> Any:
+        """Return the stand-in for a class of the index; refuse every other name."""
+        if (stand_in := _STAND_INS.get((module_name, global_name))) is not None:
+            return stand_in
+        if module_name == "torch" and global_name == "Size":
+            return tuple
+        found = getattr(torch, global_name, None) if module_name == "torch" else None
+        if isinstance(found, torch.dtype):
+            return found
+        raise CheckpointError(
+            f"it names {module_name}.{global_name}, which no index of tensors needs and which may "
+            "run code"
+        )
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 digest of a file's content, in hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_index(directory: Path, digest: str | None = None) -> Metadata:
+    """Return the index of a checkpoint, reading its pickle without running any of its code.
+
+    Args:
+        directory: The checkpoint.
+        digest: Digest of the file, as its description has it; ``None`` for a checkpoint of a
+            format without one, whose index is then checked for consistency alone.
+
+    Raises:
+        CheckpointError: The file is missing, differs from what was saved, or is not an index.
+    """
+    path = directory / INDEX_FILE
+    remedy = "Resume from an older checkpoint (checkpoint.resume: <directory>)."
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error}). {remedy}") from error
+    if digest is not None and hashlib.sha256(content).hexdigest() != digest:
+        raise CheckpointError(
+            f"{path} is not the index that was saved: its digest differs from the one in the "
+            f"checkpoint's description, so tensors could be read from wrong places. {remedy}"
+        )
+    try:
+        return _checked_index(_IndexUnpickler(io.BytesIO(content)).load())
+    # Unpickling a damaged file can raise anything.
+    except Exception as error:
+        raise CheckpointError(
+            f"{path} is not an index of tensors: {_describe(error)}. {remedy}"
+        ) from error
+
+
+def _checked_index(raw: Any) -> Metadata:
+    """Return torch's form of an unpickled index; raise `CheckpointError` for what does not fit."""
+    top = _fields(raw, "Metadata")
+    places: dict[MetadataIndex, _StorageInfo] = {}
+    for key, place in _entries(top.get("storage_data")):
+        fields = _fields(key, "MetadataIndex")
+        offset = None if fields.get("offset") is None else _sizes(fields["offset"])
+        places[MetadataIndex(_text(fields.get("fqn")), offset)] = _checked_place(place)
+    entries: dict[str, Any] = {}  # torch's type also has entries of bytes
+    for key, entry in _entries(top.get("state_dict_metadata")):
+        # torch unpickles what an entry of bytes points to. This package writes none.
+        is_bytes = isinstance(entry, _STAND_INS[_METADATA, "BytesStorageMetadata"])
+        _require(not is_bytes, f"{_text(key)} is not a tensor")
+        entries[key] = tensor = _checked_tensor(entry)
+        for chunk in tensor.chunks:
+            _require(MetadataIndex(key, chunk.offsets) in places, f"a chunk of {key} has no place")
+    return Metadata(entries, storage_data=places, storage_meta=StorageMeta())
+
+
+def _checked_tensor(entry: Any) -> TensorStorageMetadata:
+    fields = _fields(entry, "TensorStorageMetadata")
+    properties = fields.get("properties")
+    _require(isinstance(properties, _STAND_INS[_METADATA, "TensorProperties"]), "no properties")
+    _require(isinstance(properties.state, tuple) and len(properties.state) == 5, "no properties")
+    dtype = properties.state[0]
+    _require(isinstance(dtype, torch.dtype), "a tensor has no dtype")
+    size = _sizes(fields.get("size"))
+    chunks = []
+    _require(isinstance(fields.get("chunks"), list), "a tensor has no chunks")
+    for chunk in fields["chunks"]:
+        inside = _fields(chunk, "ChunkStorageMetadata")
+        offsets, sizes = _sizes(inside.get("offsets")), _sizes(inside.get("sizes"))
+        fits = len(offsets) == len(sizes) == len(size) and all(
+            first + length <= whole
+            for first, length, whole in zip(offsets, sizes, size, strict=True)
+        )
+        _require(fits, "a chunk lies outside its tensor")
+        chunks.append(ChunkStorageMetadata(offsets, sizes))
+    return TensorStorageMetadata(TensorProperties(dtype), size, chunks)
+
+
+def _checked_place(place: Any) -> _StorageInfo:
+    fields = _fields(place, "_StorageInfo", module=f"{_FILESYSTEM}.filesystem")
+    name = _text(fields.get("relative_path"))
+    # A path would make the reader open files outside the checkpoint.
+    _require(Path(name).name == name and not name.startswith("."), f"{name!r} is no file name")
+    _require(not fields.get("transform_descriptors"), "its tensors are transformed")
+    offset, length = _sizes((fields.get("offset"), fields.get("length")))
+    return _StorageInfo(name, offset, length)
+
+
+def _fields(record: Any, name: str, module: str = _METADATA) -> dict[str, Any]:
+    """Return the attributes of a record of class ``name``."""
+    known = isinstance(record, _STAND_INS[module, name]) and isinstance(record.state, dict)
+    _require(known, f"there is no {name} where one belongs")
+    fields: dict[str, Any] = record.state
+    return fields
+
+
+def _entries(mapping: Any) -> Iterable[tuple[Any, Any]]:
+    _require(isinstance(mapping, dict), "it has no entries")
+    items: Iterable[tuple[Any, Any]] = mapping.items()
+    return items
+
+
+def _sizes(values: Any) -> torch.Size:
+    whole = isinstance(values, tuple) and all(
+        type(value) is int and 0 <= value < 2**62 for value in values
+    )
+    _require(whole, f"{str(values)[:40]} are no sizes")
+    return torch.Size(values)
+
+
+def _text(value: Any) -> str:
+    _require(isinstance(value, str), f"{str(value)[:40]} is no name")
+    return str(value)
+
+
+def _require(condition: bool, what: str) -> None:
+    if not condition:
+        raise CheckpointError(what)
+
+
 def _describe(error: BaseException) -> str:
     text = str(error).strip().splitlines()
     first = text[0] if text else ""
-    return first if isinstance(error, OSError) else f"{type(error).__name__}: {first}"
+    said = isinstance(error, OSError | CheckpointError)  # these name the cause themselves
+    return first if said else f"{type(error).__name__}: {first}"

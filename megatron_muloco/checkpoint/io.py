@@ -6,7 +6,7 @@ live state. Where directories are, and when a new one becomes visible, is `store
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,6 @@ import yaml
 from megatron.core.dist_checkpointing import ShardedTensor
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_muloco.checkpoint.changes import (
@@ -28,13 +27,16 @@ from megatron_muloco.checkpoint.changes import (
 )
 from megatron_muloco.checkpoint.directory import (
     everywhere,
+    file_digest,
     finish_directory,
     missing_bytes,
+    read_index,
     read_tensors,
 )
 from megatron_muloco.checkpoint.layout import (
     CONFIG_FILE,
     FINAL_ANCHOR,
+    INDEX_FILE,
     STATE_FILE,
     write_file,
 )
@@ -272,6 +274,7 @@ def write_description(directory: Path, description: Description) -> None:
     finish_directory(
         directory, {"iteration": description.step, "anchor_digest": description.anchor_digest}
     )
+    description = replace(description, index_digest=file_digest(directory / INDEX_FILE))
     write_file(directory / STATE_FILE, description.to_json())
 
 
@@ -305,13 +308,14 @@ def load_run(path: Path, into: RunState, space: ModelSpace) -> Description:
     with everywhere(control, f"the checkpoint {path} cannot be read", _REMEDY):
         description = read_description(path)
         _check_config(path, description, into)
-    index = _whole_index(path, control)
+    index = _whole_index(path, description, control)
     takeover = Takeover(description, into.resolved, into.groups.coords.replica)
     source = _Source(path, index, takeover, into, space)
     pieces = source.read(_wanted(takeover, index, into, space))
     with everywhere(control, f"the checkpoint {path} cannot be resumed", _REMEDY):
         takeover.require_finite(source.broken)
-    _apply(takeover, pieces, into)
+    with everywhere(control, f"the values in {path / STATE_FILE} do not fit this run", _REMEDY):
+        _apply(takeover, pieces, into)
     # Generator states belong to ranks. In another layout rank r does other work, so every rank
     # keeps the generators that it was started with.
     if description.topology == asdict(into.groups.topology):
@@ -355,7 +359,7 @@ def load_anchor(
         description = read_description(path)
         if model is not None:
             _check_model(path, description, model)
-    index = _whole_index(path, groups.control)
+    index = _whole_index(path, description, groups.control)
     pieces = _read(path, index, {ANCHOR: list(view.infos)}, space, groups.control)
     found = digests_of(groups, view.shards, pieces, space.device)
     _check_digests(path, found, {ANCHOR: description.anchor_digest}.get)
@@ -380,7 +384,7 @@ def _check_model(path: Path, description: Description, model: Mapping[str, Any])
         )
 
 
-def _whole_index(path: Path, control: ProcessGroup) -> Metadata:
+def _whole_index(path: Path, description: Description, control: ProcessGroup) -> Metadata:
     """Return the index of a checkpoint, which rank 0 reads, after checking the sizes of its files.
 
     Collectives: agreement on errors, then rank 0 broadcasts the index to the job, some hundred
@@ -389,7 +393,7 @@ def _whole_index(path: Path, control: ProcessGroup) -> Metadata:
     index: Any = None
     with everywhere(control, f"the checkpoint {path} cannot be read", _REMEDY):
         if torch.distributed.get_rank() == 0:
-            index = FileSystemReader(path).read_metadata()
+            index = read_index(path, description.index_digest)
             if problems := missing_bytes(path, index):
                 raise CheckpointError(
                     f"the checkpoint {path} is incomplete: {'; '.join(problems[:4])}"

@@ -26,6 +26,7 @@ __all__ = [
     "COMMON_FILE",
     "CONFIG_FILE",
     "FINAL_ANCHOR",
+    "INDEX_FILE",
     "LATEST_FILE",
     "STATE_FILE",
     "Found",
@@ -50,8 +51,10 @@ CONFIG_FILE = "run_config.yaml"
 COMMON_FILE = "common.pt"
 FINAL_ANCHOR = "final_anchor"
 LATEST_FILE = "latest_checkpointed_iteration.txt"  # Megatron's name
-_INDEX_FILES = (".metadata", "metadata.json")  # of the torch_dist format
+INDEX_FILE = ".metadata"
+_INDEX_FILES = (INDEX_FILE, "metadata.json")  # of the torch_dist format
 _PUBLISHED = re.compile(r"^iter_(\d{7,})$")
+_STEP = re.compile(r"[0-9]{1,18}")
 _TEMPORARY, _ASIDE = ".tmp-", ".old-"
 
 
@@ -260,7 +263,7 @@ def _named_step(directory: Path) -> tuple[int | None, str]:
     if not path.is_file():
         return None, ""
     text = path.read_text(encoding="utf-8", errors="replace").strip()
-    if not text.isdecimal():
+    if not _STEP.fullmatch(text):
         return None, f"{LATEST_FILE} holds {text[:40]!r}, which is no step"
     return int(text), ""
 

@@ -10,15 +10,18 @@ Two kinds of tensors are stored, each under ``<prefix>.<model-wide parameter nam
 Which configuration may resume a checkpoint is `megatron_muloco.checkpoint.changes`' part.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, NotRequired, Protocol
 
 import torch
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from pydantic import Field, Strict, StringConstraints, TypeAdapter, ValidationError
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from megatron_muloco.checkpoint.layout import STATE_FILE
 from megatron_muloco.comm.groups import Groups
@@ -34,6 +37,7 @@ __all__ = [
     "Description",
     "Masters",
     "RunState",
+    "format_note",
     "is_shared",
     "outer_key",
     "read_description",
@@ -42,7 +46,9 @@ __all__ = [
     "set_rng_tensors",
 ]
 
-FORMAT = 1
+FORMAT = 2
+_FORMAT_WITHOUT_DIGESTS = 1
+_DIGEST = "content_digest"  # key of the file's own digest
 ANCHOR = "anchor"
 _SHARED_OUTER = {
     "anchor": ANCHOR,
@@ -116,6 +122,8 @@ class RunState:
 class Description:
     """Content of the JSON file that describes a checkpoint; readable without torch.
 
+    The file also holds a digest of these values, which `read_description` verifies.
+
     Attributes:
         format: Version of the checkpoint format.
         step: Number of inner steps made.
@@ -128,6 +136,7 @@ class Description:
             (steps since its moments were zero) and the plain values of its ``synchronizer`` and, if
             it has any, of its ``spikes``.
         config: The resolved configuration.
+        index_digest: SHA-256 digest of the index of the tensors; ``None`` in format 1.
     """
 
     format: int
@@ -139,10 +148,17 @@ class Description:
     scalars: dict[str, Any]
     replicas: list[dict[str, Any]]
     config: dict[str, Any]
+    index_digest: str | None = None
 
     def to_json(self) -> str:
         """Return the text of the file."""
-        return json.dumps(vars(self), indent=1) + "\n"
+        return json.dumps({**vars(self), _DIGEST: _content_digest(vars(self))}, indent=1) + "\n"
+
+
+def _content_digest(values: Mapping[str, Any]) -> str:
+    """Return the SHA-256 digest of plain values, which does not depend on how JSON is laid out."""
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_description(path: Path) -> Description:
@@ -166,19 +182,115 @@ def read_description(path: Path) -> Description:
             "resume. Use a checkpoint that this package wrote."
         )
     try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
-        version = tree["format"]
-        if version == FORMAT:
-            return Description(**tree)
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(
-            f"{file} is damaged ({type(error).__name__}: {error}), so the checkpoint cannot be "
-            "read. Resume from an older one (checkpoint.resume: <directory>)."
-        ) from error
+        tree = json.loads(file.read_bytes())
+        return _checked_description(file, tree)
+    except CheckpointError:
+        raise
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        problem = f"{where[:100]}: {first['msg']}"
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        problem = f"{type(error).__name__}: {str(error)[:200]}"
     raise CheckpointError(
-        f"{file} has format {version}, but this version of the package reads format {FORMAT} only. "
-        "Load it with the version that wrote it: "
-        f"{', '.join(f'{k} {v}' for k, v in tree.get('versions', {}).items()) or 'unknown'}."
+        f"{file} is damaged ({problem}), so the checkpoint cannot be read. Resume from an older "
+        "one (checkpoint.resume: <directory>)."
+    )
+
+
+def _checked_description(file: Path, tree: Any) -> Description:
+    """Return the content of ``file`` as a description.
+
+    Raises:
+        CheckpointError: It has a later format.
+        ValueError: It is not what was saved; likewise `TypeError` and `KeyError`.
+    """
+    version = tree["format"]
+    if type(version) is not int:
+        raise ValueError(f"the format is {str(version)[:20]}")
+    if version not in (_FORMAT_WITHOUT_DIGESTS, FORMAT):
+        written = tree.get("versions")
+        by = [f"{k} {v}" for k, v in written.items()] if isinstance(written, dict) else []
+        raise CheckpointError(
+            f"{file} has format {str(version)[:20]}, but this version of the package reads formats "
+            f"{_FORMAT_WITHOUT_DIGESTS} and {FORMAT} only. Load it with the version that wrote it: "
+            f"{', '.join(by) or 'unknown'}."
+        )
+    if version != _FORMAT_WITHOUT_DIGESTS:
+        if tree.pop(_DIGEST) != _content_digest(tree):
+            raise ValueError("its digest is not that of its values, so one of them has changed")
+        if "index_digest" not in tree:
+            raise KeyError("index_digest")
+    _FILE.validate_python(tree)
+    description = Description(**tree)
+    if description.topology["num_replicas"] != len(description.replicas):
+        raise ValueError(f"it describes {len(description.replicas)} replicas")
+    if description.scalars.get("step", description.step) != description.step:
+        raise ValueError(
+            f"it is of two steps, {description.step} and {description.scalars['step']}"
+        )
+    return description
+
+
+# What loading needs of the values, since a file of an older format has no digest, and the digest of
+# an edited file may fit. Strict, because True would pass for 1 and 1.0 for 1; all readers of JSON
+# hold integers below 2**53 exactly.
+_Count = Annotated[int, Strict(), Field(ge=0, lt=2**53)]
+_Size = Annotated[int, Strict(), Field(ge=1, lt=2**31)]
+_TensorDigest = Annotated[str, StringConstraints(pattern="^[0-9a-f]{16}$")]
+_FileDigest = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
+
+
+class _Scalars(TypedDict, total=False):
+    step: _Count
+    consumed_samples: _Count
+
+
+class _Own(TypedDict):
+    digests: dict[str, _TensorDigest]
+    inner_step: _Count
+    synchronizer: dict[str, Any] | None
+
+
+class _Section(TypedDict):
+    kind: str
+
+
+class _Parallel(TypedDict):
+    num_replicas: _Size
+
+
+class _Config(TypedDict):
+    model: dict[str, Any]
+    parallel: _Parallel
+    inner: _Section
+    outer: _Section
+
+
+class _File(TypedDict):
+    format: int
+    step: _Count
+    topology: dict[str, _Size]
+    anchor_digest: _TensorDigest
+    versions: dict[str, str]
+    has_masters: Annotated[bool, Strict()]
+    scalars: _Scalars
+    replicas: list[_Own]
+    config: _Config
+    index_digest: NotRequired[_FileDigest]
+
+
+_FILE = TypeAdapter(_File)
+
+
+def format_note(description: Description) -> str:
+    """Return what to tell the user about a checkpoint of an older format; empty for the current."""
+    if description.format == FORMAT:
+        return ""
+    return (
+        f"the checkpoint has format {description.format}, without digests of {STATE_FILE} and of "
+        "the index of its tensors: a changed number in them would not be noticed. The next "
+        f"checkpoint has format {FORMAT}."
     )
 
 

@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_muloco.checkpoint.changes import change_notes
 from megatron_muloco.checkpoint.directory import everywhere
-from megatron_muloco.checkpoint.state import RunState
+from megatron_muloco.checkpoint.state import RunState, format_note
 from megatron_muloco.checkpoint.store import CheckpointStore
 from megatron_muloco.comm.collectives import gather_objects, job_store
 from megatron_muloco.comm.groups import Groups
@@ -426,8 +426,9 @@ def _resume(
         )
     optimizer.steps = step
     kinds = () if state.synchronizer is None else state.synchronizer.kinds()
-    notes = [note, *change_notes(description, state.resolved, kinds)]
-    return step, "\n".join([*notes, f"resumed from {path} after inner step {step}"]).strip()
+    changes = change_notes(description, state.resolved, kinds)
+    notes = [text for text in (note, format_note(description), *changes) if text]
+    return step, "\n".join([*notes, f"resumed from {path} after inner step {step}"])
 
 
 def _begin_from(

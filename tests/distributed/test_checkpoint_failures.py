@@ -23,7 +23,7 @@ from tests.distributed.test_checkpoint import (
     state_of,
     store_of,
 )
-from tests.support.faults import fail_call
+from tests.support.faults import describe_again, fail_call
 from tests.support.spawn import run_ranks
 from tests.support.tensors import assert_equal
 from tests.support.tiny_models import ADAMW, MUON, NESTEROV, finish_tiny
@@ -131,6 +131,7 @@ def lose(path: Path, prefix: str) -> None:
     del metadata.state_dict_metadata[name]
     metadata.storage_data = {i: p for i, p in metadata.storage_data.items() if i.fqn != name}
     (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    describe_again(path)
 
 
 def later_format(path: Path) -> None:
@@ -163,9 +164,15 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         "the outer.owner_residual tensors that were read have digest",
     ),
     "lost-file": (lambda p: (p / "__0_0.distcp").unlink(), "__0_0.distcp is missing"),
-    "bad-index": (lambda p: (p / ".metadata").write_bytes(b"\x80"), "cannot be read: rank 0:"),
+    "bad-index": (
+        lambda p: (p / ".metadata").write_bytes(b"\x80"),
+        "is not the index that was saved",
+    ),
     "bad-state": (lambda p: (p / layout.STATE_FILE).write_text("{"), "muloco.json is damaged"),
-    "later-format": (later_format, "has format 7, but this version of the package reads format 1"),
+    "later-format": (
+        later_format,
+        "has format 7, but this version of the package reads formats 1 and 2",
+    ),
     "foreign": (lambda p: (p / layout.STATE_FILE).unlink(), "is a checkpoint of another program"),
 }
 

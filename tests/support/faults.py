@@ -4,11 +4,13 @@ Each context manager replaces one method of one object while its block runs. Ent
 function, on the rank that should fail.
 """
 
+import json
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 
@@ -78,3 +80,15 @@ def _before_call(owner: Any, method: str, number: int, act: Callable[[], object]
         yield
     finally:
         setattr(owner, method, original)
+
+
+def describe_again(checkpoint: Path) -> None:
+    """Bind the description of a checkpoint to its index as it is now, and renew its own digest."""
+    from megatron_muloco.checkpoint.directory import file_digest
+    from megatron_muloco.checkpoint.layout import INDEX_FILE, STATE_FILE
+    from megatron_muloco.checkpoint.state import Description
+
+    tree = json.loads((checkpoint / STATE_FILE).read_text())
+    del tree["content_digest"]
+    tree["index_digest"] = file_digest(checkpoint / INDEX_FILE)
+    (checkpoint / STATE_FILE).write_text(Description(**tree).to_json())

@@ -283,7 +283,16 @@ def checkpoint(tmp_path: Path) -> Path:
         inner={"kind": "adamw", "lr": 0.01, "lr_warmup_iters": 10, "weight_decay": 0.0},
     )
     text = Description(
-        FORMAT, 5, {}, "", {}, False, {"consumed_samples": 20}, [], config.model_dump(mode="json")
+        format=FORMAT,
+        step=5,
+        topology={"num_replicas": 1},
+        anchor_digest="0" * 16,
+        versions={},
+        has_masters=False,
+        scalars={"consumed_samples": 20},
+        replicas=[{"digests": {}, "inner_step": 5, "synchronizer": None}],
+        config=config.model_dump(mode="json"),
+        index_digest="0" * 64,
     ).to_json()
     directory = tmp_path / "iter_0000005"
     directory.mkdir()
