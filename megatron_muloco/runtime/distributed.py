@@ -4,9 +4,11 @@ It also selects the accelerator, installs the CPU seam without one, and silences
 other packages.
 """
 
+import ipaddress
 import logging
 import os
 import resource
+import socket
 import warnings
 from collections.abc import MutableMapping
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
-from megatron_muloco.errors import ConfigError, RuntimeMismatch
+from megatron_muloco.errors import ConfigError, RuntimeMismatch, SyncError
 from megatron_muloco.runtime.ranks import RankInfo, discover_ranks, thread_count
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "hide_unwanted_gpus",
+    "listening_address",
     "raise_file_limit",
     "require_determinism",
     "shutdown",
@@ -38,6 +41,7 @@ _LEAST_FILES, _MOST_FILES = 256, 65_536
 # Environment variables that are read when CUDA and NCCL start, and their deterministic values.
 _DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring"}
 
+_LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
 # Warnings of other packages that do not concern the user of this one, each with the reason. Every
 # rank would print them before the first line of a run. They are matched by text, so that a new
@@ -163,7 +167,12 @@ def require_determinism(environ: MutableMapping[str, str], *, started: bool) -> 
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def start_distributed(*, timeout: timedelta, deterministic: bool = False) -> RankInfo:
+def start_distributed(
+    *,
+    timeout: timedelta,
+    deterministic: bool = False,
+    join_timeout: timedelta | None = None,
+) -> RankInfo:
     """Join the job: find the rank, select the accelerator, initialise ``deepspeed.comm``.
 
     If torch.distributed is already initialised, its world is the job, and the current device stays
@@ -173,6 +182,8 @@ def start_distributed(*, timeout: timedelta, deterministic: bool = False) -> Ran
     Args:
         timeout: Time limit of collectives of the default group.
         deterministic: Call `require_determinism` where there is a GPU.
+        join_timeout: Time within which all ranks must call it; by default ``timeout``. Ranks start
+            at different speeds, where many read the same packages.
 
     Returns:
         This process's rank and the size of the job.
@@ -180,6 +191,7 @@ def start_distributed(*, timeout: timedelta, deterministic: bool = False) -> Ran
     Raises:
         RuntimeMismatch: ``DS_ACCELERATOR`` is ``cpu``, but this process already uses CUDA; or see
             `require_determinism`.
+        SyncError: Not all ranks have joined in time. The message names them.
 
     Collectives: a rendezvous at MASTER_ADDR:MASTER_PORT; every rank of the job must call it.
     """
@@ -222,7 +234,7 @@ def start_distributed(*, timeout: timedelta, deterministic: bool = False) -> Ran
         enable_cpu_backend()
     backend = "nccl" if on_gpu else "gloo"
     if not joined:
-        _meet(ranks, backend, timeout)
+        _meet(ranks, backend, timeout, join_timeout or timeout)
     deepspeed.init_distributed(
         dist_backend=backend,
         auto_mpi_discovery=False,
@@ -247,7 +259,7 @@ def _ranks_of_default_group() -> RankInfo:
     )
 
 
-def _meet(ranks: RankInfo, backend: str, timeout: timedelta) -> None:
+def _meet(ranks: RankInfo, backend: str, timeout: timedelta, join_timeout: timedelta) -> None:
     """Initialise torch.distributed, which ``deepspeed.comm`` then adopts.
 
     DeepSpeed would bind the default group to the device of ``LOCAL_RANK``. That device does not
@@ -256,16 +268,106 @@ def _meet(ranks: RankInfo, backend: str, timeout: timedelta) -> None:
     """
     import torch
 
-    store = None
+    torch.distributed.init_process_group(
+        backend,
+        store=_rendezvous(ranks, join_timeout),
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        timeout=timeout,
+    )
+
+
+def _rendezvous(ranks: RankInfo, timeout: timedelta) -> Any:
+    """Return the job's store; ``None`` where a torchrun agent holds it, which torch then finds.
+
+    torch would listen on all interfaces of rank 0's machine. Whoever reaches the store can stop the
+    job through it, so it listens on the interface of MASTER_ADDR alone where that is known.
+
+    Raises:
+        SyncError: Not all ranks have joined within the limit. The message names them.
+    """
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # not in its __all__
+
     if ranks.source == "single":
         # A port that the operating system picks: a fixed one would collide with another
         # single-process run on the same machine.
-        store = torch.distributed.TCPStore(  # type: ignore[attr-defined]  # not in its __all__
-            "127.0.0.1", 0, 1, is_master=True, timeout=timeout
+        listener = _listener("127.0.0.1", 0)
+        port = listener.getsockname()[1]
+        return TCPStore(
+            "127.0.0.1",
+            port,
+            1,
+            is_master=True,
+            timeout=timeout,
+            master_listen_fd=listener.detach(),
         )
-    torch.distributed.init_process_group(
-        backend, store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=timeout
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return None
+    options: dict[str, Any] = {"wait_for_workers": False, "timeout": timeout}
+    if ranks.rank == 0:
+        address = listening_address(ranks)
+        if address:
+            options["master_listen_fd"] = _listener(address, ranks.master_port).detach()
+    store = TCPStore(
+        ranks.master_addr, ranks.master_port, ranks.world_size, ranks.rank == 0, **options
     )
+    _await_all(store, ranks, timeout)
+    return store
+
+
+def listening_address(ranks: RankInfo) -> str:
+    """Return the address on which rank 0's store listens; empty for all interfaces.
+
+    It is the one that MASTER_ADDR resolves to. On several machines that must not be a loopback
+    address: a host name in /etc/hosts often is one on its own machine, while other machines resolve
+    it to the address of the network.
+    """
+    try:
+        found = socket.getaddrinfo(ranks.master_addr, None, type=socket.SOCK_STREAM)
+    except OSError:
+        return ""
+    address = str(found[0][4][0])
+    local = ranks.local_world_size == ranks.world_size or ranks.master_addr in _LOOPBACK_NAMES
+    if not local and ipaddress.ip_address(address.partition("%")[0]).is_loopback:
+        return ""
+    try:  # the address may be that of a router in front of this machine
+        _listener(address, 0).close()
+    except OSError:
+        return ""
+    return address
+
+
+def _listener(address: str, port: int) -> socket.socket:
+    """Return a socket that is bound to one address, for torch to listen on."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((address, port))
+    except OSError:
+        bound.close()
+        raise
+    return bound
+
+
+def _await_all(store: Any, ranks: RankInfo, timeout: timedelta) -> None:
+    """Return when all ranks have called it.
+
+    Raises:
+        SyncError: Some have not within the limit. The message names them.
+    """
+    keys = [f"muloco-joined/{rank}" for rank in range(ranks.world_size)]
+    store.set(keys[ranks.rank], "1")
+    try:
+        store.wait(keys, timeout)
+    except RuntimeError as error:
+        late = [rank for rank, key in enumerate(keys) if not store.check([key])]
+        raise SyncError(
+            f"ranks {late} of {ranks.world_size} have not joined the job at {ranks.master_addr}:"
+            f"{ranks.master_port} within {timeout.total_seconds() / 60:g} minutes "
+            "(training.control_timeout_minutes). They were not started, have ended or are "
+            "frozen. Look for their first messages, and start all ranks again."
+        ) from error
 
 
 def shutdown(control: "ProcessGroup") -> None:

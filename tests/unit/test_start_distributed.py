@@ -5,16 +5,21 @@ from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
-from megatron_muloco.errors import RuntimeMismatch
+from megatron_muloco.errors import RuntimeMismatch, SyncError
+from megatron_muloco.runtime import distributed
 from megatron_muloco.runtime.distributed import (
     hide_unwanted_gpus,
+    listening_address,
     require_determinism,
     start_distributed,
     use_one_hardware_queue,
 )
+from megatron_muloco.runtime.ranks import RankInfo
+from tests.support.ports import held_port
 
 MINUTE = timedelta(minutes=1)
 TASK = {
@@ -48,6 +53,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         "init_process_group",
         lambda backend, **given: made.update(given, backend=backend),
     )
+    monkeypatch.setattr(distributed, "_rendezvous", lambda ranks, timeout: None)
     monkeypatch.setattr(deepspeed, "init_distributed", lambda **given: made.update(adopted=given))
     return made
 
@@ -58,6 +64,53 @@ def test_the_job_is_joined_without_binding_a_device(calls: dict[str, Any]) -> No
     assert (calls["backend"], calls["rank"], calls["world_size"]) == ("nccl", 5, 8)
     assert "device_id" not in calls
     assert calls["adopted"]["dist_backend"] == "nccl"
+
+
+def at(address: str, *, local: bool) -> RankInfo:
+    return RankInfo("launcher", 0, 4, 0, 4 if local else 2, address, 29500)
+
+
+@pytest.mark.parametrize(
+    ("address", "local", "listens"),
+    [
+        ("127.0.0.1", True, "127.0.0.1"),
+        ("127.0.0.1", False, "127.0.0.1"),  # a launcher that does not give the local size
+        ("node1", True, "127.0.0.1"),
+        ("node1", False, ""),  # /etc/hosts of this machine; others see another address
+        ("192.0.2.7", False, ""),  # of a router in front of this machine (RFC 5737)
+        ("nowhere", False, ""),
+    ],
+)
+def test_the_store_listens_where_all_ranks_find_it(
+    monkeypatch: pytest.MonkeyPatch, address: str, local: bool, listens: str
+) -> None:
+    def resolve(name: str, *args: object, **kwargs: object) -> list[Any]:
+        if name == "nowhere":
+            raise OSError("no such name")
+        return [(0, 0, 0, "", ("127.0.0.1" if name == "node1" else name, 0))]
+
+    monkeypatch.setattr(distributed.socket, "getaddrinfo", resolve)
+    assert listening_address(at(address, local=local)) == listens
+
+
+def test_the_store_of_a_local_run_listens_on_the_loopback_interface_alone() -> None:
+    with held_port() as port:
+        ranks = RankInfo("launcher", 0, 1, 0, 1, "127.0.0.1", port)
+        store = distributed._rendezvous(ranks, MINUTE)
+        store.set("key", "value")
+        listening = {
+            connection.laddr.ip
+            for connection in psutil.Process().net_connections("tcp")
+            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port
+        }
+    assert listening == {"127.0.0.1"}
+
+
+def test_ranks_that_do_not_join_are_named() -> None:
+    with held_port() as port:
+        ranks = RankInfo("launcher", 0, 3, 0, 3, "127.0.0.1", port)
+        with pytest.raises(SyncError, match=r"ranks \[1, 2\] of 3 have not joined the job"):
+            distributed._rendezvous(ranks, timedelta(seconds=0.5))
 
 
 @pytest.mark.parametrize(("visible", "device"), [(1, 0), (4, 3)])
