@@ -362,7 +362,7 @@ def load_anchor(
     index = _whole_index(path, description, groups.control)
     pieces = _read(path, index, {ANCHOR: list(view.infos)}, space, groups.control)
     found = digests_of(groups, view.shards, pieces, space.device)
-    _check_digests(path, found, {ANCHOR: description.anchor_digest}.get)
+    _check_digests(path, found, {ANCHOR: description.anchor_digest}.get, groups.control)
     _fill(view, pieces[ANCHOR])
     view.publish()
     return description
@@ -484,7 +484,7 @@ class _Source:
         groups = self.state.groups
         pieces = _read(self.path, self.index, names, self.space, groups.control)
         found = digests_of(groups, self.state.view.shards, pieces, self.space.device)
-        _check_digests(self.path, found, self.takeover.digest)
+        _check_digests(self.path, found, self.takeover.digest, groups.control)
         if self.takeover.changes_training:
             self.broken |= {
                 prefix
@@ -581,14 +581,22 @@ def _fill(view: Masters, pieces: Mapping[str, Tensor]) -> None:
 
 
 def _check_digests(
-    path: Path, found: Mapping[str, str], saved: Callable[[str], str | None]
+    path: Path,
+    found: Mapping[str, str],
+    saved: Callable[[str], str | None],
+    control: ProcessGroup,
 ) -> None:
-    for kind, digest in found.items():
-        if digest != (saved(kind) or render(0)):  # a kind without tensors was not saved
-            raise CheckpointError(
-                f"{path}: the {kind} tensors that were read have digest {digest}, but those that "
-                f"were saved have {saved(kind)}, so a file has changed since. {_REMEDY}"
-            )
+    """Raise CheckpointError on all ranks if any rank has read other tensors than were saved.
+
+    Collectives: agreement on errors over the job; a replica's own tensors may differ there alone.
+    """
+    with everywhere(control, f"the checkpoint {path} cannot be read", _REMEDY):
+        for kind, digest in found.items():
+            if digest != (saved(kind) or render(0)):  # a kind without tensors was not saved
+                raise CheckpointError(
+                    f"{path}: the {kind} tensors that were read have digest {digest}, but those "
+                    f"that were saved have {saved(kind)}, so a file has changed since. {_REMEDY}"
+                )
 
 
 def _load_rng(path: Path, index: Metadata, control: ProcessGroup) -> None:

@@ -8,12 +8,13 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch.distributed.checkpoint import filesystem
 
-from megatron_muloco.checkpoint import layout, store
+from megatron_muloco.checkpoint import io, layout, store
 from megatron_muloco.errors import CheckpointError, SyncError
 from tests.distributed.test_checkpoint import (
     everything,
@@ -30,6 +31,34 @@ from tests.support.tiny_models import ADAMW, MUON, NESTEROV, finish_tiny
 
 CODED = {**NESTEROV, "compression": {"kind": "statistical", "bits": 2}}
 SECTIONS: dict[str, Any] = {"inner": MUON, "outer": CODED, "parallel": {"num_replicas": 2}}
+
+
+def read_otherwise_on_one_rank(directory: Path) -> str:
+    """Load where rank 1 alone reads moments that differ from those that were saved."""
+    run = started(SECTIONS).train(1)
+    checkpoints = store_of(run, directory)
+    path = checkpoints.save(1, state_of(run))
+    original = io.digests_of
+
+    def digests_of(*given: Any) -> dict[str, str]:
+        found = original(*given)
+        if torch.distributed.get_rank() == 1:
+            found |= {kind: "0" * 16 for kind in found if kind.startswith("replica_1.inner")}
+        return found
+
+    with (
+        mock.patch.object(io, "digests_of", digests_of),
+        pytest.raises(CheckpointError) as refusal,
+    ):
+        checkpoints.load(path, state_of(run))
+    finish_tiny()
+    return str(refusal.value)
+
+
+def test_all_ranks_refuse_a_checkpoint_that_one_rank_reads_otherwise(tmp_path: Path) -> None:
+    first, second = run_ranks(read_otherwise_on_one_rank, 2, tmp_path)
+    assert first == second
+    assert "replica_1.inner" in first
 
 
 def fail_to_save(directory: Path) -> list[str]:
