@@ -1,8 +1,9 @@
-"""Consistency checks between ranks: equal values (`check_equal`) and equal shards at startup.
+"""Consistency checks between ranks: equal values (`check_equal`), equal shards and programs.
 
 `check_equal` compares digests, 8 bytes per tensor, and is cheap enough for every few rounds.
 Replicas must agree on the anchor bit for bit: a difference of one rounding would grow silently for
-the rest of the run. `check_same_shards` runs once, before the first value is exchanged.
+the rest of the run. `check_same_facts` and `check_same_shards` run once, before the first value is
+exchanged.
 """
 
 import hashlib
@@ -11,12 +12,16 @@ from itertools import zip_longest
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
+from megatron_muloco.comm.collectives import gather_objects
 from megatron_muloco.comm.reducers import OuterGroup, OuterPeers
-from megatron_muloco.errors import RuntimeMismatch, SyncError
+from megatron_muloco.errors import ConfigError, RuntimeMismatch, SyncError
 from megatron_muloco.params import Shard
 
-__all__ = ["check_equal", "check_same_shards", "digests"]
+__all__ = ["check_equal", "check_same_facts", "check_same_shards", "digests"]
+
+_SHOWN_FACTS = 4
 
 _AT_THE_START = (
     "Replicas have to start from the same weights, or their mean is of unrelated models. Use the "
@@ -140,3 +145,38 @@ def _description(shard: Shard) -> str:
     copy = "" if shard.param.is_primary else ", a replicated parameter"
     shape = "x".join(map(str, shard.param.local_shape))
     return f"{shard.name} [{shape}] from {shard.start} to {shard.end}{copy}"
+
+
+def check_same_facts(control: ProcessGroup, facts: Mapping[str, str]) -> None:
+    """Raise on every rank of the job unless all ranks run the same program on the same data.
+
+    Ranks on machines with another copy of the code or of the data train without an error, to
+    another result.
+
+    Args:
+        control: `Groups.control`.
+        facts: Name -> value, such as versions and digests of files.
+
+    Collectives: one short string from every rank of the job, and the facts of all ranks only where
+    the strings differ; every rank calls it.
+
+    Raises:
+        ConfigError: Ranks differ. The message names the first rank that does, and the facts.
+    """
+    own = hashlib.blake2b(repr(sorted(facts.items())).encode(), digest_size=16).hexdigest()
+    if len(set(gather_objects(control, own))) == 1:
+        return
+    by_rank = gather_objects(control, dict(facts))
+    rank, theirs = next((r, found) for r, found in enumerate(by_rank) if found != by_rank[0])
+    names = sorted(by_rank[0].keys() | theirs.keys())
+    differing = [name for name in names if theirs.get(name) != by_rank[0].get(name)]
+    listed = "".join(
+        f"\n  {name}: {theirs.get(name, 'nothing')}, not {by_rank[0].get(name, 'nothing')}"
+        for name in differing[:_SHOWN_FACTS]
+    )
+    more = f"\n  and {len(differing) - _SHOWN_FACTS} more" if len(differing) > _SHOWN_FACTS else ""
+    raise ConfigError(
+        f"rank {rank} runs another program or reads other data than rank 0:{listed}{more}\n"
+        "Replicas would be trained differently without an error. Give all machines the same "
+        "installation, repository and data files, for instance on a shared file system."
+    )
