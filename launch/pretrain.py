@@ -1,7 +1,10 @@
 #!/usr/bin/env python
 """Starts `megatron_muloco.training.main`; everything is in the installed package."""
 
-from megatron_muloco.training.main import main
+from megatron_muloco.training.stopping import StopRequest
 
 if __name__ == "__main__":
-    main()
+    with StopRequest() as stop:  # before the imports, which take seconds
+        from megatron_muloco.training.main import main
+
+        main(stop=stop)

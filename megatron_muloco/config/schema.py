@@ -294,10 +294,10 @@ class TrainingConfig(Section):
         True, description="Refuse to start on a GPU that has less memory than the plan needs."
     )
     distributed_timeout_minutes: Minutes = Field(
-        10, description="Minutes after which an unfinished collective ends the run."
+        10.0, description="Minutes after which an unfinished collective ends the run."
     )
     control_timeout_minutes: Minutes = Field(
-        60,
+        60.0,
         description="The same limit for the small messages of start-up and checkpoints, which wait "
         "for ranks that read and write files.",
     )

@@ -38,5 +38,5 @@ Count = Annotated[int, BeforeValidator(_whole_number), Field(ge=1, le=10**18)]
 Extent = Annotated[int, Field(ge=1, le=10**8)]  # of a dimension of a tensor
 Layers = Annotated[int, Field(ge=1, le=1024)]  # the plan tries all splits into stages
 Degree = Annotated[int, Field(ge=1, le=2**16)]  # ranks along one axis
-Minutes = Annotated[int, Field(ge=1, le=366 * 24 * 60)]
+Minutes = Annotated[float, Field(gt=0, le=366 * 24 * 60)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy's generators take

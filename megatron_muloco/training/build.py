@@ -4,7 +4,7 @@ The order: process groups, data, model, optimizer with the outer step, checkpoin
 monitor. `RunContext` holds the result for the training loop.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ from megatron_muloco.training.forward import ForwardBackward
 from megatron_muloco.training.replica_optimizer import ReplicaOptimizer
 from megatron_muloco.training.start import initialize_replicas
 from megatron_muloco.training.stopping import StopAgreement
+from megatron_muloco.training.watch import Watch
 
 __all__ = [
     "RunContext",
@@ -103,6 +104,7 @@ class RunContext:
         state: The state that a checkpoint holds.
         agreement: The agreement of all replicas on the step to stop after.
         first_step: The first inner step to make.
+        watch: Watch that is told what the loop does.
     """
 
     config: RunConfig
@@ -122,6 +124,7 @@ class RunContext:
     state: RunState
     agreement: StopAgreement
     first_step: int
+    watch: Watch = field(default_factory=Watch)
 
 
 @dataclass(frozen=True)
@@ -141,18 +144,23 @@ class RunData:
         return IdRange(config.model.vocab_size, masks_padding(self.tokenizer))
 
 
-def build_run(config: RunConfig) -> RunContext:
+def build_run(config: RunConfig, watch: Watch | None = None) -> RunContext:
     """Join the job, build data, model and optimizers, and load the checkpoint to resume from.
+
+    Args:
+        config: The configuration of the run.
+        watch: Watch of this process; by default one that does nothing.
 
     Raises:
         ConfigError: Data, tokenizer, number of ranks or checkpoint do not fit the configuration.
 
     Collectives: every rank of the job calls it.
     """
-    groups = initialize_replicas(config)
+    groups = initialize_replicas(config, watch)
     require_memory(config, groups.topology, training_gpu())
     writes = torch.distributed.get_rank() == 0
-    return build_context(config, groups, load_data(config, groups.topology), writes=writes)
+    context = build_context(config, groups, load_data(config, groups.topology), writes=writes)
+    return context if watch is None else replace(context, watch=watch)
 
 
 def training_gpu() -> Device | None:
@@ -302,6 +310,7 @@ def build_context(config: RunConfig, groups: Groups, data: RunData, *, writes: b
             job_store(),
             replica=groups.coords.replica,
             num_replicas=groups.topology.num_replicas,
+            limit=60.0 * config.training.distributed_timeout_minutes,
         ),
         first_step=resumed + 1,
     )

@@ -30,12 +30,14 @@ from megatron_muloco.monitor.monitor import Value
 from megatron_muloco.monitor.profiler import profiled
 from megatron_muloco.optim.muon import MuonAdamW
 from megatron_muloco.outer.diagnostics import OuterReport
+from megatron_muloco.outer.schedule import Launch
 from megatron_muloco.runtime.accelerator import training_device
 from megatron_muloco.runtime.distributed import shutdown
 from megatron_muloco.training.build import RunContext, build_run, scalars_of
 from megatron_muloco.training.forward import anchor_in_place, evaluate, generate
 from megatron_muloco.training.replica_optimizer import InnerReport
 from megatron_muloco.training.stopping import StopRequest
+from megatron_muloco.training.watch import Watch
 
 __all__ = ["Outcome", "inner_step", "outer_step", "run", "train"]
 
@@ -54,17 +56,19 @@ class Outcome(Enum):
     NOT_FINITE = "ended with weights that are not finite; earlier checkpoints are unchanged"
 
 
-def run(config: RunConfig, stop: StopRequest) -> Outcome:
+def run(config: RunConfig, stop: StopRequest, watch: Watch | None = None) -> Outcome:
     """Build the run, train to the end or to a stop request, and leave the job.
 
     Collectives: every rank of the job calls it.
     """
-    context = build_run(config)
+    context = build_run(config, watch)
     outcome = train(context, stop)
     if context.profiler is not None:
         context.profiler.close()
     context.monitor.close(outcome.value)
+    context.watch.enter("the end of the run", patient=True)
     shutdown(context.groups.control)
+    context.watch.close()
     return outcome
 
 
@@ -106,6 +110,7 @@ def inner_step(
 
     Collectives: inside the replica only; every rank of the replica calls it.
     """
+    context.watch.enter(f"inner step {step}")
     data = context.train_data
     count = data.layout.at(step).num_microbatches
     began = time.perf_counter()
@@ -182,12 +187,27 @@ def outer_step(context: RunContext, step: int) -> OuterReport | None:
     """
     line_values = context.monitor.line_values(step)
     if context.optimizer.waits_after(step):
+        context.watch.enter(_outer_work(context, step))
         _announce(context, step)
     report = context.optimizer.outer_step(line_values)
     if report is not None:
         context.monitor.outer_step(report)
         _report_excluded(context, report)
     return report
+
+
+def _outer_work(context: RunContext, step: int) -> str:
+    """Return what the outer step after inner step ``step`` waits for, for the watch."""
+    schedule = context.optimizer.schedule
+    events = () if schedule is None else schedule.events(step)
+    parts = [
+        f"{'launch' if isinstance(event, Launch) else 'apply'} of fragment {event.fragment} of "
+        f"round {schedule.round(getattr(event, 'launched_at', step))}"
+        for event in events
+        if schedule is not None
+    ]
+    what = ", ".join(parts) or "a reduction in flight"
+    return f"the outer step after inner step {step} ({what})"
 
 
 def _report_excluded(context: RunContext, report: OuterReport) -> None:
@@ -214,7 +234,10 @@ def _announce(context: RunContext, step: int) -> None:
 
 def _stop_decision(context: RunContext, step: int) -> int | None:
     """Return the agreed last step on a leader; the other ranks get it with the next loss."""
-    return context.agreement.decide(step) if context.groups.is_leader else None
+    if not context.groups.is_leader:
+        return None
+    context.watch.enter(f"the agreement on a stop after inner step {step}")
+    return context.agreement.decide(step)
 
 
 def _metrics(
@@ -249,6 +272,7 @@ def _phase_times(inner: MuonAdamW, steps: int) -> dict[str, Value]:
 def _evaluate(context: RunContext, step: int) -> None:
     """Record the held-out loss of the anchor if the run has held-out data."""
     if context.valid_data is not None:
+        context.watch.enter(f"the evaluation after inner step {step}", patient=True)
         with context.monitor.paused():
             context.monitor.evaluation(step, _loss_on(context, context.valid_data))
 
@@ -256,6 +280,7 @@ def _evaluate(context: RunContext, step: int) -> None:
 def _test(context: RunContext, step: int) -> None:
     """Record the anchor's loss on ``data.test`` at the end of the run, if there is such data."""
     if context.test_data is not None:
+        context.watch.enter("the test evaluation", patient=True)
         with context.monitor.paused():
             context.monitor.test(step, _loss_on(context, context.test_data))
 
@@ -306,6 +331,7 @@ def _save(context: RunContext, step: int) -> bool:
     """
     if context.store is None:
         return True
+    context.watch.enter(f"the save after inner step {step}", patient=True)
     with context.monitor.paused(), record_function("muloco/save"):
         context.state.scalars.update(scalars_of(step, context.train_data.layout))
         try:
@@ -327,6 +353,7 @@ def _finish(context: RunContext, last_step: int) -> Outcome:
     # Saved before the flush: a run that resumes with more steps goes on from the unflushed state,
     # so that it is bitwise equal to a run that never ended here.
     saved = context.first_step > last_step or _save(context, last_step)
+    context.watch.enter("the last outer step")
     report = context.optimizer.flush()
     if report is not None:
         context.monitor.outer_step(report)
@@ -355,6 +382,7 @@ def _save_final_anchor(context: RunContext, last_step: int) -> bool:
         return True
     if not context.store.has(last_step):  # resumed from a finished run in another directory
         return True
+    context.watch.enter("the save of the final anchor", patient=True)
     path = checkpoint_path(context.store.directory, last_step)
     try:
         context.store.save_final_anchor(path, context.state)

@@ -1,13 +1,16 @@
 """`main`: the command line ``deepspeed launch/pretrain.py --config F [--set a.b=c] [--dry-run]``.
 
 Exit codes: 0 done; 2 bad input, nothing was trained; 85 stopped on request with the state saved,
-start the same command again; 17 nothing was trained any more (gradients or weights not finite),
-starting again would not help; any other code is a fault.
+start the same command again; 86 a rank was lost or did not arrive, start the same command again; 17
+nothing was trained any more (gradients or weights not finite), starting again would not help; any
+other code is a fault that a new start may repeat.
 """
 
 import argparse
+import faulthandler
 import os
 import shlex
+import signal
 import sys
 import time
 import traceback
@@ -30,7 +33,8 @@ from megatron_muloco.runtime.distributed import (
     silence_known_warnings,
 )
 from megatron_muloco.runtime.ranks import RankInfo, discover_ranks
-from megatron_muloco.training.stopping import StopRequest
+from megatron_muloco.training.stopping import Launchers, StopRequest
+from megatron_muloco.training.watch import Watch
 
 __all__ = ["main"]
 
@@ -46,12 +50,21 @@ _USUAL_ACCELERATORS = 8  # per machine; the suggested command names a hostfile f
 _RANK_ZERO_FIRST_SECONDS = 3.0
 
 
-def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the program and exit with one of the exit codes above."""
+def main(arguments: Sequence[str] | None = None, stop: StopRequest | None = None) -> NoReturn:
+    """Run the program and exit with one of the exit codes above.
+
+    Args:
+        arguments: Words of the command line; by default those of this process.
+        stop: Request whose handlers are installed already; by default a new one.
+    """
+    # From C, so it also works while Python waits. A frozen process dumps nothing.
+    faulthandler.register(signal.SIGUSR2, all_threads=True)
+    launchers = Launchers()
+    launchers.attend()
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = _parse(given)
     hide_unwanted_gpus(os.environ)
-    with StopRequest() as stop:
+    with stop or StopRequest() as stop:
         try:
             raise_file_limit()
             config = load_config(options.config, options.set)
@@ -60,10 +73,15 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
                 sys.exit(EXIT_DONE)
             ranks = discover_ranks(os.environ)
             _check_inputs(config)
-            _fit_world(config, ranks, given, options.config)
+            _fit_world(config, ranks, given, options.config, stop)
         except ConfigError as error:
             sys.exit(_report_problems(error))
-        _exit_now(_train(config, stop))
+        watch = Watch(
+            launchers.ended,
+            launchers.request_stop,
+            start_limit=60.0 * config.training.control_timeout_minutes,
+        )
+        _exit_now(_train(config, stop, watch))
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -130,7 +148,11 @@ def _data_report(problems: Sequence[str]) -> str:
 
 
 def _fit_world(
-    config: RunConfig, ranks: RankInfo, arguments: Sequence[str], config_path: str
+    config: RunConfig,
+    ranks: RankInfo,
+    arguments: Sequence[str],
+    config_path: str,
+    stop: StopRequest,
 ) -> None:
     """Return if the number of ranks fits the configuration; otherwise start the missing ranks.
 
@@ -154,6 +176,8 @@ def _fit_world(
     )
     from megatron_muloco.training.launch import relaunch
 
+    if stop.requested:  # the new program would not know of it
+        sys.exit(EXIT_STOPPED)
     relaunch(needed, arguments, os.environ)
 
 
@@ -195,11 +219,13 @@ def _check_inputs(config: RunConfig) -> None:
         raise ConfigError(problems)
 
 
-def _train(config: RunConfig, stop: StopRequest) -> int:
+def _train(config: RunConfig, stop: StopRequest, watch: Watch) -> int:
     """Train and return the exit code.
 
-    After an error the ranks may be at different points, so no collective is called any more.
+    After an error the ranks may be at different points, so no collective is called any more. They
+    agree on the exit code through the store of the job.
     """
+    watch.start()
     silence_known_warnings()
     from megatron_muloco.training.loop import Outcome, run
 
@@ -212,15 +238,20 @@ def _train(config: RunConfig, stop: StopRequest) -> int:
         Outcome.NOT_FINITE: EXIT_NUMERICS,
     }
     try:
-        return exit_codes[run(config, stop)]
+        return exit_codes[run(config, stop, watch)]
     except ConfigError as error:
-        return _report_problems(error)
+        code = watch.verdict(error, EXIT_BAD_INPUT)
+        _report_problems(error)
+        return code
     except MulocoError as error:
         traceback.print_exc()
         sys.stderr.write(f"\n{type(error).__name__}: {error}\n")
-    except Exception:  # noqa: BLE001 - the process ends here, whatever the error
+        return watch.verdict(error, EXIT_FAULT)
+    except Exception as error:  # noqa: BLE001 - the process ends here, whatever the error
         traceback.print_exc()
-    return EXIT_FAULT
+        return watch.verdict(error, EXIT_FAULT)
+    finally:
+        watch.close()
 
 
 def _report_problems(error: ConfigError) -> int:

@@ -12,6 +12,7 @@ from megatron.core import parallel_state
 from megatron_muloco.config import RunConfig
 from megatron_muloco.errors import ConfigError, RuntimeMismatch
 from megatron_muloco.topology import Topology
+from megatron_muloco.training import start
 from megatron_muloco.training.start import initialize_replicas
 from tests.support.spawn import run_ranks
 from tests.support.tiny_models import finish_tiny, tiny_config
@@ -191,6 +192,43 @@ def _with_its_own_seed(config: RunConfig) -> str:
     with pytest.raises(ConfigError) as refusal:
         initialize_replicas(mine)
     return str(refusal.value)
+
+
+def _with_its_own(what: str, config: RunConfig) -> str:
+    """Start with another version, another source file or another manifest on rank 1."""
+    from unittest import mock
+
+    program, data = start.program_facts(), start.data_facts(config.data)
+    if torch.distributed.get_rank() == 1:
+        changed = {
+            "a version": ("torch", "2.0.0"),
+            "a source file": ("megatron_muloco/outer/guard.py", "0" * 16),
+            "a dataset": (f"{config.data.train[0].path}.bin", "7 bytes"),
+        }
+        name, value = changed[what]
+        assert name in program | data
+        (data if what == "a dataset" else program)[name] = value
+    with (
+        mock.patch.object(start, "program_facts", return_value=program),
+        mock.patch.object(start, "data_facts", return_value=data),
+        pytest.raises(ConfigError) as refusal,
+    ):
+        initialize_replicas(config)
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("what", "named"),
+    [
+        ("a version", "torch: 2.0.0, not "),
+        ("a source file", "megatron_muloco/outer/guard.py: 0000000000000000, not "),
+        ("a dataset", ".bin: 7 bytes, not "),
+    ],
+)
+def test_every_rank_must_run_the_same_program_on_the_same_data(what: str, named: str) -> None:
+    for message in run_ranks(_with_its_own, 2, what, tiny_config(parallel={"num_replicas": 2})):
+        assert "rank 1 runs another program or reads other data than rank 0" in message
+        assert named in message
 
 
 def test_every_rank_must_have_the_same_configuration() -> None:

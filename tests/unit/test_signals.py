@@ -3,10 +3,11 @@
 import os
 import signal
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
-from megatron_muloco.training.stopping import StopRequest
+from megatron_muloco.training.stopping import Launchers, StopRequest
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM], ids=lambda n: n.name)
@@ -25,6 +26,86 @@ def test_handlers_are_put_back_also_after_an_error() -> None:
         assert [signal.getsignal(number) for number in numbers] != before
         raise KeyError
     assert [signal.getsignal(number) for number in numbers] == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP], ids=lambda n: n.name)
+def test_ctrl_c_and_a_closed_terminal_are_stop_requests_unless_ignored(
+    number: signal.Signals,
+) -> None:
+    """`nohup` and `&` ignore them on purpose."""
+    with StopRequest() as stop:
+        signal.raise_signal(number)
+        assert stop.requested
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            signal.raise_signal(number)
+            assert not stop.requested
+    finally:
+        signal.signal(number, before)
+
+
+def test_a_second_ctrl_c_ends_the_process_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    with StopRequest():
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+        assert codes == []
+        signal.raise_signal(signal.SIGINT)
+    assert codes == [130]
+
+
+def test_handlers_that_are_entered_twice_are_put_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequest() as stop, stop:
+        signal.raise_signal(signal.SIGTERM)
+    assert stop.requested
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+# ---- launchers above a rank --------------------------------------------------------------
+
+
+def processes(directory: Path, tree: dict[int, tuple[int, str]]) -> Path:
+    """Write what Linux would show of processes: process -> parent and command."""
+    for process, (parent, command) in tree.items():
+        place = directory / str(process)
+        place.mkdir(exist_ok=True)
+        (place / "stat").write_text(f"{process} (a (b) c) S {parent} 1 1")
+        (place / "cmdline").write_text(command.replace(" ", "\0"))
+    return directory
+
+
+NODE = "python -u -m deepspeed.launcher.launch --world_info=x /p/pretrain.py"
+
+
+def test_the_end_of_any_launcher_above_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "getpid", lambda: 30)
+    monkeypatch.setattr(os, "getppid", lambda: 20)
+    tree = {
+        30: (20, "python -u pretrain.py"),
+        20: (10, NODE),
+        10: (5, "/bin/python /bin/deepspeed pretrain.py"),
+        5: (1, "bash deepspeed.sh"),
+    }
+    launchers = Launchers(processes(tmp_path, tree))
+    assert not launchers.ended()
+    processes(tmp_path, {10: (1, "/bin/python /bin/deepspeed pretrain.py")})
+    assert not launchers.ended(), "the shell above may end: nohup deepspeed ... &"
+    processes(tmp_path, {20: (1, NODE)})
+    assert launchers.ended()
+
+
+def test_a_shell_is_no_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getpid", lambda: 30)
+    monkeypatch.setattr(os, "getppid", lambda: 20)
+    tree = {30: (20, "python pretrain.py"), 20: (10, "bash -c x"), 10: (1, NODE)}
+    launchers = Launchers(processes(tmp_path, tree))
+    processes(tmp_path, {30: (1, "python pretrain.py")})
+    assert not launchers.ended()
 
 
 def test_an_ignored_signal_is_heard_inside() -> None:

@@ -18,10 +18,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from megatron_muloco.data.sampler import BatchLayout
-from megatron_muloco.errors import CheckpointError
+from megatron_muloco.errors import CheckpointError, SyncError
 from megatron_muloco.training import loop, stopping
 from megatron_muloco.training.loop import Outcome
 from megatron_muloco.training.stopping import StopAgreement, StopRequest
+from megatron_muloco.training.watch import Watch
 
 LAST_STEP = 12
 MOST_TURNS = 20_000  # a run takes some hundreds
@@ -167,6 +168,7 @@ class Job:
                 SharedValues(self, replica), replica=replica, num_replicas=self.replicas
             ),
             first_step=1,
+            watch=Watch(),
         )
 
 
@@ -201,6 +203,7 @@ class FakeOptimizer:
 
     def __init__(self, job: Job, replica: int) -> None:
         self._job, self._replica = job, replica
+        self.schedule = None
 
     def zero_grad(self) -> None:
         pass
@@ -374,6 +377,26 @@ def test_a_replica_that_others_wait_for_trains_on_and_posts_again() -> None:
     slow.announce(8)
     assert fast.decide(8) == 9
     assert slow.decide(8) == 9
+
+
+def test_replicas_that_never_post_are_named_after_the_limit() -> None:
+    values: dict[str, bytes] = {}
+
+    class Values:
+        def set(self, key: str, value: str) -> None:
+            values[key] = value.encode()
+
+        get = staticmethod(values.__getitem__)
+
+        def check(self, keys: list[str]) -> bool:
+            return all(key in values for key in keys)
+
+    agreements = [StopAgreement(Values(), replica=r, num_replicas=3, limit=0.0) for r in range(3)]
+    agreements[0].request()
+    agreements[2].announce(4)
+    assert agreements[0].decide(3) is None, "it is awaited, so it does not wait"
+    with pytest.raises(SyncError, match=r"replicas \[1, 2\] have not said within 0 s"):
+        agreements[0].decide(4)
 
 
 def test_a_failed_periodic_save_is_tried_again_and_a_failed_last_one_is_told(
