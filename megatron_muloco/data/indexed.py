@@ -21,9 +21,9 @@ import os
 import secrets
 import struct
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +35,7 @@ __all__ = [
     "Manifest",
     "bin_path",
     "check_indexed",
+    "check_manifest",
     "file_digest",
     "idx_path",
     "manifest_path",
@@ -51,6 +52,8 @@ _HEADER = struct.Struct("<9sQBQQ")
 _DTYPES: dict[int, type[np.generic]] = {
     1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16,
 }  # fmt: skip
+
+_BLOCK = 1 << 22  # sequences checked at once, which bounds the memory of the checks
 
 _PREPARE = "Run: python tools/prepare_data.py --input FILES --output-prefix {prefix} ..."
 
@@ -134,9 +137,11 @@ def check_indexed(prefix: str, *, min_tokens: int = 1) -> list[str]:
         min_tokens: Number of tokens of the shortest dataset that contains a sample.
     """
     try:
-        found = len(open_indexed(prefix).tokens)
+        files = open_indexed(prefix)
+        check_manifest(prefix, files)
     except ConfigError as error:
         return list(error.problems)
+    found = len(files.tokens)
     if found < min_tokens:
         return [
             f"dataset {prefix}: its {found} tokens are fewer than the {min_tokens} of one sample. "
@@ -156,6 +161,11 @@ def open_indexed(prefix: str) -> IndexedFiles:
             raise ConfigError(_missing(prefix, path))
     dtype, sequences, ends = _read_header(prefix)
     lengths = np.memmap(idx_path(prefix), np.int32, "r", offset=_HEADER.size, shape=(sequences,))
+    if problem := _first_bad_entry(prefix, lengths, ends, np.dtype(dtype).itemsize):
+        raise ConfigError(
+            f"dataset {prefix}: {idx_path(prefix)}: {problem}, so samples would be read from wrong "
+            f"places. " + _PREPARE.format(prefix=prefix)
+        )
     tokens_expected = int(lengths.sum(dtype=np.int64))
     bytes_expected = tokens_expected * np.dtype(dtype).itemsize
     bytes_found = bin_path(prefix).stat().st_size
@@ -179,12 +189,38 @@ def read_manifest(prefix: str) -> Manifest | None:
     if not path.is_file():
         return None
     try:
-        return Manifest(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        manifest = Manifest(**json.loads(path.read_bytes()))
+        for field in fields(manifest):
+            _check_field(field.name, field.type, getattr(manifest, field.name))
+        return manifest
+    except (ValueError, TypeError, RecursionError) as error:
         raise ConfigError(
             f"dataset {prefix}: {path} is not a manifest of tools/prepare_data.py ({error}). "
             + _PREPARE.format(prefix=prefix)
         ) from error
+
+
+def check_manifest(prefix: str, files: IndexedFiles) -> None:
+    """Compare the manifest, if there is one, with the dataset.
+
+    Raises:
+        ConfigError: It is not a manifest, or describes other contents.
+    """
+    manifest = read_manifest(prefix)
+    if manifest is None:
+        return
+    there = {
+        "tokens": len(files.tokens),
+        "documents": files.documents,
+        "dtype": files.tokens.dtype.name,
+    }
+    for name, found in there.items():
+        if (said := getattr(manifest, name)) != found:
+            raise ConfigError(
+                f"dataset {prefix}: {manifest_path(prefix)} says {name} {str(said)[:40]}, but the "
+                f"dataset has {found}; they do not belong together. "
+                + _PREPARE.format(prefix=prefix)
+            )
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
@@ -302,10 +338,16 @@ def _read_header(prefix: str) -> tuple[type[np.generic], int, int]:
             f"dataset {prefix}: {path} has version {version} and token type {code}; known are "
             f"version 1 and the integer types. " + _PREPARE.format(prefix=prefix)
         )
-    if size < _HEADER.size + 12 * sequences + 8 * ends:
+    needed = _HEADER.size + 12 * sequences + 8 * ends
+    if size < needed:
         raise ConfigError(
             f"dataset {prefix}: {path} is shorter than its {sequences} sequences need; a copy was "
             f"cut short. " + _PREPARE.format(prefix=prefix)
+        )
+    if size not in (needed, needed + sequences):  # with a mode for each sequence, a byte
+        raise ConfigError(
+            f"dataset {prefix}: {path} has {size} bytes, but its header describes {needed}; its "
+            f"counts of sequences and documents cannot be right. " + _PREPARE.format(prefix=prefix)
         )
     if sequences == 0 or bin_path(prefix).stat().st_size == 0:
         raise ConfigError(
@@ -313,6 +355,64 @@ def _read_header(prefix: str) -> tuple[type[np.generic], int, int]:
             + _PREPARE.format(prefix=prefix)
         )
     return _DTYPES[code], sequences, ends
+
+
+def _first_bad_entry(prefix: str, lengths: npt.NDArray[np.int32], ends: int, itemsize: int) -> str:
+    """Return what is wrong with the first bad entry of an index; empty if all are right.
+
+    Every tool writes the sequences one after the other, so each offset is the sum of the lengths
+    before it, and Megatron reads correctly from these only.
+
+    Args:
+        prefix: The dataset.
+        lengths: Lengths of its sequences.
+        ends: Number of its document ends.
+        itemsize: Bytes of a token.
+    """
+    sequences, path, at = len(lengths), idx_path(prefix), _HEADER.size + 4 * len(lengths)
+    offsets = np.memmap(path, np.int64, "r", offset=at, shape=(sequences,))
+    expected = 0
+    for first in range(0, sequences, _BLOCK):
+        block = lengths[first : first + _BLOCK].astype(np.int64)
+        if (block < 0).any():
+            bad = int((block < 0).argmax())
+            return f"sequence {first + bad} has length {block[bad]}"
+        after = expected + np.cumsum(block) * itemsize
+        should = np.concatenate(([expected], after[:-1]))
+        wrong = offsets[first : first + _BLOCK] != should
+        if wrong.any():
+            bad = int(wrong.argmax())
+            return (
+                f"sequence {first + bad} begins at byte {offsets[first + bad]} of the .bin file "
+                f"and not at {should[bad]}, where the one before it ends"
+            )
+        expected = int(after[-1])
+    if ends < 1:
+        return "it has no documents"
+    documents = np.memmap(path, np.int64, "r", offset=at + 8 * sequences, shape=(ends,))
+    if documents[0] != 0:
+        return f"document 0 begins at sequence {documents[0]}"
+    for first in range(0, ends - 1, _BLOCK):
+        block = documents[first : first + _BLOCK + 1]
+        wrong = (block[1:] < block[:-1]) | (block[1:] > sequences)
+        if wrong.any():
+            bad = int(wrong.argmax())
+            return (
+                f"document {first + bad} ends at sequence {block[bad + 1]}, begins at "
+                f"{block[bad]}, and there are {sequences}"
+            )
+    if documents[-1] != sequences:
+        return f"the documents end at sequence {documents[-1]} of {sequences}"
+    return ""
+
+
+def _check_field(name: str, kind: Any, value: Any) -> None:
+    """Raise TypeError or ValueError if a value of a manifest has another type or is negative."""
+    plain = get_origin(kind) or kind
+    if type(value) is not plain:
+        raise TypeError(f"{name} is not of type {plain.__name__}")
+    if plain is int and value < 0:
+        raise ValueError(f"{name} is negative")
 
 
 def _missing(prefix: str, path: Path) -> str:
