@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_muloco.config import derive, learning_rate, load_config
-from megatron_muloco.config.derived import spacing_of_launches
+from megatron_muloco.config.derived import complete_rounds, spacing_of_launches
+from megatron_muloco.config.outer import Steps
 from megatron_muloco.topology import Topology
 
 CPU = Path(__file__).parents[2] / "configs" / "cpu_k2.yaml"
@@ -165,3 +166,20 @@ def test_the_mixing_weight_has_the_papers_default() -> None:
 def test_average_is_nesterov_with_lr_one_and_no_momentum() -> None:
     outer = load_config(CPU, ["outer=null", "outer.kind=average"]).outer
     assert (outer.lr, outer.momentum) == (1.0, 0.0)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(1, 20)), min_size=1, max_size=4),
+    st.integers(0, 300),
+)
+def test_complete_rounds_are_those_that_counting_finds(
+    pairs: list[tuple[int, int]], train_iters: int
+) -> None:
+    firsts = list(itertools.accumulate((gap for gap, _ in pairs[1:]), initial=1))
+    values = tuple(zip(firsts, (steps for _, steps in pairs), strict=True))
+    interval = Steps[int](kind="steps", values=values)
+    rounds, left = 0, train_iters
+    while left >= interval(rounds + 1):
+        rounds, left = rounds + 1, left - interval(rounds + 1)
+    assert complete_rounds(interval, train_iters) == (rounds, left)
+    assert complete_rounds(values[0][1], train_iters) == divmod(train_iters, values[0][1])
