@@ -40,13 +40,13 @@ print(f"rank {rank} sees {sys.argv[-2:]}", flush=True)
 if "fail" in sys.argv[-1]:
     sys.exit(3)
 if "crash" in sys.argv[-1]:
-    latest = here / "crash/latest_checkpointed_iteration.txt"
+    latest = pathlib.Path(sys.argv[-1].split("=")[-1]) / "latest_checkpointed_iteration.txt"
     if rank == 0:
         latest.parent.mkdir(exist_ok=True)
         latest.write_text("5")
     while not latest.exists():
         time.sleep(0.1)
-    sys.exit(3)
+    sys.exit(17 if "numerics" in sys.argv[-1] else 3)
 if saved.exists():
     sys.exit(0)
 while not stop:
@@ -223,6 +223,15 @@ def test_a_job_is_requeued_after_a_fault_only_if_it_has_saved_a_checkpoint(
     assert job.wait_for_end(timeout_s=90) == ("FAILED", "3"), job.text()
     assert "ended with code 3, with a checkpoint of step 5; requeue 1 of at most 30" in job.text()
     assert job.text().count("requeue ") == 1, job.text()
+
+
+def test_a_job_that_trains_nothing_any_more_is_not_requeued_with_a_checkpoint_either(
+    cluster: MiniSlurm, tmp_path: Path, stand_in: dict[str, str]
+) -> None:
+    saves = f"checkpoint.dir={tmp_path}/crash_numerics"
+    job = Job(cluster, tmp_path, "configs/cpu_k2.yaml", "--set", saves, env=stand_in)
+    assert job.wait_for_end(timeout_s=60) == ("FAILED", "17"), job.text()
+    assert "ended with code 17, nothing is trained any more; not requeued" in job.text()
 
 
 def test_a_missing_config_ends_the_job_before_anything_starts(
