@@ -15,6 +15,7 @@ from megatron_muloco.checkpoint import layout
 from megatron_muloco.comm.groups import Groups
 from megatron_muloco.config import RunConfig
 from megatron_muloco.errors import EXIT_NUMERICS, NumericsError
+from megatron_muloco.outer.diagnostics import OuterReport
 from megatron_muloco.training import one_process
 from megatron_muloco.training.one_process import run_in_one_process, run_replicas
 from tests.support.byte_runs import Ended, byte_config, byte_dataset, run_here
@@ -96,7 +97,7 @@ def spoil_the_end(prefix: str, directory: Path) -> None:
 
 @pytest.mark.parametrize("body", [spoil_weights, spoil_gradients, spoil_the_end])
 def test_bad_numbers_are_never_saved_over_good_ones(body: Any, prefix: str, tmp_path: Path) -> None:
-    run_ranks(body, 1, prefix, tmp_path)
+    run_ranks(body, 1, prefix, tmp_path, timeout_s=120)
 
 
 # ---- replicas ------------------------------------------------------------------------------------
@@ -132,7 +133,7 @@ def all_bad(prefix: str, directory: Path) -> None:
 
 
 def test_a_run_with_no_replica_left_saves_and_stops(prefix: str, tmp_path: Path) -> None:
-    run_ranks(all_bad, 2, prefix, tmp_path)
+    run_ranks(all_bad, 2, prefix, tmp_path, timeout_s=120)
 
 
 Plan = list[dict[int, str]]  # by replica: inner step -> kind
@@ -158,7 +159,7 @@ def bad_at_random(prefix: str, plan: Plan) -> tuple[str, list[float]]:
         training={"train_iters": 20, "global_batch_size": len(plan)},
     )
     excluded: list[float] = []
-    build = one_process.build_context
+    build = one_process.build_context  # type: ignore[attr-defined]
     with ExitStack() as damages, redirect_stdout(StringIO()) as said:
 
         def build_damaged(config: RunConfig, groups: Groups, *args: Any, **options: Any) -> Any:
@@ -167,13 +168,13 @@ def bad_at_random(prefix: str, plan: Plan) -> tuple[str, list[float]]:
             if groups.coords.replica == 0:
                 outer_step = context.optimizer.outer_step
 
-                def recorded(*values: Any) -> Any:
-                    report = outer_step(*values)
+                def recorded(values: Tensor | None = None) -> OuterReport | None:
+                    report = outer_step(values)
                     if report is not None:
                         excluded.append(report.metrics()["muloco/excluded"])
                     return report
 
-                context.optimizer.outer_step = recorded
+                context.optimizer.outer_step = recorded  # type: ignore[method-assign]
             return context
 
         with mock.patch.object(one_process, "build_context", build_damaged):
@@ -253,7 +254,7 @@ def test_a_replica_that_is_always_bad_costs_nothing_but_itself(way: str) -> None
 
 def stops_in_one_process(prefix: str) -> str:
     config = byte_config(prefix, outer=NESTEROV, training={"train_iters": 8})
-    build = one_process.build_context
+    build = one_process.build_context  # type: ignore[attr-defined]
 
     def build_damaged(*args: Any, **options: Any) -> Any:
         context = build(*args, **options)
@@ -322,7 +323,7 @@ def _watched(optimizer: Any, course: list[tuple[bool, bool]]) -> Any:
     watch_loss = optimizer.watch_loss
 
     def recorded(loss: float) -> bool:
-        rolled_back = watch_loss(loss)
+        rolled_back: bool = watch_loss(loss)
         if rolled_back:  # the replica holds the anchor, and nothing that it has trained before
             for name, anchor in optimizer.synchronizer.anchors().items():
                 assert_equal(optimizer.view.masters[name], anchor, name)
