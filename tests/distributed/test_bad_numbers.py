@@ -166,15 +166,16 @@ def bad_at_random(prefix: str, plan: Plan) -> tuple[str, list[float]]:
             context = build(config, groups, *args, **options)
             damages.enter_context(damage(context.optimizer, plan[groups.coords.replica]))
             if groups.coords.replica == 0:
-                outer_step = context.optimizer.outer_step
+                optimizer: Any = context.optimizer
+                outer_step = optimizer.outer_step
 
                 def recorded(values: Tensor | None = None) -> OuterReport | None:
-                    report = outer_step(values)
+                    report: OuterReport | None = outer_step(values)
                     if report is not None:
                         excluded.append(report.metrics()["muloco/excluded"])
                     return report
 
-                context.optimizer.outer_step = recorded  # type: ignore[method-assign]
+                optimizer.outer_step = recorded
             return context
 
         with mock.patch.object(one_process, "build_context", build_damaged):
@@ -283,7 +284,7 @@ def exit_codes(config: RunConfig) -> dict[str, int]:
     codes = {}
     for outcome in loop.Outcome:
         with mock.patch.object(loop, "run", lambda *_, outcome=outcome: outcome):
-            codes[outcome.name] = main._train(config, StopRequest())
+            codes[outcome.name] = main._train(config, StopRequest(), mock.Mock())
     return codes
 
 
