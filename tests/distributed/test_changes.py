@@ -1,5 +1,6 @@
 """Runs that go on with another K, layout or method: what is kept, what is read, what is refused."""
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -267,8 +268,17 @@ def test_data_parallel_to_muloco_and_back(prefix: str, tmp_path: Path) -> None:
 
 
 def test_at_a_boundary_data_parallelism_takes_the_anchor(prefix: str, tmp_path: Path) -> None:
-    parts: Parts = [(2, 3, replicas(2)), (1, 4, {"outer": NO_OUTER}), (2, 6, replicas(2))]
-    samples_read(run_in_parts(prefix, tmp_path, parts))
+    parts: Parts = [
+        (2, 3, replicas(2)),
+        (1, 4, {"outer": NO_OUTER}),
+        (2, 6, {**replicas(2), "inner": ADAMW}),
+    ]
+    seen = run_in_parts(prefix, tmp_path, parts)
+    samples_read(seen)
+    for part in seen[2]:  # after Muon, AdamW begins afresh
+        moments = {key: t for key, t in part.loaded.items() if key.startswith("inner.exp_avg")}
+        assert any("linear" in key for key in moments)
+        assert not any(tensor.any() for tensor in moments.values())
 
 
 AXES: dict[str, tuple[tuple[int, Any], tuple[int, Any]]] = {  # world and parallel section, each
@@ -352,6 +362,26 @@ def refuse_changes(prefix: str, directory: Path) -> list[str]:
         refused(prefix, directory, {**replicas(2), "inner": ADAMW, **named}),
         refused(prefix, directory, {**replicas(2), "outer": {**NESTEROV, "sync_interval": 4}}),
     ]
+
+
+def refuse_to_spread(prefix: str, directory: Path) -> str:
+    """Save with a value of replica 1 that is not finite; return what a run of one replica says."""
+    step = loop.inner_step
+
+    def broken_step(context: Any, *args: Any) -> Any:
+        result = step(context, *args)
+        if context.groups.coords.replica == 1:
+            next(iter(context.state.view.masters.values())).view(-1)[0] = math.nan
+        return result
+
+    with mock.patch.object(loop, "inner_step", broken_step):
+        part_of_a_run(prefix, 2, directory, replicas(2))
+    return refused(prefix, directory, replicas(1))
+
+
+def test_a_replica_that_is_not_finite_is_not_averaged(prefix: str, tmp_path: Path) -> None:
+    for said in run_ranks(refuse_to_spread, 2, prefix, tmp_path):
+        assert "has values that are not finite in replica_1.master" in said
 
 
 def test_a_change_is_refused_unless_it_is_named(prefix: str, tmp_path: Path) -> None:
