@@ -227,4 +227,5 @@ def test_a_run_that_means_something_else_is_refused_with_its_keys(tmp_path: Path
         assert key in message
     two = {"inner": MUON, "parallel": {"num_replicas": 2}}
     message, _ = run_ranks(refuse, 2, tmp_path, two)
-    assert "changing the number of replicas is not available yet" in message
+    assert "parallel.num_replicas: 1 when saved, 2 now (replicas)" in message
+    assert "allow_changes: [replicas]" in message
