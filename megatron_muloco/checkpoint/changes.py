@@ -124,7 +124,7 @@ def refusal(found: Differences, allowed: Collection[str]) -> str:
     parts = []
     if found.fixed:
         parts += [
-            *found.fixed,
+            *(f"  {line}" for line in found.fixed),
             "Continuing would mix two runs. Give these keys their old values, or start a new run "
             "with checkpoint.resume: none and another checkpoint.dir.",
         ]
@@ -133,12 +133,12 @@ def refusal(found: Differences, allowed: Collection[str]) -> str:
         # All that changed, not only what is missing: the line replaces the one that is there.
         line = f"{_ALLOW}=[{','.join(found.named)}]"
         parts += [
-            *(f"{found.named[name]} ({name})" for name in missing),
+            *(f"  {found.named[name]} ({name})" for name in missing),
             "This changes the training. If it is meant, confirm it by name: allow_changes: "
             f"[{', '.join(found.named)}] in the section checkpoint, or --set '{line}'. "
             "docs/concepts/checkpoints.md says what happens to each part of the state.",
         ]
-    return "\n  ".join(parts)
+    return "\n".join(parts)
 
 
 def _has_outer(leaves: Mapping[str, Any]) -> bool:

@@ -372,7 +372,7 @@ def _check_config(path: Path, description: Description, into: RunState) -> None:
     found = differences(description.config, into.resolved)
     problem = refusal(found, into.config.checkpoint.allow_changes)
     if problem:
-        raise CheckpointError(f"{path} was saved by a run with another configuration:\n  {problem}")
+        raise CheckpointError(f"{path} was saved by a run with another configuration:\n{problem}")
 
 
 def _check_model(path: Path, description: Description, model: Mapping[str, Any]) -> None:
