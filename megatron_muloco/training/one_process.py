@@ -224,6 +224,14 @@ def _problems(config: RunConfig) -> list[str]:
                 f"one process neither save nor resume.\nSet it to null, {_ELSEWHERE}",
             )
         )
+    if config.checkpoint.init_from is not None:
+        problems.append(
+            Problem(
+                "checkpoint.init_from",
+                f"{config.checkpoint.init_from}, but replicas in one process read no checkpoint.\n"
+                f"Set it to null, {_ELSEWHERE}",
+            )
+        )
     if config.monitor.profile.steps is not None:
         problems.append(
             Problem(

@@ -1,12 +1,16 @@
 """Runs that go on with another K, layout or method: what is kept, what is read, what is refused."""
 
 import math
+import random
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from io import StringIO
+from itertools import product
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 from unittest import mock
 
@@ -22,6 +26,7 @@ from megatron_muloco.runtime.parallel_state import unmirror_groups
 from megatron_muloco.training import loop
 from tests.distributed.test_checkpoint import stored_tensors
 from tests.support.byte_runs import byte_config, byte_dataset, run_here
+from tests.support.matrix import TOLERANCE
 from tests.support.spawn import run_ranks
 from tests.support.tensors import assert_equal
 from tests.support.tiny_models import ADAMW, MUON
@@ -52,6 +57,8 @@ class Part:
     """What one rank saw of one part of a run.
 
     Attributes:
+        replica: This rank's replica.
+        counts: Whether this rank is the first of those that read the same samples.
         first_step: The first inner step of this part.
         digest: Digest of the anchor after the load, before the first step.
         loaded: Every tensor of the state after the load, by key of the checkpoint and name.
@@ -60,6 +67,8 @@ class Part:
         said: What was printed.
     """
 
+    replica: int = 0
+    counts: bool = False
     first_step: int = 0
     digest: str = ""
     loaded: dict[str, Tensor] = field(default_factory=dict)
@@ -86,6 +95,8 @@ def part_of_a_run(prefix: str, steps: int, directory: Path, sections: dict[str, 
     @contextmanager
     def watched(context: Any) -> Iterator[None]:
         state = context.state
+        coords = state.groups.coords
+        part.replica, part.counts = coords.replica, coords.tp == coords.pp == coords.cp == 0
         kinds = {ANCHOR: state.anchors()}
         part.digest = digests_of(state.groups, state.view.shards, kinds, training_device())[ANCHOR]
         kinds |= {"master": state.view.masters}
@@ -151,8 +162,8 @@ def run_in_parts(prefix: str, directory: Path, parts: Parts) -> list[list[Part]]
 
 
 def samples_read(seen: list[list[Part]], batch: int = 12) -> None:
-    """Check that every sample was read once, in layouts of one rank for each share of samples."""
-    total = sum((part.samples for ranks in seen for part in ranks), Counter[int]())
+    """Check that every sample was read once."""
+    total = sum((part.samples for ranks in seen for part in ranks if part.counts), Counter[int]())
     steps = max(seen[-1][0].losses)
     assert total == Counter(range(steps * batch))
 
@@ -289,6 +300,8 @@ AXES: dict[str, tuple[tuple[int, Any], tuple[int, Any]]] = {  # world and parall
     "dp1-dp2": ((2, {}), (4, {})),
     "dp2-dp1": ((4, {}), (2, {})),
     "dp2-dp3": ((4, {}), (6, {})),
+    "dp3-dp2": ((6, {}), (4, {})),
+    "k1-k2": ((1, {"num_replicas": 1}), (2, {})),
     "k2-k3": ((2, {}), (3, {"num_replicas": 3})),
     "k3-k4": ((3, {"num_replicas": 3}), (4, {"num_replicas": 4})),
     "k4-k3": ((4, {"num_replicas": 4}), (3, {"num_replicas": 3})),
@@ -307,7 +320,58 @@ def test_every_axis_keeps_the_anchor(axis: str, prefix: str, tmp_path: Path) -> 
         (world, steps, {"parallel": {"num_replicas": 2, **parallel}, "outer": CODED})
         for (world, parallel), steps in zip(AXES[axis], (4, 7), strict=True)
     ]
-    run_in_parts(prefix, tmp_path, parts)
+    samples_read(run_in_parts(prefix, tmp_path, parts))
+
+
+Shape = tuple[int, int, int, int]  # K, pp, dp, tp
+BATCH = 24
+
+
+def shapes(seed: int) -> tuple[Shape, Shape]:
+    """Return two random shapes of at most eight ranks that differ in two or more axes."""
+    draw = random.Random(seed)
+    fitting = [
+        shape
+        for shape in product((1, 2, 3, 4), (1, 2), (1, 2, 3), (1, 2))
+        if math.prod(shape) <= 8 and BATCH % (shape[0] * shape[2]) == 0
+    ]
+    while True:
+        before, after = draw.choice(fitting), draw.choice(fitting)
+        if sum(a != b for a, b in zip(before, after, strict=True)) >= 2:
+            return before, after
+
+
+def sections_of(shape: Shape) -> tuple[int, dict[str, Any]]:
+    replicas, pipeline, _, tensor = shape
+    parallel = {
+        "num_replicas": replicas,
+        "pipeline_model_parallel_size": pipeline,
+        "tensor_model_parallel_size": tensor,
+        "sequence_parallel": tensor > 1,
+    }
+    return math.prod(shape), {"parallel": parallel, "training": {"global_batch_size": BATCH}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(12))
+def test_all_axes_change_together(seed: int, prefix: str, tmp_path: Path) -> None:
+    """Between two rounds, so that the loss of the next step depends on the anchor alone."""
+    before, after = shapes(seed)
+    step, last = 3, 5
+    world, sections = sections_of(before)
+    run_in_parts(prefix, tmp_path / "run", [(world, step, sections)])
+    shutil.copytree(tmp_path / "run", tmp_path / "alone")
+    world, sections = sections_of(after)
+    ranks = run_ranks(part_of_a_run, world, prefix, last, tmp_path / "run", sections)
+    _, one = sections_of((1, 1, 1, 1))
+    (alone,) = run_ranks(part_of_a_run, 1, prefix, step + 1, tmp_path / "alone", one)
+    saved = read_description(checkpoint_at(tmp_path / "alone", step)).anchor_digest
+    assert {part.digest for part in (*ranks, alone)} == {saved}
+    # The mean over replicas of the losses on their shares of the batch is the loss on the batch.
+    loss = fmean({part.replica: part.losses[step + 1] for part in ranks}.values())
+    assert loss == pytest.approx(alone.losses[step + 1], rel=TOLERANCE["fp32"])
+    read = sum((part.samples for part in ranks if part.counts), Counter[int]())
+    assert read == Counter(range(step * BATCH, last * BATCH))
 
 
 def refused(prefix: str, directory: Path, sections: dict[str, Any]) -> str:
@@ -355,7 +419,7 @@ def test_a_run_begins_with_the_weights_of_another(prefix: str, tmp_path: Path) -
 def refuse_changes(prefix: str, directory: Path) -> list[str]:
     """Save with K = 2; return what runs say that would change something."""
     part_of_a_run(prefix, 2, directory, replicas(2))
-    unnamed = {"checkpoint": {"allow_changes": []}}
+    unnamed: dict[str, Any] = {"checkpoint": {"allow_changes": []}}
     named = {"checkpoint": {"allow_changes": ["replicas"]}}
     return [
         refused(prefix, directory, {**replicas(1), **unnamed}),

@@ -313,6 +313,7 @@ def test_sixteen_replicas_train_on_one_core(dataset: str) -> None:
         ({"parallel": {"num_replicas": 2, "tensor_model_parallel_size": 2}}, "tp 2 x pp 1"),
         ({"parallel": {"num_replicas": 2, "pipeline_model_parallel_size": 2}}, "tp 1 x pp 2"),
         ({"checkpoint": {"dir": "runs/x"}}, "checkpoint.dir: runs/x"),
+        ({"checkpoint": {"init_from": "runs/x"}}, "checkpoint.init_from: runs/x"),
         ({"monitor": {"dir": "runs/x", "profile": {"steps": (1, 2)}}}, "monitor.profile.steps"),
     ],
 )

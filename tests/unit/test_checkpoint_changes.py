@@ -212,7 +212,7 @@ def test_muon_goes_on_with_the_first_moment_of_adamw(accumulation: str) -> None:
     every = ["matrix", "norm"]
     assert t.moments_read(NAMES) == {"exp_avg": every, "exp_avg_sq": every}
 
-    rule = Muon(MuonConfig(**muon))
+    rule = Muon(MuonConfig.model_validate(muon))
     expected, first = torch.zeros(8), torch.zeros(8)
     generator = torch.Generator().manual_seed(1)
     for _ in range(5):
