@@ -57,8 +57,9 @@ def main(arguments: Sequence[str] | None = None, stop: StopRequest | None = None
         arguments: Words of the command line; by default those of this process.
         stop: Request whose handlers are installed already; by default a new one.
     """
-    # From C, so it also works while Python waits. A frozen process dumps nothing.
-    faulthandler.register(signal.SIGUSR2, all_threads=True)
+    if sys.__stderr__ is not None:  # a daemon may have closed it
+        # Written from C, so it also works while Python waits.
+        faulthandler.register(signal.SIGUSR2, file=sys.__stderr__, all_threads=True)
     launchers = Launchers()
     launchers.attend()
     given = list(sys.argv[1:] if arguments is None else arguments)
