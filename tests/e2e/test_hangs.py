@@ -35,20 +35,17 @@ def prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def config_in(directory: Path, prefix: str, **changes: Any) -> Path:
     """Write a run of two replicas that takes longer than any test; return its config file."""
-    config = byte_config(
-        prefix,
-        **{
-            "parallel": {"num_replicas": 2},
-            "training": {
-                "train_iters": 20_000,
-                "distributed_timeout_minutes": LIMIT_MINUTES,
-                "control_timeout_minutes": 10.0,  # it covers the start, too
-            },
-            "checkpoint": {"dir": str(directory / "saved")},
-            "monitor": {"log_interval": 1},
-        }
-        | changes,
-    )
+    sections: dict[str, Any] = {
+        "parallel": {"num_replicas": 2},
+        "training": {
+            "train_iters": 20_000,
+            "distributed_timeout_minutes": LIMIT_MINUTES,
+            "control_timeout_minutes": 10.0,  # it covers the start, too
+        },
+        "checkpoint": {"dir": str(directory / "saved")},
+        "monitor": {"log_interval": 1},
+    }
+    config = byte_config(prefix, **(sections | changes))
     path = directory / "run.yaml"
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     return path
@@ -64,7 +61,9 @@ def until(condition: Callable[[], Any], what: str) -> None:
 class Ranks:
     """Ranks that were started without a launcher, each with a log of its own."""
 
-    def __init__(self, directory: Path, config: Path, world: int, port: int) -> None:
+    def __init__(
+        self, directory: Path, config: Path, world: int, port: int, script: str = SCRIPT
+    ) -> None:
         self.logs = [directory / f"rank{rank}.txt" for rank in range(world)]
         self.processes = []
         for rank, log in enumerate(self.logs):
@@ -79,7 +78,7 @@ class Ranks:
                 "DS_ACCELERATOR": "cpu",
                 "OMP_NUM_THREADS": "1",
             }
-            command = [sys.executable, "-u", SCRIPT, "--config", str(config)]
+            command = [sys.executable, "-u", script, "--config", str(config)]
             with log.open("w") as out:
                 self.processes.append(
                     subprocess.Popen(
@@ -102,9 +101,11 @@ class Ranks:
 
 
 @contextmanager
-def ranks_of(directory: Path, config: Path, world: int = 2) -> Iterator[Ranks]:
+def ranks_of(
+    directory: Path, config: Path, world: int = 2, script: str = SCRIPT
+) -> Iterator[Ranks]:
     with held_port() as port:
-        ranks = Ranks(directory, config, world, port)
+        ranks = Ranks(directory, config, world, port, script)
         try:
             yield ranks
         finally:
@@ -131,10 +132,63 @@ def test_a_frozen_rank_is_named_and_the_others_end(
     assert "stack of thread MainThread" in said
 
 
+def test_a_frozen_rank_is_named_to_ranks_that_wait_for_it_through_others(
+    prefix: str, tmp_path: Path
+) -> None:
+    """2 replicas x tp 2: rank 2 waits for its neighbour 3, and replica 0 for replica 1."""
+    parallel = {"num_replicas": 2, "tensor_model_parallel_size": 2}
+    with ranks_of(tmp_path, config_in(tmp_path, prefix, parallel=parallel), 4) as ranks:
+        ranks.reach(3)
+        ranks.processes[3].send_signal(signal.SIGSTOP)
+        assert [ranks.code(rank) for rank in range(3)] == [EXIT_LOST] * 3, ranks.text(0)
+        said = "".join(ranks.text(rank) for rank in range(3))
+    assert re.search(r"rank 3 \(.*\): silent, so frozen or dead; last in", said), said
+    assert not re.search(r"rank [012] \(.*\): (silent|alive)", said), said
+
+
+FREEZES_IN_A_SAVE = """
+import os, signal, sys
+sys.argv[0] = {script!r}
+from megatron_muloco.checkpoint.store import CheckpointStore
+from megatron_muloco.training.main import main
+original = CheckpointStore.save
+def save(self, step, state):
+    if os.environ["RANK"] == "1" and step == 4:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return original(self, step, state)
+CheckpointStore.save = save
+main()
+"""
+
+
+@pytest.mark.slow  # the limit of saves is that of the start as well, which may take a minute
+def test_a_rank_that_is_frozen_in_a_save_is_named_and_the_save_before_is_whole(
+    prefix: str, tmp_path: Path
+) -> None:
+    script = tmp_path / "freezes.py"
+    script.write_text(FREEZES_IN_A_SAVE.format(script=SCRIPT))
+    training = {
+        "train_iters": 20_000,
+        "distributed_timeout_minutes": LIMIT_MINUTES,
+        "control_timeout_minutes": 1.5,
+    }
+    checkpoint = {"dir": str(tmp_path / "saved"), "save_interval": 2}
+    config = config_in(tmp_path, prefix, training=training, checkpoint=checkpoint)
+    with ranks_of(tmp_path, config, script=str(script)) as ranks:
+        assert ranks.code(0) == EXIT_LOST, ranks.text(0)
+        said = ranks.text(0)
+    assert "in the save after inner step 4 for:" in said
+    assert re.search(r"rank 1 \(.*\): silent.*; last in the save after inner step 4", said), said
+    latest = tmp_path / "saved" / "latest_checkpointed_iteration.txt"
+    assert latest.read_text().strip() == "2"
+
+
 def test_a_stop_request_does_not_wait_for_a_frozen_replica_without_end(
     prefix: str, tmp_path: Path
 ) -> None:
-    outer = {"sync_interval": 10_000}  # no outer step that would wait first
+    # Console lines come with an outer step, and there are 100 inner steps until the next one, which
+    # would wait first.
+    outer = {"sync_interval": 100}
     with ranks_of(tmp_path, config_in(tmp_path, prefix, outer=outer)) as ranks:
         ranks.reach(3)
         ranks.processes[1].send_signal(signal.SIGSTOP)

@@ -5,7 +5,7 @@ import time
 from typing import Any
 
 import pytest
-from torch.distributed import HashStore
+from torch.distributed import HashStore  # type: ignore[attr-defined]  # not in its __all__
 
 from megatron_muloco.errors import EXIT_LOST, CheckpointError, SyncError
 from megatron_muloco.training import watch as module
