@@ -1,21 +1,23 @@
 """Tensors and small files of one checkpoint directory, in Megatron's torch_dist format.
 
-Megatron's own writer uses forked processes and a spawned manager, which let it save in the
-background. A save that training waits for needs neither. They cost a second each, do not work in
-daemonic ranks and require a main guard in the user's script. So Megatron's `ShardedTensor`
-describes the tensors and Megatron's planner plans the write, but this process does the writing. The
-parts of Megatron used here are the same in both supported versions, and so is the format: each
-version reads what the other wrote.
+Megatron's own writer uses forked processes and a spawned manager. They cost a second each, do not
+work in daemonic ranks and require a main guard in the user's script. So Megatron's `ShardedTensor`
+describes the tensors and Megatron's planner plans the write, but this process does the writing: in
+its main thread, or in one of its own (`checkpoint.background`). The parts of Megatron used here are
+the same in both supported versions, and so is the format: each version reads what the other wrote.
 
 The format's index, ``.metadata``, is a pickle, and unpickling it as torch does runs any code that
 someone puts there. `read_index` reads it without: it creates inert records only, and makes torch's
 objects from values that it has checked.
 """
 
+import errno
 import hashlib
 import io
+import math
 import os
 import pickle
+import shutil
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,7 +35,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from torch.distributed import ProcessGroup
-from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint import state_dict_loader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import (
     FileSystemReader,
@@ -48,6 +50,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.checkpoint.utils import _DistWrapper
 from typing_extensions import override
 
 from megatron_muloco.checkpoint.layout import (
@@ -59,10 +64,14 @@ from megatron_muloco.comm.collectives import gather_objects
 from megatron_muloco.errors import CheckpointError
 
 __all__ = [
+    "PlannedWrite",
+    "cause_of",
     "everywhere",
     "file_digest",
     "finish_directory",
+    "full_disk",
     "missing_bytes",
+    "plan_write",
     "read_index",
     "read_tensors",
     "write_tensors",
@@ -89,22 +98,116 @@ def everywhere(control: ProcessGroup, what: str, remedy: str) -> Iterator[None]:
         message = str(error)
     except CheckpointException as error:  # torch's: it lists the failures of all ranks
         rank, (cause, _) = min(error.failures.items(), key=lambda item: item[0])
-        message = f"{what}: rank {rank}: {_describe(cause)}. {remedy}"
+        message = f"{what}: rank {rank}: {cause_of(cause)}. {remedy}"
     # Reading a damaged file can raise anything. A rank that left here alone would make the others
     # wait in the next collective until its time limit.
     except Exception as error:  # noqa: BLE001
-        message = f"{what}: rank {torch.distributed.get_rank()}: {_describe(error)}. {remedy}"
+        message = f"{what}: rank {torch.distributed.get_rank()}: {cause_of(error)}. {remedy}"
     first = next((text for text in gather_objects(control, message) if text is not None), None)
     if first is not None:
         raise CheckpointError(first)
 
 
-def write_tensors(
+class PlannedWrite:
+    """This rank's part of a write that all ranks have planned; `plan_write` makes it.
+
+    `write` and `verify` use no collective and touch no live tensor, so any thread may call them.
+
+    Args:
+        directory: Directory of the tensors.
+        writer: torch's writer for it.
+        planner: The planner that knows this rank's tensors.
+        plan: This rank's part of the plan.
+        index: The index of the whole checkpoint, without places, on rank 0; ``None`` elsewhere.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        writer: FileSystemWriter,
+        planner: MCoreSavePlanner,
+        plan: SavePlan,
+        index: Metadata | None,
+    ) -> None:
+        self.directory = directory
+        self._writer, self._planner, self._index = writer, planner, index
+        self._plan: SavePlan = planner.finish_plan(plan)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of this rank's tensors."""
+        written = (item.tensor_data for item in self._plan.items if item.tensor_data is not None)
+        return sum(math.prod(data.chunk.sizes) * data.properties.dtype.itemsize for data in written)
+
+    def write(self) -> list[WriteResult]:
+        """Write this rank's file and fsync it; return the place of each chunk.
+
+        Raises:
+            CheckpointError: The disk is full: what was needed, and what is free.
+            OSError, RuntimeError: Any other failure.
+        """
+        try:
+            written = self._writer.write_data(self._plan, self._planner)
+            written.wait()
+            found: list[WriteResult] = written.value()
+            return found
+        except Exception as error:
+            if full := full_disk(error, self.directory, self.nbytes):
+                raise CheckpointError(full) from error
+            raise
+
+    def verify(self, results: Iterable[WriteResult]) -> None:
+        """Read back what `write` wrote, and compare it with the tensors bit for bit.
+
+        The kernel is asked to forget its copy of the file first, so that the bytes come from where
+        a later load would get them, as far as the file system complies.
+
+        Raises:
+            CheckpointError: A chunk differs.
+        """
+        items = {item.index: item for item in self._plan.items}
+        for name, chunks in _by_file(results).items():
+            with (self.directory / name).open("rb") as stream:
+                if hasattr(os, "posix_fadvise"):
+                    os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                for chunk in chunks:
+                    stream.seek(chunk.storage_data.offset)
+                    raw = stream.read(chunk.storage_data.length)
+                    stored = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+                    if not _same_bits(stored, self._planner.resolve_data(items[chunk.index])):
+                        raise CheckpointError(
+                            f"{self.directory / name} does not hold what was written to it: "
+                            f"{chunk.index.fqn} differs when it is read back. Check the disk."
+                        )
+
+    def finish(self, results: list[list[WriteResult]]) -> None:
+        """Write the index and compare the sizes of all files with it. Rank 0 alone calls it.
+
+        Args:
+            results: What `write` returned on each rank.
+
+        Raises:
+            CheckpointError: A rank's file is not where rank 0 sees the directory.
+        """
+        assert self._index is not None, "only rank 0 has the index"
+        self._writer.finish(self._index, results)
+        if problems := missing_bytes(self.directory, self._index):
+            raise CheckpointError(
+                f"not all that the ranks have written is in {self.directory}, as rank 0 sees it: "
+                f"{'; '.join(problems[:4])}. checkpoint.dir must be one directory that all ranks "
+                "see."
+            )
+
+
+def plan_write(
     directory: Path, entries: Iterable[ShardedBase], *, control: ProcessGroup
-) -> None:
-    """Write this rank's tensors and objects, and fsync them.
+) -> PlannedWrite:
+    """Plan the write of this rank's tensors and objects, beside those of the other ranks.
 
     Exactly one rank must give each element of each key.
+
+    Raises:
+        CheckpointException: torch's error, with the failures of all ranks.
 
     Collectives: torch's checkpoint planning gathers and scatters small objects over ``control``,
     which is `Groups.control`; every rank of the job calls it.
@@ -113,12 +216,49 @@ def write_tensors(
     for entry in entries:
         key = entry.unique_key if isinstance(entry, ShardedObject) else entry.key
         by_key[key].append(entry)
-    state_dict_saver.save(
-        mcore_to_pyt_state_dict(by_key),
-        storage_writer=FileSystemWriter(directory, sync_files=True),
-        planner=MCoreSavePlanner(flatten_state_dict=False),
-        process_group=control,
-    )
+    tensors = mcore_to_pyt_state_dict(by_key)
+    writer = FileSystemWriter(directory, sync_files=True)
+    planner = MCoreSavePlanner(flatten_state_dict=False)
+    ranks = _DistWrapper(control, use_dist=True, coordinator_rank=0)
+    index: Metadata | None = None
+
+    def own_plan() -> SavePlan:
+        planner.set_up_planner(tensors, writer.storage_meta(), ranks.is_coordinator)
+        writer.set_up_storage_writer(ranks.is_coordinator)
+        return writer.prepare_local_plan(planner.create_local_plan())
+
+    def whole_plan(plans: list[SavePlan]) -> list[SavePlan]:
+        nonlocal index
+        plans, index = planner.create_global_plan(plans)
+        return writer.prepare_global_plan(plans)
+
+    plan = ranks.reduce_scatter("plan", own_plan, whole_plan)
+    return PlannedWrite(directory, writer, planner, plan, index)
+
+
+def write_tensors(
+    directory: Path, entries: Iterable[ShardedBase], *, control: ProcessGroup
+) -> None:
+    """Write this rank's tensors and objects, and fsync them; rank 0 writes the index.
+
+    Collectives: those of `plan_write`, and a gather of the places of all chunks; every rank of the
+    job calls it.
+    """
+    planned = plan_write(directory, entries, control=control)
+    ranks = _DistWrapper(control, use_dist=True, coordinator_rank=0)
+    ranks.all_reduce("write", planned.write, planned.finish)
+
+
+def _by_file(results: Iterable[WriteResult]) -> dict[str, list[WriteResult]]:
+    files: dict[str, list[WriteResult]] = defaultdict(list)
+    for result in results:
+        files[result.storage_data.relative_path].append(result)
+    return files
+
+
+def _same_bits(stored: Any, written: Any) -> bool:
+    first, second = (tensor.contiguous().view(-1).view(torch.uint8) for tensor in (stored, written))
+    return torch.equal(first, second)
 
 
 class _IndexedReader(FileSystemReader):
@@ -198,6 +338,55 @@ def missing_bytes(directory: Path, index: Metadata) -> list[str]:
         elif path.stat().st_size < size:
             problems.append(f"{name} has {path.stat().st_size} bytes of {size}")
     return problems
+
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+# What torch's zip writer says when a write beneath it was cut short.
+_CUT_SHORT = ("unexpected pos", "failed writing file", "PytorchStreamWriter failed")
+
+
+def full_disk(error: BaseException, directory: Path, needed: int) -> str:
+    """Return a message if the cause of ``error`` is a full disk, else an empty text.
+
+    torch reports the failed write as an error of its own ("unexpected pos"), with the system's
+    error as its context, or without it.
+
+    Args:
+        error: What the write raised.
+        directory: Where it wrote.
+        needed: Bytes that this rank was to write.
+    """
+    chain: BaseException | None = error
+    full = False
+    while chain is not None and not full:
+        full = isinstance(chain, OSError) and chain.errno in _NO_SPACE
+        chain = chain.__cause__ or chain.__context__
+    free = _free_bytes(directory)
+    cut_short = any(words in str(error) for words in _CUT_SHORT)
+    if not full and not (cut_short and free is not None and free < needed):
+        return ""
+    of_it = "an unknown number of bytes" if free is None else f"{free:,} bytes"
+    return (
+        f"No space left on device: the disk of {directory} is full. This rank writes {needed:,} "
+        f"bytes there, and {of_it} are free (a quota may allow less)"
+    )
+
+
+def _free_bytes(directory: Path) -> int | None:
+    for place in (directory, *directory.parents):
+        try:
+            return shutil.disk_usage(place).free
+        except OSError:
+            continue
+    return None
+
+
+def cause_of(error: BaseException) -> str:
+    """Return the first line of an error, with its type where that says more."""
+    text = str(error).strip().splitlines()
+    first = text[0] if text else ""
+    plain = isinstance(error, (OSError, CheckpointError))
+    return first if plain else f"{type(error).__name__}: {first}"
 
 
 # ---- the index -----------------------------------------------------------------------------------
@@ -292,7 +481,7 @@ def read_index(directory: Path, digest: str | None = None) -> Metadata:
     # Unpickling a damaged file can raise anything.
     except Exception as error:
         raise CheckpointError(
-            f"{path} is not an index of tensors: {_describe(error)}. {remedy}"
+            f"{path} is not an index of tensors: {cause_of(error)}. {remedy}"
         ) from error
 
 
@@ -317,7 +506,7 @@ def _checked_index(raw: Any) -> Metadata:
 
 def _checked_tensor(entry: Any) -> TensorStorageMetadata:
     fields = _fields(entry, "TensorStorageMetadata")
-    properties = fields.get("properties")
+    properties: Any = fields.get("properties")
     _require(isinstance(properties, _STAND_INS[_METADATA, "TensorProperties"]), "no properties")
     _require(isinstance(properties.state, tuple) and len(properties.state) == 5, "no properties")
     dtype = properties.state[0]
@@ -377,10 +566,3 @@ def _text(value: Any) -> str:
 def _require(condition: bool, what: str) -> None:
     if not condition:
         raise CheckpointError(what)
-
-
-def _describe(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    first = text[0] if text else ""
-    said = isinstance(error, OSError | CheckpointError)  # these name the cause themselves
-    return first if said else f"{type(error).__name__}: {first}"

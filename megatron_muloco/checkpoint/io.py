@@ -7,6 +7,7 @@ live state. Where directories are, and when a new one becomes visible, is `store
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,16 +69,21 @@ from megatron_muloco.model.initialise import poison
 from megatron_muloco.params import Shard
 
 __all__ = [
+    "Copied",
     "Kinds",
+    "check_shared",
+    "copied_parts",
     "describe",
+    "description_of",
     "digests_of",
     "load_anchor",
     "load_run",
     "masters_differ",
     "not_finite",
+    "progress_of",
     "require_finite",
     "run_kinds",
-    "sharded_kinds",
+    "sharded",
     "sharded_rng",
     "write_description",
 ]
@@ -109,12 +115,34 @@ def run_kinds(state: RunState, *, with_masters: bool) -> Kinds:
     return kinds
 
 
-def sharded_kinds(kinds: Kinds, space: ModelSpace) -> Iterator[ShardedTensor]:
-    """Yield what this rank writes of ``kinds``: its share of each.
+class Copied(NamedTuple):
+    """A part of one kind in host memory, which this rank writes.
+
+    Attributes:
+        kind: Key prefix.
+        part: Its place in the pieces of this stage and tensor-parallel rank.
+        values: Flat fp32 values.
+    """
+
+    kind: str
+    part: Part
+    values: Tensor
+
+
+def copied_parts(
+    kinds: Kinds, space: ModelSpace, allocate: Callable[[str, Part], Tensor] | None = None
+) -> Iterator[Copied]:
+    """Copy what this rank writes of ``kinds`` to host memory: its share of each.
 
     The values of a shared kind are bitwise the same on all replicas, so any of them may write any
     part. Its elements are divided among all ranks that hold the same tensor-parallel pieces, those
     of other kinds among the ranks of one replica.
+
+    Args:
+        kinds: The tensors.
+        space: Model space of the same shards.
+        allocate: Function of a kind and a part that returns fp32 host memory for it; new memory by
+            default.
 
     Collectives: `ModelSpace.names` and `ModelSpace.gather` of each kind. Every rank of a replica
     must exhaust it at the same point.
@@ -124,15 +152,23 @@ def sharded_kinds(kinds: Kinds, space: ModelSpace) -> Iterator[ShardedTensor]:
         # Exactly one rank may write an element: that of a replicated parameter is its primary rank.
         primary = [name for name in names[kind] if space.cut(name).param.is_primary]
         parts = space.parts(primary, shared=is_shared(kind))
-        for part, values in space.gather(tensors, parts).items():
-            yield from sharded_tensors(f"{kind}.{part.name}", space.cut(part.name), part, values)
+        place = None if allocate is None else partial(allocate, kind)
+        for part, values in space.gather(tensors, parts, allocate=place).items():
+            yield Copied(kind, part, values)
+
+
+def sharded(copies: Iterable[Copied], space: ModelSpace) -> Iterator[ShardedTensor]:
+    """Yield Megatron's description of copied parts; collectives are those of ``copies``."""
+    for kind, part, values in copies:
+        yield from sharded_tensors(f"{kind}.{part.name}", space.cut(part.name), part, values)
 
 
 def sharded_rng() -> Iterator[ShardedTensor]:
     """Yield the states of this rank's random number generators. No collectives."""
     rank = torch.distributed.get_rank()
     for name, tensor in rng_tensors().items():
-        yield ShardedTensor.from_rank_offsets(rng_key(rank, name), tensor)
+        # A clone: a tracker's state may be the live one, and a save may be written later.
+        yield ShardedTensor.from_rank_offsets(rng_key(rank, name), tensor.clone())
 
 
 def digests_of(
@@ -228,41 +264,47 @@ def describe(
     Raises:
         SyncError: Replicas disagree about what they share.
     """
-    groups = state.groups
-    own: dict[str, Any] = {
-        "digests": digests_of(groups, state.view.shards, kinds, device),
-        "inner_step": state.inner.step_count,
-        "synchronizer": None,
-    }
-    if state.synchronizer is not None:
-        own["synchronizer"] = state.synchronizer.scalars()
-    if state.spikes is not None:
-        own["spikes"] = state.spikes.state_dict()
-    by_rank = gather_objects(groups.control, own if groups.is_leader else None)
+    digests = digests_of(state.groups, state.view.shards, kinds, device)
+    own = {"digests": digests} | progress_of(state)
+    by_rank = gather_objects(state.groups.control, own if state.groups.is_leader else None)
     replicas = [entry for entry in by_rank if entry is not None]
-    _check_shared(filter(is_shared, kinds), [replica["digests"] for replica in replicas])
+    for kind in filter(is_shared, kinds):
+        check_shared(kind, [replica["digests"][kind] for replica in replicas])
+    return description_of(state, replicas, step=step, has_masters=has_masters)
+
+
+def progress_of(state: RunState) -> dict[str, Any]:
+    """Return the plain values of this replica."""
+    outer = None if state.synchronizer is None else state.synchronizer.scalars()
+    own = {"inner_step": state.inner.step_count, "synchronizer": outer}
+    return own if state.spikes is None else own | {"spikes": state.spikes.state_dict()}
+
+
+def description_of(
+    state: RunState, replicas: list[dict[str, Any]], *, step: int, has_masters: bool
+) -> Description:
+    """Return a description with the given entries of replicas; those may lack digests."""
     return Description(
         format=FORMAT,
         step=step,
-        topology=asdict(groups.topology),
-        anchor_digest=own["digests"][ANCHOR],
+        topology=asdict(state.groups.topology),
+        anchor_digest=replicas[0].get("digests", {}).get(ANCHOR, ""),
         versions=_versions(),
         has_masters=has_masters,
-        scalars=state.scalars,
+        scalars=dict(state.scalars),
         replicas=replicas,
         config=state.resolved,
     )
 
 
-def _check_shared(kinds: Iterable[str], by_replica: Sequence[Mapping[str, str]]) -> None:
-    for kind in kinds:
-        digests = [digests[kind] for digests in by_replica]
-        if len(set(digests)) > 1:
-            raise SyncError(
-                f"replicas hold different values of the {kind} that they share (digests "
-                f"{', '.join(digests)}, in their order), so no checkpoint of this state would be "
-                "right. Resume from an earlier checkpoint."
-            )
+def check_shared(kind: str, sums: Sequence[str]) -> None:
+    """Raise SyncError unless all replicas have the same digest, or sum, of what they share."""
+    if len(set(sums)) > 1:
+        raise SyncError(
+            f"replicas hold different values of the {kind} that they share (digests "
+            f"{', '.join(sums)}, in their order), so no checkpoint of this state would be "
+            "right. Resume from an earlier checkpoint."
+        )
 
 
 def write_description(directory: Path, description: Description) -> None:

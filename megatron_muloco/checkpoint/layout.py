@@ -9,8 +9,8 @@
 
 A checkpoint is written under its temporary name and synced, then renamed, and only then does the
 latest file name it. So a kill or a power failure at any moment leaves the previous checkpoint
-complete and named. Only one run at a time may write to a directory. Only rank 0 calls the functions
-here; they use neither torch nor collectives.
+complete and named. Only one run at a time may write to a directory (`checkpoint.lease`). Only rank
+0 calls the functions here, and `probe` every rank; they use neither torch nor collectives.
 """
 
 import os
@@ -36,9 +36,11 @@ __all__ = [
     "discard",
     "find_latest",
     "is_complete",
+    "probe",
     "prune",
     "publish",
     "resolve",
+    "room_for",
     "set_latest",
     "step_of",
     "sync_directory",
@@ -194,17 +196,23 @@ def set_latest(directory: Path, step: int) -> None:
     sync_directory(directory)
 
 
-def prune(directory: Path, *, step: int, keep: int) -> list[Path]:
+def prune(
+    directory: Path, *, step: int, keep: int, retain_interval: int | None = None
+) -> list[Path]:
     """Delete all but the ``keep`` newest checkpoints up to ``step``; return what was deleted.
 
     Later checkpoints stay until their step is reached again: they belong to a run that was resumed
-    from an earlier step.
+    from an earlier step. Those whose step is a multiple of ``retain_interval`` stay for ever.
     """
     # `publish` has put the new checkpoint in place and `set_latest` names it, so the copy that was
     # set aside is no longer needed.
     discard(directory / f"{_ASIDE}{checkpoint_path(directory, step).name}")
     past = sorted(s for s in _published(directory) if s <= step)
-    superseded = [checkpoint_path(directory, s) for s in past[:-keep]]
+    superseded = [
+        checkpoint_path(directory, s)
+        for s in past[:-keep]
+        if retain_interval is None or s % retain_interval
+    ]
     for path in superseded:
         # Rename first: a kill during the deletion must not leave half a directory that looks like a
         # checkpoint. The next `begin` removes the rest.
@@ -212,6 +220,52 @@ def prune(directory: Path, *, step: int, keep: int) -> list[Path]:
         path.rename(doomed)
         _remove(doomed)
     return superseded
+
+
+def probe(directory: Path, name: str) -> None:
+    """Write a small file, fsync it and delete it again, as a save would.
+
+    Args:
+        directory: The checkpoint directory.
+        name: Name of the caller, different for each rank.
+
+    Raises:
+        OSError: The directory is not there, is read-only, is full, or belongs to somebody else.
+    """
+    path = directory / f"{_TEMPORARY}probe-{name}"
+    write_file(path, "can this be written?\n")
+    path.unlink()
+
+
+def room_for(directory: Path, *, needed: int, keep: int) -> str:
+    """Return a warning if the disk is too small for the checkpoints of a run, else an empty text.
+
+    While a checkpoint is written, the ``keep`` newest ones are still there. What the directory
+    already holds counts as room, because a run deletes it in time.
+
+    Args:
+        directory: The checkpoint directory.
+        needed: Bytes of one checkpoint.
+        keep: Number of newest checkpoints that are kept.
+
+    Raises:
+        CheckpointError: There is not even room for one more checkpoint.
+    """
+    free = shutil.disk_usage(directory).free
+    leftovers = sum(_bytes_in(entry) for entry in directory.glob(f"{_TEMPORARY}*"))
+    if free + leftovers < needed:
+        raise CheckpointError(
+            f"checkpoint.dir {directory}: the disk has {free:,} bytes free, and one checkpoint of "
+            f"this run has about {needed:,}. Free space, or give another directory."
+        )
+    kept = sum(_bytes_in(path) for path in _published(directory).values())
+    if free + leftovers + kept < (keep + 1) * needed:
+        return (
+            f"WARNING: checkpoint.dir {directory} has {free:,} bytes free. checkpoint.keep {keep} "
+            f"needs about {(keep + 1) * needed:,}, because a new checkpoint is written before the "
+            "oldest is deleted. Later saves will fail."
+        )
+    return ""
 
 
 def discard(path: Path) -> None:
@@ -251,6 +305,11 @@ def _published(directory: Path) -> dict[int, Path]:
         if match and entry.is_dir():
             found[int(match.group(1))] = entry
     return found
+
+
+def _bytes_in(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else (path,)
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def _real(aside: Path) -> Path:

@@ -216,18 +216,34 @@ class ModelSpace:
         """Whether this rank writes and reads the part."""
         return part.rank == self._exchange.rank and part.replica in (None, self._coords.replica)
 
-    def gather(self, pieces: Mapping[str, Tensor], parts: Sequence[Part]) -> dict[Part, Tensor]:
-        """Return the parts that this rank has, flat, in host memory.
+    def gather(
+        self,
+        pieces: Mapping[str, Tensor],
+        parts: Sequence[Part],
+        *,
+        allocate: Callable[[Part], Tensor] | None = None,
+    ) -> dict[Part, Tensor]:
+        """Return the parts that this rank has, flat, in host memory: copies, never views.
 
         Args:
             pieces: This rank's flat fp32 shards, by name.
             parts: Parts to gather; those of other replicas are left out.
+            allocate: Function that returns fp32 host memory for a part; new memory by default.
 
         Collectives: one all-to-all over dp x cp per batch of parts, 4 bytes an element; every rank
         of the group calls it, also with no shard of any of the parts.
         """
+        allocate = allocate or _new
         gathered: dict[Part, Tensor] = {}
         here = [part for part in parts if part.replica in (None, self._coords.replica)]
+        if self._exchange.size == 1:  # a part is a range of this rank's own shard
+            for part in here:
+                start, end = part.overlap(self._own_ranges.get(part.name))
+                gathered[part] = allocate(part)
+                first = self._own_ranges[part.name][0]
+                shard = pieces[part.name].detach().view(-1)
+                gathered[part].copy_(shard[start - first : end - first])
+            return gathered
         # Batches bound the send and receive buffers. Every rank derives the same batches from the
         # same parts, so the all-to-alls pair up although each rank sends other elements.
         for batch in _batches(here):
@@ -242,7 +258,7 @@ class ModelSpace:
                 send_splits=self._sent_counts(batch),
                 receive_splits=self._own_counts(batch),
             )
-            own = {part: torch.empty(part.numel, dtype=torch.float32) for part in self._own(batch)}
+            own = {part: allocate(part) for part in self._own(batch)}
             for place, piece in self._own_places(batch, own, arrived):
                 place.copy_(piece)
             gathered.update(own)
@@ -450,6 +466,10 @@ def _slabs(cut: Cut, start: int, end: int) -> Iterator[tuple[tuple[int, int], in
         first, last = max(start, block * length), min(end, (block + 1) * length)
         if first < last:
             yield (first, last), (block * (cut.slices - 1) + cut.index) * length + first
+
+
+def _new(part: Part) -> Tensor:
+    return torch.empty(part.numel, dtype=torch.float32)
 
 
 def _length(place: tuple[int, int]) -> int:

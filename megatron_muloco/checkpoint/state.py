@@ -39,6 +39,7 @@ __all__ = [
     "RunState",
     "format_note",
     "is_shared",
+    "of_replica",
     "outer_key",
     "read_description",
     "rng_key",
@@ -297,6 +298,12 @@ def format_note(description: Description) -> str:
 def outer_key(kind: str, replica: int) -> str:
     """Return the key prefix of a kind of the synchronizer's tensors."""
     return _SHARED_OUTER.get(kind) or f"replica_{replica}.outer.{kind}"
+
+
+def of_replica(prefix: str, replica: int) -> str:
+    """Return a key prefix of replica 0 with the number of another one."""
+    own = "replica_0."
+    return f"replica_{replica}.{prefix[len(own) :]}" if prefix.startswith(own) else prefix
 
 
 def is_shared(prefix: str) -> bool:

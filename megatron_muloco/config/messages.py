@@ -186,7 +186,6 @@ _VIRTUAL = (
 _DROPOUT = "models train without dropout, as in the papers. Remove the key."
 _FSDP = "only Megatron's distributed optimizer shards the state. Remove the key."
 _DP = "it follows from the number of ranks: world / (replicas x tp x pp x cp). Remove the key."
-_ASYNC = "saving in the background is not supported yet; training waits for a save. Remove the key."
 _TRANSPORT = (
     "a rank cannot tell whether the other replicas are on another network. Use device (the "
     "default), or host if replicas are connected by a low-bandwidth link."
@@ -215,7 +214,6 @@ REFUSED_KEYS = {
     "use_precision_aware_optimizer": _OFFLOAD,
     "optimizer_cpu_offload": _OFFLOAD,
     "data_parallel_size": _DP,
-    "async_save": _ASYNC,
 }
 
 # Names of keys of the schema in Hugging Face, nanoGPT, DeepSpeed and Megatron's command line.

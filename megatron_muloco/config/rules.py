@@ -199,6 +199,19 @@ def saving_has_a_place(config: RunConfig, topology: Topology | None) -> Iterator
         )
 
 
+def retained_steps_are_saved(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
+    """Require a multiple of save_interval for the interval of checkpoints that are kept."""
+    retained, saved = config.checkpoint.save_retain_interval, config.checkpoint.save_interval
+    if retained is None or (saved and retained % saved == 0):
+        return
+    why = f"is no multiple of save_interval {saved}" if saved else "needs a save_interval"
+    yield Problem(
+        "checkpoint.save_retain_interval",
+        f"{retained} {why}, so the steps to keep would not all be saved.\n"
+        f"Use a multiple of {saved or 'checkpoint.save_interval'}, or null.",
+    )
+
+
 def resuming_has_a_place(config: RunConfig, topology: Topology | None) -> Iterator[Problem]:
     """Require checkpoint.dir for resuming."""
     if config.checkpoint.resume not in ("auto", "none") and config.checkpoint.dir is None:
@@ -353,6 +366,7 @@ RULES: tuple[Rule, ...] = (
     evaluation_has_data,
     tokenizer_is_named,
     saving_has_a_place,
+    retained_steps_are_saved,
     resuming_has_a_place,
     first_weights_are_used,
     gram_matrices_have_precision,

@@ -320,6 +320,16 @@ class CheckpointConfig(Section):
     keep: PositiveInt = Field(
         2, description="Number of checkpoints to keep; older ones are deleted."
     )
+    save_retain_interval: PositiveInt | None = Field(
+        None,
+        description="Checkpoints whose step is a multiple of this number are kept for ever, beside "
+        "the newest ones; when not set, none.",
+    )
+    async_save: bool = Field(
+        False,
+        description="Write checkpoints in the background: training waits only until each rank's "
+        "parts are copied to host memory, which needs that much of it.",
+    )
     resume: str = Field(
         "auto",
         min_length=1,

@@ -150,19 +150,19 @@ def _builder(cache: "IndexCache", samples: list[int], config: Any) -> Any:
     )
     from megatron.core.datasets.gpt_dataset import GPTDataset
 
-    class CachedDataset(GPTDataset):  # type: ignore[misc]
+    class CachedDataset(GPTDataset):
         def _build_document_sample_shuffle_indices(self) -> Any:
             build = super()._build_document_sample_shuffle_indices
             names = ("document", "sample", "shuffle")
             split = self.index_split.name
             return cache.get(f"samples-{split}", self.unique_description, names, build)
 
-    class CachedBlend(BlendedDataset):  # type: ignore[misc]
+    class CachedBlend(BlendedDataset):
         def _build_indices(self) -> Any:
             build, names = super()._build_indices, ("dataset", "sample")
             return cache.get(f"blend-{self.split.name}", self.unique_description, names, build)
 
-    class Builder(BlendedMegatronDatasetBuilder):  # type: ignore[misc]
+    class Builder(BlendedMegatronDatasetBuilder):
         @staticmethod
         def build_generic_dataset(cls: Any, *args: Any) -> Any:
             kind = CachedBlend if cls is BlendedDataset else cls

@@ -114,6 +114,7 @@ class MetricTable:
 _ALWAYS = "always"
 _EVALUATION = "`training.eval_interval` above 0"
 _TEST = "`data.test`; once, at the end of the run"
+_SAVES = "`checkpoint.dir`"
 _KNOWN_PEAK = "an accelerator with a known peak"
 _MUON = "`inner.kind: muon`"
 _SPIKES = "`training.spikes.max_loss_ratio` above 0"
@@ -265,6 +266,14 @@ _ROWS = (
         "behind Newton-Schulz.",
     ),
     # Muon.
+    Metric(
+        "checkpoint/held_s", "s", "event", "writing rank", _SAVES,
+        "Time for which a save held training; with `checkpoint.async_save` that of the copy.",
+    ),
+    Metric(
+        "checkpoint/failed_saves", "saves", "event", "the same everywhere", _SAVES,
+        "Saves that failed since the start; written only when one does.",
+    ),
     Metric(
         "muon/ns_calls", "matrices", "last", "writing rank", _MUON,
         "Matrices orthogonalised by this rank in the step.",

@@ -43,6 +43,7 @@ __all__ = [
     "ALLOCATOR_SLACK",
     "MemoryPlan",
     "OuterMemory",
+    "checkpoint_bytes",
     "communicator_bytes",
     "exchange_bytes",
     "memory_plan",
@@ -301,6 +302,8 @@ class MemoryPlan:
         optimizer_step: Allocated during the inner optimizer's step.
         communicators: NCCL's communicators; 0 on CPUs.
         context: CUDA's context; 0 on CPUs.
+        saved: Bytes that the rank writes of a checkpoint.
+        saved_copy: Copy of them in host memory, for saves in the background; else 0.
     """
 
     stage: int
@@ -317,6 +320,8 @@ class MemoryPlan:
     optimizer_step: int
     communicators: int
     context: int
+    saved: int
+    saved_copy: int
 
     @property
     def outer_state(self) -> int:
@@ -326,7 +331,8 @@ class MemoryPlan:
     @property
     def host(self) -> int:
         """Bytes in host memory."""
-        return (self.outer_state if self.outer_on_host else 0) + self.outer_step.staged
+        kept = self.outer_state if self.outer_on_host else 0
+        return kept + self.outer_step.staged + self.saved_copy
 
     @property
     def device(self) -> int:
@@ -402,6 +408,9 @@ def _rank_memory(
     moments = 2 * held
     if isinstance(config.inner, MuonInner):
         moments -= sum(shard.numel for shard in shards if not is_vector(shard.param))
+    outer_step = outer_memory(config, topology, shards)
+    saved = _saved_bytes(config, topology, shards, outer_step, moments)
+    saves_beside = config.checkpoint.async_save and config.checkpoint.dir is not None
     return MemoryPlan(
         stage=part.stage,
         weights=part.total * BYTES[training.precision],
@@ -411,10 +420,55 @@ def _rank_memory(
         exchange=exchange,
         anchor=4 * owned,
         outer_momentum=4 * owned,
-        outer_step=outer_memory(config, topology, shards),
+        outer_step=outer_step,
         outer_on_host=not isinstance(outer, NoOuter) and outer.state_device == "cpu",
         activations=stage_activations(config, topology, part.stage, accelerator=accelerator),
         optimizer_step=_optimizer_step_bytes(config, shards, newton_schulz),
         communicators=communicator_bytes(config, topology) if accelerator else 0,
         context=_CONTEXT if accelerator else 0,
+        saved=saved,
+        saved_copy=saved if saves_beside else 0,
     )
+
+
+def checkpoint_bytes(config: RunConfig, topology: Topology) -> int:
+    """Return the bytes of the tensors of one checkpoint, at most.
+
+    With masters and as many fragments in flight as there can be. torch adds about 1.6 KB to each
+    stored chunk.
+    """
+    # The shards of all data-parallel ranks of a stage; tensor-parallel rank 0 also has the norms.
+    ranks = [
+        _rank_memory(config, topology, part, shards, 0, 0).saved
+        for part in stage_slices(config, topology)
+        for shards in stage_shards(config, topology, stage=part.stage, tp_rank=0)
+    ]
+    return sum(ranks) * topology.tensor * topology.num_replicas
+
+
+def _saved_bytes(
+    config: RunConfig,
+    topology: Topology,
+    shards: Sequence[Shard],
+    outer_step: OuterMemory,
+    moments: int,
+) -> int:
+    """Return the bytes that a rank with these shards writes, as if parts were cut like shards.
+
+    What replicas share is divided among them.
+    """
+    fp32, outer = BYTES["fp32"], config.outer
+    owned = fp32 * sum(shard.numel for shard in shards if shard.param.is_primary)
+    if isinstance(outer, NoOuter):
+        return owned + fp32 * moments  # the anchor is the masters
+    in_flight = 0
+    if outer.overlap_steps:
+        sizes = [
+            fp32 * sum(shard.numel for shard in fragment)
+            for fragment in by_fragment(config, shards)
+        ]
+        in_flight = _largest(sizes, outer_step.in_flight)
+    shared = 2 * owned + in_flight  # anchor, momentum and means
+    # The residual of the mean is held once for each chunk already, like a share.
+    own = owned + fp32 * moments + outer_step.at_launch + outer_step.residuals
+    return shared // topology.num_replicas + own

@@ -124,6 +124,9 @@ def memory_rows(config: RunConfig, memory: MemoryPlan, layout: Topology) -> Iter
         yield "outer step", human_bytes(step.temporary), note
     if step.staged:
         yield "host buffers", human_bytes(step.staged), "sent and received, in host memory"
+    if memory.saved_copy:
+        note = "of what this rank writes of a checkpoint, in host memory"
+        yield "copy for saving", human_bytes(memory.saved_copy), note
     yield "  sum", human_bytes(memory.device), "without activations"
     yield from _peak_rows(memory)
 

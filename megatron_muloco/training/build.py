@@ -37,7 +37,7 @@ from megatron_muloco.monitor.monitor import Monitor
 from megatron_muloco.monitor.profiler import StepProfiler, build_profiler
 from megatron_muloco.optim.muon import Muon
 from megatron_muloco.optim.parameter_table import ParameterReport, ParameterTable, parameter_report
-from megatron_muloco.planning.memory import memory_plan
+from megatron_muloco.planning.memory import checkpoint_bytes, memory_plan
 from megatron_muloco.planning.report import refusal, render_plan
 from megatron_muloco.planning.verdict import Device, judge
 from megatron_muloco.runtime.accelerator import training_device
@@ -234,9 +234,7 @@ def build_context(config: RunConfig, groups: Groups, data: RunData, *, writes: b
     datasets = data.datasets
     fusions = choose_fusions(config.training, training_device())
     attention = choose_attention(config, training_device())
-    store = None
-    if config.checkpoint.dir is not None:
-        store = CheckpointStore(Path(config.checkpoint.dir), groups, keep=config.checkpoint.keep)
+    store, warning = _claimed_store(config, groups)
     found = _found(config, store)
     # A load overwrites all weights, so drawing them first would be for nothing.
     draw = found is None and config.checkpoint.init_from is None
@@ -269,6 +267,7 @@ def build_context(config: RunConfig, groups: Groups, data: RunData, *, writes: b
         parameters=gather_report(optimizer.inner.table, groups),
         attention=attention.reason,
     )
+    monitor.say(warning)
     monitor.say(note)
     if training_device().type == "cuda":
         monitor.say(fusions.line())
@@ -387,6 +386,32 @@ def _build_probe(optimizer: ReplicaOptimizer) -> OrthogonalisationProbe | None:
     probe = OrthogonalisationProbe(muon.orthogonalise, matrices_per_step=inner.planned_calls)
     muon.orthogonalise = probe
     return probe
+
+
+def _claimed_store(config: RunConfig, groups: Groups) -> tuple[CheckpointStore | None, str]:
+    """Return the run's checkpoint directory and a warning; ``None`` when nothing is saved.
+
+    Raises:
+        ConfigError: Another run uses the directory, or it cannot be written.
+
+    Collectives: those of `CheckpointStore.claim`.
+    """
+    checkpoint = config.checkpoint
+    if checkpoint.dir is None:
+        return None, ""
+    store = CheckpointStore(
+        Path(checkpoint.dir),
+        groups,
+        keep=checkpoint.keep,
+        retain_interval=checkpoint.save_retain_interval,
+        background=checkpoint.async_save,
+    )
+    try:
+        # The monitor is not there yet, and the line must appear while the run waits.
+        warning = store.claim(print, needed=checkpoint_bytes(config, groups.topology))
+    except CheckpointError as error:
+        raise ConfigError(f"checkpoint.dir: {error}") from error
+    return store, warning
 
 
 def _found(config: RunConfig, store: CheckpointStore | None) -> tuple[Path, str] | None:

@@ -51,7 +51,7 @@ class Outcome(Enum):
     DONE = "done"
     STOPPED = "stopped on request; state saved"
     UNSAVED = "stopped on request; checkpoint.dir is not set, so nothing was saved"
-    SAVE_FAILED = "ended because the last save failed; the checkpoint before it is complete"
+    SAVE_FAILED = "ended because the last save failed"
     STALLED = "stopped because nothing was trained any more; the cause is above"
     NOT_FINITE = "ended with weights that are not finite; earlier checkpoints are unchanged"
 
@@ -62,7 +62,11 @@ def run(config: RunConfig, stop: StopRequest, watch: Watch | None = None) -> Out
     Collectives: every rank of the job calls it.
     """
     context = build_run(config, watch)
-    outcome = train(context, stop)
+    try:
+        outcome = train(context, stop)
+    finally:
+        if context.store is not None:
+            context.store.close()
     if context.profiler is not None:
         context.profiler.close()
     context.monitor.close(outcome.value)
@@ -87,6 +91,7 @@ def train(context: RunContext, stop: StopRequest) -> Outcome:
             # Before anything is evaluated or saved as if the run went on.
             if reason := context.optimizer.stalled():
                 return _stalled(context, step, reason)
+            _tell_of_saves(context)
             # After the outer step, so that the loss of step t belongs to the anchor of step t. The
             # last step is left to `_finish`, which evaluates and saves around the flush.
             if _is_due(step, context.config.training.eval_interval) and step < last_step:
@@ -301,7 +306,8 @@ def _stop(context: RunContext, step: int) -> Outcome:
     """Save, if the run has a checkpoint directory, and return how the run ends."""
     if context.store is None:
         return Outcome.UNSAVED
-    return Outcome.STOPPED if _save(context, step) else Outcome.SAVE_FAILED
+    saved = _save(context, step) and _saves_are_done(context)
+    return Outcome.STOPPED if saved else Outcome.SAVE_FAILED
 
 
 def _stalled(context: RunContext, step: int, reason: str) -> Outcome:
@@ -310,7 +316,7 @@ def _stalled(context: RunContext, step: int, reason: str) -> Outcome:
     Nothing is pruned, so the last state before the trouble stays beside the one of now.
     """
     _announce(context, step)
-    saved = context.store is not None and _save(context, step)
+    saved = context.store is not None and _save(context, step) and _saves_are_done(context)
     remedy = (
         "Look for bad data or a bad machine; then start again, from an older checkpoint "
         "(checkpoint.resume) if the weights themselves are at fault."
@@ -331,16 +337,59 @@ def _save(context: RunContext, step: int) -> bool:
     """
     if context.store is None:
         return True
+    began = time.perf_counter()
     context.watch.enter(f"the save after inner step {step}", patient=True)
     with context.monitor.paused(), record_function("muloco/save"):
         context.state.scalars.update(scalars_of(step, context.train_data.layout))
         try:
             path = context.store.save(step, context.state, prune=context.optimizer.advances)
         except CheckpointError as error:  # raised on all ranks alike
-            context.monitor.say(f"NOT SAVED: {error}")
+            _not_saved(context, step, str(error))
             return False
-        context.monitor.say(f"saved {path}")
+        finally:
+            _tell_of_saves(context)  # of the one before it, which this one has waited for
+        in_background = context.config.checkpoint.async_save
+        context.monitor.say(f"writing {path}" if in_background else f"saved {path}")
+    context.monitor.scalars(step, {"checkpoint/held_s": time.perf_counter() - began})
     return True
+
+
+def _tell_of_saves(context: RunContext) -> None:
+    """Drive a save in the background, and say how it ended once it has; never waits."""
+    result = None if context.store is None else context.store.poll()
+    if result is None:
+        return
+    if result.error:
+        _not_saved(
+            context,
+            result.step,
+            f"{result.path} could not be written: {result.error}. "
+            "Training state and earlier checkpoints are unchanged. Free space or change "
+            "checkpoint.dir.",
+        )
+    else:
+        context.monitor.say(f"saved {result.path}")
+
+
+def _saves_are_done(context: RunContext) -> bool:
+    """Wait for a save in the background; return False if the last one failed.
+
+    Collectives: those of `CheckpointStore.wait`; every rank calls it at the same point.
+    """
+    if context.store is None:
+        return True
+    with context.monitor.paused():
+        done = context.store.wait()
+    _tell_of_saves(context)
+    return done
+
+
+def _not_saved(context: RunContext, step: int, why: str) -> None:
+    """Report a failed save: a line with what is still whole, and a metric."""
+    assert context.store is not None
+    context.store.failures += 1
+    context.monitor.say(f"NOT SAVED: {why} {context.store.standing()}")
+    context.monitor.scalars(step, {"checkpoint/failed_saves": context.store.failures})
 
 
 def _finish(context: RunContext, last_step: int) -> Outcome:
@@ -357,7 +406,7 @@ def _finish(context: RunContext, last_step: int) -> Outcome:
     report = context.optimizer.flush()
     if report is not None:
         context.monitor.outer_step(report)
-    saved = saved and _save_final_anchor(context, last_step)
+    saved = saved and _saves_are_done(context) and _save_final_anchor(context, last_step)
     _evaluate(context, last_step)
     _test(context, last_step)
     _sample(context)
@@ -387,7 +436,7 @@ def _save_final_anchor(context: RunContext, last_step: int) -> bool:
     try:
         context.store.save_final_anchor(path, context.state)
     except CheckpointError as error:
-        context.monitor.say(f"NOT SAVED: {error}")
+        _not_saved(context, last_step, str(error))
         return False
     return True
 

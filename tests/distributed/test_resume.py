@@ -348,6 +348,35 @@ def test_a_full_disk_during_training_costs_one_checkpoint(prefix: str, tmp_path:
     assert saved == ["iter_0000004", "iter_0000006", "iter_0000007"]
 
 
+def save_beside(prefix: str, directory: Path) -> list[Ended]:
+    """Save each step in the background, and resume from some; the second save fails."""
+    undisturbed = run_here(config_of(prefix, 2, outer=CODED))
+    saving = {"dir": str(directory), "save_interval": 1, "keep": STEPS, "async_save": True}
+    config = config_of(prefix, 2, outer=CODED, checkpoint=saving)
+    ended = [run_here(config, around=partial(on_rank, 1, partial(disk_full, 2)))]
+    ended[0].assert_same(undisturbed)
+    for step in STOPS:
+        there = {"resume": str(directory / f"iter_{step:07d}"), "async_save": True}
+        there["dir"] = str(directory / f"from{step}")
+        resumed = run_here(config_of(prefix, 2, outer=CODED, checkpoint=there))
+        assert resumed.first_step == step + 1
+        resumed.assert_same(undisturbed)
+    last = {**saving, "dir": str(directory / "last"), "save_interval": STEPS}
+    config = config_of(prefix, 2, outer=CODED, checkpoint=last)
+    return [*ended, run_here(config, around=partial(on_rank, 1, partial(disk_full, 1)))]
+
+
+def test_saving_in_the_background_changes_no_bit_and_a_failure_is_told(
+    prefix: str, tmp_path: Path
+) -> None:
+    ranks = run_ranks(save_beside, 2, prefix, tmp_path, timeout_s=120)
+    assert [[ended.outcome for ended in each] for each in ranks] == [["DONE", "SAVE_FAILED"]] * 2
+    saved = sorted(int(path.name[5:]) for path in tmp_path.glob("iter_*"))
+    assert saved == [1, 3, 4, 5, 6, 7]
+    assert not list(tmp_path.glob("last/iter_*"))
+    assert not list(tmp_path.glob("*.lock"))
+
+
 def test_a_full_disk_at_a_stop_is_a_fault_and_keeps_the_last_checkpoint(
     prefix: str, tmp_path: Path
 ) -> None:

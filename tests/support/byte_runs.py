@@ -96,6 +96,8 @@ def run_here(config: RunConfig, *, around: Any = None) -> Ended:
                 outcome = train(context, stop)
             context.monitor.close(outcome.value)
         finally:
+            if context.store is not None:
+                context.store.close()
             unmirror_groups()
     losses = {step: float(metrics["lm loss"]) for step, metrics in calls}
     return Ended(outcome.name, context.first_step, losses, _tensors(context))

@@ -47,7 +47,9 @@ def killed_at(number: int) -> Iterator[list[str]]:
         yield made
 
 
-def save(directory: Path, step: int, *, keep: int = 2, mark: str = "") -> Path:
+def save(
+    directory: Path, step: int, *, keep: int = 2, mark: str = "", retain: int | None = None
+) -> Path:
     """Do what `CheckpointStore.save` does to the directory, without tensors."""
     path = layout.checkpoint_path(directory, step)
     temporary = layout.begin(path)
@@ -55,7 +57,7 @@ def save(directory: Path, step: int, *, keep: int = 2, mark: str = "") -> Path:
         layout.write_file(temporary / name, mark)
     layout.publish(path)
     layout.set_latest(directory, step)
-    layout.prune(directory, step=step, keep=keep)
+    layout.prune(directory, step=step, keep=keep, retain_interval=retain)
     return path
 
 
@@ -103,6 +105,41 @@ def test_the_newest_are_kept_and_an_abandoned_future_is_left_alone(tmp_path: Pat
     names = sorted(p.name for p in tmp_path.iterdir() if p.is_dir())
     assert names == ["iter_0000035", "iter_0000040"]
     assert find_latest(tmp_path) == layout.Found(tmp_path / "iter_0000035", 35)
+
+
+def test_multiples_of_the_retain_interval_are_kept_for_ever(tmp_path: Path) -> None:
+    for step in range(10, 100, 10):
+        save(tmp_path, step, keep=2, retain=30)
+    steps = sorted(layout.step_of(path) for path in tmp_path.glob("iter_*"))
+    assert steps == [30, 60, 80, 90]
+
+
+def test_a_probe_writes_and_leaves_nothing(tmp_path: Path) -> None:
+    layout.probe(tmp_path, "0")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(FileNotFoundError):
+        layout.probe(tmp_path / "gone", "0")
+    with pytest.raises(OSError, match="/proc"):  # not writable, also for root
+        layout.probe(Path("/proc"), "0")
+
+
+def test_room_is_counted_with_what_the_run_deletes_in_time(tmp_path: Path) -> None:
+    def room(free: int, needed: int) -> str:
+        usage = shutil.disk_usage(tmp_path)._replace(free=free)
+        with mock.patch.object(shutil, "disk_usage", return_value=usage):
+            return layout.room_for(tmp_path, needed=needed, keep=2)
+
+    assert room(300, 100) == ""
+    assert "has 299 bytes free. checkpoint.keep 2 needs about 300" in room(299, 100)
+    with pytest.raises(CheckpointError, match=r"99 bytes free, and one checkpoint .* 100\."):
+        room(99, 100)
+    save(tmp_path, 10, mark="x" * 50)  # three files: 150 bytes that a later save replaces
+    assert room(150, 100) == ""
+    assert "WARNING" in room(149, 100)
+    (tmp_path / ".tmp-iter_0000020").write_text("x" * 20)  # the next save removes it
+    assert "WARNING" in room(80, 100)
+    with pytest.raises(CheckpointError):
+        room(79, 100)
 
 
 def test_an_empty_or_missing_directory_has_nothing_to_resume(tmp_path: Path) -> None:

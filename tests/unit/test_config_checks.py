@@ -162,6 +162,10 @@ RULE_CASES: dict[str, tuple[list[str], list[str]]] = {
         ["checkpoint.dir=null"],
         ["checkpoint.save_interval: 100, but checkpoint.dir is not set."],
     ),
+    "retained_steps_are_saved": (
+        ["checkpoint.save_retain_interval=150"],
+        ["checkpoint.save_retain_interval: 150 is no multiple of save_interval 100, so the steps"],
+    ),
     "resuming_has_a_place": (
         ["checkpoint.dir=null", "checkpoint.save_interval=0", "checkpoint.resume=runs/old"],
         ["checkpoint.resume: runs/old, but checkpoint.dir is not set, so the run could not"],
@@ -222,6 +226,10 @@ OTHER_CASES = [
             "outer.compression={kind: topk, density: 0.1, value_bits: 4}",
         ],
         "outer.compression.value_bits: 4, but training.deterministic is true",
+    ),
+    (
+        ["checkpoint.save_interval=0", "checkpoint.save_retain_interval=100"],
+        "checkpoint.save_retain_interval: 100 needs a save_interval",
     ),
     (["outer.overlap_steps=10"], "outer.overlap_steps: 10 is not shorter than sync_interval 10"),
     (["outer.fragments.count=11"], "outer.fragments.count: 11 is more than sync_interval 10"),
@@ -428,10 +436,7 @@ def test_wrong_keys_and_values(overrides: list[str], expected: str) -> None:
 
 @pytest.mark.parametrize(
     ("override", "key"),
-    [
-        ("parallel.virtual_pipeline_model_parallel_size=2", "virtual pipeline stages"),
-        ("checkpoint.async_save=true", "saving in the background"),
-    ],
+    [("parallel.virtual_pipeline_model_parallel_size=2", "virtual pipeline stages")],
 )
 def test_what_is_not_supported_yet_is_refused(override: str, key: str) -> None:
     assert re.search(f"not accepted: {key} (is|are) not supported yet", report(override))

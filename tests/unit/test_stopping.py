@@ -142,7 +142,7 @@ class Job:
         )
         config = SimpleNamespace(
             training=SimpleNamespace(eval_interval=self.evaluations, global_batch_size=1),
-            checkpoint=SimpleNamespace(save_interval=self.saves),
+            checkpoint=SimpleNamespace(save_interval=self.saves, async_save=False),
             monitor=SimpleNamespace(sample_tokens=0),
         )
         return SimpleNamespace(
@@ -250,6 +250,17 @@ class FakeStore:
         self._job.meet(self._replica, ("save", step))
         self._job.saved[step] = self._job.saved.get(step, 0) + 1
         return f"checkpoint {step}"
+
+    failures = 0
+
+    def poll(self) -> None:
+        """Every save is done when it returns."""
+
+    def wait(self) -> bool:
+        return True
+
+    def standing(self) -> str:
+        return ""
 
     def evaluate(self, step: int) -> None:
         """Meet the other replicas, among which the forward passes are divided."""
