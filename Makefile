@@ -6,6 +6,7 @@
 #   make test-312     unit and distributed tests on Python 3.12 and the newest Megatron-core
 #   make test-matrix  every method x K x layout x precision: long
 #   make unit|dist|e2e   one tier
+#   make chaos        kill, freeze and starve runs, damage their files: CHAOS_TRIALS seeds of each
 #   make gpu-check    check and measure a GPU in ten minutes; without one, what a CPU can check
 #   make docs         build the documentation site into build/docs; warnings are errors
 #   make fmt|lint|types  one check;   make check: what has to pass before a change is proposed
@@ -16,6 +17,9 @@ PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
 GPU_ARGS ?=
+CHAOS_TRIALS ?= 20
+# Results of `make chaos`. Seeds that they have are skipped.
+CHAOS_DIR ?= build/chaos
 # Where a GPU is, torch is often installed already, and the pins would replace it by a build without
 # CUDA: GPU_PYTHON names the Python that has it.
 GPU_PYTHON ?= $(PY)
@@ -35,7 +39,7 @@ CPU := DS_ACCELERATOR=cpu OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive}
 # The launcher's own default, 29500, collides with any other run on the machine.
 FREE_PORT := $(PY) -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
 
-.PHONY: venv demo test test-312 test-matrix unit dist e2e gpu-check docs fmt lint types check clean
+.PHONY: venv demo test test-312 test-matrix unit dist e2e chaos gpu-check docs fmt lint types check clean
 .DEFAULT_GOAL := test
 
 venv: $(STAMP)
@@ -82,6 +86,12 @@ dist: $(STAMP)
 
 e2e: $(STAMP)
 	$(PY) -m pytest -q -m "not slow" tests/e2e $(PYTEST_ARGS)
+
+chaos: $(STAMP)
+	@mkdir -p $(CHAOS_DIR)
+	@failed=0; for kind in run damage; do \
+	    $(PY) -m tests.chaos $$kind --trials $(CHAOS_TRIALS) --out $(CHAOS_DIR)/$$kind.csv || failed=1; \
+	done; exit $$failed
 
 gpu-check: $(if $(filter $(PY),$(GPU_PYTHON)),$(STAMP))
 	@if $(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \

@@ -1,0 +1,1 @@
+"""Seeded faults in real runs; `python -m tests.chaos --help`."""
