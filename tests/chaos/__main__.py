@@ -1,7 +1,7 @@
 """Runs seeded faults and writes what came of them.
 
-    python -m tests.chaos run --trials 200 --out FILE [--first-seed N] [--work DIR]
-    python -m tests.chaos damage --trials 200 --out FILE [--first-seed N]
+    python -m tests.chaos run --trials 200 --out FILE [--first-seed N] [--most-ranks R] [--work DIR]
+    python -m tests.chaos damage --trials 200 --out FILE [--first-seed N] [--work DIR]
     python -m tests.chaos report --run FILE --damage FILE [--page FILE]
 
 `run` kills and disturbs whole runs and resumes them; `damage` changes bytes of files and starts a
@@ -16,7 +16,8 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_argument("--first-seed", type=int, default=0)
         command.add_argument("--out", type=Path, help="CSV file to append to")
         command.add_argument("--work", type=Path, help="directory for files, which are then kept")
+    commands.choices["run"].add_argument(
+        "--most-ranks", type=int, default=4, help="leave out seeds whose run has more"
+    )
     report = commands.add_parser("report")
     report.add_argument("--run", type=Path, required=True, help="CSV file of `run`")
     report.add_argument("--damage", type=Path, required=True, help="CSV file of `damage`")
@@ -62,14 +66,19 @@ def _trials(options: argparse.Namespace, work: Path) -> int:
     from tests.chaos.trial import KillTrials
 
     work.mkdir(parents=True, exist_ok=True)
-    trials = KillTrials(work) if options.command == "run" else DamageTrials(work)
-    seeds = range(options.first_seed, options.first_seed + options.trials)
+    seeds: Iterator[int] = count(options.first_seed)
+    trial: Callable[[int], dict[str, object]]
+    if options.command == "run":
+        trial = kills = KillTrials(work)
+        seeds = (seed for seed in seeds if kills.ranks(seed) <= options.most_ranks)
+    else:
+        trial = DamageTrials(work)
     known = _seeds_of(options.out)
     held = True
-    for seed in seeds:
+    for seed in islice(seeds, options.trials):
         if seed in known:
             continue
-        row = {"seed": seed, **trials(seed), "commit": commit()}
+        row = {"seed": seed, **trial(seed), "commit": commit()}
         held = held and row["held"] == "yes"
         print(", ".join(f"{key}: {value}" for key, value in row.items()), flush=True)
         if options.out is not None:

@@ -42,6 +42,7 @@ POINTS: dict[str, tuple[str, str, str]] = {
 }
 CLOCK = "clock"  # seconds after the start of the process
 FILE = "file"  # n-th change of a file or directory inside checkpoint.dir
+_LONGEST_CLOCK = 12.0  # seconds; on a quiet machine of two cores a start of two ranks takes ten
 _FIRST_RANK = ("publish", "latest", "prune")  # called on rank 0 only
 
 # Act -> its share of the draws. Kills are what the promise is about.
@@ -124,7 +125,7 @@ def _draw(rng: random.Random, act: str, world: int, counts: Mapping[str, int]) -
     rank = 0 if first else rng.randrange(world)
     seconds = 0.0
     if point == CLOCK:
-        seconds = round(rng.uniform(0.0, 20.0), 2)
+        seconds = round(rng.uniform(0.0, _LONGEST_CLOCK), 2)
     elif act not in (*ON_DISK, "delay") and rng.random() < 0.4:
         seconds = round(rng.uniform(0.0, 0.3), 3)
     length = round(rng.uniform(0.5, 5.0), 1) if act in ("pause", "delay") else 0.0

@@ -222,6 +222,10 @@ class KillTrials:
             "seconds": round(outcome.seconds, 1),
         }
 
+    def ranks(self, seed: int) -> int:
+        """Return the number of ranks of a seed's run."""
+        return draw_trial(seed, self._prefix).run.world
+
     def _undisturbed(self, run: ChaosRun) -> State:
         if run.number not in self._expected:
             directory = self._work / f"undisturbed{run.number}"
