@@ -70,7 +70,7 @@ class ChaosRun:
         counts |= {"launch": outer_steps, "apply": outer_steps, "flush": 1 if outer_steps else 0}
         counts |= {"evaluate": 1 + (self.steps // interval if interval else 0)}
         counts |= dict.fromkeys(("save", "publish", "latest", "prune"), saves)
-        # Measured with one rank: 100 tensors and 13 changes of files a save. Ranks share the tensors.
+        # Measured with one rank: 100 tensors and 13 changes of files a save. Ranks share tensors.
         return counts | {"write tensor": 100 * saves // self.world, "file": 12 * saves}
 
     def located(self, directory: Path) -> RunConfig:

@@ -14,7 +14,7 @@ from tests.chaos.points import _ACTS
 from tests.chaos.trial import KillTrials, draw_trial
 
 # Chosen: the quickest of the first 1500 seeds, one rank and two.
-KILL_SEEDS = (579, 608, 1293)
+KILL_SEEDS = (438, 579, 608)
 DAMAGE_SEEDS = (8, 11)
 
 Trials = Callable[[int], dict[str, Any]]
