@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from megatron_muloco.config.messages import Problem
 from megatron_muloco.data.indexed import (
-    IndexedFiles,
     Manifest,
     bin_path,
     check_indexed,
@@ -134,7 +133,7 @@ def _check_contents(prefix: str, model_vocab_size: int | None) -> list[str]:
     except ConfigError:
         return []  # a manifest of another kind, which the comparison of tokenizers reports
     scanned = files.tokens.nbytes <= _SCANNED_BYTES
-    if manifest is not None and _changed(prefix, manifest, files, scanned):
+    if manifest is not None and _changed(prefix, manifest, scanned):
         return [
             f"dataset {prefix}: its files are not those that {prefix}.json describes; one of them "
             f"was replaced or has changed. Run tools/prepare_data.py again with --overwrite, or "
@@ -152,13 +151,10 @@ def _check_contents(prefix: str, model_vocab_size: int | None) -> list[str]:
     ]
 
 
-def _changed(prefix: str, manifest: Manifest, files: IndexedFiles, scanned: bool) -> bool:
-    """Whether a dataset is another one than its manifest describes."""
-    counts = (manifest.tokens, manifest.documents, manifest.dtype)
-    return (
-        counts != (len(files.tokens), files.documents, files.tokens.dtype.name)
-        or manifest.idx_digest not in ("", file_digest(idx_path(prefix)))
-        or (scanned and manifest.bin_digest not in ("", file_digest(bin_path(prefix))))
+def _changed(prefix: str, manifest: Manifest, scanned: bool) -> bool:
+    """Whether files are others than their manifest describes; `check_indexed` has the counts."""
+    return manifest.idx_digest not in ("", file_digest(idx_path(prefix))) or (
+        scanned and manifest.bin_digest not in ("", file_digest(bin_path(prefix)))
     )
 
 

@@ -23,7 +23,8 @@ import struct
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, get_origin
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 import numpy as np
 import numpy.typing as npt
@@ -408,10 +409,11 @@ def _first_bad_entry(prefix: str, lengths: npt.NDArray[np.int32], ends: int, ite
 
 def _check_field(name: str, kind: Any, value: Any) -> None:
     """Raise TypeError or ValueError if a value of a manifest has another type or is negative."""
-    plain = get_origin(kind) or kind
-    if type(value) is not plain:
-        raise TypeError(f"{name} is not of type {plain.__name__}")
-    if plain is int and value < 0:
+    kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    plain = [get_origin(each) or each for each in kinds]
+    if type(value) not in plain:
+        raise TypeError(f"{name} is not of type {' or '.join(each.__name__ for each in plain)}")
+    if type(value) is int and value < 0:
         raise ValueError(f"{name} is negative")
 
 
