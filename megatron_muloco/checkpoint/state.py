@@ -247,10 +247,14 @@ class _Scalars(TypedDict, total=False):
     consumed_samples: _Count
 
 
+class _Synchronizer(TypedDict):
+    step: _Count
+
+
 class _Own(TypedDict):
     digests: dict[str, _TensorDigest]
     inner_step: _Count
-    synchronizer: dict[str, Any] | None
+    synchronizer: _Synchronizer | None
 
 
 class _Section(TypedDict):

@@ -229,7 +229,7 @@ class IndexCache:
                 "verified it. Name a directory that every rank can see."
             )
         if arrays is None:
-            if problem:
+            if (self.directory / f"{base}.json").exists():
                 _LOG.warning("%s: %s; building it again", self.directory, problem)
             with _without_cache_warnings():
                 built = dict(zip(keys, build(), strict=True))
@@ -249,11 +249,11 @@ class IndexCache:
         return tuple(arrays[key] for key in keys)
 
     def _load(self, base: str, origin: str, keys: Sequence[str]) -> tuple[Arrays | None, str]:
-        """Return the arrays, or ``None`` and what is wrong with them (empty: there are none)."""
+        """Return the arrays, or ``None`` and what is wrong with them."""
         path = self.directory / f"{base}.json"
         try:
             if not path.exists():
-                return None, ""
+                return None, f"there is no {path.name}"
             stored = json.loads(path.read_bytes())
             if stored["origin"] != origin:
                 return None, f"{path.name} was made from other data"
@@ -269,10 +269,8 @@ class IndexCache:
         return arrays, ""
 
     def _store(self, base: str, origin: str, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Write a set so that readers see all of it or none."""
+        """Write a set; until its last file is there, no digest fits its arrays."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        path = self.directory / f"{base}.json"
-        path.unlink(missing_ok=True)
         digests = {}
         for key, array in arrays.items():
             with _replacing(self._file(base, key)) as partial:
@@ -280,7 +278,7 @@ class IndexCache:
                     np.save(stream, array, allow_pickle=False)
                 with partial.open("rb") as stream:
                     digests[key] = hashlib.file_digest(stream, "sha256").hexdigest()
-        with _replacing(path) as partial:
+        with _replacing(self.directory / f"{base}.json") as partial:
             partial.write_text(json.dumps({"origin": origin, "digests": digests}, indent=1) + "\n")
 
     def _file(self, base: str, key: str) -> Path:
