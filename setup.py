@@ -35,6 +35,8 @@ setup(
     ],
     extras_require={
         "wandb": ["wandb>=0.18"],
+        # To load exports and to test them; writing them needs nothing more.
+        "export": ["transformers>=5.23"],
         "analysis": ["scipy>=1.11", "matplotlib>=3.8", "pyarrow>=15"],
         "dev": [
             "pytest>=8",
