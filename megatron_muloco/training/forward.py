@@ -6,12 +6,13 @@ into the model.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
@@ -46,7 +47,8 @@ class ForwardBackward:
     """Runs the microbatches of one step through this rank's pipeline stage.
 
     Args:
-        model: This rank's pipeline stage, wrapped for data parallelism.
+        model: This rank's pipeline stage, wrapped for data parallelism, or bare where no gradient
+            is asked for.
         groups: This rank's process groups.
         micro_batch_size: Sequences per microbatch.
         seq_length: Tokens per sequence.
@@ -56,7 +58,7 @@ class ForwardBackward:
 
     def __init__(
         self,
-        model: DistributedDataParallel,
+        model: DistributedDataParallel | GPTModel,
         groups: Groups,
         *,
         micro_batch_size: int,
@@ -173,13 +175,15 @@ def anchor_in_place(optimizer: ReplicaOptimizer) -> Iterator[None]:
 @torch.no_grad()
 def evaluate(
     forward: ForwardBackward,
-    optimizer: ReplicaOptimizer,
+    optimizer: ReplicaOptimizer | None,
     source: BatchSource,
     groups: Groups,
     *,
     steps: int,
 ) -> float:
     """Return the anchor's mean loss in nats per token over the first ``steps`` held-out batches.
+
+    Without an optimizer the model has to hold the anchor already.
 
     All replicas hold the same anchor (the digest checks it), so each makes a share of the forward
     passes, and all get the same loss. It has the same bits for any number of replicas.
@@ -193,7 +197,7 @@ def evaluate(
     losses = torch.zeros(steps * count, device=forward.device)
     if mine:
         batches = (source.microbatch(1 + each // count, each % count) for each in mine)
-        with anchor_in_place(optimizer):
+        with nullcontext() if optimizer is None else anchor_in_place(optimizer):
             losses[mine.start : mine.stop] = forward.losses(batches, len(mine), forward_only=True)
     # Every loss is added to zeros of the other replicas, which is exact. Then they are added in
     # fp32, within each batch and over batches: an order that does not depend on the replicas.
@@ -215,6 +219,8 @@ def generate(
     vocab_size: int,
     temperature: float,
     seed: int,
+    top_p: float = 1.0,
+    end: int | None = None,
 ) -> list[int]:
     """Return ``length`` tokens sampled from the model after ``prompt``, one forward pass per token.
 
@@ -226,8 +232,10 @@ def generate(
         length: Number of tokens to sample.
         window: Maximum input length, in tokens.
         vocab_size: Number of tokens of the tokenizer; the padding of the vocabulary is never drawn.
-        temperature: Divisor of the logits.
+        temperature: Divisor of the logits; 0 takes the most probable token (greedy).
         seed: Seed of the random draws.
+        top_p: Draw from the most probable tokens that together have at least this probability.
+        end: Token after which no more are sampled; ``None`` for none.
 
     Collectives: tensor-parallel ones of each forward pass.
     """
@@ -239,9 +247,23 @@ def generate(
         positions = torch.arange(window, device=device).unsqueeze(0)
         logits = gather_from_tensor_model_parallel_region(model(context, positions, None))
         last: Tensor = logits[0, min(len(tokens), window) - 1, :vocab_size].float().cpu()
-        draw = torch.multinomial(torch.softmax(last / temperature, 0), 1, generator=generator)
-        tokens.append(int(draw))
+        tokens.append(_draw(last, temperature, top_p, generator))
+        if tokens[-1] == end:
+            break
     return tokens[len(prompt) :]
+
+
+def _draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
+    """Return a token drawn from the logits [vocab_size] of one position."""
+    if temperature == 0:
+        return int(logits.argmax())
+    probabilities = torch.softmax(logits / temperature, 0)
+    if top_p < 1:
+        ordered, order = probabilities.sort(descending=True, stable=True)
+        # A token stays if those before it do not yet have the probability; the first always does.
+        left_out = ordered.cumsum(0) - ordered >= top_p
+        probabilities[order[left_out]] = 0
+    return int(torch.multinomial(probabilities, 1, generator=generator))
 
 
 def _padded(tokens: list[int], window: int) -> list[int]:
