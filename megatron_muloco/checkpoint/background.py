@@ -16,7 +16,7 @@ from the store can run code.
 
 import json
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,12 +35,15 @@ from megatron_muloco.checkpoint.io import (
     Kinds,
     check_shared,
     description_of,
+    not_finite,
+    not_finite_words,
     progress_of,
 )
 from megatron_muloco.checkpoint.sharding import ModelSpace, Part, digest_sum, render
 from megatron_muloco.checkpoint.state import ANCHOR, Description, RunState, is_shared, of_replica
 from megatron_muloco.comm.collectives import barrier, broadcast_object, gather_objects, job_store
 from megatron_muloco.comm.groups import Groups
+from megatron_muloco.errors import CheckpointError
 from megatron_muloco.params import Shard
 
 __all__ = [
@@ -112,6 +115,7 @@ class BackgroundSave:
         copies: The parts that it writes, in host memory that nothing else changes.
         space: Model space of the parts.
         groups: This rank's groups.
+        finite: Kinds whose values must be finite; a save of others fails.
         publish: Function that makes the checkpoint visible, given the digest sums of all ranks by
             rank; rank 0 calls it, in a thread.
         discard: Function that removes what was written; rank 0 calls it, in a thread.
@@ -129,13 +133,14 @@ class BackgroundSave:
         space: ModelSpace,
         groups: Groups,
         *,
+        finite: Collection[str],
         publish: Callable[[list[tuple[int, Mapping[str, int]]]], None],
         discard: Callable[[], None],
     ) -> None:
         self.result: SaveResult | None = None
         self._path, self._step, self._planned, self._copies = path, step, planned, copies
         self._space, self._groups, self._store = space, groups, job_store()
-        self._publish_in, self._discard = publish, discard
+        self._finite, self._publish_in, self._discard = finite, publish, discard
         self._keys = f"{_PREFIX}/{number}"
         self._rank = torch.distributed.get_rank()
         self._posted = False
@@ -177,6 +182,7 @@ class BackgroundSave:
     def _write(self) -> None:
         """Write, sync, read back and digest this rank's parts; leave a report."""
         try:
+            self._require_finite()
             written = self._planned.write()
             self._planned.verify(written)
             self._report = {
@@ -186,6 +192,14 @@ class BackgroundSave:
             }
         except BaseException as error:  # noqa: BLE001 - a thread's error would be lost
             self._report = {"error": f"rank {self._rank}: {cause_of(error)}"}
+
+    def _require_finite(self) -> None:
+        checked: dict[str, dict[str, Tensor]] = {}
+        for kind, part, values in self._copies:
+            if kind in self._finite:
+                checked.setdefault(kind, {})[f"{part.name}[{part.start}:{part.end}]"] = values
+        if lost := not_finite(checked):
+            raise CheckpointError(not_finite_words(lost))
 
     def _publish(self) -> None:
         """Publish the checkpoint, or remove it if a rank has failed; leave the result."""

@@ -76,10 +76,12 @@ __all__ = [
     "describe",
     "description_of",
     "digests_of",
+    "finite_kinds",
     "load_anchor",
     "load_run",
     "masters_differ",
     "not_finite",
+    "not_finite_words",
     "progress_of",
     "require_finite",
     "run_kinds",
@@ -207,14 +209,24 @@ def require_finite(state: RunState, kinds: Kinds) -> None:
 
     Collectives: one small object from every rank of the job; every rank calls it.
     """
-    own = {k: v for k, v in kinds.items() if state.synchronizer is None or is_shared(k)}
+    own = {kind: kinds[kind] for kind in finite_kinds(state, kinds)}
     by_rank = gather_objects(state.groups.control, not_finite(own))
     if lost := sorted({name for names in by_rank for name in names}):
-        raise CheckpointError(
-            f"{', '.join(lost[:4])}{f' and {len(lost) - 4} more' if len(lost) > 4 else ''} hold "
-            "values that are not finite, so this state is not saved. Earlier checkpoints are "
-            "unchanged; resume from one of them."
-        )
+        raise CheckpointError(not_finite_words(lost))
+
+
+def finite_kinds(state: RunState, kinds: Iterable[str]) -> list[str]:
+    """Return the kinds of tensors that must be finite in a checkpoint; see `require_finite`."""
+    return [kind for kind in kinds if state.synchronizer is None or is_shared(kind)]
+
+
+def not_finite_words(names: Sequence[str]) -> str:
+    """Return the error about tensors that `not_finite` has found."""
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return (
+        f"{', '.join(names[:4])}{more} hold values that are not finite, so this state is not "
+        "saved. Earlier checkpoints are unchanged; resume from one of them."
+    )
 
 
 @torch.no_grad()

@@ -46,6 +46,7 @@ from megatron_muloco.checkpoint.io import (
     Kinds,
     copied_parts,
     describe,
+    finite_kinds,
     load_anchor,
     load_run,
     masters_differ,
@@ -197,11 +198,11 @@ class CheckpointStore:
         path = layout.checkpoint_path(self.directory, step)
         has_masters = masters_differ(state)
         kinds = run_kinds(state, with_masters=has_masters)
-        require_finite(state, kinds)
         if self._copies is not None:
             self.wait()
             self._save_in_background(path, step, state, kinds, has_masters=has_masters, prune=prune)
             return path
+        require_finite(state, kinds)
         description = describe(
             state, kinds, step=step, has_masters=has_masters, device=self._device
         )
@@ -267,6 +268,7 @@ class CheckpointStore:
             copies,
             space,
             self._groups,
+            finite=finite_kinds(state, kinds),
             publish=publish,
             discard=lambda: layout.abandon(temporary),
         )
