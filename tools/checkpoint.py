@@ -19,6 +19,7 @@ import io
 import math
 import sys
 import tempfile
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -28,12 +29,12 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from tqdm import tqdm
 
 from megatron_muloco.checkpoint import layout
-from megatron_muloco.checkpoint.directory import missing_bytes
+from megatron_muloco.checkpoint.directory import missing_bytes, read_index
+from megatron_muloco.checkpoint.lease import Lease
 from megatron_muloco.checkpoint.sharding import digest_sum, render
 from megatron_muloco.checkpoint.state import ANCHOR, Description, is_shared, read_description
 from megatron_muloco.errors import CheckpointError, ConfigError, run_tool
@@ -150,13 +151,7 @@ class _Checkpoint:
             CheckpointError: A file is missing, too short, or cannot be read.
         """
         description = read_description(path)
-        try:
-            index = FileSystemReader(path).read_metadata()
-        # Reading a damaged file can raise anything.
-        except Exception as error:
-            raise CheckpointError(
-                f"{path}: its index .metadata cannot be read ({error})"
-            ) from error
+        index = read_index(path, description.index_digest)
         if problems := missing_bytes(path, index):
             raise CheckpointError(f"{path} is incomplete: {'; '.join(problems)}")
         return cls(path, description, index)
@@ -204,6 +199,11 @@ class _Checkpoint:
             with (self.path / place.relative_path).open("rb") as file:
                 file.seek(place.offset)
                 record = io.BytesIO(file.read(place.length))
+            # torch writes a zip archive with checksums, and does not compare them when it loads.
+            with zipfile.ZipFile(record) as archive:
+                if archive.testzip() is not None:
+                    raise ValueError("its bytes do not have their checksum")
+            record.seek(0)
             values: Any = torch.load(record, map_location="cpu", weights_only=True)
         # Reading a damaged file can raise anything.
         except Exception as error:
@@ -583,15 +583,26 @@ def _prune(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"{directory} holds no checkpoint.")
     if latest.note:
         print(latest.note)
+    config = read_description(latest.path).config
+    rule = {
+        "step": latest.step,
+        "keep": arguments.keep,
+        "retain_interval": config["checkpoint"].get("save_retain_interval"),
+    }
     if arguments.dry_run:
         # The rule is tried on empty directories of the same names.
         with tempfile.TemporaryDirectory() as names:
             for path in found:
                 (Path(names) / path.name).mkdir()
-            gone = layout.prune(Path(names), step=latest.step, keep=arguments.keep)
+            gone = layout.prune(Path(names), **rule)
         print(f"would delete {len(gone)} of {len(found)} checkpoints")
     else:
-        gone = layout.prune(directory, step=latest.step, keep=arguments.keep)
+        lease = Lease(directory, print)
+        lease.acquire()
+        try:
+            gone = layout.prune(directory, **rule)
+        finally:
+            lease.release()
         print(f"deleted {len(gone)} of {len(found)} checkpoints")
     for path in gone:
         print(f"  {directory / path.name}")

@@ -3,6 +3,8 @@
 import json
 import random
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,17 @@ from tools.checkpoint import _Checkpoint, main, verify_checkpoint
 REPLICAS: dict[str, Any] = {"inner": MUON, "parallel": {"num_replicas": 2}}
 SLICED: dict[str, Any] = {"inner": ADAMW, "parallel": {"tensor_model_parallel_size": 2}}
 NAMES = ("iter_0000001", "iter_0000002")
+
+HOLD = """
+import sys
+from pathlib import Path
+from megatron_muloco.checkpoint.lease import Lease
+lease = Lease(Path(sys.argv[1]), print)
+lease.acquire()
+print("held", flush=True)
+sys.stdin.readline()
+lease.release()
+"""
 
 
 def save_twice(directory: Path, sections: dict[str, Any]) -> None:
@@ -115,6 +128,9 @@ def exchange(path: Path) -> None:
 def of_another_step(path: Path) -> None:
     for file in path.glob("*.distcp"):
         shutil.copy(path.parent / NAMES[0] / file.name, file)
+
+
+def index_of_another_step(path: Path) -> None:
     shutil.copy(path.parent / NAMES[0] / ".metadata", path / ".metadata")
 
 
@@ -134,7 +150,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (truncate, "__0_0.distcp has "),
     "missing tensors": (lambda p: (p / "__1_0.distcp").unlink(), "__1_0.distcp is missing"),
     "exchanged": (exchange, "cannot be read"),
-    "of another step": (of_another_step, "anchor: "),
+    "of another step": (of_another_step, "replica_0.inner.exp_avg"),
+    "index of another step": (index_of_another_step, ".metadata is not the index that was saved"),
     "no index": (lambda p: (p / ".metadata").unlink(), ".metadata"),
     "no description": (lambda p: (p / "muloco.json").unlink(), "muloco.json"),
     "no common state": (lambda p: (p / "common.pt").unlink(), "common.pt is missing"),
@@ -218,6 +235,16 @@ def test_pruning_is_the_packages_own(run: Path, capsys: pytest.CaptureFixture[st
     assert code == 0
     assert "would delete 1 of 3 checkpoints" in text
     assert str(run / NAMES[0]) in text
+    holder = subprocess.Popen(  # a run of its own: a lease of this process does not refuse it
+        [sys.executable, "-c", HOLD, str(run)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    code, text = tool(capsys, "prune", run, "--keep", 1)
+    holder.communicate("end\n")
+    assert code == 2
+    assert "is in use by another run" in text
     assert (run / NAMES[0]).is_dir()
     code, text = tool(capsys, "prune", run, "--keep", 1)
     assert (code, "deleted 1 of 3 checkpoints" in text) == (0, True)
