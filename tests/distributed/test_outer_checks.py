@@ -154,10 +154,11 @@ def _with_a_changed_weight(config: RunConfig, where: str) -> str:
 
     def changed() -> Any:
         done = step()
-        held = {"parameter": optimizer.view.parameters, "masters": lambda: optimizer.view.masters}
+        view = optimizer.view
+        held = {"parameter": view.parameters(), "masters": view.masters}
         if dist.get_rank() == 1 and where in held:
             with torch.no_grad():
-                for tensor in chosen(held[where]()):
+                for tensor in chosen(held[where]):
                     tensor.view(-1)[0] += 1.0
         return done
 
