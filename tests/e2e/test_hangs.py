@@ -152,10 +152,10 @@ sys.argv[0] = {script!r}
 from megatron_muloco.checkpoint.store import CheckpointStore
 from megatron_muloco.training.main import main
 original = CheckpointStore.save
-def save(self, step, state):
+def save(self, step, state, **given):
     if os.environ["RANK"] == "1" and step == 4:
         os.kill(os.getpid(), signal.SIGSTOP)
-    return original(self, step, state)
+    return original(self, step, state, **given)
 CheckpointStore.save = save
 main()
 """
