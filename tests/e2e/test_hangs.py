@@ -178,7 +178,8 @@ def test_a_rank_that_is_frozen_in_a_save_is_named_and_the_save_before_is_whole(
         assert ranks.code(0) == EXIT_LOST, ranks.text(0)
         said = ranks.text(0)
     assert "in the save after inner step 4 for:" in said
-    assert re.search(r"rank 1 \(.*\): silent.*; last in the save after inner step 4", said), said
+    # Its last post may be one beat older than the save.
+    assert re.search(r"rank 1 \(.*\): silent.*, not arrived in job \[0, 1\]", said), said
     latest = tmp_path / "saved" / "latest_checkpointed_iteration.txt"
     assert latest.read_text().strip() == "2"
 
