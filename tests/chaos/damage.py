@@ -31,7 +31,7 @@ import torch
 import yaml
 
 from megatron_muloco.config import RunConfig
-from tests.chaos.runs import State, final_state
+from tests.chaos.runs import START_SECONDS, State, final_state
 from tests.support.byte_runs import byte_config, run_here
 from tests.support.faults import signal_at_call
 from tests.support.spawn import RankFailure, run_ranks
@@ -58,10 +58,10 @@ class DamageTrials:
         self._work = work
         self._base = work / "base"
         _write_inputs(self._base)
-        run_ranks(_train_half, 1, self._base, timeout_s=LONGEST_RUN)
+        run_ranks(_train_half, 1, self._base, timeout_s=START_SECONDS)
         whole = work / "undamaged"
         shutil.copytree(self._base, whole)
-        code, said, self._losses = run_ranks(_start, 1, whole, timeout_s=LONGEST_RUN)[0]
+        code, said, self._losses = run_ranks(_start, 1, whole, timeout_s=START_SECONDS)[0]
         assert code == 0, said
         expected = final_state(whole / "saved", STEPS)
         assert expected is not None

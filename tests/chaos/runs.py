@@ -18,7 +18,15 @@ from tests.support.byte_runs import byte_config, run_here
 from tests.support.spawn import run_ranks
 from tests.support.tiny_models import ADAMW, MUON
 
-__all__ = ["ChaosRun", "State", "draw_run", "final_state", "latest_step", "undisturbed"]
+__all__ = [
+    "START_SECONDS",
+    "ChaosRun",
+    "State",
+    "draw_run",
+    "final_state",
+    "latest_step",
+    "undisturbed",
+]
 
 MOST_RANKS = 4
 CODECS: dict[str, dict[str, Any]] = {

@@ -15,7 +15,7 @@ from tests.chaos.trial import KillTrials, draw_trial
 
 # Chosen: the quickest of the first 1500 seeds, one rank and two.
 KILL_SEEDS = (438, 579, 608)
-DAMAGE_SEEDS = (8, 11)
+DAMAGE_SEEDS = (29, 42)
 
 Trials = Callable[[int], dict[str, Any]]
 
