@@ -40,7 +40,7 @@ It holds if
 
 - every digest of the last checkpoint, all counters and the digest of the flushed anchor are those
   of the undisturbed run, as its files say,
-- no start leaves a process behind,
+- no start leaves a process behind, and no rank trains on without its launcher,
 - a start without a fault ends with exit code 0, or with 85 after a stop request, and none ends
   with 0 before the run is done.
 """

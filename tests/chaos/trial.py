@@ -14,7 +14,7 @@ import yaml
 
 from tests.chaos.faults import JOB_VARIABLE, NAN_VARIABLE, NEEDS_MOUNT, Fault, draw_faults
 from tests.chaos.faults import to_environment as faults_to_environment
-from tests.chaos.points import AWAY, BALLAST, ROOT, processes_of
+from tests.chaos.points import AWAY, BALLAST, ROOT, processes_of, saved_in
 from tests.chaos.runs import (
     ChaosRun,
     State,
@@ -120,6 +120,7 @@ def _start(run: ChaosRun, config: Path, fault: Fault | None, job: Path, outcome:
     if run.nan:
         environment[NAN_VARIABLE] = f"{run.nan[0]} {run.nan[1]}"
     launcher = ["deepspeed", "--num_accelerators", str(run.world)]
+    saved = saved_in(job)
     script = ROOT / "tests" / "chaos" / "pretrain.py"
     with held_port() as port, (job / "output.txt").open("w") as output:
         process = subprocess.Popen(
@@ -132,9 +133,15 @@ def _start(run: ChaosRun, config: Path, fault: Fault | None, job: Path, outcome:
         )
         try:
             process.wait(LONGEST_START)
+            reached = latest_step(saved)
+            is_done = final_state(saved, run.steps) is not None
             left = _left(job, GRACE_SECONDS)
             if left:
                 outcome.problems.append(f"{job.name} left {len(left)} processes")
+            if reached < run.steps and final_state(saved, run.steps) is not None:
+                outcome.problems.append(f"ranks of {job.name} trained on without their launcher")
+            if process.returncode == 0 and not is_done:
+                outcome.problems.append(f"{job.name} ended with 0 before it was done")
         except subprocess.TimeoutExpired:
             outcome.problems.append(f"{job.name} did not end in {LONGEST_START:g} s")
         finally:
@@ -145,8 +152,6 @@ def _start(run: ChaosRun, config: Path, fault: Fault | None, job: Path, outcome:
     outcome.codes.append(code)
     if fault is not None:
         outcome.fired.append(fired)
-    if code == 0 and final_state(job.parent / "saved", run.steps) is None:
-        outcome.problems.append(f"{job.name} ended with 0, but is not done")
     if code not in (0, 85) and not fired:
         outcome.problems.append(f"{job.name} ended with {code} without a fault")
 
