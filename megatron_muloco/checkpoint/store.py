@@ -47,8 +47,6 @@ from megatron_muloco.checkpoint.io import (
     copied_parts,
     describe,
     finite_kinds,
-    load_anchor,
-    load_run,
     masters_differ,
     require_finite,
     run_kinds,
@@ -58,6 +56,7 @@ from megatron_muloco.checkpoint.io import (
 )
 from megatron_muloco.checkpoint.layout import Found
 from megatron_muloco.checkpoint.lease import Lease
+from megatron_muloco.checkpoint.loading import load_anchor, load_run
 from megatron_muloco.checkpoint.sharding import ModelSpace
 from megatron_muloco.checkpoint.state import ANCHOR, Description, Masters, RunState
 from megatron_muloco.comm.collectives import broadcast_object

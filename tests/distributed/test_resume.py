@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import layers
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
-from megatron_muloco.checkpoint import io as checkpoint_io
+from megatron_muloco.checkpoint import loading
 from megatron_muloco.checkpoint import store as store_module
 from megatron_muloco.checkpoint.state import read_description
 from megatron_muloco.errors import ConfigError
@@ -130,14 +130,14 @@ def test_a_resumed_run_draws_no_weights(init: str, prefix: str, tmp_path: Path) 
 def resume_with_a_gap(prefix: str, directory: Path) -> str:
     """Load all masters but one; return what the run says."""
     run_here(config_of(prefix, 2, checkpoint={"dir": str(directory)}))
-    fill = checkpoint_io._fill
+    fill = loading._fill
 
     def fill_all_but_one(view: Any, pieces: Any) -> None:
         lost = "output_layer.weight"
         fill(view, {**pieces, lost: view.masters[lost]})
 
     going_on = config_of(prefix, 2, checkpoint={"dir": str(directory)})
-    with mock.patch.object(checkpoint_io, "_fill", fill_all_but_one):
+    with mock.patch.object(loading, "_fill", fill_all_but_one):
         try:
             run_here(going_on)
         except ConfigError as error:
