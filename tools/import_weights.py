@@ -46,7 +46,14 @@ def import_weights(source: Path, checkpoint: Path) -> str:
                 has_masters=False,
                 scalars={},
                 replicas=[{"digests": {ANCHOR: digest}, "inner_step": 0, "synchronizer": None}],
-                config={"model": model.model.model_dump(mode="json"), "data": _tokenizer(model)},
+                config={
+                    "model": model.model.model_dump(mode="json"),
+                    "parallel": {"num_replicas": 1},
+                    "data": _tokenizer(model),
+                    # A description has these sections; no optimizer made these weights.
+                    "inner": {"kind": "none"},
+                    "outer": {"kind": "none"},
+                },
             ),
         )
     print(f"{source}: read as {model.family.model_class}, weights of {model.dtype}")

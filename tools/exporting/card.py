@@ -86,7 +86,7 @@ def _architecture(model: ModelConfig) -> str:
 
 def _method(settings: Mapping[str, Any]) -> str:
     outer, inner = settings.get("outer"), settings.get("inner")
-    if not outer or not inner:
+    if not outer or not inner or inner["kind"] == "none":  # imported weights
         return _UNKNOWN
     replicas = settings.get("parallel", {}).get("num_replicas", 1)
     kind = inner["kind"]

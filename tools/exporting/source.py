@@ -13,10 +13,9 @@ import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from pydantic import ValidationError
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 
-from megatron_muloco.checkpoint.directory import missing_bytes, read_tensors
+from megatron_muloco.checkpoint.directory import missing_bytes, read_index, read_tensors
 from megatron_muloco.checkpoint.layout import FINAL_ANCHOR, STATE_FILE, resolve
 from megatron_muloco.checkpoint.sharding import digest_sum, render
 from megatron_muloco.checkpoint.state import ANCHOR, Description, read_description
@@ -126,7 +125,7 @@ class TrainedModel:
             if (path / FINAL_ANCHOR / STATE_FILE).is_file():
                 path = path / FINAL_ANCHOR
             description = read_description(path)
-            index = _index(path)
+            index = _index(path, description)
         model = model_section(description.config, path)
         found = cls(path, description, model, index)
         found._require_architecture()
@@ -214,8 +213,8 @@ def as_config_errors() -> Iterator[None]:
         ) from error
 
 
-def _index(path: Path) -> Metadata:
-    index = FileSystemReader(path).read_metadata()
+def _index(path: Path, description: Description) -> Metadata:
+    index = read_index(path, description.index_digest)
     if problems := missing_bytes(path, index):
         raise CheckpointError(f"the checkpoint {path} is incomplete: {'; '.join(problems[:4])}.")
     return index
