@@ -42,7 +42,8 @@ It holds if
   of the undisturbed run, as its files say,
 - no start leaves a process behind, and no rank trains on without its launcher,
 - a start without a fault ends with exit code 0, or with 85 after a stop request, and none ends
-  with 0 before the run is done.
+  with 0 before the run is done, but where the launcher was killed
+  ([launchers](../guides/failures.md#launchers)).
 """
 
 DAMAGE = """

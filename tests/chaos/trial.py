@@ -140,7 +140,10 @@ def _start(run: ChaosRun, config: Path, fault: Fault | None, job: Path, outcome:
                 outcome.problems.append(f"{job.name} left {len(left)} processes")
             if reached < run.steps and final_state(saved, run.steps) is not None:
                 outcome.problems.append(f"ranks of {job.name} trained on without their launcher")
-            if process.returncode == 0 and not is_done:
+            # DeepSpeed's runner returns 0 when the launcher below it was killed, as the guide to
+            # failures says; what counts then is the state.
+            killed = fault is not None and fault.act == "kill launcher" and _has_fired(job)
+            if process.returncode == 0 and not is_done and not killed:
                 outcome.problems.append(f"{job.name} ended with 0 before it was done")
         except subprocess.TimeoutExpired:
             outcome.problems.append(f"{job.name} did not end in {LONGEST_START:g} s")
@@ -148,12 +151,16 @@ def _start(run: ChaosRun, config: Path, fault: Fault | None, job: Path, outcome:
             for each in processes_of(job):
                 each.kill()
             code = process.wait()
-    fired = (job / "fired").exists()
+    fired = _has_fired(job)
     outcome.codes.append(code)
     if fault is not None:
         outcome.fired.append(fired)
     if code not in (0, 85) and not fired:
         outcome.problems.append(f"{job.name} ended with {code} without a fault")
+
+
+def _has_fired(job: Path) -> bool:
+    return (job / "fired").exists()
 
 
 def _left(job: Path, patience: float) -> list[psutil.Process]:

@@ -1,5 +1,6 @@
 """Saves in the background: the same files as a save that training waits for, and no less safe."""
 
+import json
 import os
 import re
 import shutil
@@ -18,7 +19,7 @@ from torch.distributed.checkpoint import filesystem
 from megatron_muloco.checkpoint import layout
 from megatron_muloco.checkpoint.background import SaveResult
 from megatron_muloco.checkpoint.directory import PlannedWrite
-from megatron_muloco.checkpoint.layout import find_latest
+from megatron_muloco.checkpoint.layout import INDEX_FILE, STATE_FILE, find_latest
 from megatron_muloco.checkpoint.store import CheckpointStore
 from megatron_muloco.comm.collectives import gather_objects
 from megatron_muloco.config.schema import CheckpointConfig
@@ -46,8 +47,11 @@ def behind(run: TinyRun, path: Path, **options: Any) -> CheckpointStore:
 
 
 def contents(path: Path) -> dict[str, bytes]:
-    """Return all files but torch's index, which holds a random name of each save."""
-    return {file.name: file.read_bytes() for file in path.iterdir() if file.name != ".metadata"}
+    """Return all files but torch's index, which holds a random name, and without its digest."""
+    files = {file.name: file.read_bytes() for file in path.iterdir() if file.name != INDEX_FILE}
+    description = json.loads(files[STATE_FILE])
+    del description["index_digest"], description["content_digest"]
+    return files | {STATE_FILE: json.dumps(description).encode()}
 
 
 def save_both_ways(tmp_path: Path, sections: dict[str, Any], step: int) -> None:

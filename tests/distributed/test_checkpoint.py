@@ -244,7 +244,7 @@ def messages(directory: Path) -> list[str]:
     with ExitStack() as stack:
         for name in OBJECT_COLLECTIVES:
             stack.enter_context(spy(name))
-        run = started({"parallel": {"num_replicas": 2}, "inner": MUON})
+        run = started({"parallel": {"num_replicas": 2}, "inner": MUON}).train(1)
         path = store_of(run, directory).save(1, state_of(run))
         store_of(run, directory).load(path, state_of(run))
     assert control == {run.groups.control}

@@ -13,6 +13,7 @@ from megatron_muloco.runtime.ranks import RankInfo, discover_ranks
 from megatron_muloco.training import launch
 from megatron_muloco.training import main as program
 from megatron_muloco.training.launch import machine_memory, why_not_on_cpus
+from megatron_muloco.training.stopping import StopRequest
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 CPU = CONFIGS / "cpu_k2.yaml"
@@ -66,7 +67,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_missing_ranks_are_started(started: list[int], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        program._fit_world(replicas(2), alone(), ["--config", str(CPU)], str(CPU))
+        program._fit_world(replicas(2), alone(), ["--config", str(CPU)], str(CPU), StopRequest())
     assert started == [2]
     assert "so 2 CPU ranks are started now" in capsys.readouterr().out
 
@@ -75,7 +76,7 @@ def test_a_cluster_run_is_refused_with_plan_and_command(started: list[int]) -> N
     path = str(CONFIGS / "15b_k16.yaml")
     arguments = ["--config", path, "--set", "checkpoint.dir=a b"]
     with pytest.raises(TopologyError) as caught:
-        program._fit_world(load_config(path), alone(), arguments, path)
+        program._fit_world(load_config(path), alone(), arguments, path, StopRequest())
     message = str(caught.value)
     for words in (
         "128·d ranks, but there are 1.",
@@ -93,7 +94,7 @@ def test_on_accelerators_nothing_is_started(
 ) -> None:
     monkeypatch.setattr(program, "_accelerators", lambda: 1)
     with pytest.raises(TopologyError, match=r"deepspeed --num_gpus 2 launch/pretrain.py --config"):
-        program._fit_world(replicas(2), alone(), ["--config", str(CPU)], str(CPU))
+        program._fit_world(replicas(2), alone(), ["--config", str(CPU)], str(CPU), StopRequest())
     assert started == []
 
 
