@@ -32,6 +32,10 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from tqdm import tqdm
 
+from megatron_muloco.runtime.distributed import silence_known_warnings
+
+silence_known_warnings()  # those of Megatron, which the next lines import
+
 from megatron_muloco.checkpoint import layout
 from megatron_muloco.checkpoint.directory import missing_bytes, read_index
 from megatron_muloco.checkpoint.lease import Lease
