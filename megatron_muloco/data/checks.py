@@ -62,13 +62,9 @@ def check_data(
             with the key.
     """
     sources = _first_keys(data)
-    problems = [
-        Problem(key, text)
-        for path, key in sources.items()
-        for text in check_sources([path], seq_length) or _check_contents(path, model_vocab_size)
-    ]
     tokenizer_type, tokenizer_model = data.tokenizer_type, data.tokenizer_model
     tokenizer_problems = check_tokenizer(tokenizer_type, tokenizer_model)
+    too_small: list[str] = []
     if not tokenizer_problems and tokenizer_type in _LIGHT_TOKENIZERS:
         try:
             vocab_size = load_encoder(tokenizer_type, tokenizer_model).vocab_size
@@ -76,10 +72,15 @@ def check_data(
             tokenizer_problems = list(error.problems)
         else:
             if model_vocab_size is not None:
-                problems += [
-                    Problem("model.vocab_size", text)
-                    for text in check_vocab_size(vocab_size, model_vocab_size)
-                ]
+                too_small = check_vocab_size(vocab_size, model_vocab_size)
+    # A vocabulary that is too small is one problem, not one of every dataset as well.
+    rows = None if too_small else model_vocab_size
+    problems = [
+        Problem(key, text)
+        for path, key in sources.items()
+        for text in check_sources([path], seq_length) or _check_contents(path, rows)
+    ]
+    problems += [Problem("model.vocab_size", text) for text in too_small]
     problems += [Problem("data.tokenizer_model", text) for text in tokenizer_problems]
     if not tokenizer_problems:
         problems += _check_same_tokenizer(sources, tokenizer_type, tokenizer_model)
@@ -144,10 +145,12 @@ def _check_contents(prefix: str, model_vocab_size: int | None) -> list[str]:
         low, high = int(files.tokens.min()), int(files.tokens.max())
     if low >= 0 and (model_vocab_size is None or high < model_vocab_size):
         return []
+    has = "ids from 0 on"
+    if model_vocab_size is not None:
+        has = f"0 to {model_vocab_size - 1} (model.vocab_size)"
     return [
-        f"dataset {prefix}: its ids go from {low} to {high}, but the model has embeddings for 0 to "
-        f"{(model_vocab_size or 0) - 1} (model.vocab_size). Use a larger vocabulary, or prepare "
-        f"the data again with the tokenizer of this run."
+        f"dataset {prefix}: its ids go from {low} to {high}, but the model has embeddings for "
+        f"{has}. Use a larger vocabulary, or prepare the data again with the tokenizer of this run."
     ]
 
 

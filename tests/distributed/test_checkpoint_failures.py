@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint import filesystem
 
-from megatron_muloco.checkpoint import io, layout, store
+from megatron_muloco.checkpoint import layout, loading, store
 from megatron_muloco.errors import CheckpointError, SyncError
 from tests.distributed.test_checkpoint import (
     everything,
@@ -38,7 +38,7 @@ def read_otherwise_on_one_rank(directory: Path) -> str:
     run = started(SECTIONS).train(1)
     checkpoints = store_of(run, directory)
     path = checkpoints.save(1, state_of(run))
-    original = io.digests_of
+    original = loading.digests_of
 
     def digests_of(*given: Any) -> dict[str, str]:
         found = original(*given)
@@ -47,7 +47,7 @@ def read_otherwise_on_one_rank(directory: Path) -> str:
         return found
 
     with (
-        mock.patch.object(io, "digests_of", digests_of),
+        mock.patch.object(loading, "digests_of", digests_of),
         pytest.raises(CheckpointError) as refusal,
     ):
         checkpoints.load(path, state_of(run))

@@ -241,7 +241,15 @@ def test_no_rank_outlives_its_launcher_and_the_state_is_saved(
             "PYTHONPATH": str(ROOT),
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         }
-        job = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=out, stderr=out)
+        job = subprocess.Popen(
+            command,
+            cwd=tmp_path,
+            env=environment,
+            stdout=out,
+            stderr=out,
+            # Not ignored, also where the tests run under nohup.
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+        )
         try:
             until(lambda: re.search(r"iteration +3/", log.read_text()), "step 3")
             job.send_signal(number)
