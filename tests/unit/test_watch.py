@@ -159,7 +159,7 @@ def test_a_store_that_does_not_answer_is_the_first_rank_s(
 ) -> None:
     class Frozen:
         def __getattr__(self, name: str) -> Any:
-            return lambda *args: threading.Event().wait(60.0)
+            return lambda *args: threading.Event().wait(3.0)
 
     watch = Watch()
     watch.join(Frozen(), 1, 2, limit=0.6, control=0.6)
