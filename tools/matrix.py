@@ -116,7 +116,7 @@ def _page(rows: Sequence[Row], minutes: float) -> str:
         minutes=minutes,
         fp32=TOLERANCE["fp32"],
         bf16=TOLERANCE["bf16"],
-        commit=_commit(),
+        commit=commit(),
         date=datetime.datetime.now(datetime.UTC).date(),
         versions=", ".join(
             [f"Python {platform.python_version()}", *(f"{n} {version(n)}" for n in names)]
@@ -126,7 +126,8 @@ def _page(rows: Sequence[Row], minutes: float) -> str:
     return head + "".join(map(str, rows))
 
 
-def _commit() -> str:
+def commit() -> str:
+    """Return the commit of the working tree, marked where files differ from it."""
     done = subprocess.run(
         ["git", "-C", str(ROOT), "describe", "--always", "--dirty"],
         capture_output=True,

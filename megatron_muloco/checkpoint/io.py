@@ -18,7 +18,6 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from torch import Tensor
 
 from megatron_muloco.checkpoint.directory import (
-    file_digest,
     finish_directory,
 )
 from megatron_muloco.checkpoint.layout import (
@@ -45,6 +44,7 @@ from megatron_muloco.checkpoint.state import (
 )
 from megatron_muloco.comm.collectives import gather_objects, sum_over
 from megatron_muloco.comm.groups import Groups
+from megatron_muloco.data.indexed import file_digest
 from megatron_muloco.errors import CheckpointError, SyncError
 from megatron_muloco.params import Shard
 

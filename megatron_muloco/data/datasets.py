@@ -24,7 +24,7 @@ import torch
 
 from megatron_muloco.data.batches import SampleDataset
 from megatron_muloco.data.checks import check_sources
-from megatron_muloco.data.indexed import bin_path, idx_path
+from megatron_muloco.data.indexed import bin_path, file_digest, idx_path
 from megatron_muloco.data.tokenizer import Tokenizer
 from megatron_muloco.errors import ConfigError
 
@@ -260,9 +260,8 @@ class IndexCache:
             arrays = {}
             for key in keys:
                 file = self._file(base, key)
-                with file.open("rb") as stream:
-                    if hashlib.file_digest(stream, "sha256").hexdigest() != stored["digests"][key]:
-                        return None, f"{file.name} has changed since it was written"
+                if file_digest(file) != stored["digests"][key]:
+                    return None, f"{file.name} has changed since it was written"
                 arrays[key] = np.load(file, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             return None, f"{path.name} or an array of it cannot be read ({type(error).__name__})"
@@ -276,8 +275,7 @@ class IndexCache:
             with _replacing(self._file(base, key)) as partial:
                 with partial.open("wb") as stream:
                     np.save(stream, array, allow_pickle=False)
-                with partial.open("rb") as stream:
-                    digests[key] = hashlib.file_digest(stream, "sha256").hexdigest()
+                digests[key] = file_digest(partial)
         with _replacing(self.directory / f"{base}.json") as partial:
             partial.write_text(json.dumps({"origin": origin, "digests": digests}, indent=1) + "\n")
 

@@ -62,8 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _trials(options: argparse.Namespace, work: Path) -> int:
     """Make the trials that the file has not; return the exit code."""
     from tests.chaos.damage import DamageTrials
-    from tests.chaos.report import commit
     from tests.chaos.trial import KillTrials
+    from tools.matrix import commit
 
     work.mkdir(parents=True, exist_ok=True)
     seeds: Iterator[int] = count(options.first_seed)

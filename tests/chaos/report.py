@@ -3,7 +3,6 @@
 import csv
 import os
 import platform
-import subprocess
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
@@ -11,7 +10,7 @@ from pathlib import Path
 
 from tests.chaos.points import ROOT
 
-__all__ = ["PAGE", "commit", "page"]
+__all__ = ["PAGE", "page"]
 
 PAGE = ROOT / "docs" / "performance" / "chaos.md"
 Row = Mapping[str, str]
@@ -79,17 +78,6 @@ def page(run: Path, damage: Path) -> str:
     shown = ("file", "action", "where", "result", "said")
     parts += ["\n### Failures of damaged files\n\n", _failures(damages, "damage", shown)]
     return "".join(parts)
-
-
-def commit() -> str:
-    """Return the commit of the working tree."""
-    done = subprocess.run(
-        ["git", "-C", str(ROOT), "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.stdout.strip() or "unknown"
 
 
 def _rows(path: Path) -> list[Row]:

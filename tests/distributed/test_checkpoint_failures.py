@@ -15,6 +15,7 @@ import torch
 from torch.distributed.checkpoint import filesystem
 
 from megatron_muloco.checkpoint import layout, loading, store
+from megatron_muloco.checkpoint.store import CheckpointStore
 from megatron_muloco.errors import CheckpointError, SyncError
 from tests.distributed.test_checkpoint import (
     everything,
@@ -109,19 +110,20 @@ def test_a_full_disk_costs_one_checkpoint_and_nothing_else(tmp_path: Path) -> No
         assert "earlier checkpoints are unchanged" in message
 
 
-def drift_apart(directory: Path) -> str:
+def drift_apart(directory: Path, background: bool) -> str:
     run = started(SECTIONS).train(1)
     anchor = next(iter(run.optimizer.synchronizer.anchors().values()))
     if torch.distributed.get_rank() == 1:
         anchor.view(torch.int32)[0] ^= 1
     with pytest.raises(SyncError) as failure:
-        store_of(run, directory).save(1, state_of(run))
+        CheckpointStore(directory, run.groups, background=background).save(1, state_of(run))
     finish_tiny()
     return str(failure.value)
 
 
-def test_replicas_with_different_anchors_are_not_saved(tmp_path: Path) -> None:
-    message, _ = run_ranks(drift_apart, 2, tmp_path / "run")
+@pytest.mark.parametrize("background", [False, True], ids=["waited-for", "background"])
+def test_replicas_with_different_anchors_are_not_saved(tmp_path: Path, background: bool) -> None:
+    message, _ = run_ranks(drift_apart, 2, tmp_path / "run", background)
     assert "replicas hold different values of the anchor that they share" in message
     assert not (tmp_path / "run").exists()
 

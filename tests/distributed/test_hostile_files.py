@@ -20,12 +20,13 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
-from megatron_muloco.checkpoint.directory import file_digest, read_index
+from megatron_muloco.checkpoint.directory import read_index
 from megatron_muloco.checkpoint.layout import INDEX_FILE, LATEST_FILE, STATE_FILE, find_latest
 from megatron_muloco.checkpoint.state import Description, read_description
 from megatron_muloco.config import load_config
 from megatron_muloco.data.checks import check_sources
 from megatron_muloco.data.datasets import build_datasets
+from megatron_muloco.data.indexed import file_digest
 from megatron_muloco.data.prepare import PrepareOptions, prepare
 from megatron_muloco.data.tokenizer import load_encoder, load_tokenizer
 from megatron_muloco.errors import CheckpointError, ConfigError

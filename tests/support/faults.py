@@ -84,9 +84,9 @@ def _before_call(owner: Any, method: str, number: int, act: Callable[[], object]
 
 def describe_again(checkpoint: Path) -> None:
     """Bind the description of a checkpoint to its index as it is now, and renew its own digest."""
-    from megatron_muloco.checkpoint.directory import file_digest
     from megatron_muloco.checkpoint.layout import INDEX_FILE, STATE_FILE
     from megatron_muloco.checkpoint.state import Description
+    from megatron_muloco.data.indexed import file_digest
 
     tree = json.loads((checkpoint / STATE_FILE).read_text())
     del tree["content_digest"]

@@ -368,19 +368,25 @@ def test_a_run_that_stalls_saves_once_and_stops_everywhere(requested: bool) -> N
     assert job.saved == {6: 3}
 
 
+class Values:
+    """A store of one process."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, bytes] = {}
+
+    def set(self, key: str, value: str) -> None:
+        self._values[key] = value.encode()
+
+    def get(self, key: str) -> bytes:
+        return self._values[key]
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self._values for key in keys)
+
+
 def test_a_replica_that_others_wait_for_trains_on_and_posts_again() -> None:
-    values: dict[str, bytes] = {}
-
-    class Values:
-        def set(self, key: str, value: str) -> None:
-            values[key] = value.encode()
-
-        get = staticmethod(values.__getitem__)
-
-        def check(self, keys: list[str]) -> bool:
-            return all(key in values for key in keys)
-
-    slow, fast = (StopAgreement(Values(), replica=r, num_replicas=2) for r in range(2))
+    values = Values()
+    slow, fast = (StopAgreement(values, replica=r, num_replicas=2) for r in range(2))
     assert slow.decide(4) is None
     fast.announce(8)
     slow.request()
@@ -391,18 +397,8 @@ def test_a_replica_that_others_wait_for_trains_on_and_posts_again() -> None:
 
 
 def test_replicas_that_never_post_are_named_after_the_limit() -> None:
-    values: dict[str, bytes] = {}
-
-    class Values:
-        def set(self, key: str, value: str) -> None:
-            values[key] = value.encode()
-
-        get = staticmethod(values.__getitem__)
-
-        def check(self, keys: list[str]) -> bool:
-            return all(key in values for key in keys)
-
-    agreements = [StopAgreement(Values(), replica=r, num_replicas=3, limit=0.0) for r in range(3)]
+    values = Values()
+    agreements = [StopAgreement(values, replica=r, num_replicas=3, limit=0.0) for r in range(3)]
     agreements[0].request()
     agreements[2].announce(4)
     assert agreements[0].decide(3) is None, "it is awaited, so it does not wait"
