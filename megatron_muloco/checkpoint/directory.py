@@ -67,6 +67,7 @@ __all__ = [
     "PlannedWrite",
     "cause_of",
     "everywhere",
+    "file_digest",
     "finish_directory",
     "full_disk",
     "missing_bytes",
@@ -445,6 +446,12 @@ class _IndexUnpickler(pickle.Unpickler):
             f"it names {module_name}.{global_name}, which no index of tensors needs and which may "
             "run code"
         )
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal; a save crosses no file of the data package."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def read_index(directory: Path, digest: str | None = None) -> Metadata:

@@ -17,9 +17,7 @@ import yaml
 from megatron.core.dist_checkpointing import ShardedTensor
 from torch import Tensor
 
-from megatron_muloco.checkpoint.directory import (
-    finish_directory,
-)
+from megatron_muloco.checkpoint.directory import file_digest, finish_directory
 from megatron_muloco.checkpoint.layout import (
     CONFIG_FILE,
     INDEX_FILE,
@@ -44,7 +42,6 @@ from megatron_muloco.checkpoint.state import (
 )
 from megatron_muloco.comm.collectives import gather_objects, sum_over
 from megatron_muloco.comm.groups import Groups
-from megatron_muloco.data.indexed import file_digest
 from megatron_muloco.errors import CheckpointError, SyncError
 from megatron_muloco.params import Shard
 

@@ -174,12 +174,14 @@ class Watch:
         # that waits for an answer would hold up the posts.
         self._since = time.monotonic()
         self._store = store.clone() if hasattr(store, "clone") else store
+        self._post_now()
         if world > 1 and not self._thread.is_alive():
             self.start()
 
     def follow(self, groups: Mapping[str, tuple[Sequence[int], Any]]) -> None:
         """Count collectives in these groups: axes -> its ranks and the process group."""
         self._groups = {f"{name}/{ranks[0]}": group for name, (ranks, group) in groups.items()}
+        self._post_now()
 
     def enter(self, doing: str, *, patient: bool = False) -> None:
         """Note what the training loop does next.
@@ -291,6 +293,12 @@ class Watch:
         )
 
     # ---- the store --------------------------------------------------------------------------
+
+    def _post_now(self) -> None:
+        """Post before the next beat, which may be a second away: a rank may freeze until then."""
+        if self._store is not None and self._world > 1:
+            with self._lock:
+                self._post()
 
     def _post(self) -> None:
         self._beats += 1
