@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_muloco.comm.alone import make_alone
 from megatron_muloco.topology import Axis, Coords, Topology
 
 __all__ = ["Groups", "build_control", "build_groups", "groups_made"]
@@ -114,9 +115,7 @@ class _GroupBuilder:
         self._topology, self._rank = topology, torch.distributed.get_rank()
         self._options: dict[str, Any] = {"timeout": timeout, "backend": backend}
         self._built: dict[tuple[int, ...], Any] = {}
-        # Of the same backend as the others: with one data-parallel rank Megatron still sends the
-        # whole gradient buffer through this group. NCCL makes its communicator at the first use.
-        self.alone = self._own((self._rank,), self._options)
+        self.alone = make_alone(self._rank)
 
     def over(self, *axes: Axis) -> Any:
         """Return the group of the ranks that differ from this one only in ``axes``."""

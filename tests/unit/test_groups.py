@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_muloco.comm import groups as groups_module
 from megatron_muloco.comm.groups import Groups, build_control, build_groups
 from megatron_muloco.topology import Topology
 
@@ -51,6 +52,7 @@ def _made_by(
         return calls[-1] if rank in ranks else None
 
     monkeypatch.setattr(torch.distributed, "new_group", new_group)
+    monkeypatch.setattr(groups_module, "make_alone", lambda rank: Made((rank,), "alone", True))
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
     return build_groups(topology, control=None, timeout=timedelta(minutes=10), **options), calls
 
@@ -64,20 +66,19 @@ def test_the_number_of_groups_does_not_grow_with_the_job(
     assert topology.world_size == 1024
     _, calls = _made_by(rank, topology, monkeypatch)
     by_all = [call for call in calls if not call.local]
-    # tp, dp, pp, tp x pp, stage, replica, outer, exchange, and one for what a rank does alone.
-    assert len(calls) - len(by_all) <= 9
+    # tp, dp, pp, tp x pp, stage, replica, outer, exchange.
+    assert len(calls) - len(by_all) <= 8
     # The embedding's pairs leave the stages between out, so all ranks make all of them.
     pipelines = topology.world_size // topology.pipeline
     assert len(by_all) == (pipelines if topology.pipeline > 2 else 0)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_rank_makes_one_group_for_all_that_it_does_alone(
+def test_a_rank_makes_no_group_of_torch_for_what_it_does_alone(
     layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     groups, calls = _made_by(0, LAYOUTS[layout], monkeypatch)
-    singles = [call for call in calls if call.size() == 1]
-    assert singles == [Made((0,), None, local=True)]
+    assert not [call for call in calls if call.size() == 1]
     alone = groups.pg.cp
     assert alone.ranks == (0,)
     for group in (groups.pg.ep, groups.pg.pos_embd):
@@ -95,9 +96,10 @@ def test_a_rank_is_in_at_most_eight_communicators(
 ) -> None:
     rank = 300
     groups, calls = _made_by(rank, LAYOUTS[layout], monkeypatch, separate_exchange=separate)
-    members = [call for call in calls if rank in call.ranks and call.size() > 1]
-    # With the embedding's pairs: stages between the ends have none, others one of their own.
-    assert len(members) <= (9 if LAYOUTS[layout].pipeline > 2 else 8)
+    # NCCL makes a communicator at the first collective, and nothing is sent through tp x pp: it
+    # tells Megatron's parallel state the ranks of a model.
+    members = [call for call in calls if rank in call.ranks and call is not groups.pg.mp]
+    assert len(members) <= 8
     assert (groups.exchange is groups.outer) == (not separate or groups.outer.size() == 1)
 
 
