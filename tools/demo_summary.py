@@ -3,19 +3,13 @@
 import argparse
 import statistics
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_muloco.config import RunConfig, load_config
 from megatron_muloco.errors import ConfigError, run_tool
 from megatron_muloco.monitor.monitor import SAMPLE_TAG
 from tools.corpora.statistics import unigram_cross_entropy
-
-Points = Mapping[str, list[tuple[int, float]]]
-"""Tag -> (inner step, value) in the order of steps."""
+from tools.run_points import Points, read_points, text_of
 
 
 @dataclass(frozen=True)
@@ -52,25 +46,6 @@ class Learned:
         )
 
 
-def read_points(directory: str) -> Points:
-    """Return every scalar in the event files of a run.
-
-    Raises:
-        ConfigError: There are none.
-    """
-    if not Path(directory).is_dir():
-        raise ConfigError(
-            f"monitor.dir: {directory} does not exist, so there is no run to summarise. "
-            "Train first, and run this from the same working directory."
-        )
-    # Size 0: keep every point instead of a sample.
-    events = EventAccumulator(directory, size_guidance={"scalars": 0}).Reload()
-    return {
-        tag: [(event.step, event.value) for event in events.Scalars(tag)]
-        for tag in events.Tags()["scalars"]
-    }
-
-
 def learned(config: RunConfig, points: Points) -> Learned:
     """Return what a run learned.
 
@@ -97,22 +72,13 @@ def learned(config: RunConfig, points: Points) -> Learned:
     )
 
 
-def text_sample(directory: str) -> str | None:
-    """Return the text that the anchor wrote last, ``None`` where it was not asked to."""
-    events = EventAccumulator(directory, size_guidance={"tensors": 0}).Reload()
-    tag = f"{SAMPLE_TAG}/text_summary"
-    if tag not in events.Tags()["tensors"]:
-        return None
-    return str(events.Tensors(tag)[-1].tensor_proto.string_val[0].decode())
-
-
 def summarise(config_path: str) -> None:
     """Print the summary of the run that a config describes."""
     config = load_config(config_path)
     if config.monitor.dir is None:
         raise ConfigError("monitor.dir: not set, so the run wrote nothing to summarise.")
     print(learned(config, read_points(config.monitor.dir)))
-    sample = text_sample(config.monitor.dir)
+    sample = text_of(config.monitor.dir, SAMPLE_TAG)
     if sample is not None:
         print(f"A sample from the anchor:\n{sample}")
     print(f"Curves: tensorboard --logdir {config.monitor.dir}")

@@ -19,6 +19,10 @@ that runs of both overlay. Training points are written every `monitor.log_interv
 with more than one replica they appear at the next outer step, which brings the numbers of the other
 replicas. After a resume, TensorBoard hides the points that an earlier start wrote for later steps.
 
+The same points are lines of JSON in `points.jsonl`, in `monitor.dir` or, without one, in
+`checkpoint.dir`. Its first line has the run's facts: method, K, H, ranks, tokens of a step,
+parameters, commit and the whole configuration with its digest.
+
 | tag | unit | over steps | over ranks | when | meaning |
 |---|---|---|---|---|---|
 """

@@ -1,26 +1,35 @@
 """`build_monitor`: the monitor of a run from its configuration."""
 
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 
-from megatron_muloco.config.derived import derive
+from megatron_muloco.config.derived import Derived, derive
+from megatron_muloco.config.outer import NoOuter
 from megatron_muloco.config.schema import RunConfig
 from megatron_muloco.data.sampler import RunLayout, run_layout
 from megatron_muloco.model.flops import flops_per_token
-from megatron_muloco.monitor.console import Console, start_banner
+from megatron_muloco.monitor.console import Console, method_name, start_banner
 from megatron_muloco.monitor.metrics import METRICS, MetricTable
 from megatron_muloco.monitor.monitor import Monitor, RunFacts
 from megatron_muloco.monitor.terminal import console_for
 from megatron_muloco.monitor.throughput import peak_tflops
-from megatron_muloco.monitor.writers import EventWriter, Mirrored, PointWriter, WandbWriter
+from megatron_muloco.monitor.writers import (
+    EventWriter,
+    Mirrored,
+    PointLog,
+    PointWriter,
+    WandbWriter,
+)
 from megatron_muloco.optim.parameter_table import ParameterReport
 from megatron_muloco.outer.schedule import LineCalendar, SyncSchedule
 from megatron_muloco.topology import Topology
 
-__all__ = ["PARAMETERS_FILE", "build_monitor", "device_name"]
+__all__ = ["PARAMETERS_FILE", "build_monitor", "device_name", "program_commit", "run_facts"]
 
 PARAMETERS_FILE = "parameters.txt"
 
@@ -84,7 +93,8 @@ def build_monitor(
         console.line(f" > parameters:  {parameters.summary}")
     if attention:
         console.line(f" > attention:   {attention}")
-    writer = Mirrored(*_writers(config, resumed_step, console, metrics))
+    log = _log(config, topology, derived, name, resumed_step, console)
+    writer = Mirrored(*_writers(config, resumed_step, console, metrics), *log)
     writer.text("run/config", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     if plan_text:
         writer.text("run/plan", plan_text)
@@ -109,6 +119,62 @@ def _writers(
     if config.monitor.wandb.project is not None:
         settings = config.model_dump(mode="json")
         yield WandbWriter(config.monitor.wandb, settings, report=console.stamped)
+
+
+def _log(
+    config: RunConfig,
+    topology: Topology,
+    derived: Derived,
+    device: str,
+    resumed_step: int,
+    console: Console,
+) -> Iterator[PointLog]:
+    """Yield the log of points: beside the event files, else beside the checkpoints, else none."""
+    directory = config.monitor.dir or config.checkpoint.dir
+    if directory is not None:
+        facts = run_facts(config, topology, derived, device=device)
+        yield PointLog(directory, facts, resumed_step=resumed_step, report=console.stamped)
+
+
+def run_facts(
+    config: RunConfig, topology: Topology, derived: Derived, *, device: str
+) -> dict[str, Any]:
+    """Return the facts of a run for the first line of its log, as values that JSON can hold.
+
+    ``sync_interval`` is H, or ``None`` without outer steps; ``config`` is the whole configuration,
+    with defaults; ``commit`` that of the program.
+    """
+    values = config.model_dump(mode="json")
+    steps = None if isinstance(config.outer, NoOuter) else values["outer"]["sync_interval"]
+    return {
+        "method": method_name(config),
+        "num_replicas": topology.num_replicas,
+        "sync_interval": steps,
+        "world_size": topology.world_size,
+        "device": device,
+        "train_iters": derived.train_iters,
+        "tokens_per_step": derived.tokens_per_step,
+        "parameters": derived.parameters.total,
+        "commit": program_commit(),
+        "config_digest": config.digest(),
+        "config": values,
+    }
+
+
+def program_commit() -> str:
+    """Return the commit of the checkout that this program runs from, ``-dirty`` where files differ.
+
+    ``n/a`` for an installed package, without git, or where git takes longer than ten seconds.
+    """
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():  # git itself would find a checkout around site-packages
+        return "n/a"
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return "n/a"
+    return done.stdout.strip() or "n/a"
 
 
 def _keep(path: Path, text: str, console: Console) -> None:

@@ -274,7 +274,7 @@ class RunSummary:
         wire_bytes: Bytes sent by the writing rank in outer steps.
         skipped: Skipped steps of all replicas in the lines written so far.
         validation: First and last evaluation, ``(step, loss)``; ``None`` without evaluations.
-        lost_points: TensorBoard points that could not be written.
+        lost_points: Points that could not be written.
         excluded: Weights 0 in outer steps, over replicas and fragments.
     """
 
@@ -309,5 +309,5 @@ class RunSummary:
                 f"{before:.4f} at iteration {first}, {after:.4f} at iteration {last}"
             )
         if self.lost_points:
-            facts["monitor"] = f"{self.lost_points} TensorBoard points could not be written"
+            facts["monitor"] = f"{self.lost_points} points could not be written"
         return "\n".join(f" > {name + ':':13s}{fact}" for name, fact in facts.items())

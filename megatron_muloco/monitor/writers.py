@@ -1,6 +1,15 @@
-"""`EventWriter` and `WandbWriter`: TensorBoard event files, and Weights & Biases beside them.
+"""`EventWriter`, `PointLog`, `WandbWriter`: TensorBoard files, a JSONL log, Weights & Biases.
 
 Errors of the file system, and of Weights & Biases, do not end the run.
+
+`PointLog` writes the same points as lines of JSON, for programs. Every start of a run appends to
+the file; `tools/run_points.py` reads it::
+
+    {"run": {"method": "MuLoCo, K = 2", ...}, "resumed_step": 0, "time": 1767225600.0}
+    {"step": 10, "time": 1767225617.3, "values": {"lm loss": 5.8, "learning-rate": 0.03}}
+    {"tag": "run/sample", "text": "Returns the ..."}
+
+A number that JSON does not have is a string: "nan", "inf", "-inf".
 
 Every start of a run begins its event file with a session mark at ``resumed_step + 1``, so readers
 drop points that an earlier start wrote after the resumed step. The first start writes one too:
@@ -12,8 +21,12 @@ to continue a run after a restart.
 """
 
 import importlib.util
+import io
+import json
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch.utils.tensorboard import SummaryWriter
@@ -24,8 +37,10 @@ from megatron_muloco.monitor.metrics import METRICS, Metric, MetricTable
 from megatron_muloco.topology import Topology
 
 __all__ = [
+    "POINTS_FILE",
     "EventWriter",
     "Mirrored",
+    "PointLog",
     "PointWriter",
     "WandbWriter",
     "layout_of",
@@ -34,6 +49,8 @@ __all__ = [
 
 # A full disk may get free again, but every retry leaves a small file behind: retry seldom.
 _RETRY_SECONDS = 600.0
+
+POINTS_FILE = "points.jsonl"
 
 _STEP = "iteration"  # the x-axis in Weights & Biases
 
@@ -178,6 +195,114 @@ class EventWriter:
                 "Training goes on without them; free space or make the directory writable, and "
                 f"new points will follow within {_RETRY_SECONDS / 60:.0f} minutes."
             )
+
+
+# ---- lines of JSON -----------------------------------------------------------------------
+
+
+class PointLog:
+    """Appends every point to a file of JSON lines, and first a line with the run's facts.
+
+    Invariant: a line is written whole and flushed, or it is counted in ``lost_points``. What a kill
+    left of a line stays a line of its own.
+
+    Args:
+        directory: Directory of `POINTS_FILE`; created if missing.
+        facts: Facts of the run for the first line; values that JSON can hold.
+        resumed_step: Inner step that the run continues from, 0 for a new run. Readers drop the
+            points that earlier starts wrote after it.
+        report: Called once, with a sentence, at the first failure.
+        clock: Seconds since the epoch.
+
+    Attributes:
+        path: The file.
+        lost_points: Number of points that could not be written.
+    """
+
+    def __init__(
+        self,
+        directory: str,
+        facts: Mapping[str, Any],
+        *,
+        resumed_step: int,
+        report: Callable[[str], None],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.path = Path(directory) / POINTS_FILE
+        self.lost_points = 0
+        self._report, self._clock, self._reported = report, clock, False
+        self._retry_at = 0.0
+        self._file: io.FileIO | None = None
+        # Written again with every new file handle until it has been written once: without it the
+        # reader would take the points for those of the earlier start.
+        self._head: dict[str, Any] | None = {
+            "run": dict(facts),
+            "resumed_step": resumed_step,
+            "time": round(clock(), 3),
+        }
+        self._attempt([], points=0)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Write the points of one step as a line."""
+        shown = {tag: _json_number(value) for tag, value in values.items()}
+        line = {"step": step, "time": round(self._clock(), 3), "values": shown}
+        self._attempt([line], points=len(values))
+
+    def text(self, tag: str, content: str) -> None:
+        """Write a text as a line."""
+        self._attempt([{"tag": tag, "text": content}], points=1)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _attempt(self, lines: list[dict[str, Any]], *, points: int) -> None:
+        if self._clock() < self._retry_at:
+            self.lost_points += points
+            return
+        try:
+            if self._file is None:
+                self._file = _opened_at_a_line(self.path)
+            pending = lines if self._head is None else [self._head, *lines]
+            text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in pending)
+            content = text.encode()
+            # Unbuffered: after an error nothing is left over that a later call would write.
+            if self._file.write(content) != len(content):
+                raise OSError("only part of the line was written")
+            self._head = None
+        except OSError as error:
+            self._failed(error, points=points)
+
+    def _failed(self, error: OSError, *, points: int) -> None:
+        self.close()
+        self.lost_points += points
+        self._retry_at = self._clock() + _RETRY_SECONDS
+        if not self._reported:
+            self._reported = True
+            self._report(
+                f"monitor: cannot write points to {self.path}: {error}. Training goes on without "
+                "them; free space or make the directory writable, and new points will follow "
+                f"within {_RETRY_SECONDS / 60:.0f} minutes."
+            )
+
+
+def _json_number(value: float) -> float | str:
+    """Return a number as JSON can hold it: as a string where it is not finite."""
+    return value if math.isfinite(value) else str(float(value))
+
+
+def _opened_at_a_line(path: Path) -> io.FileIO:
+    """Open a file for appending; what a kill left of its last line gets a line break."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = io.FileIO(path, "a+")
+    size = file.seek(0, io.SEEK_END)
+    if size:
+        file.seek(size - 1)
+        if file.read(1) != b"\n":
+            file.write(b"\n")
+    return file
 
 
 # ---- Weights & Biases --------------------------------------------------------------------

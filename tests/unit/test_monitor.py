@@ -9,21 +9,22 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_muloco.config import load_config
-from megatron_muloco.config.derived import topology_of
+from megatron_muloco.config import RunConfig, load_config
+from megatron_muloco.config.derived import derive, topology_of
 from megatron_muloco.data.sampler import BatchLayout, RunLayout
 from megatron_muloco.errors import RuntimeMismatch
-from megatron_muloco.monitor.build import PARAMETERS_FILE, build_monitor
+from megatron_muloco.monitor.build import PARAMETERS_FILE, build_monitor, run_facts
 from megatron_muloco.monitor.console import Console
 from megatron_muloco.monitor.diagnostics import peak_memory_gib
 from megatron_muloco.monitor.metrics import METRICS
 from megatron_muloco.monitor.monitor import Monitor, RunFacts, floats
-from megatron_muloco.monitor.writers import EventWriter
+from megatron_muloco.monitor.writers import POINTS_FILE, EventWriter
 from megatron_muloco.optim.parameter_table import ParameterReport
 from megatron_muloco.outer.diagnostics import FragmentReport, OuterReport
 from megatron_muloco.outer.guard import Verdict
 from megatron_muloco.outer.reducer import Measurement
 from megatron_muloco.outer.schedule import Apply, Launch, LineCalendar, SyncSchedule
+from tools.run_points import read_log, read_points
 
 CPU = torch.device("cpu")
 
@@ -478,6 +479,16 @@ def test_a_monitor_from_a_config_writes_banner_texts_and_every_tag_that_applies(
     monitors[0].close()
     events = EventAccumulator(str(tmp_path)).Reload()
     assert set(events.Tags()["scalars"]) == {row.tag for row in METRICS if row.when in WRITTEN}
+    log = read_log(tmp_path / POINTS_FILE)
+    events_of = read_points(str(tmp_path))
+    assert set(log.points) == set(events_of)
+    for tag, points in log.points.items():  # event files are fp32
+        as_fp32 = [(step, float(torch.tensor(value))) for step, value in points]
+        assert as_fp32 == events_of[tag]
+    assert log.facts == run_facts(config, topology_of(config, 2), derive(config), device="cpu")
+    assert (log.facts["method"], log.facts["sync_interval"]) == ("MuLoCo, K = 2", 10)
+    assert (log.facts["tokens_per_step"], log.facts["world_size"]) == (4096, 2)
+    assert RunConfig.model_validate(log.facts["config"]).digest() == log.facts["config_digest"]
     texts = {f"run/{name}/text_summary" for name in ("config", "plan", "parameters")}
     assert texts <= set(events.Tags()["tensors"])
 

@@ -9,6 +9,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megatron_muloco.config import load_config
 from megatron_muloco.data.prepare import PrepareOptions, prepare
+from tools.run_points import read_points
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -81,7 +82,7 @@ def test_the_summary_says_what_was_learned(run, capsys):
     for fact in ("iteration 0 ", "8.5000", "iteration 250", "4.2500", "5,000", "1,024",
                  "what the anchor wrote", "tensorboard --logdir events"):  # fmt: skip
         assert fact in printed
-    learned = summary.learned(load_config("run.yaml"), summary.read_points("events"))
+    learned = summary.learned(load_config("run.yaml"), read_points("events"))
     assert f"{learned.unigram - 4.25:8.4f}" in printed
 
 

@@ -41,7 +41,7 @@ def held_out_loss(settings: Mapping[str, Any], step: int) -> float | None:
     directory = settings.get("monitor", {}).get("dir")
     if not directory or not Path(directory).is_dir():
         return None
-    from tools.demo_summary import read_points
+    from tools.run_points import read_points
 
     points = [value for at, value in read_points(directory).get(_TAG, []) if at <= step]
     return points[-1] if points else None

@@ -191,7 +191,7 @@ def _signal_ranks(launcher: int) -> None:
 
 def _points(directory: Path) -> dict[str, dict[int, float]]:
     from megatron_muloco.errors import ConfigError
-    from tools.demo_summary import read_points
+    from tools.run_points import read_points
 
     try:
         return {tag: dict(points) for tag, points in read_points(str(directory)).items()}

@@ -27,7 +27,7 @@ from megatron_muloco.config.inner import learning_rate
 from megatron_muloco.config.load import load_config
 from megatron_muloco.errors import ConfigError
 from megatron_muloco.scaling.critical import Largest, largest_below
-from tools.demo_summary import read_points
+from tools.run_points import read_points
 from tools.scaling.report import text_table
 
 __all__ = ["TABLE", "Branch", "plan", "plan_text", "run", "verdict", "verdict_text"]

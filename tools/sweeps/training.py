@@ -63,7 +63,7 @@ def _here(study: Study, run: Run) -> Measured:
 
 def _launched(study: Study, run: Run) -> Measured:
     """Start the training program, wait for it, and read its event files."""
-    from tools.demo_summary import read_points
+    from tools.run_points import read_points
 
     events = study.table.with_name(f"{study.table.stem}.events") / run.key
     shutil.rmtree(events, ignore_errors=True)  # of a start that was killed
