@@ -16,6 +16,7 @@ import yaml
 from megatron_muloco.errors import ConfigError
 
 __all__ = [
+    "OVERRIDE",
     "Document",
     "merge",
     "parse_override",
@@ -39,7 +40,7 @@ _FLOAT = re.compile(
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
 
-_OVERRIDE = "--set "
+OVERRIDE = "--set "
 
 # Far more than any config has. Aliases can make a short file hold billions of values, and PyYAML
 # follows nested brackets by recursion.
@@ -55,10 +56,18 @@ class Document:
     Attributes:
         values: Nested mappings, as in the file.
         places: ``file:line`` of every dotted key.
+        tuned_for: The ``inner.kind`` under which ``inner.lr`` was written; ``None`` if unknown.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
     places: dict[str, str] = field(default_factory=dict)
+    tuned_for: str | None = None
+
+    @property
+    def inner_kind(self) -> str | None:
+        """``inner.kind``, ``None`` where it is not written."""
+        inner = self.values.get("inner")
+        return inner.get("kind") if isinstance(inner, dict) else None
 
 
 @dataclass
@@ -165,7 +174,7 @@ def _too_deep(place: str) -> str:
 
 def _place(label: str, line: int) -> str:
     """Return ``file:line``, or the label alone for a ``--set`` text, which has no lines."""
-    return label if label.startswith(_OVERRIDE) else f"{label}:{line + 1}"
+    return label if label.startswith(OVERRIDE) else f"{label}:{line + 1}"
 
 
 def _one_line(error: Exception) -> str:
@@ -250,7 +259,7 @@ def parse_override(text: str) -> Document:
             f"--set {text}: not of the form section.key=value, for example --set inner.lr=0.01."
         )
     key = ".".join(names)
-    label = f"{_OVERRIDE}{text}"
+    label = f"{OVERRIDE}{text}"
     parsed = _read_node(value_text, label, key)
     value: Any = None if parsed.values[""] == {} and not value_text.strip() else parsed.values[""]
     for name in reversed(names):
@@ -266,7 +275,12 @@ def merge(base: Document, over: Document) -> Document:
     places = {
         key: place for key, place in base.places.items() if not replaced.intersection(_above(key))
     }
-    return Document(_merge_values(base.values, over.values), places | over.places)
+    merged = Document(_merge_values(base.values, over.values), places | over.places)
+    if "inner.lr" in over.places:
+        merged.tuned_for = over.tuned_for or merged.inner_kind
+    else:
+        merged.tuned_for = base.tuned_for
+    return merged
 
 
 def _above(key: str) -> Iterator[str]:

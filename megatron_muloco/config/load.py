@@ -1,12 +1,13 @@
 """`load_config`: reads YAML files and ``--set`` values into a checked `RunConfig`."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pydantic import ValidationError
 
 from megatron_muloco.config.document import (
+    OVERRIDE,
     Document,
     merge,
     parse_override,
@@ -41,7 +42,8 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     document = load_document(path, overrides)
     values = without_nulls(document.values, {entry.key for entry in schema_fields()})
     try:
-        config = RunConfig.model_validate(values).with_sources(document.places)
+        config = RunConfig.model_validate(values)
+        config = config.with_sources(document.places, warnings=_warnings(document))
     except ValidationError as error:
         problems, only_unknown = validation_problems(error)
         if only_unknown:
@@ -91,7 +93,25 @@ def load_document(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -
             problems += error.problems
     if problems:
         raise ConfigError(problems)
+    if document.places.get("inner.lr", "").startswith(OVERRIDE):
+        document.tuned_for = document.inner_kind  # whichever of the two was given first
     return document
+
+
+def _warnings(document: Document) -> Iterator[str]:
+    """Yield what a run should say about its configuration at start, a message each.
+
+    These are values that are allowed and probably not meant; what cannot be meant is refused.
+    """
+    before, now = document.tuned_for, document.inner_kind
+    if before is not None and before != now:
+        keys = ("inner.lr", "inner.kind")
+        lr, kind = (f"{key} ({place_of(document.places, key)})" for key in keys)
+        yield (
+            f"{lr} was written for {before}, but {kind} is {now}. A learning rate of one is "
+            "rarely right for the other.\n"
+            f"  Set inner.lr too, or extend a file of configs/methods/ with {now}."
+        )
 
 
 _LONGEST_CHAIN = 30

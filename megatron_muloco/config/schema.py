@@ -6,6 +6,7 @@ generated from the descriptions here.
 
 import hashlib
 import json
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 from pydantic import Field, PrivateAttr
@@ -467,15 +468,22 @@ class RunConfig(Section):
     )
 
     _sources: dict[str, str] = PrivateAttr(default_factory=dict)
+    _warnings: tuple[str, ...] = PrivateAttr(default=())
 
     def where(self, key: str) -> str:
         """Return ``file:line`` of a dotted key or its nearest written parent, else nothing."""
         return place_of(self._sources, key)
 
-    def with_sources(self, sources: dict[str, str]) -> "RunConfig":
-        """Return a copy that knows ``file:line`` of each key."""
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What to say at start about values that are allowed and probably not meant."""
+        return self._warnings
+
+    def with_sources(self, sources: dict[str, str], warnings: Iterable[str] = ()) -> "RunConfig":
+        """Return a copy that knows ``file:line`` of each key, and what to warn of."""
         located = self.model_copy()
         located._sources = dict(sources)
+        located._warnings = tuple(warnings)
         return located
 
     def digest(self) -> str:

@@ -89,6 +89,8 @@ def build_monitor(
         return Monitor(facts, calendar, device=device, metrics=metrics)
     console = console or console_for(derived.train_iters, resumed_step)
     console.line(start_banner(config, topology, derived, device=name, resumed_step=resumed_step))
+    for warning in config.warnings:
+        console.stamped(f"warning: {warning}")
     if parameters is not None:
         console.line(f" > parameters:  {parameters.summary}")
     if attention:

@@ -131,9 +131,9 @@ def _print_plan(config: RunConfig, world_size: int | None, gpu: str | None) -> N
     topology = None if world_size is None else topology_of(config, world_size)
     check(config, topology or smallest_topology(config))
     if _rank() == 0:
-        write_out(
-            f"{render_plan(config, topology, device)}\n{_data_report(check_run_data(config))}\n"
-        )
+        warnings = "".join(f"warning: {warning}\n" for warning in config.warnings)
+        plan = render_plan(config, topology, device)
+        write_out(f"{plan}\n{_data_report(check_run_data(config))}\n{warnings}")
 
 
 def _data_report(problems: Sequence[str]) -> str:

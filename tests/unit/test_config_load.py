@@ -343,3 +343,40 @@ def test_reading_leaves_extends_alone() -> None:
 
 def test_an_override_is_one_key() -> None:
     assert parse_override("a.b=[1, {c: 2}]").values == {"a": {"b": [1, {"c": 2}]}}
+
+
+def test_a_learning_rate_of_another_optimizer_is_warned_of(tmp_path: Path) -> None:
+    (warning,) = load_config(CPU, ["inner.kind=adamw"]).warnings
+    assert f"inner.lr ({CPU}:" in warning
+    assert "was written for muon, but inner.kind (--set inner.kind=adamw) is adamw" in warning
+    assert "Set inner.lr too, or extend a file of configs/methods/" in warning
+    run = write(tmp_path, "run.yaml", f"extends: {CPU}\ninner: {{kind: adamw}}\n")
+    (warning,) = load_config(run).warnings
+    assert f"inner.kind ({run}:2) is adamw" in warning
+    child = write(tmp_path, "child.yaml", "extends: run.yaml\ntraining: {seed: 1}\n")
+    assert len(load_config(child).warnings) == 1
+    assert load_config(child, ["inner.kind=muon"]).warnings == ()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["inner.lr=0.01"],
+        ["inner.kind=muon"],
+        ["inner.kind=adamw", "inner.lr=0.01"],
+        ["inner.lr=0.01", "inner.kind=adamw"],
+    ],
+)
+def test_a_learning_rate_that_is_given_with_the_optimizer_is_not(overrides: list[str]) -> None:
+    assert load_config(CPU, overrides).warnings == ()
+
+
+def test_no_shipped_run_is_warned_of() -> None:
+    for path in SHIPPED.glob("*_*.yaml"):
+        assert load_config(path).warnings == (), path
+
+
+def test_a_method_file_brings_its_own_learning_rate(tmp_path: Path) -> None:
+    text = f"extends: [{CPU}, {SHIPPED}/methods/diloco_k2.yaml]\n"
+    assert load_config(write(tmp_path, "run.yaml", text)).warnings == ()

@@ -30,6 +30,13 @@ def test_the_plan_is_that_of_the_keys_and_the_world(capsys: pytest.CaptureFixtur
     assert re.search(r"learning rate +0\.5 ", text)
 
 
+def test_a_plan_says_what_is_probably_not_meant(capsys: pytest.CaptureFixture[str]) -> None:
+    assert dry_run("--config", str(CPU), "--set", "inner.kind=adamw") == 0
+    assert "warning: inner.lr (" in capsys.readouterr().out
+    assert dry_run("--config", str(CPU)) == 0
+    assert "warning: inner.lr (" not in capsys.readouterr().out
+
+
 def test_a_reader_that_leaves_is_no_error() -> None:
     read_end, write_end = os.pipe()
     os.close(read_end)

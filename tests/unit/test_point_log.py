@@ -1,6 +1,7 @@
 """The JSONL log of points: what a reader sees after resumes, kills and failing disks."""
 
 import errno
+import io
 import json
 import math
 import os
@@ -155,6 +156,21 @@ def test_the_log_is_beside_event_files_or_checkpoints(tmp_path, directories, pla
         monitor.close()
     found = [str(path.parent.relative_to(tmp_path)) for path in tmp_path.rglob(POINTS_FILE)]
     assert found == ([] if place is None else [place])
+
+
+def test_the_writing_rank_says_what_the_configuration_warns_of(tmp_path):
+    config = load_config("configs/cpu_k2.yaml", ["inner.kind=adamw", f"monitor.dir={tmp_path}"])
+    stream = io.StringIO()
+    for writes in (False, True):
+        build_monitor(
+            config,
+            topology_of(config, 2),
+            None,
+            device=CPU,
+            writes=writes,
+            console=Console(stream),
+        ).close()
+    assert stream.getvalue().count("warning: inner.lr (") == 1
 
 
 def test_a_run_without_a_log_is_read_from_its_event_files(tmp_path):
