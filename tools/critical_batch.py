@@ -75,9 +75,9 @@ def _batch_options(parser: argparse.ArgumentParser) -> None:
 def _steps_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("table", type=Path, nargs="?", help="CSV file, one point of a curve a row")
     parser.add_argument(
-        "--tensorboard", type=Path, nargs="+", default=[], help="event directories, one a run"
+        "--runs", type=Path, nargs="+", default=[], help="directories of runs, instead of a table"
     )
-    parser.add_argument("--tag", default="lm loss validation", help="tag of the event files")
+    parser.add_argument("--tag", default="lm loss validation", help="tag of the runs' points")
     parser.add_argument("--target", type=float, action="append", required=True, help="target loss")
     parser.add_argument("--run", default="run", help="column of the run")
     parser.add_argument("--step", default="step", help="column of the inner step")
@@ -154,8 +154,8 @@ def _run_largest(options: argparse.Namespace) -> None:
 
 
 def _run_steps(options: argparse.Namespace) -> None:
-    if bool(options.table) == bool(options.tensorboard):
-        raise ConfigError("name either a table of loss curves or --tensorboard directories.")
+    if bool(options.table) == bool(options.runs):
+        raise ConfigError("name either a table of loss curves or the directories of --runs.")
     if options.table:
         curves = critical_runs.read_curves(
             options.table,
@@ -165,7 +165,7 @@ def _run_steps(options: argparse.Namespace) -> None:
             batch=(options.batch, options.batch_unit, options.seq_length),
         )
     else:
-        curves = critical_runs.curves_of_events(options.tensorboard, options.tag)
+        curves = critical_runs.curves_of_runs(options.runs, options.tag)
     found = [
         critical_runs.steps_to_target(curves, target, options.overhead) for target in options.target
     ]

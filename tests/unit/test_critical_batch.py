@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from megatron_muloco.checkpoint.layout import STATE_FILE
 from megatron_muloco.checkpoint.state import FORMAT, Description
 from megatron_muloco.config.load import load_config
 from megatron_muloco.errors import ConfigError
+from megatron_muloco.monitor.writers import EventWriter, PointLog
 from megatron_muloco.scaling.critical import (
     critical_batch,
     first_reach,
@@ -260,6 +262,30 @@ def test_steps_of_a_table_of_curves(tmp_path: Path, capsys: pytest.CaptureFixtur
     said = capsys.readouterr().out
     assert "steps = 100 (1 + 8192 / batch)" in said  # 64 sequences of 128 tokens
     assert "by the law: 1638" in said
+
+
+@pytest.mark.parametrize("source", ["log", "event files"])
+def test_steps_of_runs(source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same curves as in the table, as runs write them."""
+    tag, directories = "lm loss validation", []
+    for batch in (8, 16, 32, 64, 128):
+        directory = tmp_path / f"b{batch}"
+        directories.append(str(directory))
+        config = {"training": {"global_batch_size": batch}, "model": {"seq_length": 128}}
+        writer: PointLog | EventWriter
+        if source == "log":
+            facts = {"config": config}
+            writer = PointLog(str(directory), facts, resumed_step=0, report=pytest.fail)
+        else:
+            writer = EventWriter(str(directory), resumed_step=0, report=pytest.fail)
+            writer.text("run/config", yaml.safe_dump(config))
+        for step in range(0, 1000, 50):
+            writer.scalars(step, {tag: 5 - 3 * step / (100 * (1 + 64 / batch))})
+        writer.close()
+    assert main(["steps", "--runs", *directories, "--target", "2"]) == 0
+    assert "steps = 100 (1 + 8192 / batch)" in capsys.readouterr().out
+    assert main(["steps", "--runs", *directories, "--target", "2", "--tag", "no such"]) == 2
+    assert "holds no no such" in capsys.readouterr().err
 
 
 def test_published_curves_give_the_published_critical_batches() -> None:

@@ -30,7 +30,7 @@ from tools.scaling.report import text_table
 
 __all__ = [
     "CELL_COLUMNS", "TUNED_COLUMNS", "Cell", "Curve", "Target", "TokenLaw", "cells_json",
-    "cells_text", "curves_of_events", "laws", "published", "published_text", "read_cells",
+    "cells_text", "curves_of_runs", "laws", "published", "published_text", "read_cells",
     "read_curves", "steps_to_target",
 ]  # fmt: skip
 
@@ -471,30 +471,25 @@ def read_curves(path: Path, *, run: str, step: str, loss: str, batch: BatchColum
     return curves
 
 
-def curves_of_events(directories: Sequence[Path], tag: str) -> list[Curve]:
-    """Return the loss curves of TensorBoard directories, with the batch of each run's config.
+def curves_of_runs(directories: Sequence[Path], tag: str) -> list[Curve]:
+    """Return the loss curves of run directories, with the batch of each run's config.
 
     Raises:
         ConfigError: A directory holds no such points, or no config.
     """
-    import yaml
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tools.run_points import read_run
 
     curves = []
     for directory in directories:
-        events = EventAccumulator(str(directory), size_guidance={"scalars": 0, "tensors": 0})
-        tags = events.Reload().Tags()
-        if tag not in tags["scalars"] or "run/config/text_summary" not in tags["tensors"]:
+        run = read_run(directory)
+        if tag not in run.points or "config" not in run.facts:
             raise ConfigError(
-                f"{directory} holds no events of a run of this package with {tag}. Name a "
-                f"monitor.dir of a run with held-out data."
+                f"{directory}: {run.source} holds no {tag}, or not the run's config. Name the "
+                "directory of a run of this package with held-out data."
             )
-        text = events.Tensors("run/config/text_summary")[-1].tensor_proto.string_val[0].decode()
-        # The writer indents text, so that TensorBoard shows it as code.
-        config = yaml.safe_load("\n".join(line.removeprefix("    ") for line in text.splitlines()))
+        config = run.facts["config"]
         batch = config["training"]["global_batch_size"] * config["model"]["seq_length"]
-        points = [(event.step, event.value) for event in events.Scalars(tag)]
-        steps, losses = zip(*points, strict=True)
+        steps, losses = zip(*run.points[tag], strict=True)
         curves.append(Curve(directory.name, float(batch), steps, losses))
     return curves
 
