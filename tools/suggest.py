@@ -20,13 +20,13 @@ from megatron_muloco.config import RunConfig, check, topology_of
 from megatron_muloco.errors import ConfigError, run_tool
 from megatron_muloco.planning import memory_plan
 from megatron_muloco.planning.report import human_bytes, human_count
+from megatron_muloco.planning.timing import link_rate
 from tools.scaling.advice import (
     LADDER,
     Exchange,
     Machine,
     Round,
     Shape,
-    bits_per_second,
     choose_exchange,
     fitting_layout,
     interval_label,
@@ -169,7 +169,7 @@ def suggest(options: argparse.Namespace) -> Suggestion:
 def _machine(options: argparse.Namespace) -> Machine:
     problems: list[str] = []
     try:
-        link = bits_per_second(options.link)
+        link = link_rate(options.link)
     except ConfigError as error:
         problems += error.problems
         link = 0.0

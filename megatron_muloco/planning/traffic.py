@@ -28,6 +28,7 @@ from megatron_muloco.topology import Topology
 
 __all__ = [
     "TrafficPlan",
+    "launch_bytes",
     "planned_on_accelerator",
     "round_bytes",
     "traffic_plan",
@@ -57,16 +58,53 @@ def round_bytes(
         shards: Shards of ranks at one position of their replicas.
         sketch: Whether the round compares replicas, and so sends sketches.
     """
-    outer, sent = config.outer, [0] * topology.num_replicas
+    sent = [0] * topology.num_replicas
+    for fragment in _by_launch(config, topology, shards, sketch=sketch):
+        sent = [total + more for total, more in zip(sent, fragment, strict=True)]
+    return sent
+
+
+def _by_launch(
+    config: RunConfig, topology: Topology, shards: Sequence[Shard], *, sketch: bool = True
+) -> list[tuple[int, ...]]:
+    """Return what `round_bytes` adds up: for each fragment, the bytes by replica."""
+    outer = config.outer
     if isinstance(outer, NoOuter):
-        return sent
+        return []
     numbers = 1 + _lines(config, outer)
     width = sketch_width(config, topology) if sketch else 0
-    for fragment in by_fragment(config, shards):
-        metadata = numbers + (width if fragment else 0)
-        cost = reducer_cost(outer.compression, fragment, len(sent), metadata_count=metadata)
-        sent = [total + more for total, more in zip(sent, cost.sent, strict=True)]
-    return sent
+    return [
+        reducer_cost(
+            outer.compression,
+            fragment,
+            topology.num_replicas,
+            metadata_count=numbers + (width if fragment else 0),
+        ).sent
+        for fragment in by_fragment(config, shards)
+    ]
+
+
+def launch_bytes(config: RunConfig, topology: Topology) -> tuple[int, ...]:
+    """Return the bytes of each fragment that all ranks of a replica send.
+
+    Of the replica that sends most in a round; none without outer steps.
+    """
+    launches = zip(
+        *(_by_launch(config, topology, shards) for shards in _positions(config, topology)),
+        strict=True,
+    )
+    by_fragment_and_replica = [[sum(b) for b in zip(*parts, strict=True)] for parts in launches]
+    return max(zip(*by_fragment_and_replica, strict=True), key=sum, default=())
+
+
+def _positions(config: RunConfig, topology: Topology) -> list[tuple[Shard, ...]]:
+    """Return the shards of every rank of a replica."""
+    return [
+        shards
+        for stage in range(topology.pipeline)
+        for tp_rank in range(topology.tensor)
+        for shards in stage_shards(config, topology, stage=stage, tp_rank=tp_rank)
+    ]
 
 
 def uncoded_bytes(config: RunConfig, topology: Topology, shards: Sequence[Shard]) -> int:
@@ -128,13 +166,7 @@ class TrafficPlan:
 
 def traffic_plan(config: RunConfig, topology: Topology) -> TrafficPlan:
     """Return the bytes sent per rank on the stage that sends most inside the replica."""
-    slices = stage_slices(config, topology)
-    positions = [
-        shards
-        for part in slices
-        for tp_rank in range(topology.tensor)
-        for shards in stage_shards(config, topology, stage=part.stage, tp_rank=tp_rank)
-    ]
+    slices, positions = stage_slices(config, topology), _positions(config, topology)
     outer = [round_bytes(config, topology, shards) for shards in positions]
     stages = [_stage_traffic(config, topology, part) for part in slices]
     gradients, gathers, exchange = (max(values) for values in zip(*stages, strict=True))

@@ -11,6 +11,7 @@ from megatron_muloco.config import check, load_config, topology_of
 from megatron_muloco.errors import ConfigError
 from megatron_muloco.model.flops import flops_per_token
 from megatron_muloco.planning import traffic_plan
+from megatron_muloco.planning.timing import link_rate
 from megatron_muloco.training.main import main as pretrain
 from tools import suggest
 from tools.scaling.advice import (
@@ -18,7 +19,6 @@ from tools.scaling.advice import (
     Exchange,
     Round,
     Shape,
-    bits_per_second,
     choose_exchange,
     shape_near,
 )
@@ -175,7 +175,7 @@ def test_the_method_is_that_of_the_lowest_published_loss() -> None:
     ],
 )
 def test_rates_are_read(text: str, rate: float) -> None:
-    assert bits_per_second(text) == rate
+    assert link_rate(text) == rate
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_rates_are_read(text: str, rate: float) -> None:
 )
 def test_no_rate_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="A byte is 8 bits"):
-        bits_per_second(text)
+        link_rate(text)
 
 
 @pytest.mark.parametrize(

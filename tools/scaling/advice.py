@@ -11,7 +11,6 @@ to compute, so a link with less bandwidth never gets more bytes.
 """
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -20,19 +19,19 @@ from megatron_muloco.config import RunConfig, find_problems, topology_of
 from megatron_muloco.errors import ConfigError
 from megatron_muloco.model.flops import flops_per_token
 from megatron_muloco.planning import memory_plan, traffic_plan
+from megatron_muloco.planning.timing import blocking_share, exposed_seconds
 from megatron_muloco.scaling.table import read_table
 from tools.scaling.evidence import rows_of
 from tools.scaling.labelled import Value
 from tools.scaling.published import DIRECTORY
 
 __all__ = [
-    "LADDER", "Exchange", "Machine", "Round", "Shape", "bits_per_second", "choose_exchange",
+    "LADDER", "Exchange", "Machine", "Round", "Shape", "choose_exchange",
     "fitting_layout", "interval_label", "loss_table", "nearest_published", "round_of", "shape_near",
 ]  # fmt: skip
 
 # Smallest first; of equal ones that with less tensor parallelism, whose messages are the larger.
 _LAYOUTS = sorted(product((1, 2, 4, 8), (1, 2, 3, 4, 6, 8, 9, 12)), key=lambda x: (math.prod(x), x))
-_UNITS = {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 _OVERLAP = 5  # steps; Streaming DiLoCo (arXiv 2501.18512): no loss up to here
 
 
@@ -177,12 +176,12 @@ class Round:
     @property
     def exposed_seconds(self) -> float:
         """What the steps between launch and apply do not hide, as if in a single launch."""
-        return max(0.0, self.exchange_seconds - self.exchange.overlap * self.step_seconds)
+        return exposed_seconds(self.exchange_seconds, self.exchange.overlap, self.step_seconds)
 
     @property
     def share(self) -> float:
         """Compute over compute and exposed communication."""
-        return self.compute_seconds / (self.compute_seconds + self.exposed_seconds)
+        return blocking_share(self.exchange.interval, self.step_seconds, self.exposed_seconds)
 
 
 def round_of(exchange: Exchange, config: RunConfig, machine: Machine) -> Round:
@@ -226,25 +225,6 @@ def shape_near(params: float) -> Shape:
             f"values are from 150M to 15B. Take a size in between."
         )
     return nearest
-
-
-def bits_per_second(text: str) -> float:
-    """Return the rate of a link, such as ``10Gbit`` or ``800Mbit/s``, in bits per second.
-
-    Raises:
-        ConfigError: There is no such unit; bytes are refused because they are so easily meant.
-    """
-    match = re.fullmatch(r"([\d.]+(?:e\d+)?)\s*([kMGT])bit(?:/s|ps)?", text.strip())
-    try:
-        rate = float(match[1]) * _UNITS[match[2]] if match else 0.0
-    except ValueError:
-        rate = 0.0
-    if rate <= 0:
-        raise ConfigError(
-            f"--link {text} is no rate; write bits per second with their unit, such as 10Gbit or "
-            f"800Mbit. A byte is 8 bits: 1 GB/s is 8Gbit."
-        )
-    return rate
 
 
 def fitting_layout(

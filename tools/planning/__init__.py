@@ -1,0 +1,1 @@
+"""Behind `tools/plan.py`: what is planned, compared, calibrated and drawn."""
