@@ -25,7 +25,7 @@ from megatron_muloco.data.batches import BatchSource, IdRange, SampleDataset
 from megatron_muloco.data.datasets import Datasets, build_datasets
 from megatron_muloco.data.sampler import BatchLayout, RunLayout, batch_layout, run_layout
 from megatron_muloco.data.tokenizer import Tokenizer, load_tokenizer, masks_padding
-from megatron_muloco.errors import CheckpointError, ConfigError
+from megatron_muloco.errors import CheckpointError, ConfigError, MulocoError
 from megatron_muloco.model.attention import AttentionBackend
 from megatron_muloco.model.attention_backends import choose_attention
 from megatron_muloco.model.build import build_model
@@ -47,12 +47,18 @@ from megatron_muloco.training.build_optimizer import build_replica_optimizer
 from megatron_muloco.training.forward import ForwardBackward
 from megatron_muloco.training.replica_optimizer import ReplicaOptimizer
 from megatron_muloco.training.start import initialize_replicas
-from megatron_muloco.training.stopping import StopAgreement
+from megatron_muloco.training.stopping import (
+    STOP_FILE,
+    StopAgreement,
+    StopFile,
+    StopRequest,
+)
 from megatron_muloco.training.watch import Watch
 
 __all__ = [
     "RunContext",
     "RunData",
+    "StoppedEarlyError",
     "build_context",
     "build_run",
     "gather_report",
@@ -104,6 +110,7 @@ class RunContext:
         state: The state that a checkpoint holds.
         agreement: The agreement of all replicas on the step to stop after.
         first_step: The first inner step to make.
+        stop_file: File that asks to stop.
         watch: Watch that is told what the loop does.
     """
 
@@ -124,6 +131,7 @@ class RunContext:
     state: RunState
     agreement: StopAgreement
     first_step: int
+    stop_file: StopFile = field(default_factory=lambda: StopFile(None))
     watch: Watch = field(default_factory=Watch)
 
 
@@ -144,22 +152,31 @@ class RunData:
         return IdRange(config.model.vocab_size, masks_padding(self.tokenizer))
 
 
-def build_run(config: RunConfig, watch: Watch | None = None) -> RunContext:
+class StoppedEarlyError(MulocoError):
+    """A stop was requested before the first step of this start, so there is nothing to save."""
+
+
+def build_run(
+    config: RunConfig, watch: Watch | None = None, stop: StopRequest | None = None
+) -> RunContext:
     """Join the job, build data, model and optimizers, and load the checkpoint to resume from.
 
     Args:
         config: The configuration of the run.
         watch: Watch of this process; by default one that does nothing.
+        stop: Stop request of this process, which is looked at before anything is printed.
 
     Raises:
         ConfigError: Data, tokenizer, number of ranks or checkpoint do not fit the configuration.
+        StoppedEarlyError: A rank was asked to stop meanwhile; raised on all ranks.
 
     Collectives: every rank of the job calls it.
     """
     groups = initialize_replicas(config, watch)
     require_memory(config, groups.topology, training_gpu())
     writes = torch.distributed.get_rank() == 0
-    context = build_context(config, groups, load_data(config, groups.topology), writes=writes)
+    data = load_data(config, groups.topology)
+    context = build_context(config, groups, data, writes=writes, stop=stop)
     return context if watch is None else replace(context, watch=watch)
 
 
@@ -216,7 +233,14 @@ def load_data(config: RunConfig, topology: Topology) -> RunData:
     return RunData(tokenizer, datasets)
 
 
-def build_context(config: RunConfig, groups: Groups, data: RunData, *, writes: bool) -> RunContext:
+def build_context(
+    config: RunConfig,
+    groups: Groups,
+    data: RunData,
+    *,
+    writes: bool,
+    stop: StopRequest | None = None,
+) -> RunContext:
     """Build model, optimizers and monitor, and load the checkpoint to resume from.
 
     Args:
@@ -224,9 +248,11 @@ def build_context(config: RunConfig, groups: Groups, data: RunData, *, writes: b
         groups: This rank's process groups.
         data: What the run reads.
         writes: Whether this rank writes console lines and TensorBoard events.
+        stop: Stop request of this process, which is looked at before anything is printed.
 
     Raises:
         ConfigError: The checkpoint does not fit the configuration.
+        StoppedEarlyError: A rank was asked to stop; raised on all ranks.
 
     Collectives: every rank of the job calls it.
     """
@@ -255,6 +281,8 @@ def build_context(config: RunConfig, groups: Groups, data: RunData, *, writes: b
     elif config.checkpoint.init_from is not None:
         note = _begin_from(Path(config.checkpoint.init_from), state, model, optimizer)
     layout = _train_layout(config, groups, state, resumed, len(datasets.train))
+    if stop is not None:
+        _stop_early(stop, store, groups)
     monitor = build_monitor(
         config,
         groups.topology,
@@ -312,7 +340,25 @@ def build_context(config: RunConfig, groups: Groups, data: RunData, *, writes: b
             limit=60.0 * config.training.distributed_timeout_minutes,
         ),
         first_step=resumed + 1,
+        stop_file=_stop_file(config) if torch.distributed.get_rank() == 0 else StopFile(None),
     )
+
+
+def _stop_early(stop: StopRequest, store: CheckpointStore | None, groups: Groups) -> None:
+    """Raise on all ranks if one was asked to stop: nobody reads the first lines any more.
+
+    Collectives: a gather of one object over the job.
+    """
+    if any(gather_objects(groups.control, stop.requested)):
+        if store is not None:
+            store.close()
+        raise StoppedEarlyError(
+            "stopped on request before the first step; there is nothing to save"
+        )
+
+
+def _stop_file(config: RunConfig) -> StopFile:
+    return StopFile(Path(config.checkpoint.dir) / STOP_FILE if config.checkpoint.dir else None)
 
 
 def _build_model(

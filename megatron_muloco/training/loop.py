@@ -33,7 +33,7 @@ from megatron_muloco.outer.diagnostics import OuterReport
 from megatron_muloco.outer.schedule import Launch
 from megatron_muloco.runtime.accelerator import training_device
 from megatron_muloco.runtime.distributed import shutdown
-from megatron_muloco.training.build import RunContext, build_run, scalars_of
+from megatron_muloco.training.build import RunContext, StoppedEarlyError, build_run, scalars_of
 from megatron_muloco.training.forward import anchor_in_place, evaluate, generate
 from megatron_muloco.training.replica_optimizer import InnerReport
 from megatron_muloco.training.stopping import StopRequest
@@ -61,7 +61,12 @@ def run(config: RunConfig, stop: StopRequest, watch: Watch | None = None) -> Out
 
     Collectives: every rank of the job calls it.
     """
-    context = build_run(config, watch)
+    try:
+        context = build_run(config, watch, stop)
+    except StoppedEarlyError as stopped:
+        if torch.distributed.get_rank() == 0:
+            sys.stdout.write(f" > outcome:     {stopped}\n")
+        return Outcome.STOPPED
     try:
         outcome = train(context, stop)
     finally:
@@ -127,7 +132,8 @@ def inner_step(
     with record_function("muloco/inner_step"):
         report = context.optimizer.inner_step()
     elapsed_ms = (time.perf_counter() - started) * 1e3
-    loss, stop_wanted, stop_after = _share(context, loss / count, stop.requested, stop_after)
+    asked = stop.requested or context.stop_file.found()
+    loss, stop_wanted, stop_after = _share(context, loss / count, asked, stop_after)
     rolled_back = _watch(context, step, loss) if context.optimizer.spikes.watches_losses else None
     if stop_wanted and context.groups.is_leader:
         context.agreement.request()
@@ -307,6 +313,7 @@ def _stop(context: RunContext, step: int) -> Outcome:
     if context.store is None:
         return Outcome.UNSAVED
     saved = _save(context, step) and _saves_are_done(context)
+    context.stop_file.remove()
     return Outcome.STOPPED if saved else Outcome.SAVE_FAILED
 
 
@@ -407,6 +414,7 @@ def _finish(context: RunContext, last_step: int) -> Outcome:
     if report is not None:
         context.monitor.outer_step(report)
     saved = saved and _saves_are_done(context) and _save_final_anchor(context, last_step)
+    context.stop_file.remove()
     _evaluate(context, last_step)
     _test(context, last_step)
     _sample(context)

@@ -82,7 +82,11 @@ def main(arguments: Sequence[str] | None = None, stop: StopRequest | None = None
             launchers.request_stop,
             start_limit=60.0 * config.training.control_timeout_minutes,
         )
-        _exit_now(_train(config, stop, watch))
+        code = _train(config, stop, watch)
+        if code == EXIT_STOPPED and _rank() == 0:
+            _say_how_to_go_on(launchers)
+        stop.give_back_terminal()
+        _exit_now(code)
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -179,6 +183,7 @@ def _fit_world(
 
     if stop.requested:  # the new program would not know of it
         sys.exit(EXIT_STOPPED)
+    stop.give_back_terminal()
     relaunch(needed, arguments, os.environ)
 
 
@@ -253,6 +258,14 @@ def _train(config: RunConfig, stop: StopRequest, watch: Watch) -> int:
         return watch.verdict(error, EXIT_FAULT)
     finally:
         watch.close()
+
+
+def _say_how_to_go_on(launchers: Launchers) -> None:
+    """Print the last line of a run that stopped on request: the command that goes on."""
+    command = launchers.command(sys.argv)
+    if "SLURM_JOB_ID" in os.environ:
+        command = f"the same job script, or {command}"
+    sys.stdout.write(f" > go on with:  {command}\n")
 
 
 def _report_problems(error: ConfigError) -> int:

@@ -2,12 +2,14 @@
 
     python -m tests.chaos run --trials 200 --out FILE [--first-seed N] [--most-ranks R] [--work DIR]
     python -m tests.chaos damage --trials 200 --out FILE [--first-seed N] [--work DIR]
+    python -m tests.chaos interrupt --trials 10 [--out FILE] [--first-seed N] [--work DIR]
     python -m tests.chaos report --run FILE --damage FILE [--page FILE]
 
 `run` kills and disturbs whole runs and resumes them; `damage` changes bytes of files and starts a
-run on them. Each trial is one line on the screen and one in the CSV file. Seeds that the file has
-are skipped, so hundreds of trials fit into many sittings. Without ``--out`` nothing is written,
-which replays a seed. Exits with 1 if a trial of this sitting broke a promise.
+run on them; `interrupt` presses Ctrl-C on the terminal of a run. Each trial is one line on the
+screen and one in the CSV file. Seeds that the file has are skipped, so hundreds of trials fit into
+many sittings. Without ``--out`` nothing is written, which replays a seed. Exits with 1 if a trial
+of this sitting broke a promise.
 """
 
 import argparse
@@ -29,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("run", "damage"):
+    for name in ("run", "damage", "interrupt"):
         command = commands.add_parser(name)
         command.add_argument("--trials", type=int, default=1, help="number of seeds")
         command.add_argument("--first-seed", type=int, default=0)
@@ -62,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _trials(options: argparse.Namespace, work: Path) -> int:
     """Make the trials that the file has not; return the exit code."""
     from tests.chaos.damage import DamageTrials
+    from tests.chaos.interrupts import InterruptTrials
     from tests.chaos.trial import KillTrials
     from tools.matrix import commit
 
@@ -72,7 +75,7 @@ def _trials(options: argparse.Namespace, work: Path) -> int:
         trial = kills = KillTrials(work)
         seeds = (seed for seed in seeds if kills.ranks(seed) <= options.most_ranks)
     else:
-        trial = DamageTrials(work)
+        trial = DamageTrials(work) if options.command == "damage" else InterruptTrials(work)
     known = _seeds_of(options.out)
     held = True
     for seed in islice(seeds, options.trials):

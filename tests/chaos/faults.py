@@ -64,6 +64,7 @@ ACTS: dict[str, int] = {
     "slow disk": 1,
     "lost directory": 2,
     "I/O error": 2,
+    "Ctrl-C": 0,  # the driver's to send (`tests.chaos.interrupts`); other drivers have no terminal
 }
 ON_DISK = ("full disk", "read-only disk", "slow disk", "lost directory", "I/O error")
 NEEDS_MOUNT = ("full disk", "read-only disk")

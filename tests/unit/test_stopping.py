@@ -21,7 +21,7 @@ from megatron_muloco.data.sampler import BatchLayout
 from megatron_muloco.errors import CheckpointError, SyncError
 from megatron_muloco.training import loop, stopping
 from megatron_muloco.training.loop import Outcome
-from megatron_muloco.training.stopping import StopAgreement, StopRequest
+from megatron_muloco.training.stopping import StopAgreement, StopFile, StopRequest
 from megatron_muloco.training.watch import Watch
 
 LAST_STEP = 12
@@ -168,6 +168,7 @@ class Job:
                 SharedValues(self, replica), replica=replica, num_replicas=self.replicas
             ),
             first_step=1,
+            stop_file=StopFile(None),
             watch=Watch(),
         )
 
