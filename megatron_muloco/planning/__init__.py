@@ -1,4 +1,4 @@
-"""Cost of a run by arithmetic alone: memory, traffic, and the plan that prints them."""
+"""Cost of a run by arithmetic alone: memory, traffic, time, and the plan that prints them."""
 
 from megatron_muloco.planning.memory import MemoryPlan, memory_plan
 from megatron_muloco.planning.report import render_plan

@@ -294,10 +294,11 @@ def _outer_values(base: Estimate) -> Iterator[str]:
     for row in rows:
         if not row["outer_lr"] or (float(row["outer_lr"]), float(row["outer_momentum"])) != pair:
             continue
-        if abs(int(row["replicas"]) / replicas - 1) > 1 and int(row["replicas"]) != own:
+        published = int(row["replicas"])
+        if published != own and max(published / replicas, replicas / published) > 2:
             yield (
                 f"outer.lr {outer.lr:g} and outer.momentum {outer.momentum:g} are the published "
-                f"values for K = {row['replicas']}; this run has K = {replicas}"
+                f"values for K = {published}; this run has K = {replicas}"
             )
 
 
