@@ -11,6 +11,7 @@ import yaml
 from megatron_muloco.config.derived import Derived, derive
 from megatron_muloco.config.outer import NoOuter
 from megatron_muloco.config.schema import RunConfig
+from megatron_muloco.data.indexed import read_manifest
 from megatron_muloco.data.sampler import RunLayout, run_layout
 from megatron_muloco.model.flops import flops_per_token
 from megatron_muloco.monitor.console import Console, method_name, start_banner
@@ -144,9 +145,11 @@ def run_facts(
     """Return the facts of a run for the first line of its log, as values that JSON can hold.
 
     ``sync_interval`` is H, or ``None`` without outer steps; ``config`` is the whole configuration,
-    with defaults; ``commit`` that of the program.
+    with defaults; ``commit`` that of the program. ``held_out_tokens`` is ``None`` where another
+    tool prepared the data.
     """
     values = config.model_dump(mode="json")
+    held_out = [read_manifest(source.path) for source in config.data.valid]
     steps = None if isinstance(config.outer, NoOuter) else values["outer"]["sync_interval"]
     return {
         "method": method_name(config),
@@ -157,6 +160,7 @@ def run_facts(
         "train_iters": derived.train_iters,
         "tokens_per_step": derived.tokens_per_step,
         "parameters": derived.parameters.total,
+        "held_out_tokens": sum(m.tokens for m in held_out if m) if all(held_out) else None,
         "commit": program_commit(),
         "config_digest": config.digest(),
         "config": values,

@@ -1,0 +1,1 @@
+"""Parts of `tools/compare.py`: what runs are measured by, and the page that shows it."""
