@@ -59,7 +59,7 @@ $(STAMP_DOCS): requirements/make_venv.sh requirements/docs.txt
 
 demo: $(STAMP)
 	$(PY) -m tools.demo_corpus
-	$(CPU) $(VENV)/bin/deepspeed --num_accelerators 2 --master_port $$($(FREE_PORT)) \
+	$(CPU) $(VENV)/bin/deepspeed -q --num_accelerators 2 --master_port $$($(FREE_PORT)) \
 	    launch/pretrain.py --config configs/cpu_k2.yaml
 	$(PY) -m tools.demo_summary
 

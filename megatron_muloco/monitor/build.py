@@ -9,30 +9,45 @@ import torch
 import yaml
 
 from megatron_muloco.config.derived import Derived, derive
-from megatron_muloco.config.outer import NoOuter
+from megatron_muloco.config.outer import NesterovOuter, NoOuter, interval_words, rate_words
 from megatron_muloco.config.schema import RunConfig
 from megatron_muloco.data.indexed import read_manifest
 from megatron_muloco.data.sampler import RunLayout, run_layout
 from megatron_muloco.model.flops import flops_per_token
-from megatron_muloco.monitor.console import Console, method_name, start_banner
-from megatron_muloco.monitor.metrics import METRICS, MetricTable
+from megatron_muloco.monitor.console import Console, method_name, next_steps, start_banner
+from megatron_muloco.monitor.metrics import METRICS, MetricTable, applies
 from megatron_muloco.monitor.monitor import Monitor, RunFacts
 from megatron_muloco.monitor.terminal import console_for
-from megatron_muloco.monitor.throughput import peak_tflops
+from megatron_muloco.monitor.throughput import TimeLeft, peak_tflops
 from megatron_muloco.monitor.writers import (
     EventWriter,
     Mirrored,
     PointLog,
     PointWriter,
+    TokenAxis,
     WandbWriter,
 )
 from megatron_muloco.optim.parameter_table import ParameterReport
 from megatron_muloco.outer.schedule import LineCalendar, SyncSchedule
 from megatron_muloco.topology import Topology
 
-__all__ = ["PARAMETERS_FILE", "build_monitor", "device_name", "program_commit", "run_facts"]
+__all__ = [
+    "PARAMETERS_FILE",
+    "build_monitor",
+    "device_name",
+    "hyperparameters",
+    "program_commit",
+    "run_facts",
+]
 
 PARAMETERS_FILE = "parameters.txt"
+
+# Shown beside a run's settings on the page of hyperparameters, the most important one first.
+_RESULTS = ("lm loss validation", "lm loss", "perf/tokens_per_s", "muloco/wire_bytes_total")
+_OVER_TOKENS = {
+    "lm loss": "lm loss vs tokens",
+    "lm loss validation": "lm loss validation vs tokens",
+}
 
 
 def device_name(device: torch.device) -> str:
@@ -88,7 +103,7 @@ def build_monitor(
     calendar = LineCalendar(config.monitor.log_interval, schedule)
     if not writes:
         return Monitor(facts, calendar, device=device, metrics=metrics)
-    console = console or console_for(derived.train_iters, resumed_step)
+    console = console or console_for(derived.train_iters, resumed_step, config.monitor.dir)
     console.line(start_banner(config, topology, derived, device=name, resumed_step=resumed_step))
     for warning in config.warnings:
         console.stamped(f"warning: {warning}")
@@ -97,7 +112,7 @@ def build_monitor(
     if attention:
         console.line(f" > attention:   {attention}")
     log = _log(config, topology, derived, name, resumed_step, console)
-    writer = Mirrored(*_writers(config, resumed_step, console, metrics), *log)
+    writer = Mirrored(*_writers(config, derived, facts, console, metrics), *log)
     writer.text("run/config", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     if plan_text:
         writer.text("run/plan", plan_text)
@@ -105,20 +120,86 @@ def build_monitor(
         writer.text("run/parameters", parameters.table)
         if config.monitor.dir is not None:
             _keep(Path(config.monitor.dir) / PARAMETERS_FILE, parameters.table, console)
-    return Monitor(facts, calendar, device=device, console=console, writer=writer, metrics=metrics)
+    return Monitor(
+        facts,
+        calendar,
+        device=device,
+        console=console,
+        writer=writer,
+        metrics=metrics,
+        left=_time_left(config, facts, schedule),
+        next_steps=next_steps(config),
+    )
+
+
+def _time_left(config: RunConfig, facts: RunFacts, schedule: SyncSchedule | None) -> TimeLeft:
+    evaluates = bool(config.data.valid)
+    return TimeLeft(
+        facts.train_iters,
+        facts.layout.consumed,
+        outer_steps=() if schedule is None else schedule.steps_with_events(),
+        intervals={
+            "evaluation": config.training.eval_interval if evaluates else 0,
+            "save": config.checkpoint.save_interval if config.checkpoint.dir else 0,
+        },
+    )
+
+
+def hyperparameters(config: RunConfig, derived: Derived) -> dict[str, str | float]:
+    """Return the settings that tell runs apart, for TensorBoard's page of hyperparameters."""
+    outer, training = config.outer, config.training
+    settings: dict[str, str | float] = {
+        "method": method_name(config).split(",")[0],
+        "K": config.parallel.num_replicas,
+        "parameters": derived.parameters.total,
+        "tokens": derived.train_tokens,
+        "batch": training.global_batch_size,
+        "inner lr": config.inner.lr,
+        "weight decay": derived.weight_decay,
+        "seed": training.seed,
+    }
+    if isinstance(outer, NoOuter):
+        return settings
+    # The interval in words: a number alone, unless it changes over the rounds.
+    settings["H"] = (
+        outer.sync_interval
+        if isinstance(outer.sync_interval, int)
+        else interval_words(outer.sync_interval, "step")
+    )
+    settings["wire"] = outer.compression.short_name
+    settings["fragments"], settings["overlap"] = outer.fragments.count, outer.overlap_steps
+    if isinstance(outer, NesterovOuter):
+        for name, rate in (("outer lr", outer.lr), ("outer momentum", outer.momentum)):
+            settings[name] = rate if isinstance(rate, float) else rate_words(rate)
+    return settings
 
 
 def _writers(
-    config: RunConfig, resumed_step: int, console: Console, metrics: MetricTable
+    config: RunConfig,
+    derived: Derived,
+    facts: RunFacts,
+    console: Console,
+    metrics: MetricTable,
 ) -> Iterator[PointWriter]:
     """Yield a writer for each place that the configuration names."""
     if config.monitor.dir is not None:
         yield EventWriter(
             config.monitor.dir,
-            resumed_step=resumed_step,
+            resumed_step=facts.resumed_step,
             report=console.stamped,
             metrics=metrics,
+            charts=[row for row in metrics if applies(row, config)],
+            settings=hyperparameters(config, derived),
+            results=[tag for tag in _RESULTS if tag in _tags(config, metrics)],
         )
+        over_tokens = EventWriter(
+            str(Path(config.monitor.dir) / "tokens"),
+            resumed_step=facts.tokens(0, facts.resumed_step),
+            report=lambda _: None,  # the writer above reports it
+            metrics=metrics,
+            charts=(),
+        )
+        yield TokenAxis(over_tokens, lambda step: facts.tokens(0, step), _OVER_TOKENS)
     if config.monitor.wandb.project is not None:
         settings = config.model_dump(mode="json")
         yield WandbWriter(config.monitor.wandb, settings, report=console.stamped)
@@ -181,6 +262,10 @@ def program_commit() -> str:
     except (OSError, subprocess.TimeoutExpired):
         return "n/a"
     return done.stdout.strip() or "n/a"
+
+
+def _tags(config: RunConfig, metrics: MetricTable) -> set[str]:
+    return {row.tag for row in metrics if applies(row, config)}
 
 
 def _keep(path: Path, text: str, console: Console) -> None:

@@ -3,10 +3,12 @@
 Everything except `Console` is a pure function from numbers to text.
 """
 
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import TextIO
 
 from typing_extensions import override
@@ -31,6 +33,7 @@ __all__ = [
     "TrainingLine",
     "count",
     "method_name",
+    "next_steps",
     "start_banner",
 ]
 
@@ -62,13 +65,26 @@ class Console:
 
     def stamped(self, text: str) -> None:
         """Write a line that begins with a time stamp, as Megatron's do."""
-        self.line(f" [{datetime.now():%Y-%m-%d %H:%M:%S}] {text}")
+        self.line(self.stamp(text))
 
-    def step(self) -> None:
-        """Note that an inner step was made; only a progress bar shows it."""
+    def stamp(self, text: str) -> str:
+        """Return ``text`` behind a time stamp in Megatron's form."""
+        return f" [{datetime.now():%Y-%m-%d %H:%M:%S}] {text}"
 
-    def training(self, line: "TrainingLine", *, tokens_per_s: float) -> None:
-        """Write a training line; a progress bar also shows the tokens per second."""
+    def step(self, left: float | None = None) -> None:
+        """Note that an inner step was made; a live line shows it, and the seconds left."""
+
+    def training(
+        self, line: "TrainingLine", *, tokens_per_s: float, wait: float | None = None
+    ) -> None:
+        """Write a training line.
+
+        Args:
+            line: The line.
+            tokens_per_s: Tokens per second of all replicas; a live line shows them.
+            wait: Share of the last whole round that training waited for outer steps; a live line
+                shows it.
+        """
         self.stamped(str(line))
 
     def evaluation(self, line: "EvaluationLine") -> None:
@@ -311,3 +327,36 @@ class RunSummary:
         if self.lost_points:
             facts["monitor"] = f"{self.lost_points} points could not be written"
         return "\n".join(f" > {name + ':':13s}{fact}" for name, fact in facts.items())
+
+
+COMMAND = "   $ "
+"""Begins a line that is a command for a shell."""
+
+
+def next_steps(config: RunConfig) -> Callable[[bool], str]:
+    """Return what can be done after a run, as a function of whether it is done."""
+    run = shlex.quote(config.checkpoint.dir or "")
+    programs = Path(sys.executable).parent
+    if programs.is_relative_to(Path.cwd()):
+        programs = programs.relative_to(Path.cwd())
+    python = f"{COMMAND}{programs / 'python'} -m"
+    lines = []
+    if config.monitor.dir:
+        directory = shlex.quote(config.monitor.dir)
+        lines.append(f"{COMMAND}{programs / 'tensorboard'} --logdir {directory}")
+    used = [f"{python} tools.generate {run} --prompt {shlex.quote(config.monitor.sample_prompt)}"]
+    if config.data.valid:
+        used.append(f"{python} tools.evaluate {run}")
+    used.append(f"{python} tools.export {run} --format hf --to exported")
+
+    def after(done: bool) -> str:
+        if not run.strip("'"):
+            words = "nothing was saved (checkpoint.dir is not set)"
+        elif done:
+            words = "use the model; for more steps raise training.train_iters, start it again"
+        else:
+            words = "the same command goes on from the last checkpoint"
+        commands = [*lines, *(used if done and config.checkpoint.dir else ())]
+        return "\n".join([f" > {'next:':13s}{words}", *commands])
+
+    return after

@@ -19,7 +19,7 @@ evaluation and saving.
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +30,7 @@ from megatron_muloco.errors import RuntimeMismatch
 from megatron_muloco.monitor.console import Console, EvaluationLine, RunSummary, TrainingLine
 from megatron_muloco.monitor.diagnostics import peak_memory_gib
 from megatron_muloco.monitor.metrics import METRICS, MetricTable
-from megatron_muloco.monitor.throughput import ReplicaTimes, Speed, measure_speed
+from megatron_muloco.monitor.throughput import ReplicaTimes, Speed, TimeLeft, measure_speed
 from megatron_muloco.monitor.writers import PointWriter
 from megatron_muloco.outer.diagnostics import OuterReport
 from megatron_muloco.outer.schedule import VALUES_PER_LINE, LineCalendar
@@ -229,6 +229,8 @@ class Monitor:
         console: Console; ``None`` on ranks that do not write.
         writer: Writer of points; ``None`` on ranks that do not write, or where nobody reads them.
         metrics: Table of the metrics that may be recorded.
+        left: Estimate of the time left; ``None`` where nobody reads it.
+        next_steps: What can be done after the run, below the summary; given whether it is done.
         now: Monotonic time in seconds.
     """
 
@@ -241,15 +243,20 @@ class Monitor:
         console: Console | None = None,
         writer: PointWriter | None = None,
         metrics: MetricTable = METRICS,
+        left: TimeLeft | None = None,
+        next_steps: Callable[[bool], str] = lambda done: "",
         now: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._facts, self._calendar, self._device = facts, calendar, device
         self._console, self._writer = console, writer
+        self._left, self._next_steps, self._now = left, next_steps, now
         self._clock = TrainingClock(now)
         self._value_count = calendar.value_count() if facts.num_replicas > 1 else 0
         self._interval = Interval(metrics)
         self._waiting: dict[int, DueLine] = {}
         self._exposed: list[tuple[int, float]] = []
+        self._exposed_in_round = 0.0
+        self._wait: float | None = None  # share of the last whole round
         self._step = facts.resumed_step
         self._last_line = (self._step, 0.0)
         self._round_start = (self._step, 0.0)
@@ -285,7 +292,7 @@ class Monitor:
         self._step = step
         self._interval.add(values)
         if self._console is not None:
-            self._console.step()
+            self._console.step(self._left and self._left.step(step, self._clock.seconds))
         if not self.due(step):
             return
         means, skipped = self._interval.take()
@@ -296,9 +303,20 @@ class Monitor:
         else:
             self._waiting[step] = line
 
-    def paused(self) -> AbstractContextManager[None]:
-        """Exclude the time inside the context, of evaluation or saving, from all times."""
-        return self._clock.paused()
+    @contextmanager
+    def paused(self, kind: str = "") -> Iterator[None]:
+        """Exclude the time inside the context from all times; must not be nested.
+
+        Args:
+            kind: ``evaluation`` or ``save`` where the time left counts such pauses.
+        """
+        began = self._now()
+        try:
+            with self._clock.paused():
+                yield
+        finally:
+            if self._left is not None and kind:
+                self._left.pause(kind, self._now() - began)
 
     # ---- outer steps ------------------------------------------------------------------------
 
@@ -351,12 +369,13 @@ class Monitor:
         metrics = report.metrics() if self._console is not None else {}
         if metrics:
             self._exposed.append((report.step, metrics["muloco/exposed_ms"]))
+            self._exposed_in_round += metrics["muloco/exposed_ms"]
             self._wire_bytes += int(metrics["muloco/wire_bytes"])
             metrics["muloco/wire_bytes_total"] = float(self._wire_bytes)
+        metrics |= self._round_time(report.step)
         for part in report.applied:
             self._excluded += int((part.weights == 0).sum())
             self.receive(part.launched_at, part.line_values)
-        metrics |= self._round_time(report.step)
         if metrics:
             self.scalars(report.step, metrics)
 
@@ -367,8 +386,12 @@ class Monitor:
             return {}
         began_at, began = self._round_start
         self._round_start = (step, self._clock.seconds)
-        whole = step - began_at == schedule.steps_of_round(schedule.round(step))
-        return {"muloco/round_ms": (self._round_start[1] - began) * 1e3} if whole else {}
+        exposed_ms, self._exposed_in_round = self._exposed_in_round, 0.0
+        if step - began_at != schedule.steps_of_round(schedule.round(step)):
+            return {}
+        round_ms = (self._round_start[1] - began) * 1e3
+        self._wait = exposed_ms / round_ms if round_ms else None
+        return {"muloco/round_ms": round_ms}
 
     # ---- other events -----------------------------------------------------------------------
 
@@ -427,6 +450,8 @@ class Monitor:
         if self._console is not None:
             self._console.end()
             self._console.line(str(self.summary(outcome)))
+            if next_steps := self._next_steps(outcome == "done"):
+                self._console.line(next_steps)
 
     def summary(self, outcome: str) -> RunSummary:
         """Return the summary of this start so far."""
@@ -483,7 +508,7 @@ class Monitor:
             values["grad-norm"] = norm
         self._skipped += int(skipped)
         shown = self._training_line(line, values, times, skipped=int(skipped), alone=alone)
-        self._console.training(shown, tokens_per_s=line.speed.tokens_per_s)
+        self._console.training(shown, tokens_per_s=line.speed.tokens_per_s, wait=self._wait)
         values |= {} if times is None else times.metrics()
         if alone:
             values = {_TAGS_OF_REPLICA_0.get(tag, tag): value for tag, value in values.items()}

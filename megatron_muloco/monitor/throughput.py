@@ -1,4 +1,4 @@
-"""Throughput and MFU of a run, the slowest replica, and the table of accelerators.
+"""Throughput, MFU and time left of a run, the slowest replica, and the table of accelerators.
 
 Imports no torch.
 
@@ -7,8 +7,11 @@ Peaks are not guessed: an accelerator whose exact name is not in the table has n
 """
 
 import math
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from megatron_muloco.errors import ConfigError
 
@@ -17,6 +20,7 @@ __all__ = [
     "Peak",
     "ReplicaTimes",
     "Speed",
+    "TimeLeft",
     "gpu_by_name",
     "measure_speed",
     "peak_tflops",
@@ -166,3 +170,81 @@ class ReplicaTimes:
             "perf/replica_step_ms_max": self.longest_ms,
             "perf/slowest_replica": float(self.slowest),
         }
+
+
+_RECENT = 200  # steps of a kind that are averaged; chosen: a speed that changes shows within them
+
+
+class TimeLeft:
+    """Estimates the seconds that a run still takes, from what its parts have taken so far.
+
+    A mean over all steps would be wrong early in a run: outer steps, evaluations and saves are
+    rare, and each takes as long as many inner steps. So each kind has a mean of its own, and what
+    is left of each kind is counted. The first step of a start, which loads and compiles kernels,
+    is not measured. A kind that has not been seen yet counts nothing.
+
+    Args:
+        train_iters: Inner steps of the run.
+        consumed: Samples of all steps up to one; an inner step takes time in proportion to its own.
+        outer_steps: Inner steps that are followed by a launch or an apply, ascending.
+        intervals: Kind of pause -> inner steps between two of them; the run ends with one more.
+    """
+
+    def __init__(
+        self,
+        train_iters: int,
+        consumed: Callable[[int], int],
+        *,
+        outer_steps: Sequence[int] = (),
+        intervals: dict[str, int] | None = None,
+    ) -> None:
+        self._last, self._consumed, self._outer_steps = train_iters, consumed, outer_steps
+        self._intervals = intervals or {}
+        self._previous: tuple[int, float] | None = None
+        # (samples, seconds) of the latest inner steps, without and with outer events before them.
+        self._inner: deque[tuple[int, float]] = deque(maxlen=_RECENT)
+        self._both: deque[tuple[int, float]] = deque(maxlen=_RECENT)
+        self._pauses: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_RECENT))
+
+    def pause(self, kind: str, seconds: float) -> None:
+        """Note a pause of the training, such as an evaluation."""
+        self._pauses[kind].append(seconds)
+
+    def step(self, step: int, seconds: float) -> float | None:
+        """Note that inner step ``step`` was made, and return the seconds left.
+
+        Args:
+            step: Inner step; its outer step is still to come.
+            seconds: Training time since the start, without pauses.
+
+        Returns:
+            Seconds until the run ends, pauses included; ``None`` after the first step of a start.
+        """
+        previous, self._previous = self._previous, (step, seconds)
+        if previous is not None:
+            after, began = previous
+            work = self._consumed(step) - self._consumed(after)
+            (self._both if self._has_outer(after) else self._inner).append((work, seconds - began))
+        if not self._inner and not self._both:
+            return None
+        left = self._training(step)
+        for kind, interval in self._intervals.items():
+            if interval and self._pauses[kind]:
+                due = (self._last - 1) // interval - (step - 1) // interval + 1
+                left += due * fmean(self._pauses[kind])
+        return left
+
+    def _training(self, step: int) -> float:
+        """Return the seconds of the inner and outer steps after inner step ``step``."""
+        alone = self._inner or self._both
+        per_sample = sum(took for _, took in alone) / max(1, sum(work for work, _ in alone))
+        outer = 0.0
+        if self._inner and self._both:
+            outer = fmean(took - per_sample * work for work, took in self._both)
+        count = len(self._outer_steps) - bisect_left(self._outer_steps, step)
+        work = self._consumed(self._last) - self._consumed(step)
+        return per_sample * work + max(0.0, outer) * count
+
+    def _has_outer(self, step: int) -> bool:
+        place = bisect_left(self._outer_steps, step)
+        return place < len(self._outer_steps) and self._outer_steps[place] == step

@@ -25,11 +25,13 @@ import io
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 from megatron_muloco.config.messages import Problem
 from megatron_muloco.config.schema import RunConfig, WandbConfig
@@ -42,6 +44,7 @@ __all__ = [
     "Mirrored",
     "PointLog",
     "PointWriter",
+    "TokenAxis",
     "WandbWriter",
     "layout_of",
     "wandb_is_installed",
@@ -82,17 +85,25 @@ class PointWriter(Protocol):
 def layout_of(metrics: Iterable[Metric]) -> dict[str, dict[str, list[object]]]:
     """Return the custom-scalars page of these metrics: categories, their charts, and tags.
 
-    Categories, charts and tags are in the order of the rows.
+    Categories and charts are in the order of the rows.
     """
-    categories: dict[str, dict[str, list[str]]] = {}
+    categories: dict[str, dict[str, list[object]]] = {}
     for row in metrics:
         if row.chart is not None:
+            title = row.chart.title if row.unit == "1" else f"{row.chart.title} ({row.unit})"
             charts = categories.setdefault(row.chart.category, {})
-            charts.setdefault(row.chart.title, []).append(f"^{row.tag}$")  # a regular expression
-    return {
-        category: {title: ["Multiline", tags] for title, tags in charts.items()}
-        for category, charts in categories.items()
-    }
+            charts[title] = ["Multiline", [f"^{row.tag}$"]]  # a regular expression
+    return categories
+
+
+def _point(row: Metric, value: float) -> Summary:
+    """Return a point with its unit and meaning, which TensorBoard shows with the chart."""
+    unit = "" if row.unit == "1" else f" ({row.unit})"
+    metadata = SummaryMetadata(
+        display_name=row.tag + unit,
+        summary_description=f"{row.meaning} Written: {row.when}; {row.over_ranks}.",
+    )
+    return Summary(value=[Summary.Value(tag=row.tag, simple_value=value, metadata=metadata)])
 
 
 class EventWriter:
@@ -106,7 +117,10 @@ class EventWriter:
         directory: Directory of the event files; created if missing.
         resumed_step: Inner step that the run continues from, 0 for a new run.
         report: Called once, with a sentence, at the first failure.
-        metrics: Table of the metrics that may be written; the source of the charts.
+        metrics: Table of the metrics that may be written.
+        charts: Metrics with a chart on the custom-scalars page; by default all.
+        settings: Row of this run on the page of hyperparameters; none where it is empty.
+        results: Tags whose last value is in that row.
         clock: Monotonic time in seconds.
 
     Attributes:
@@ -121,11 +135,16 @@ class EventWriter:
         resumed_step: int,
         report: Callable[[str], None],
         metrics: MetricTable = METRICS,
+        charts: Iterable[Metric] | None = None,
+        settings: Mapping[str, str | float] | None = None,
+        results: Sequence[str] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.directory = directory
         self.lost_points = 0
         self._report, self._metrics, self._clock = report, metrics, clock
+        self._layout = layout_of(metrics if charts is None else charts)
+        self._settings, self._results = dict(settings or {}), dict.fromkeys(results, 0.0)
         self._reported = False
         self._retry_at = clock()
         self._writer: SummaryWriter | None = None
@@ -138,13 +157,13 @@ class EventWriter:
         Raises:
             RuntimeMismatch: A tag is not in the registry.
         """
-        tags = [self._metrics[tag].tag for tag in values]
+        points = [_point(self._metrics[tag], value) for tag, value in values.items()]
 
         def write(writer: SummaryWriter) -> None:
-            for tag in tags:
-                writer.add_scalar(tag, values[tag], step)
+            for point in points:
+                writer.file_writer.add_summary(point, step)
 
-        self._attempt(write, points=len(tags))
+        self._attempt(write, points=len(points))
 
     def text(self, tag: str, content: str) -> None:
         """Write a text as a code block."""
@@ -157,6 +176,8 @@ class EventWriter:
         writer, self._writer = self._writer, None
         if writer is not None:
             try:
+                if self._settings:  # the end of the row
+                    writer.file_writer.add_summary(hparams(self._settings, self._results)[2])
                 writer.close()
             except OSError as error:
                 self._failed(error, points=0)
@@ -179,7 +200,11 @@ class EventWriter:
     def _open(self, *, purge_step: int | None) -> None:
         try:
             self._writer = SummaryWriter(self.directory, purge_step=purge_step)
-            self._writer.add_custom_scalars(layout_of(self._metrics))
+            if self._layout:
+                self._writer.add_custom_scalars(self._layout)
+            if self._settings:
+                for begin in hparams(self._settings, self._results)[:2]:
+                    self._writer.file_writer.add_summary(begin)
             self._writer.flush()
         except OSError as error:
             self._failed(error, points=0)
@@ -195,6 +220,42 @@ class EventWriter:
                 "Training goes on without them; free space or make the directory writable, and "
                 f"new points will follow within {_RETRY_SECONDS / 60:.0f} minutes."
             )
+
+
+class TokenAxis:
+    """Writes chosen metrics a second time, with the tokens of all replicas as x axis.
+
+    TensorBoard has one x axis for a run, and drops all points after a resumed step. So these points
+    are a run of their own, in the directory ``tokens`` below that of the run.
+
+    Args:
+        writer: Writer of the run with the tokens.
+        tokens: Inner step -> tokens of all replicas up to it.
+        tags: Tag of a metric -> its tag over tokens.
+    """
+
+    def __init__(
+        self, writer: EventWriter, tokens: Callable[[int], int], tags: Mapping[str, str]
+    ) -> None:
+        self._writer, self._tokens, self._tags = writer, tokens, tags
+
+    @property
+    def lost_points(self) -> int:
+        """Number of points that could not be written."""
+        return self._writer.lost_points
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Write the points of the chosen metrics."""
+        chosen = {self._tags[tag]: value for tag, value in values.items() if tag in self._tags}
+        if chosen:
+            self._writer.scalars(self._tokens(step), chosen)
+
+    def text(self, tag: str, content: str) -> None:
+        """Write nothing: texts have no axis."""
+
+    def close(self) -> None:
+        """Close the event file."""
+        self._writer.close()
 
 
 # ---- lines of JSON -----------------------------------------------------------------------

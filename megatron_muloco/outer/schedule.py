@@ -261,6 +261,16 @@ class SyncSchedule:
         # the step start before the first wait, so that their transfers overlap each other.
         return applies + launches if self.overlap_steps else launches + applies
 
+    def steps_with_events(self) -> tuple[int, ...]:
+        """Return the inner steps that are followed by a launch or an apply, ascending."""
+        launches = {
+            found.launch(fragment, self.fragment_count)
+            for found in self._rounds()
+            for fragment in range(self.fragment_count)
+        }
+        steps = launches | {step + self.overlap_steps for step in launches}
+        return tuple(sorted(step for step in steps if step <= self.train_iters))
+
     def most_in_flight(self) -> int:
         """Return the largest number of fragments that are in flight at once during the run."""
         before, seen, most = 0, set[tuple[int, int]](), 0

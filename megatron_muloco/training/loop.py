@@ -284,7 +284,7 @@ def _evaluate(context: RunContext, step: int) -> None:
     """Record the held-out loss of the anchor if the run has held-out data."""
     if context.valid_data is not None:
         context.watch.enter(f"the evaluation after inner step {step}", patient=True)
-        with context.monitor.paused():
+        with context.monitor.paused("evaluation"):
             context.monitor.evaluation(step, _loss_on(context, context.valid_data))
 
 
@@ -346,7 +346,7 @@ def _save(context: RunContext, step: int) -> bool:
         return True
     began = time.perf_counter()
     context.watch.enter(f"the save after inner step {step}", patient=True)
-    with context.monitor.paused(), record_function("muloco/save"):
+    with context.monitor.paused("save"), record_function("muloco/save"):
         context.state.scalars.update(scalars_of(step, context.train_data.layout))
         try:
             path = context.store.save(step, context.state, prune=context.optimizer.advances)

@@ -7,38 +7,15 @@ import resource
 import pytest
 from tensorboard.backend.event_processing import event_accumulator, plugin_event_accumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams import plugin_data_pb2
 
+from megatron_muloco.config import load_config
+from megatron_muloco.config.derived import derive, smallest_topology
+from megatron_muloco.config.outer import NoOuter
 from megatron_muloco.errors import RuntimeMismatch
-from megatron_muloco.monitor.metrics import METRICS, Chart, Metric, MetricTable
-from megatron_muloco.monitor.writers import EventWriter, layout_of
-
-LAYOUT = {
-    "Training": {
-        "loss": ("lm loss", "lm loss replica 0", "lm loss validation", "lm loss test"),
-        "gradient norm": ("grad-norm", "grad-norm replica 0"),
-        "learning rate": ("learning-rate",),
-        "tokens per second": ("perf/tokens_per_s",),
-        "TFLOP per second and rank": ("throughput",),
-        "peak memory (GiB)": ("perf/peak_memory_gib",),
-        "inner step of fastest and slowest replica (ms)": (
-            "perf/replica_step_ms_min", "perf/replica_step_ms_max"
-        ),
-    },
-    "MuLoCo outer step": {
-        "pseudogradient and update norm": (
-            "muloco/pseudogradient_norm", "muloco/update_norm", "muloco/residual_norm"
-        ),
-        "cosines": (
-            "muloco/cosine_to_mean", "muloco/cosine_pairwise_min", "muloco/compression_cosine"
-        ),
-        "time (ms)": (
-            "muloco/exposed_ms", "muloco/round_ms", "muloco/encode_ms", "muloco/decode_ms"
-        ),
-        "bytes sent": ("muloco/wire_bytes", "muloco/wire_bytes_total"),
-        "compression": ("muloco/compression_error", "muloco/compression_ratio"),
-        "replicas": ("muloco/weight_sum", "muloco/excluded", "muloco/empty_rounds"),
-    },
-}  # fmt: skip
+from megatron_muloco.monitor.build import hyperparameters
+from megatron_muloco.monitor.metrics import METRICS, Chart, Metric, MetricTable, applies
+from megatron_muloco.monitor.writers import EventWriter, TokenAxis, layout_of
 
 
 def steps_seen(directory, tag="lm loss"):
@@ -111,19 +88,82 @@ def test_layout_and_texts_are_in_the_file(tmp_path):
     events = event_accumulator.EventAccumulator(str(tmp_path)).Reload()
     layout = layout_pb2.Layout()
     layout.ParseFromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
-    assert [category.title for category in layout.category] == list(LAYOUT)
+    assert [category.title for category in layout.category] == list(layout_of(METRICS))
+    assert layout.category[0].title == "Loss"
+    assert layout.category[0].chart[0].multiline.tag == ["^lm loss$"]
     (text,) = events.Tensors("run/config/text_summary")
     assert text.tensor_proto.string_val[0] == b"    model:\n      num_layers: 4"
 
 
-def test_the_charts_are_a_column_of_the_registry():
-    layout = layout_of(METRICS)
-    for category, charts in LAYOUT.items():
-        for title, tags in charts.items():
-            assert layout[category][title] == ["Multiline", [f"^{tag}$" for tag in tags]]
-    assert [(c, list(charts)) for c, charts in layout.items()] == [
-        (c, list(charts)) for c, charts in LAYOUT.items()
+def test_every_metric_has_a_chart_of_its_own_in_the_order_of_the_registry():
+    charts = [
+        (category, tags)
+        for category, charts in layout_of(METRICS).items()
+        for _, (_, tags) in charts.items()
     ]
+    assert sorted(tag for _, (tag,) in charts) == sorted(f"^{row.tag}$" for row in METRICS)
+    for category in layout_of(METRICS):
+        rows = [row for row in METRICS if row.chart.category == category]
+        assert [tag for of, (tag,) in charts if of == category] == [f"^{r.tag}$" for r in rows]
+    assert "held-out loss (nats per token)" in layout_of(METRICS)["Loss"]
+
+
+def test_charts_of_metrics_that_a_run_cannot_write_are_left_out():
+    config = load_config("configs/cpu_k2.yaml")
+    tags = {row.tag for row in METRICS if applies(row, config)}
+    left_out = {row.tag for row in METRICS} - tags
+    assert left_out == {
+        "lm loss test", "lm loss test ppl", "perf/mfu", "rolled-back", "muloco/compression_error",
+        "muloco/compression_cosine", "muloco/encode_ms", "muloco/decode_ms", "muloco/residual_norm",
+    }  # fmt: skip
+    alone = config.model_copy(update={"outer": NoOuter(kind="none")})
+    assert not any(row.tag.startswith("muloco/") and applies(row, alone) for row in METRICS)
+    own = Metric("lab/beauty", "1", "last", "writing rank", "on Sundays", "-")
+    assert applies(own, alone)
+
+
+def test_units_and_meanings_are_in_the_file(tmp_path):
+    writer = EventWriter(str(tmp_path), resumed_step=0, report=refuse)
+    writer.scalars(1, {row.tag: 1.0 for row in METRICS})
+    writer.close()
+    events = plugin_event_accumulator.EventAccumulator(str(tmp_path)).Reload()
+    for row in METRICS:
+        shown = events.SummaryMetadata(row.tag)
+        assert shown.display_name.startswith(row.tag)
+        assert row.unit in shown.display_name or row.unit == "1"
+        assert shown.summary_description.startswith(row.meaning)
+
+
+def test_a_run_is_one_row_of_hyperparameters_also_after_a_restart(tmp_path):
+    config = load_config("configs/cpu_k2.yaml")
+    settings = hyperparameters(config, derive(config, smallest_topology(config)))
+    assert list(settings)[:2] == ["method", "K"]
+    for resumed_step in (0, 10):
+        writer = EventWriter(
+            str(tmp_path), resumed_step=resumed_step, report=refuse, settings=settings,
+            results=["lm loss validation"],
+        )  # fmt: skip
+        writer.scalars(resumed_step + 5, {"lm loss validation": 4.0})
+        writer.close()
+    events = plugin_event_accumulator.EventAccumulator(str(tmp_path)).Reload()
+    content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    row = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
+    assert (row["method"].string_value, row["K"].number_value) == ("MuLoCo", 2.0)
+    assert row["H"].number_value == config.outer.sync_interval
+    assert (row["wire"].string_value, row["outer lr"].number_value) == ("fp32", config.outer.lr)
+    assert steps_seen(tmp_path, "lm loss validation") == [5, 15]
+
+
+def test_points_over_tokens_survive_a_resume(tmp_path):
+    for resumed_step, steps in ((0, (1, 2, 3)), (2, (3, 4))):
+        writer = EventWriter(str(tmp_path), resumed_step=4096 * resumed_step, report=refuse)
+        axis = TokenAxis(writer, lambda step: 4096 * step, {"lm loss": "lm loss vs tokens"})
+        axis.text("run/config", "nothing")
+        for step in steps:
+            axis.scalars(step, {"lm loss": 1.0, "grad-norm": 1.0})
+        axis.close()
+        assert axis.lost_points == 0
+    assert steps_seen(tmp_path, "lm loss vs tokens") == [4096, 8192, 12288, 16384]
 
 
 def test_a_registered_metric_is_written_and_has_its_chart(tmp_path):
