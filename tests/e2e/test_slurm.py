@@ -12,8 +12,10 @@ from pydoc_data.topics import topics
 
 import pytest
 
+from megatron_muloco.config import load_config
 from tests.support.minislurm import MiniSlurm, why_unavailable
 from tests.support.ports import held_port
+from tools.batch_script import ArrayTask, Request, batch_script, layout_for
 
 pytestmark = [
     pytest.mark.e2e,
@@ -57,6 +59,13 @@ sys.exit(85)
 """
 
 
+# Says how it was called, and runs what it was asked to run inside the image.
+APPTAINER = """#!/bin/bash
+echo "apptainer: $*"
+shift 7
+exec "$@"
+"""
+
 # Between all nodes being idle and the second start. Without it the second start has been seen to
 # end as FAILED before its script began; SLURM itself would wait two minutes.
 SETTLE_S = 5.0
@@ -69,6 +78,16 @@ def cluster() -> Iterator[MiniSlurm]:
     """Cluster of sixteen nodes with eight GPUs, the size that the 15B run requests."""
     with MiniSlurm(nodes=16, gpus_per_node=8) as slurm:
         yield slurm
+
+
+# For jobs on this machine.
+HERE = {
+    "MASTER_ADDR": "127.0.0.1",  # n1, n2, ... are no names that anything can resolve
+    # The environment of this test run, which need not be .venv.
+    "MULOCO_ACTIVATE": "/dev/null",
+    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    "PYTHONPATH": str(ROOT),
+}
 
 
 class Job:
@@ -87,14 +106,7 @@ class Job:
             TEMPLATE,
             *arguments,
             cwd=ROOT,
-            env={
-                "MASTER_ADDR": "127.0.0.1",  # n1, n2, ... are no names that anything can resolve
-                "MULOCO_SLOTS_PER_NODE": "1",
-                # The environment of this test run, which need not be .venv.
-                "MULOCO_ACTIVATE": "/dev/null",
-                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-                **env,
-            },
+            env=HERE | {"MULOCO_SLOTS_PER_NODE": "1"} | env,
         )
 
     def signal_when(self, pattern: str, *, timeout_s: float) -> None:
@@ -108,14 +120,14 @@ class Job:
         done = self._cluster.run("scancel", f"--signal={signal.SIGUSR1.name[3:]}", self.id)
         assert done.returncode == 0, done.stderr
 
-    def restart_now(self, *, timeout_s: float) -> None:
+    def restart_now(self, *, timeout_s: float, restarts: int = 1) -> None:
         """Wait until the job is requeued and let it start without SLURM's two minutes of delay."""
 
         def requeued() -> bool:
             # Idle: starting while the first attempt is still being cleaned up fails. SLURM's delay
             # is there for that.
             return (
-                self._field("Restarts") == "1"
+                self._field("Restarts") == str(restarts)
                 and self._state() == "PENDING"
                 and self._cluster.idle()
             )
@@ -124,6 +136,18 @@ class Job:
         time.sleep(SETTLE_S)
         done = self._cluster.run("scontrol", "update", f"JobId={self.id}", "StartTime=now")
         assert done.returncode == 0, done.stderr
+
+    def wait_for_line(self, pattern: str, *, timeout_s: float) -> None:
+        """Wait until the log matches ``pattern``."""
+        self._wait(f"{pattern!r}", lambda: bool(re.search(pattern, self.text())), timeout_s)
+
+    def wait_for_requeue(self, restarts: int, *, timeout_s: float) -> None:
+        """Wait until the job is in the queue for a further start."""
+
+        def requeued() -> bool:
+            return self._field("Restarts") == str(restarts) and self._state() == "PENDING"
+
+        self._wait(f"requeue {restarts}", requeued, timeout_s)
 
     def wait_for_end(self, *, timeout_s: float) -> tuple[str, str]:
         """Return the final state and exit code."""
@@ -142,6 +166,38 @@ class Job:
 
     def _wait(self, what: str, condition: Callable[[], bool], timeout_s: float) -> None:
         self._cluster.wait_for(what, condition, timeout_s=timeout_s, log=self.log)
+
+
+class SubmittedJob(Job):
+    """One submission by ``launch/submit.py`` on two one-rank CPU nodes, with logs in ``directory``.
+
+    Attributes:
+        script: The batch script that it printed.
+    """
+
+    def __init__(
+        self, cluster: MiniSlurm, directory: Path, *arguments: str, env: dict[str, str]
+    ) -> None:
+        self._cluster = cluster
+        done = submit_py(cluster, *self.arguments(directory), *arguments, env=env)
+        assert done.returncode == 0, done.stderr
+        self.script, _, said = done.stdout.partition("batch script\n\n")[2].partition("submitted ")
+        self.id = re.findall(r"job (\d+)", said)[0]
+        self.log = Path(re.findall(r"tail -F (\S+)", said)[0])
+
+    @staticmethod
+    def arguments(directory: Path) -> list[str]:
+        return [
+            *("--config", "configs/cpu_k2.yaml", "--cpu", "--nodes", "2", "--ranks-per-node", "1"),
+            *("--log-dir", str(directory / "logs")),
+        ]
+
+
+def submit_py(
+    cluster: MiniSlurm, *arguments: str, env: dict[str, str]
+) -> subprocess.CompletedProcess[str]:
+    command = (sys.executable, "launch/submit.py", *arguments)
+    return cluster.run(*command, cwd=ROOT, env=HERE | env)
 
 
 @pytest.fixture
@@ -177,6 +233,50 @@ def test_an_impossible_submission_is_rejected(cluster: MiniSlurm, impossible: st
     assert "not available" in said
 
 
+@pytest.mark.parametrize(
+    "path", [path for path in sorted((ROOT / "configs").glob("*.yaml")) if path.stem != "paper"],
+    ids=lambda path: path.stem,
+)  # fmt: skip
+def test_what_is_submitted_for_a_config_is_accepted_with_its_numbers(
+    cluster: MiniSlurm, tmp_path: Path, path: Path
+) -> None:
+    config = load_config(str(path))
+    layout = layout_for(config, nodes=None)
+    request = Request(path, (), layout, gpus=True, logs=tmp_path, name=path.stem)
+    code, said = submission_of(cluster, tmp_path, batch_script(request))
+    assert code == 0, said
+    parallel = config.parallel
+    ranks = parallel.num_replicas * (
+        parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    )
+    last = max(1, ranks // 8)
+    assert ("nodes n1 " if last == 1 else f"nodes n[1-{last}] ") in said
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", "srun"])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_what_is_submitted_for_a_cluster_is_accepted(
+    cluster: MiniSlurm, tmp_path: Path, launcher: str, parts: int
+) -> None:
+    path = ROOT / "configs/15b_k16.yaml"
+    layout = layout_for(load_config(str(path)), nodes=None, ranks_per_node=8, components=parts)
+    request = Request(
+        path, (), layout, gpus=True, logs=tmp_path, name="mine",
+        partitions=("debug", "debug")[:parts], directives={"switches": "1@10:00"},
+        settings={"MULOCO_LAUNCHER": launcher},
+        tasks=(ArrayTask(("inner.lr=1",), ""),) * 3 if parts == 1 else (),
+    )  # fmt: skip
+    code, said = submission_of(cluster, tmp_path, batch_script(request))
+    assert code == 0, said
+
+
+def submission_of(cluster: MiniSlurm, directory: Path, script: str) -> tuple[int, str]:
+    file = directory / "job.sbatch"
+    file.write_text(script)
+    done = cluster.run("sbatch", "--test-only", str(file), cwd=directory)
+    return done.returncode, done.stderr
+
+
 def test_a_stopped_job_is_requeued_with_its_arguments(
     cluster: MiniSlurm, tmp_path: Path, stand_in: dict[str, str]
 ) -> None:
@@ -188,6 +288,58 @@ def test_a_stopped_job_is_requeued_with_its_arguments(
     assert (tmp_path / "saved1").exists()
     assert job.text().count("rank 0 sees ['--set', 'a.b=[1, 2]']") == 2, job.text()
     assert "requeue 1 of at most 30" in job.text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "extra"),
+    [
+        pytest.param((), {}, id="deepspeed"),
+        pytest.param(("--launcher", "srun"), {}, id="srun", marks=pytest.mark.slow),
+        pytest.param(
+            ("--launcher", "srun", "--partition", "debug", "debug"), {}, id="two-parts",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ("--container", "image", "--container-runtime", "apptainer", "--modules", "cuda/13",
+             "--interface", "lo", "--mount", "/usr"),
+            {"BASH_FUNC_module%%": "() { echo module $*; }"}, id="apptainer",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_submitted_is_what_a_dry_run_shows_and_is_requeued(
+    cluster: MiniSlurm,
+    tmp_path: Path,
+    stand_in: dict[str, str],
+    arguments: tuple[str, ...],
+    extra: dict[str, str],
+    small_run: list[str],
+) -> None:
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    (programs / "apptainer").write_text(APPTAINER)
+    (programs / "apptainer").chmod(0o755)
+    env = stand_in | extra | {"PATH": f"{programs}:{HERE['PATH']}"}
+    overrides = ("--set", *small_run, f"checkpoint.dir={tmp_path}/saved")
+    shown = submit_py(
+        cluster, *SubmittedJob.arguments(tmp_path), "--dry-run", *arguments, *overrides, env=env
+    ).stdout
+    assert not (tmp_path / "logs").exists()
+    job = SubmittedJob(cluster, tmp_path, *arguments, *overrides, env=env)
+    assert job.script == shown.partition("batch script\n\n")[2]
+    kept = cluster.run("scontrol", "write", "batch_script", job.id, "-").stdout
+    # SLURM keeps the script of a heterogeneous job without a blank line.
+    assert [line for line in kept.splitlines() if line] == (
+        [line for line in job.script.splitlines() if line]
+    )
+    job.signal_when(BOTH_RANKS_RUN, timeout_s=60)
+    job.restart_now(timeout_s=60)
+    assert job.wait_for_end(timeout_s=60) == ("COMPLETED", "0"), job.text()
+    assert "requeue 1 of at most 30" in job.text()
+    if "apptainer" in arguments:
+        assert "module load cuda/13" in job.text()
+        mounts = f"{ROOT}:{ROOT},{tmp_path}/logs:{tmp_path}/logs,/usr:/usr"
+        assert f"exec --nv --bind {mounts} --pwd {ROOT} image bash" in job.text()
 
 
 @pytest.mark.parametrize(
@@ -298,3 +450,32 @@ def test_a_stopped_and_requeued_run_ends_where_an_undisturbed_one_does(
     steps = [int(step) for step in re.findall(r" iteration +(\d+)/", job.text())]
     assert steps == list(range(1, 201)), "a step was repeated or left out by the resume"
     assert digests["stopped"] == digests["undisturbed"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["deepspeed", "srun"])
+def test_a_run_that_is_preempted_by_a_signal_and_by_a_lost_node_ends_undisturbed(
+    cluster: MiniSlurm, tmp_path: Path, small_run: list[str], launcher: str
+) -> None:
+    """The second start loses a node; the third one goes on from the newest checkpoint."""
+    digests = {}
+    for name in ("undisturbed", "preempted"):
+        directory = tmp_path / name
+        own = [f"checkpoint.dir={directory}/saved", f"monitor.dir={directory}/tensorboard"]
+        overrides = ("--set", *small_run, *own, "checkpoint.save_interval=20")
+        with held_port() as port:
+            job = SubmittedJob(
+                cluster, directory, "--launcher", launcher, *overrides,
+                env={"MASTER_PORT": str(port)},
+            )  # fmt: skip
+            if name == "preempted":
+                job.signal_when(r"iteration +7/", timeout_s=120)
+                job.restart_now(timeout_s=60)
+                job.wait_for_line(r"iteration +4\d/", timeout_s=120)
+                cluster.lose_node("n2")
+                job.wait_for_requeue(2, timeout_s=120)
+                cluster.repair_node("n2")
+                job.restart_now(timeout_s=60, restarts=2)
+            assert job.wait_for_end(timeout_s=180) == ("COMPLETED", "0"), job.text()
+        (digests[name],) = re.findall(r"final anchor digest: (\w+)", job.text())
+    assert digests["preempted"] == digests["undisturbed"]

@@ -9,6 +9,7 @@ an installed SLURM is not read. Ports stay reserved while the cluster runs, so s
 run at the same time. All processes end with the block, and with this process.
 """
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -20,6 +21,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
+
+import psutil
 
 from tests.support.ports import held_ports
 
@@ -46,6 +49,7 @@ class MiniSlurm:
         self._gpus_per_node = gpus_per_node
         self._cleanup = ExitStack()
         self._directory = Path()
+        self._slurmds: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:  # undoes a start that fails half-way
@@ -93,9 +97,50 @@ class MiniSlurm:
         return done.stdout.strip()
 
     def job(self, job_id: str) -> dict[str, str]:
-        """Return the fields of ``scontrol show job``."""
+        """Return the fields of ``scontrol show job``, of a heterogeneous job's first component."""
         shown = self.run("scontrol", "--oneliner", "show", "job", job_id).stdout
-        return dict(field.split("=", 1) for field in shown.split() if "=" in field)
+        first = shown.partition("\n")[0]
+        return dict(field.split("=", 1) for field in first.split() if "=" in field)
+
+    def lose_node(self, name: str) -> None:
+        """Kill everything that runs on a node, as when its power fails, and report it as down.
+
+        SLURM itself would notice after SlurmdTimeout, five minutes.
+        """
+        for process in self._processes_on(name):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._slurmds.pop(name).wait()
+        done = self.run("scontrol", "update", f"NodeName={name}", "State=DOWN", "Reason=power")
+        assert done.returncode == 0, done.stderr
+
+    def repair_node(self, name: str) -> None:
+        """Start a node that was lost."""
+        self._start_slurmd(self._cleanup, name)
+        done = self.run("scontrol", "update", f"NodeName={name}", "State=RESUME")
+        assert done.returncode == 0, done.stderr
+        self._await(f"{name} idle", self.idle)
+
+    def _processes_on(self, name: str) -> list[psutil.Process]:
+        """Return a node's slurmd, and the daemons and tasks of its steps."""
+        slurmd, found = self._slurmds[name], []
+        for process in psutil.process_iter():
+            try:
+                environment = process.environ()
+                if environment.get("SLURM_CONF") != self.environment["SLURM_CONF"]:
+                    continue
+                of_a_step = process.name().startswith("slurmstepd") and any(
+                    Path(file.path).name == f"slurmd.{name}.log" for file in process.open_files()
+                )
+                if (
+                    process.pid == slurmd.pid
+                    or of_a_step
+                    or environment.get("SLURMD_NODENAME") == name
+                ):
+                    found.append(process)
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+        return found
 
     def wait_for(
         self, what: str, condition: Callable[[], bool], *, timeout_s: float, log: Path
@@ -179,9 +224,12 @@ PartitionName=debug Nodes=ALL Default=YES MaxTime=2-00:00:00 State=UP
         self._daemon(stack, "slurmctld", "-D")
         self._await("slurmctld", lambda: "UP" in self.run("scontrol", "ping").stdout)
         for number in range(1, self._nodes + 1):
-            self._daemon(stack, "slurmd", "-D", "-N", f"n{number}")
+            self._start_slurmd(stack, f"n{number}")
         stack.callback(self._cancel_all)
         self._await(f"{self._nodes} idle nodes", self.idle)
+
+    def _start_slurmd(self, stack: ExitStack, name: str) -> None:
+        self._slurmds[name] = self._daemon(stack, "slurmd", "-D", "-N", name)
 
     def _cancel_all(self) -> None:
         self.run("scancel", "--full", "--signal=KILL", "-u", "root")
@@ -190,7 +238,7 @@ PartitionName=debug Nodes=ALL Default=YES MaxTime=2-00:00:00 State=UP
         while self.run("squeue", "-h").stdout.strip() and time.monotonic() < deadline:
             time.sleep(0.2)
 
-    def _daemon(self, stack: ExitStack, program: str, *arguments: str) -> None:
+    def _daemon(self, stack: ExitStack, program: str, *arguments: str) -> subprocess.Popen[bytes]:
         path = _find(program)
         assert path is not None
         log = stack.enter_context((self._directory / f"log/{program}.out").open("a"))
@@ -203,6 +251,7 @@ PartitionName=debug Nodes=ALL Default=YES MaxTime=2-00:00:00 State=UP
             stderr=log,
         )
         stack.callback(_end, process)
+        return process
 
     def _await(self, what: str, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S
