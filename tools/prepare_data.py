@@ -3,11 +3,18 @@
 import argparse
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_muloco.data.prepare import PrepareOptions, check_inputs, prepare
+from megatron_muloco.data.prepare import (
+    Part,
+    PrepareOptions,
+    check_inputs,
+    check_prefix,
+    prepare,
+)
 from megatron_muloco.data.tokenizer import TOKENIZER_TYPES
 from megatron_muloco.errors import ConfigError, run_tool
 
@@ -49,6 +56,11 @@ def _parser() -> argparse.ArgumentParser:
         help="stop at a bad record, or print, count and skip it",
     )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
+    parser.add_argument(
+        "--split", type=float, metavar="SHARE",
+        help="hold out this share of the documents: PREFIX_train and PREFIX_valid are written",
+    )  # fmt: skip
+    parser.add_argument("--split-seed", type=int, default=0, help="another seed, another split")
     return parser
 
 
@@ -61,6 +73,10 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.workers < 1:
         raise ConfigError(f"--workers {arguments.workers}: at least one process has to work.")
     check_inputs(arguments.input)
+    if arguments.split is not None and not 0 < arguments.split < 1:
+        raise ConfigError(f"--split {arguments.split}: the share held out is between 0 and 1.")
+    if not 0 <= arguments.split_seed < 2**64:
+        raise ConfigError(f"--split-seed {arguments.split_seed}: use a number from 0 to 2^64 - 1.")
     options = PrepareOptions(
         tokenizer_type=arguments.tokenizer_type,
         tokenizer_model=arguments.tokenizer_model,
@@ -71,7 +87,20 @@ def _run(arguments: argparse.Namespace) -> None:
         on_error=arguments.on_error,
         overwrite=arguments.overwrite,
     )
-    total = sum(Path(path).stat().st_size for path in arguments.input)
+    prefix = arguments.output_prefix
+    if arguments.split is None:
+        _write(arguments.input, prefix, options)
+        return
+    outputs = {f"{prefix}_train": False, f"{prefix}_valid": True}
+    for output in outputs:  # both, before the first is written
+        check_prefix(arguments.input, output, options)
+    for output, valid in outputs.items():
+        part = Part(arguments.split, arguments.split_seed, valid)
+        _write(arguments.input, output, replace(options, part=part))
+
+
+def _write(inputs: list[str], prefix: str, options: PrepareOptions) -> None:
+    total = sum(Path(path).stat().st_size for path in inputs)
     with tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing") as bar:
 
         def show(read: int, tokens: int) -> None:
@@ -79,11 +108,11 @@ def _run(arguments: argparse.Namespace) -> None:
             bar.set_postfix_str(f"{tokens:,} tokens", refresh=False)
 
         manifest = prepare(
-            arguments.input, arguments.output_prefix, options, progress=show,
+            inputs, prefix, options, progress=show,
             report_bad=lambda message: bar.write(f"skipped {message}", file=sys.stderr),
         )  # fmt: skip
     print(
-        f"{arguments.output_prefix}: {manifest.documents:,} documents, {manifest.tokens:,} tokens, "
+        f"{prefix}: {manifest.documents:,} documents, {manifest.tokens:,} tokens, "
         f"{manifest.text_bytes / manifest.tokens:.2f} bytes per token, "
         f"{manifest.skipped} skipped, {manifest.empty} empty"
     )

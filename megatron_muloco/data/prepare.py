@@ -57,10 +57,12 @@ from megatron_muloco.errors import ConfigError
 __all__ = [
     "BadRecord",
     "Layout",
+    "Part",
     "PrepareOptions",
     "Record",
     "check_inputs",
     "check_outputs",
+    "check_prefix",
     "layout_of",
     "prepare",
     "raw_records",
@@ -205,7 +207,11 @@ def _field(record: Record, line: str, key: str) -> str:
     if not isinstance(value, dict):
         raise BadRecord(f"{where}: a JSON {type(value).__name__} where an object was expected")
     if key not in value:
-        raise BadRecord(f"{where}: no key {key!r}; the keys are {', '.join(map(repr, value))}")
+        keys = ", ".join(map(repr, value)) or "none"
+        raise BadRecord(
+            f"{where}: no key {key!r}; the keys are {keys} (--json-keys names the one with the "
+            "text)"
+        )
     text = value[key]
     if not isinstance(text, str):
         raise BadRecord(f"{where}: {key!r} is a {type(text).__name__}, not a string")
@@ -249,6 +255,30 @@ _BATCHES_PER_WORKER = 3
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """One side of a split of documents into training and held-out text.
+
+    A hash of the text decides, so a document is on the same side on every machine, in any order and
+    with more documents around it, and copies of a document are on one side.
+
+    Attributes:
+        held_out: Share of the documents that is held out, in (0, 1).
+        seed: Another seed holds out other documents.
+        valid: Whether this is the held-out side.
+    """
+
+    held_out: float
+    seed: int
+    valid: bool
+
+    def takes(self, text: str) -> bool:
+        """Return whether a document is on this side."""
+        seed = self.seed.to_bytes(8, "little")
+        digest = hashlib.blake2b(text.encode(), digest_size=8, salt=seed).digest()
+        return (int.from_bytes(digest, "little") < self.held_out * 2**64) == self.valid
+
+
+@dataclass(frozen=True, slots=True)
 class PrepareOptions:
     """Options of `prepare`.
 
@@ -263,6 +293,7 @@ class PrepareOptions:
             them out.
         overwrite: Replace an existing dataset.
         origin: Copied to the manifest.
+        part: Side of a split to write; None for all documents.
     """
 
     tokenizer_type: str
@@ -274,6 +305,7 @@ class PrepareOptions:
     on_error: Literal["fail", "skip"] = "fail"
     overwrite: bool = False
     origin: dict[str, Any] = field(default_factory=dict)
+    part: Part | None = None
 
 
 @dataclass(slots=True)
@@ -320,14 +352,14 @@ def prepare(
             process is writing this dataset.
     """
     check_inputs(list(inputs))
-    _check_prefix(inputs, prefix, options)
+    check_prefix(inputs, prefix, options)
     encoder = _encoder(options.tokenizer_type, options.tokenizer_model)
     megatron = _indexed_format()
     dtype: type[np.integer[Any]] = megatron.DType.optimal_dtype(encoder.vocab_size)
     Path(prefix).parent.mkdir(parents=True, exist_ok=True)
     with partial_files(prefix) as (bin_partial, idx_partial, manifest_partial):
         # Again under the lock: another run with this prefix may have ended meanwhile.
-        _check_prefix(inputs, prefix, options)
+        check_prefix(inputs, prefix, options)
         builder = megatron.IndexedDatasetBuilder(str(bin_partial), dtype=dtype)
         totals = _Totals()
         for position, batch in _tokenized(inputs, options, dtype):
@@ -343,8 +375,8 @@ def prepare(
                 progress(position, totals.tokens)
         if totals.documents == 0:
             raise ConfigError(
-                f"no text in {len(inputs)} inputs ({totals.empty} empty and {len(totals.bad)} bad "
-                f"records), so no dataset was written."
+                f"no text for {prefix} in {len(inputs)} inputs ({totals.empty} empty and "
+                f"{len(totals.bad)} bad records), so no dataset was written."
             )
         builder.finalize(str(idx_partial))
         manifest = _manifest(inputs, options, encoder, dtype, totals, file_digest(idx_partial))
@@ -353,7 +385,7 @@ def prepare(
     return manifest
 
 
-def _check_prefix(inputs: Sequence[str], prefix: str, options: PrepareOptions) -> None:
+def check_prefix(inputs: Sequence[str], prefix: str, options: PrepareOptions) -> None:
     """Raise ConfigError if a file of the dataset must not be written; see `check_outputs`."""
     files = [bin_path(prefix), manifest_path(prefix), idx_path(prefix)]
     read = [*inputs, *([options.tokenizer_model] if options.tokenizer_model else [])]
@@ -432,10 +464,10 @@ def _encode(
         except BadRecord as error:
             bad.append(str(error))
             continue
-        if text.strip():
-            texts.append(text)
-        else:
+        if not text.strip():
             empty += 1
+        elif options.part is None or options.part.takes(text):
+            texts.append(text)
     ending = [encoder.eod] if options.append_eod else []
     documents = [ids + ending for ids in encoder.encode_batch(texts)]
     lengths = [len(ids) for ids in documents]

@@ -103,10 +103,10 @@ def check_tokenizer(tokenizer_type: str, tokenizer_model: str | None) -> list[st
         looks_local = (
             path.is_absolute() or tokenizer_model.startswith(".") or tokenizer_model.count("/") > 1
         )
-        return [_missing(tokenizer_model)] if looks_local else []
+        return [_missing(tokenizer_type, tokenizer_model)] if looks_local else []
     if tokenizer_type == "huggingface":
         return []
-    return [] if path.is_file() else [_missing(tokenizer_model)]
+    return [] if path.is_file() else [_missing(tokenizer_type, tokenizer_model)]
 
 
 def check_vocab_size(tokenizer_vocab_size: int, model_vocab_size: int) -> list[str]:
@@ -255,11 +255,20 @@ class _Megatron:
         return [self._tokenizer.tokenize(text) for text in texts]
 
 
-def _missing(model: str) -> str:
-    return (
-        f"data.tokenizer_model: {model} does not exist. "
-        f"Train one with tools/train_tokenizer.py (the demo's comes from tools/demo_corpus.py)."
-    )
+# What to do where the file of a tokenizer is missing.
+_MISSING_REMEDIES = {
+    "sentencepiece": "Train one with tools/train_tokenizer.py (the demo's comes from "
+    "tools/demo_corpus.py).",
+    "huggingface": "Put the files of a Hugging Face tokenizer there, such as tokenizer.json and "
+    "tokenizer_config.json, or name another directory. tools/train_tokenizer.py trains "
+    "tokenizer_type: sentencepiece instead.",
+    "tiktoken": "Name the vocabulary file of a tiktoken tokenizer, or train a tokenizer of "
+    "tokenizer_type: sentencepiece with tools/train_tokenizer.py.",
+}
+
+
+def _missing(kind: str, model: str) -> str:
+    return f"data.tokenizer_model: {model} does not exist. {_MISSING_REMEDIES[kind]}"
 
 
 def _unreadable(kind: str, model: str | None, error: Exception) -> str:

@@ -19,6 +19,7 @@ from megatron_muloco.data import prepare as prepare_module
 from megatron_muloco.data.indexed import check_indexed, open_indexed, read_manifest
 from megatron_muloco.data.prepare import (
     BadRecord,
+    Part,
     PrepareOptions,
     layout_of,
     prepare,
@@ -26,6 +27,7 @@ from megatron_muloco.data.prepare import (
     text_of,
 )
 from megatron_muloco.data.tokenizer import (
+    check_tokenizer,
     check_vocab_size,
     load_encoder,
     load_tokenizer,
@@ -100,7 +102,7 @@ def test_paragraphs_and_whole_files_lose_nothing(tmp_path, suffix):
     [
         (b'{"text": "x"', "not valid JSON"),
         (b'["text"]', "a JSON list where an object"),
-        (b'{"body": "x"}', "no key 'text'; the keys are 'body'"),
+        (b'{"body": "x"}', "no key 'text'; the keys are 'body' .--json-keys names"),
         (b'{"text": 7}', "'text' is a int, not a string"),
         (b'{"text": "\\ud800"}', "half a surrogate pair"),
         (b'{"text": "\xff"}', "not valid UTF-8"),
@@ -201,6 +203,51 @@ def test_unusable_tokenizers_are_refused(model, tmp_path):
         load_tokenizer("sentencepiece", model, model_vocab_size=319)
     assert load_tokenizer("sentencepiece", model, model_vocab_size=320).vocab_size == 320
     assert check_vocab_size(320, 320) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "remedy"),
+    [("sentencepiece", "Train one with"), ("huggingface", "Hugging Face tokenizer there"),
+     ("tiktoken", "vocabulary file of a tiktoken")],
+)  # fmt: skip
+def test_the_remedy_for_a_missing_tokenizer_is_that_of_its_type(kind, remedy):
+    (problem,) = check_tokenizer(kind, "./absent")
+    assert problem.startswith("data.tokenizer_model: ./absent does not exist. ")
+    assert remedy in problem
+
+
+# ---- splits -------------------------------------------------------------------------------
+
+
+def test_a_split_gives_every_document_to_one_side_and_keeps_it_there():
+    texts = sentences(400)
+    sides = {text: [Part(0.25, 7, valid).takes(text) for valid in (False, True)] for text in texts}
+    assert all(sorted(side) == [False, True] for side in sides.values())
+    more = Part(0.5, 7, True)  # a larger share holds out the same documents, and others
+    held_out = {text for text, (_, valid) in sides.items() if valid}
+    assert all(more.takes(text) for text in held_out)
+    # 400 draws of 1/4: mean 100, standard deviation 8.7; six of them either way.
+    assert 48 < len(held_out) < 152
+    assert held_out != {text for text in texts if Part(0.25, 8, True).takes(text)}
+
+
+def test_the_two_sides_of_a_split_hold_all_documents(tmp_path):
+    texts = sentences(60)
+    source = write_jsonl(tmp_path / "a.jsonl", texts)
+    command = [sys.executable, str(REPOSITORY / "tools/prepare_data.py"), f"--input={source}"]
+    command += [f"--output-prefix={tmp_path}/a", "--tokenizer-type=byte-level", "--workers=1"]
+    subprocess.run([*command, "--split=0.3"], check=True, env=os.environ, timeout=120)
+    part = Part(0.3, 0, True)
+    whole = prepare([source], str(tmp_path / "whole"), BYTES)
+    sides = {name: documents(tmp_path / f"a_{name}") for name in ("train", "valid")}
+    expected = {True: [], False: []}
+    for text, document in zip(texts, documents(tmp_path / "whole"), strict=True):
+        expected[part.takes(text)].append(document)
+    assert sides == {"train": expected[False], "valid": expected[True]}
+    counts = [read_manifest(str(tmp_path / f"a_{name}")).documents for name in sides]
+    assert sum(counts) == whole.documents
+    refused = subprocess.run([*command, "--split=1.5"], capture_output=True, text=True, timeout=120)
+    assert (refused.returncode, "between 0 and 1" in refused.stderr) == (2, True)
 
 
 def test_digest_follows_the_content(model, tmp_path):
