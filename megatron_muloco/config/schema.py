@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable
 from typing import Annotated, Literal
 
-from pydantic import Field, PrivateAttr
+from pydantic import Field, PrivateAttr, field_validator
 
 from megatron_muloco.config.document import place_of
 from megatron_muloco.config.inner import InnerConfig
@@ -151,7 +151,9 @@ class DataConfig(Section):
     """Datasets and tokenizer."""
 
     train: tuple[DataSource, ...] = Field(
-        strict=False, min_length=1, description="Training datasets."
+        strict=False,
+        min_length=1,
+        description="Training datasets. A path alone stands for a dataset of weight 1.",
     )
     valid: tuple[DataSource, ...] = Field((), strict=False, description="Held-out datasets.")
     test: tuple[DataSource, ...] = Field(
@@ -173,6 +175,15 @@ class DataConfig(Section):
     cache_dir: str | None = Field(
         None, description="Directory of the sample index caches; by default beside the data."
     )
+
+    @field_validator("train", "valid", "test", mode="before")
+    @classmethod
+    def _paths_are_sources(cls, value: object) -> object:
+        """Return sources for paths: ``data/a`` or ``[data/a]`` for ``[{path: data/a}]``."""
+        entries = [value] if isinstance(value, str) else value
+        if not isinstance(entries, list | tuple):
+            return value
+        return [{"path": entry} if isinstance(entry, str) else entry for entry in entries]
 
 
 class SpikesConfig(Section):

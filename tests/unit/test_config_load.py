@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from megatron_muloco.config import RunConfig, load, load_config
 from megatron_muloco.config.document import Document, merge, parse_override, read_document
 from megatron_muloco.config.load import load_document
+from megatron_muloco.config.schema import DataSource
 from megatron_muloco.errors import ConfigError
 
 SHIPPED = Path(__file__).parents[2] / "configs"
@@ -72,6 +73,11 @@ def test_counts_may_be_written_as_floats() -> None:
 def test_values_of_overrides_are_yaml() -> None:
     config = load_config(CPU, ["data.train=[{path: a, weight: 2}, {path: b}]"])
     assert [(source.path, source.weight) for source in config.data.train] == [("a", 2), ("b", 1)]
+
+
+@pytest.mark.parametrize("written", ["a", "[a]", "[{path: a}]", "[{path: a, weight: 1}]"])
+def test_a_path_alone_is_a_dataset(written: str) -> None:
+    assert load_config(CPU, [f"data.train={written}"]).data.train == (DataSource(path="a"),)
 
 
 def test_configs_are_frozen_and_remember_their_places() -> None:
