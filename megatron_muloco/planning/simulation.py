@@ -71,66 +71,53 @@ class Player:
 
     Attributes:
         rate: Bits per second of the link.
-        latency: Seconds of each transfer beside its bits.
         now: Seconds since the start.
         computed: Seconds that computed.
         busy: Seconds in which the link sent.
-        spans: What happened, as (lane, begin, end), if recorded.
     """
 
     rate: float
-    latency: float = 0.0
     now: float = 0.0
     computed: float = 0.0
     busy: float = 0.0
-    spans: list[tuple[str, float, float]] | None = None
     _free: float = 0.0
     _arrivals: dict[Hashable, float] = field(default_factory=dict)
 
     def play(self, events: Sequence[Event]) -> None:
         """Play events after what has been played so far."""
         for event in events:
-            begin = self.now
             if isinstance(event, Compute):
                 self.now += event.seconds
                 self.computed += event.seconds
-                self._record("compute", begin, self.now)
             elif isinstance(event, Send):
                 begin = max(self._free, self.now)
-                self._free = begin + self.latency + event.bits / self.rate
+                self._free = begin + event.bits / self.rate
                 self._arrivals[event.key] = self._free
                 self.busy += self._free - begin
-                self._record("link", begin, self._free)
             else:
                 self.now = max(self.now, self._arrivals.pop(event.key, 0.0))
-                self._record("wait", begin, self.now)
-
-    def _record(self, lane: str, begin: float, end: float) -> None:
-        if self.spans is not None and end > begin:
-            self.spans.append((lane, begin, end))
 
 
 Program = Callable[[int], Sequence[Event]]
 """Events of a round, by its number, counted from 0."""
 
 
-def steady_share(
-    program: Program, rate: float, *, latency: float = 0.0, rounds: int = _WARM_UP
-) -> float:
+def steady_share(program: Program, rate: float) -> float:
     """Return the share of a round that computes, once rounds repeat.
+
+    A round cannot be shorter than its transfers. Where the link is only a little too slow, its
+    queue grows over many rounds until training waits, so that bound is taken without playing them.
 
     Args:
         program: Events of each round.
         rate: Bits per second of the link.
-        latency: Seconds of each transfer beside its bits.
-        rounds: Rounds that are played before.
     """
-    player = Player(rate, latency)
-    for index in range(rounds):
+    player = Player(rate)
+    for index in range(_WARM_UP):
         player.play(program(index))
-    begin, before = player.now, player.computed
-    player.play(program(rounds))
-    return (player.computed - before) / (player.now - begin)
+    begin, before, sent = player.now, player.computed, player.busy
+    player.play(program(_WARM_UP))
+    return (player.computed - before) / max(player.now - begin, player.busy - sent)
 
 
 def _merged(events: Iterator[Event]) -> list[Event]:

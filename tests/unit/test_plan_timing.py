@@ -1,6 +1,5 @@
 """Time of a run: closed forms, the simulation of compute and links, and what both agree on."""
 
-import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -79,15 +78,6 @@ def test_transfers_share_the_link_in_the_order_of_their_sends() -> None:
     assert player.now == 4.0
 
 
-def test_spans_do_not_overlap_on_a_lane() -> None:
-    player = Player(rate=1.0, spans=[])
-    for number in range(3):
-        player.play(trainer_rounds(4, (1.0, 3.0), 1, 0.5)(number))
-    for lane in ("compute", "link"):
-        spans = [(begin, end) for name, begin, end in player.spans or () if name == lane]
-        assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(spans))
-
-
 # ---- simulation and closed forms ----------------------------------------------------------------
 #
 # Times are multiples of powers of two, so that both sides are exact.
@@ -135,6 +125,9 @@ def test_the_link_bounds_what_overlap_can_hide() -> None:
     rounds = trainer_rounds(8, (16.0,), 7, 1.0)
     assert steady_share(rounds, 1.0) <= 8 / 16
     assert fewest_overlap_steps(8, (16.0,), 1.0, 1.0, 1.0) is None
+    # A link that is 1/64 too slow: in small pieces it takes many rounds until training waits.
+    pieces = trainer_rounds(8, (65 / 64,) * 8, 6, 1.0)
+    assert steady_share(pieces, 1.0) == 64 / 65
 
 
 def test_the_fewest_overlap_steps_hide_and_one_less_does_not() -> None:
