@@ -4,12 +4,18 @@ import argparse
 import statistics
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_muloco.config import RunConfig, load_config
 from megatron_muloco.errors import ConfigError, run_tool
 from megatron_muloco.monitor.monitor import SAMPLE_TAG
+from tools.compare import comparison_of
+from tools.comparing.courses import warnings_of
 from tools.corpora.statistics import unigram_cross_entropy
 from tools.run_points import Points, read_points, text_of
+
+# Trained once, as docs/experiments/LOG.md says: a demo that trains it too would take twice as long.
+BASELINE = Path(__file__).resolve().parents[1] / "docs/experiments/demo_dp_muon"
 
 
 @dataclass(frozen=True)
@@ -72,12 +78,23 @@ def learned(config: RunConfig, points: Points) -> Learned:
     )
 
 
-def summarise(config_path: str) -> None:
-    """Print the summary of the run that a config describes."""
+def comparison(directory: str, baseline: Path) -> str:
+    """Return how a run compares with a baseline: the table, or why there is none."""
+    try:
+        runs = comparison_of([Path(directory), baseline])
+    except ConfigError as error:
+        return f"No comparison with {baseline}: {error.problems[0]}"
+    notes = [f"note: {text}" for text in warnings_of(runs.courses)]
+    return "\n".join([str(runs), *notes])
+
+
+def summarise(config_path: str, baseline: Path) -> None:
+    """Print the summary of the run that a config describes, beside a baseline."""
     config = load_config(config_path)
     if config.monitor.dir is None:
         raise ConfigError("monitor.dir: not set, so the run wrote nothing to summarise.")
     print(learned(config, read_points(config.monitor.dir)))
+    print(f"Beside Muon with data parallelism\n{comparison(config.monitor.dir, baseline)}")
     sample = text_of(config.monitor.dir, SAMPLE_TAG)
     if sample is not None:
         print(f"A sample from the anchor:\n{sample}")
@@ -88,8 +105,11 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(description="Summarise a finished run.")
     parser.add_argument("--config", default="configs/cpu_k2.yaml", help="config of the run")
+    parser.add_argument(
+        "--baseline", type=Path, default=BASELINE, help="directory of the run to compare with"
+    )
     arguments = parser.parse_args(argv)
-    return run_tool(lambda: summarise(arguments.config))
+    return run_tool(lambda: summarise(arguments.config, arguments.baseline))
 
 
 if __name__ == "__main__":

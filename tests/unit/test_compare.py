@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from megatron_muloco.config import derive, load_config, topology_of
+from megatron_muloco.config import RunConfig, derive, load_config, topology_of
 from megatron_muloco.errors import ConfigError
 from megatron_muloco.monitor.build import run_facts
 from megatron_muloco.monitor.writers import PointLog
 from megatron_muloco.planning import traffic_plan
+from tools import demo_summary
 from tools.compare import comparison_of, main
-from tools.comparing.courses import warnings_of
+from tools.comparing.courses import data_parallel, warnings_of
+from tools.run_points import read_run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TOKENS = 4096  # of a step of the CPU runs
@@ -157,9 +159,32 @@ def test_losses_that_cannot_be_compared_are_refused(tmp_path, runs):
 def test_names_are_as_long_as_they_must_be(tmp_path):
     losses = {0: 8.0, 50: 4.0}
     runs = [write(tmp_path / k / "tensorboard", "cpu_muloco", losses) for k in ("a", "b")]
-    names = [course.name for course in comparison_of([tmp_path / "a", tmp_path / "b"]).courses]
-    assert names == ["a", "b"]
-    assert [c.name for c in comparison_of(runs).courses] == ["a/tensorboard", "b/tensorboard"]
+    for given in (runs, [tmp_path / "a", tmp_path / "b"]):
+        assert [course.name for course in comparison_of(given).courses] == ["a", "b"]
+    deep = write(tmp_path / "deep" / "a", "cpu_muloco", losses)
+    names = [course.name for course in comparison_of([runs[0], deep]).courses]
+    assert names == [f"{tmp_path.name}/a", "deep/a"]
+
+
+# ---- the demo ------------------------------------------------------------------------------------
+
+
+def test_the_demo_is_compared_with_a_baseline_or_says_why_not(tmp_path, runs):
+    text = demo_summary.comparison(str(runs[0]), runs[1])
+    assert str(comparison_of(runs)) in text
+    assert "note: muloco ended at step 100 of 500" in text
+    other = write(tmp_path / "other", "cpu_k2", {0: 8.0, 50: 4.0})
+    text = demo_summary.comparison(str(runs[0]), other)
+    assert text.startswith(f"No comparison with {other}: muloco and other have another model.vocab")
+
+
+def test_the_committed_baseline_is_the_demo_with_data_parallelism():
+    baseline = read_run(demo_summary.BASELINE)
+    config = RunConfig.model_validate(baseline.facts["config"])
+    demo = data_parallel(load_config(CONFIGS / "cpu_k2.yaml"))
+    places = {"checkpoint", "monitor"}
+    assert config.model_dump(exclude=places) == demo.model_dump(exclude=places)
+    assert baseline.last_step > 0
 
 
 # ---- the page ------------------------------------------------------------------------------------

@@ -190,12 +190,17 @@ def courses_of(runs: Sequence[tuple[Path, RunPoints]]) -> list[Course]:
 
 def _names(directories: Sequence[Path]) -> list[str]:
     """Return the shortest ends of paths that tell them apart."""
-    parts = [path.resolve().parts for path in directories]
+    parts = [_named(path.resolve()).parts for path in directories]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(each[-length:]) for each in parts]
         if len(set(names)) == len(names):
             return names
     raise ConfigError("a run is given twice; name each of them once.")
+
+
+def _named(path: Path) -> Path:
+    """Return the directory that is named after the run: ``runs/a`` of ``runs/a/tensorboard``."""
+    return path.parent if path.name == "tensorboard" else path
 
 
 def _other_held_out_data(courses: Sequence[Course]) -> Iterator[str]:
