@@ -148,25 +148,22 @@ def _time_left(config: RunConfig, facts: RunFacts, schedule: SyncSchedule | None
 def hyperparameters(config: RunConfig, derived: Derived) -> dict[str, str | float]:
     """Return the settings that tell runs apart, for TensorBoard's page of hyperparameters."""
     outer, training = config.outer, config.training
+    # TensorBoard sorts the names, capitals first, and shows the first five at once.
     settings: dict[str, str | float] = {
-        "method": method_name(config).split(",")[0],
+        "Method": method_name(config).split(",")[0],
         "K": config.parallel.num_replicas,
+        "Inner lr": config.inner.lr,
         "parameters": derived.parameters.total,
         "tokens": derived.train_tokens,
         "batch": training.global_batch_size,
-        "inner lr": config.inner.lr,
         "weight decay": derived.weight_decay,
         "seed": training.seed,
     }
     if isinstance(outer, NoOuter):
         return settings
-    # The interval in words: a number alone, unless it changes over the rounds.
-    settings["H"] = (
-        outer.sync_interval
-        if isinstance(outer.sync_interval, int)
-        else interval_words(outer.sync_interval, "step")
-    )
-    settings["wire"] = outer.compression.short_name
+    interval = outer.sync_interval
+    settings["H"] = interval if isinstance(interval, int) else interval_words(interval, "step")
+    settings["Wire"] = outer.compression.short_name
     settings["fragments"], settings["overlap"] = outer.fragments.count, outer.overlap_steps
     if isinstance(outer, NesterovOuter):
         for name, rate in (("outer lr", outer.lr), ("outer momentum", outer.momentum)):

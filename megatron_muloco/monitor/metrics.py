@@ -213,12 +213,6 @@ _ROWS = (
         Chart(_LOSS, "training loss"),
     ),
     Metric(
-        "lm loss replica 0", "nats per token", "mean", "replica 0", _UNSENT,
-        "Training loss of replica 0 alone. A start that ends within a round has no launch that "
-        "could send its last values to the other replicas.",
-        Chart(_LOSS, "training loss of replica 0 alone"),
-    ),
-    Metric(
         "lm loss validation", "nats per token", "event", "the same everywhere", _EVALUATION,
         "Loss of the anchor on held-out data.",
         Chart(_LOSS, "held-out loss"),
@@ -250,14 +244,15 @@ _ROWS = (
         Chart(_LOSS, "test perplexity"),
     ),
     Metric(
+        "lm loss replica 0", "nats per token", "mean", "replica 0", _UNSENT,
+        "Training loss of replica 0 alone. A start that ends within a round has no launch that "
+        "could send its last values to the other replicas.",
+        Chart(_LOSS, "training loss of replica 0 alone"),
+    ),
+    Metric(
         "grad-norm", "1", "last", "mean over replicas", _ALWAYS,
         "Norm of a replica's gradient before clipping. A step is skipped where it is not finite.",
         Chart(_TRAINING, "gradient norm"),
-    ),
-    Metric(
-        "grad-norm replica 0", "1", "last", "replica 0", _UNSENT,
-        "Gradient norm of replica 0 alone, where there is `lm loss replica 0`.",
-        Chart(_TRAINING, "gradient norm of replica 0 alone"),
     ),
     Metric(
         "skipped", "1", "mean", "writing rank", _ALWAYS,
@@ -279,6 +274,11 @@ _ROWS = (
         "batch-size", "sequences", "last", "the same everywhere", _ALWAYS,
         "Sequences of one inner step over all replicas.",
         Chart(_TRAINING, "batch"),
+    ),
+    Metric(
+        "grad-norm replica 0", "1", "last", "replica 0", _UNSENT,
+        "Gradient norm of replica 0 alone, where there is `lm loss replica 0`.",
+        Chart(_TRAINING, "gradient norm of replica 0 alone"),
     ),
     # Speed.
     Metric(
