@@ -21,6 +21,7 @@ __all__ = [
     "EXIT_BAD_INPUT",
     "EXIT_LOST",
     "EXIT_NUMERICS",
+    "EXIT_PREFLIGHT",
     "CheckpointError",
     "ConfigError",
     "MulocoError",
@@ -33,6 +34,7 @@ __all__ = [
 
 EXIT_NUMERICS = 17  # nothing is trained any more; Megatron's code for results that are not valid
 EXIT_BAD_INPUT = 2  # of the training program and of every tool; argparse exits with it too
+EXIT_PREFLIGHT = 3  # of the training program: --preflight has found a fault
 EXIT_LOST = 86  # of the training program: a rank was lost or did not arrive; start again
 _EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 

@@ -7,7 +7,9 @@ exchanged.
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import zip_longest
 
 import torch
@@ -19,7 +21,14 @@ from megatron_muloco.comm.reducers import OuterGroup, OuterPeers
 from megatron_muloco.errors import ConfigError, RuntimeMismatch, SyncError
 from megatron_muloco.params import Shard
 
-__all__ = ["check_equal", "check_same_facts", "check_same_shards", "digests"]
+__all__ = [
+    "Odd",
+    "check_equal",
+    "check_same_facts",
+    "check_same_shards",
+    "digests",
+    "odd_facts",
+]
 
 _SHOWN_FACTS = 4
 
@@ -167,16 +176,51 @@ def check_same_facts(control: ProcessGroup, facts: Mapping[str, str]) -> None:
     if len(set(gather_objects(control, own))) == 1:
         return
     by_rank = gather_objects(control, dict(facts))
-    rank, theirs = next((r, found) for r, found in enumerate(by_rank) if found != by_rank[0])
-    names = sorted(by_rank[0].keys() | theirs.keys())
-    differing = [name for name in names if theirs.get(name) != by_rank[0].get(name)]
+    odd = odd_facts(by_rank)
+    rank = odd[0].rank
+    differing = [each for each in odd if each.rank == rank]
+    usual = next(r for r in range(len(by_rank)) if r not in {each.rank for each in odd})
     listed = "".join(
-        f"\n  {name}: {theirs.get(name, 'nothing')}, not {by_rank[0].get(name, 'nothing')}"
-        for name in differing[:_SHOWN_FACTS]
+        f"\n  {each.name}: {each.value}, not {each.usual}" for each in differing[:_SHOWN_FACTS]
     )
     more = f"\n  and {len(differing) - _SHOWN_FACTS} more" if len(differing) > _SHOWN_FACTS else ""
     raise ConfigError(
-        f"rank {rank} runs another program or reads other data than rank 0:{listed}{more}\n"
+        f"rank {rank} runs another program or reads other data than rank {usual}:{listed}{more}\n"
         "Replicas would be trained differently without an error. Give all machines the same "
         "installation, repository and data files, for instance on a shared file system."
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Odd:
+    """A fact of one rank that most ranks have otherwise.
+
+    Attributes:
+        rank: The rank.
+        name: The fact.
+        value: Its value there; ``nothing`` where the rank has none.
+        usual: The value of most ranks.
+    """
+
+    rank: int
+    name: str
+    value: str
+    usual: str
+
+
+def odd_facts(by_rank: Sequence[Mapping[str, str]]) -> list[Odd]:
+    """Return the facts of ranks that differ from those of most, in the order of ranks and names.
+
+    The usual facts are those that most ranks have, all of them together; of two camps of one size
+    those of the camp with the lowest rank.
+    """
+    if not by_rank:
+        return []
+    camps = Counter(tuple(sorted(facts.items())) for facts in by_rank)
+    usual = dict(camps.most_common(1)[0][0])  # the first of equals
+    return [
+        Odd(rank, name, facts.get(name, "nothing"), usual.get(name, "nothing"))
+        for rank, facts in enumerate(by_rank)
+        for name in sorted(facts.keys() | usual.keys())
+        if facts.get(name) != usual.get(name)
+    ]

@@ -54,7 +54,7 @@ from megatron_muloco.runtime.megatron import (
 )
 from megatron_muloco.training.replica_optimizer import OuterChecks, ReplicaOptimizer, WeightChecks
 
-__all__ = ["build_replica_optimizer", "wrap_optimizer"]
+__all__ = ["build_reducer", "build_replica_optimizer", "wrap_optimizer"]
 
 
 def wrap_optimizer(
@@ -305,7 +305,7 @@ def _build_outer_step(
         schedule,
         optimizer,
         Additive() if outer.apply == "additive" else Mix(outer.effective_mixing_weight),
-        _build_reducer(outer, groups, device, view.shards),
+        build_reducer(outer, groups, device, view.shards),
         _build_flush_reducer(outer, groups, device),
         Guard(
             num_replicas=groups.topology.num_replicas,
@@ -332,7 +332,7 @@ def _build_outer_step(
     return synchronizer, checks
 
 
-def _build_reducer(
+def build_reducer(
     outer: SynchronizedOuter, groups: Groups, device: torch.device, shards: Sequence[Shard]
 ) -> Reducer:
     """Build the reducer for pseudogradients of ``shards``."""

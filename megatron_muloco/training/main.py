@@ -1,9 +1,9 @@
 """`main`: the command line ``deepspeed launch/pretrain.py --config F [--set a.b=c] [--dry-run]``.
 
-Exit codes: 0 done; 2 bad input, nothing was trained; 85 stopped on request with the state saved,
-start the same command again; 86 a rank was lost or did not arrive, start the same command again; 17
-nothing was trained any more (gradients or weights not finite), starting again would not help; any
-other code is a fault that a new start may repeat.
+Exit codes: 0 done; 2 bad input, nothing was trained; 3 ``--preflight`` found a fault; 85 stopped on
+request with the state saved, start the same command again; 86 a rank was lost or did not arrive,
+start the same command again; 17 nothing was trained any more (gradients or weights not finite),
+starting again would not help; any other code is a fault that a new start may repeat.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from megatron_muloco.config import RunConfig, load_config
@@ -23,6 +23,7 @@ from megatron_muloco.config.rules import check
 from megatron_muloco.errors import (
     EXIT_BAD_INPUT,
     EXIT_NUMERICS,
+    EXIT_PREFLIGHT,
     ConfigError,
     MulocoError,
     TopologyError,
@@ -73,7 +74,8 @@ def main(arguments: Sequence[str] | None = None, stop: StopRequest | None = None
                 _print_plan(config, options.world_size, options.gpu)
                 sys.exit(EXIT_DONE)
             ranks = discover_ranks(os.environ)
-            _check_inputs(config)
+            if not options.preflight:
+                _check_inputs(config)
             _fit_world(config, ranks, given, options.config, stop)
         except ConfigError as error:
             sys.exit(_report_problems(error))
@@ -82,7 +84,10 @@ def main(arguments: Sequence[str] | None = None, stop: StopRequest | None = None
             launchers.request_stop,
             start_limit=60.0 * config.training.control_timeout_minutes,
         )
-        code = _train(config, stop, watch)
+        if options.preflight:
+            code = _ended(lambda: _preflight(config, watch), watch)
+        else:
+            code = _ended(lambda: _train(config, stop, watch), watch)
         if code == EXIT_STOPPED and _rank() == 0:
             _say_how_to_go_on(launchers)
         stop.give_back_terminal()
@@ -106,6 +111,11 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="check everything, print the plan, start nothing"
+    )
+    parser.add_argument(
+        "--preflight",
+        action="store_true",
+        help="join the job, check all ranks, groups and links, name faults by rank, train nothing",
     )
     parser.add_argument(
         "--world-size",
@@ -226,13 +236,7 @@ def _check_inputs(config: RunConfig) -> None:
 
 
 def _train(config: RunConfig, stop: StopRequest, watch: Watch) -> int:
-    """Train and return the exit code.
-
-    After an error the ranks may be at different points, so no collective is called any more. They
-    agree on the exit code through the store of the job.
-    """
-    watch.start()
-    silence_known_warnings()
+    """Train and return the exit code."""
     from megatron_muloco.training.loop import Outcome, run
 
     exit_codes = {
@@ -243,8 +247,33 @@ def _train(config: RunConfig, stop: StopRequest, watch: Watch) -> int:
         Outcome.STALLED: EXIT_NUMERICS,
         Outcome.NOT_FINITE: EXIT_NUMERICS,
     }
+    return exit_codes[run(config, stop, watch)]
+
+
+def _preflight(config: RunConfig, watch: Watch) -> int:
+    """Check all ranks, print the verdict and return the exit code."""
+    from megatron_muloco.data.checks import check_run_data
+    from megatron_muloco.training.preflight import preflight
+
+    verdict = preflight(config, check_run_data(config), watch)
+    if _rank() == 0:
+        sys.stdout.write(f"{verdict}\n")
+        sys.stdout.flush()
+    elif not verdict.is_ready:
+        time.sleep(_RANK_ZERO_FIRST_SECONDS)
+    return EXIT_DONE if verdict.is_ready else EXIT_PREFLIGHT
+
+
+def _ended(body: Callable[[], int], watch: Watch) -> int:
+    """Return the exit code of ``body``, also if it raises.
+
+    After an error the ranks may be at different points, so no collective is called any more. They
+    agree on the exit code through the store of the job.
+    """
+    watch.start()
+    silence_known_warnings()
     try:
-        return exit_codes[run(config, stop, watch)]
+        return body()
     except ConfigError as error:
         code = watch.verdict(error, EXIT_BAD_INPUT)
         _report_problems(error)

@@ -26,9 +26,18 @@ from megatron_muloco.errors import ConfigError, RuntimeMismatch
 from megatron_muloco.monitor.writers import wandb_is_installed
 from megatron_muloco.runtime.distributed import start_distributed, use_one_hardware_queue
 from megatron_muloco.runtime.parallel_state import mirror_groups, require_unset
+from megatron_muloco.topology import Topology
+from megatron_muloco.training.known_answers import wrong_members, wrong_sums
 from megatron_muloco.training.watch import Watch
 
-__all__ = ["data_facts", "initialize_replicas", "program_facts", "seed_ranks"]
+__all__ = [
+    "data_facts",
+    "initialize_replicas",
+    "join_job",
+    "make_groups",
+    "program_facts",
+    "seed_ranks",
+]
 
 _PACKAGES = ("torch", "megatron-core", "deepspeed")
 
@@ -54,6 +63,25 @@ def initialize_replicas(config: RunConfig, watch: Watch | None = None) -> Groups
     Collectives: creation of all groups and one object gather over the job; every rank of the job
     calls it at the same point.
     """
+    control = join_job(config, watch)
+    topology = topology_of(config, torch.distributed.get_world_size())
+    check(config, topology, rules=(*RULES, wandb_is_installed))
+    _require_one_config(config, control)
+    check_same_facts(control, program_facts() | data_facts(config.data))
+    _require_equal_groups(control)
+    groups = make_groups(config, topology, control)
+    _require_right_groups(groups)
+    if watch is not None:
+        watch.follow(_counted_groups(groups))
+    seed_ranks(config.training.seed, groups)
+    return groups
+
+
+def join_job(config: RunConfig, watch: Watch | None = None) -> ProcessGroup:
+    """Join the job and return `Groups.control`; see `initialize_replicas`.
+
+    Collectives: a rendezvous and the creation of one group; every rank of the job calls it.
+    """
     require_unset()
     if config.parallel.tensor_model_parallel_size > 1:
         use_one_hardware_queue(os.environ)
@@ -72,25 +100,25 @@ def initialize_replicas(config: RunConfig, watch: Watch | None = None) -> Groups
             limit=timeout.total_seconds(),
             control=control_timeout.total_seconds(),
         )
-    topology = topology_of(config, ranks.world_size)
-    check(config, topology, rules=(*RULES, wandb_is_installed))
-    control = build_control(control_timeout)
-    _require_one_config(config, control)
-    check_same_facts(control, program_facts() | data_facts(config.data))
-    _require_equal_groups(control)
+    control: ProcessGroup = build_control(control_timeout)
+    return control
+
+
+def make_groups(config: RunConfig, topology: Topology, control: ProcessGroup) -> Groups:
+    """Create all process groups of this rank, for Megatron as well.
+
+    Collectives: creation of all groups; every rank of the job calls it.
+    """
     outer = config.outer
     by_host = not isinstance(outer, NoOuter) and outer.sends_from_host
     groups = build_groups(
         topology,
         control=control,
-        timeout=timeout,
+        timeout=timedelta(minutes=config.training.distributed_timeout_minutes),
         exchange_backend="gloo" if by_host else None,
         separate_exchange=not isinstance(outer, NoOuter) and outer.overlap_steps > 0,
     )
     mirror_groups(groups)
-    if watch is not None:
-        watch.follow(_counted_groups(groups))
-    seed_ranks(config.training.seed, groups)
     return groups
 
 
@@ -185,6 +213,26 @@ def _require_equal_groups(control: ProcessGroup) -> None:
                 "names new groups by that number, so ranks would wait for each other without end. "
                 "Call initialize_replicas before the program makes groups of its own."
             )
+
+
+def _require_right_groups(groups: Groups) -> None:
+    """Raise RuntimeMismatch on every rank if a group has wrong members or a wrong sum.
+
+    Collectives: two gathers of objects over the job, and 16 bytes over the replica and the outer
+    group, which every run uses.
+    """
+    for find in (wrong_members, _wrong_common_sums):
+        by_rank = gather_objects(groups.control, find(groups))
+        for rank, wrong in enumerate(by_rank):
+            if wrong:
+                raise RuntimeMismatch(
+                    f"rank {rank}: {wrong[0]}. It would exchange gradients or pseudogradients "
+                    "with the wrong ranks. Start with --preflight, which tries every group."
+                )
+
+
+def _wrong_common_sums(groups: Groups) -> list[str]:
+    return wrong_sums(groups, ("replica", "outer group"))
 
 
 def seed_ranks(seed: int, groups: Groups) -> None:

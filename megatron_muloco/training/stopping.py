@@ -167,6 +167,7 @@ class StopRequest:
         self._terminal = terminal
         self._previous: dict[signal.Signals, object] = {}
         self._pipe: tuple[int, int] | None = None
+        self._listener: threading.Thread | None = None
 
     def give_back_terminal(self) -> None:
         """Give the terminal back, if this process has it; call it before the process ends."""
@@ -202,10 +203,10 @@ class StopRequest:
             self._pipe = os.pipe()
             os.set_blocking(self._pipe[1], False)
             signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
-            listener = threading.Thread(
+            self._listener = threading.Thread(
                 target=self._listen, args=(self._pipe[0],), name="signals", daemon=True
             )
-            listener.start()
+            self._listener.start()
         has_terminal = self._terminal is not None and self._terminal.take()
         for number in _SIGNALS + (_OF_A_TERMINAL if has_terminal else ()):
             if number in _LEFT_IGNORED and signal.getsignal(number) is signal.SIG_IGN:
@@ -221,13 +222,15 @@ class StopRequest:
         trace: TracebackType | None,
     ) -> None:
         """Restore the previous handlers."""
-        self.give_back_terminal()
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         if self._pipe is not None:
             signal.set_wakeup_fd(-1)
-            os.close(self._pipe[1])  # which ends the thread
+            os.close(self._pipe[1])  # which ends the thread, after what it has not read yet
             self._pipe = None
+            if self._listener is not None:
+                self._listener.join()
+        self.give_back_terminal()
 
 
 def _leave_terminal() -> None:

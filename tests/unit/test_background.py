@@ -189,13 +189,13 @@ def test_the_memory_that_is_sent_decides_who_reduces() -> None:
 def test_a_run_on_an_accelerator_gives_nothing_of_nccl_to_a_thread(
     compression: dict[str, Any],
 ) -> None:
-    from megatron_muloco.training.build_optimizer import _build_reducer
+    from megatron_muloco.training.build_optimizer import build_reducer
 
     keys = {"lr": 0.7, "momentum": 0.9, "overlap_steps": 2, "compression": compression}
     outer = NesterovOuter(kind="nesterov", **keys)
     groups: Any = SimpleNamespace(exchange=None)
-    assert isinstance(_build_reducer(outer, groups, torch.device("cuda"), []), SteppedReducer)
-    assert isinstance(_build_reducer(outer, groups, CPU, []), BackgroundReducer)
+    assert isinstance(build_reducer(outer, groups, torch.device("cuda"), []), SteppedReducer)
+    assert isinstance(build_reducer(outer, groups, CPU, []), BackgroundReducer)
     assert not outer.reduces_in_thread(accelerator=True)
     assert outer.reduces_in_thread(accelerator=False)
     from_host = NesterovOuter(kind="nesterov", transport="host", **keys)
