@@ -10,12 +10,14 @@ import pytest
 from tests.chaos import report
 from tests.chaos.damage import DamageTrials, kind_of
 from tests.chaos.faults import ACTS, CLOCK, FILE, POINTS, Fault, given, to_environment
+from tests.chaos.interrupts import MOMENTS, InterruptTrials, draw_interrupt
 from tests.chaos.points import _ACTS
 from tests.chaos.trial import KillTrials, draw_trial
 
 # Chosen: the quickest of the first 1500 seeds, one rank and two.
 KILL_SEEDS = (438, 579, 608)
 DAMAGE_SEEDS = (29, 42)
+INTERRUPT_SEEDS = (0, 7)  # at the start, and in an outer step of two replicas
 
 Trials = Callable[[int], dict[str, Any]]
 
@@ -43,6 +45,22 @@ def test_a_disturbed_run_ends_in_the_undisturbed_state(seed: int, kills: Trials)
 def test_a_damaged_file_is_refused_or_harmless(seed: int, damages: Trials) -> None:
     row = damages(seed)
     assert row["held"] == "yes", row
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("seed", INTERRUPT_SEEDS)
+def test_ctrl_c_saves_and_the_resumed_run_ends_in_the_undisturbed_state(
+    seed: int, tmp_path: Path
+) -> None:
+    row = InterruptTrials(tmp_path)(seed)
+    assert row["held"] == "yes", row
+    assert row["pressed"] == "yes", "the point was not reached; take another seed"
+
+
+def test_five_seeds_in_a_row_have_all_moments() -> None:
+    drawn = [draw_interrupt(seed, "data/none") for seed in range(5, 10)]
+    assert [moment for _, moment, _ in drawn] == [*MOMENTS]
+    assert drawn == [draw_interrupt(seed, "data/none") for seed in range(5, 10)]
 
 
 @pytest.mark.parametrize("point", POINTS)
