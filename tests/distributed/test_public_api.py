@@ -3,18 +3,16 @@
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_muloco.config import RunConfig
-from megatron_muloco.data.batches import BatchSource
-from megatron_muloco.data.datasets import build_datasets
 from megatron_muloco.data.prepare import PrepareOptions, prepare
-from megatron_muloco.data.sampler import BatchLayout
-from megatron_muloco.data.tokenizer import load_tokenizer
 from megatron_muloco.training.build import build_run
 from megatron_muloco.training.loop import train
 from megatron_muloco.training.stopping import StopRequest
@@ -24,6 +22,7 @@ from tests.support.spawn import run_ranks
 from tests.support.tensors import assert_equal
 from tests.support.tiny_models import ADAMW, MUON, finish_tiny, tiny_config
 
+ROOT = Path(__file__).parents[2]
 STEPS = 5  # two rounds of two steps, and one that only the flush brings together
 INNER = {"adamw": ADAMW, "muon": MUON}
 
@@ -71,38 +70,8 @@ def _with_pretrain(config: RunConfig) -> Trajectory:
     return losses, norms, tensors
 
 
-def _batches(config: RunConfig, groups: Any) -> bare_loop.Batches:
-    """Return the microbatches that pretrain.py gives this rank."""
-    training = config.training
-    samples = training.train_iters * training.global_batch_size
-    datasets = build_datasets(
-        train=config.data.train,
-        valid=(),
-        train_samples=samples,
-        valid_samples=0,
-        seq_length=config.model.seq_length,
-        seed=config.data.seed,
-        tokenizer=load_tokenizer("byte-level"),
-    )
-    topology, coords = groups.topology, groups.coords
-    source = BatchSource(
-        datasets.train,
-        BatchLayout(
-            training.global_batch_size,
-            topology.num_replicas,
-            topology.data,
-            training.micro_batch_size,
-        ),
-        replica=coords.replica,
-        dp_rank=coords.dp,
-        steps=training.train_iters,
-    )
-    count = source.layout.num_microbatches
-    return lambda step: [source.microbatch(step, index) for index in range(count)]
-
-
 def _with_a_bare_loop(config: RunConfig) -> Trajectory:
-    run = bare_loop.train(config, lambda groups: _batches(config, groups), STEPS)
+    run = bare_loop.train(config, partial(bare_loop.text_batches, config), STEPS)
     tensors = _tensors(run.optimizer)
     finish_tiny()
     return run.losses, run.grad_norms, tensors
@@ -120,7 +89,7 @@ def _without_launcher(config: RunConfig) -> Trajectory:
 def _stopped_and_resumed(config: RunConfig, directory: Path) -> Trajectory:
     losses, norms = [], []
     for steps in (3, STEPS):  # the first one stops in the middle of a round
-        run = bare_loop.train(config, lambda groups: _batches(config, groups), steps, directory)
+        run = bare_loop.train(config, partial(bare_loop.text_batches, config), steps, directory)
         losses += run.losses
         norms += run.grad_norms
         tensors = _tensors(run.optimizer)
@@ -158,6 +127,33 @@ def test_a_bare_loop_stopped_and_resumed_was_never_stopped(dataset: str, tmp_pat
         run_ranks(_stopped_and_resumed, 2, config, tmp_path),
         run_ranks(_with_a_bare_loop, 2, config),
     )
+
+
+def _with_the_script(arguments: list[str]) -> None:
+    bare_loop.main(arguments)
+    finish_tiny()
+
+
+def test_the_loop_is_a_whole_script(dataset: str, tmp_path: Path) -> None:
+    """It reads a config and data, writes one point a step, and goes on from its checkpoint."""
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        f"extends: {ROOT}/configs/cpu_k2.yaml\n"
+        "model: {num_layers: 2, hidden_size: 64, ffn_hidden_size: 128, num_attention_heads: 1,\n"
+        "        seq_length: 32, vocab_size: 512}\n"
+        f"data: {{train: {dataset}, valid: [],\n"
+        "       tokenizer_type: byte-level, tokenizer_model: null}\n"
+        "training: {global_batch_size: 4, micro_batch_size: 2, eval_interval: 0}\n"
+        "inner: {lr_warmup_iters: 1}\n"
+        "outer: {sync_interval: 2}\n"
+        f"checkpoint: {{dir: {tmp_path}/saved}}\n"
+        f"monitor: {{dir: {tmp_path}/events}}\n"
+    )
+    for steps in (3, 5):
+        given = ["--config", str(file), "--set", f"training.train_iters={steps}"]
+        run_ranks(_with_the_script, 2, given)
+    points = EventAccumulator(str(tmp_path / "events")).Reload().Scalars("lm loss")
+    assert [point.step for point in points] == [1, 2, 3, 4, 5]
 
 
 def test_a_world_that_the_caller_initialised(dataset: str) -> None:

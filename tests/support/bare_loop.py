@@ -1,9 +1,11 @@
-"""A plain Megatron training loop that two calls, marked (1) and (2), turn into K replicas.
+"""A plain Megatron training script that two calls, marked (1) and (2), turn into K replicas.
 
-Everything else is ordinary Megatron code, written with its public functions.
+Everything else is ordinary Megatron code, written with its public functions. ``main`` adds
+arguments, data and a log; copy the file and start it as ``deepspeed my_loop.py --config F``.
 """
 
-from collections.abc import Callable, Iterator
+import argparse
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,8 +29,13 @@ from megatron_muloco import (
     decoder_block_spec,
     initialise_weights,
     initialize_replicas,
+    load_config,
     wrap_optimizer,
 )
+from megatron_muloco.data.batches import BatchSource
+from megatron_muloco.data.datasets import build_datasets
+from megatron_muloco.data.sampler import BatchLayout
+from megatron_muloco.data.tokenizer import load_tokenizer
 
 
 @dataclass
@@ -46,13 +53,18 @@ Batches = Callable[[int], list[dict[str, torch.Tensor]]]
 
 
 def train(
-    config: Any, batches_for: Callable[[Any], Batches], steps: int, directory: Path | None = None
+    config: Any,
+    batches_for: Callable[[Any], Batches],
+    steps: int,
+    directory: Path | None = None,
+    log_directory: Path | None = None,
 ) -> BareRun:
     """Train this rank up to inner step ``steps``, with the outer steps that are due on the way.
 
     With a directory it resumes from the newest checkpoint there and saves one at the end.
     """
     groups = initialize_replicas(config)  # (1) instead of initialize_model_parallel
+    log = Log(groups, log_directory)
     batches = batches_for(groups)
     model = build_model(config, groups.pg)
     ddp = DistributedDataParallel(
@@ -102,6 +114,7 @@ def train(
         _, grad_norm, _ = optimizer.step()  # the inner step, and the outer steps that are due
         if losses:  # on the last pipeline stage
             run.losses.append(float(torch.stack([entry["loss"] for entry in losses]).mean()))
+            log.write(step, run.losses[-1], grad_norm)
         run.grad_norms.append(grad_norm)
     if store is not None:
         store.save(steps, state)  # every rank, after the same step, before the flush
@@ -177,3 +190,77 @@ def mean_loss(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tenso
     """Return the mean loss per token of a microbatch, to differentiate and to report."""
     loss = losses.float().mean()
     return loss, {"loss": loss.detach().clone()}
+
+
+def text_batches(config: Any, groups: Any) -> Batches:
+    """Return the microbatches of this rank from the datasets of ``config.data``."""
+    training = config.training
+    datasets = build_datasets(
+        train=config.data.train,
+        valid=(),
+        train_samples=training.train_iters * training.global_batch_size,
+        valid_samples=0,
+        seq_length=config.model.seq_length,
+        seed=config.data.seed,
+        tokenizer=load_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model),
+    )
+    layout = BatchLayout(
+        training.global_batch_size,
+        groups.topology.num_replicas,
+        groups.topology.data,
+        training.micro_batch_size,
+    )
+    source = BatchSource(
+        datasets.train,
+        layout,
+        replica=groups.coords.replica,
+        dp_rank=groups.coords.dp,
+        steps=training.train_iters,
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def batches(step: int) -> list[dict[str, torch.Tensor]]:
+        found = [source.microbatch(step, index) for index in range(layout.num_microbatches)]
+        return [{name: tensor.to(device) for name, tensor in batch.items()} for batch in found]
+
+    return batches
+
+
+class Log:
+    """Lines and TensorBoard curves of one rank: the first of replica 0's last pipeline stage."""
+
+    def __init__(self, groups: Any, directory: Path | None) -> None:
+        coords, last = groups.coords, groups.topology.pipeline - 1
+        self._writer = None
+        if directory is not None and coords == (0, last, 0, 0, 0):  # replica, pp, dp, cp, tp
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(directory))
+
+    def write(self, step: int, loss: float, grad_norm: float) -> None:
+        if self._writer is not None:
+            print(f"step {step}: loss {loss:.4f}, gradient norm {grad_norm:.3f}", flush=True)
+            self._writer.add_scalar("lm loss", loss, step)
+            self._writer.add_scalar("grad-norm", grad_norm, step)
+            self._writer.flush()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", required=True, help="YAML file, as for pretrain.py")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # from DeepSpeed's launcher
+    options = parser.parse_args(arguments)
+    config = load_config(options.config, options.set)
+    train(
+        config,
+        partial(text_batches, config),
+        steps=config.training.train_iters,
+        directory=None if config.checkpoint.dir is None else Path(config.checkpoint.dir),
+        log_directory=None if config.monitor.dir is None else Path(config.monitor.dir),
+    )
+
+
+if __name__ == "__main__":
+    main()
+    torch.distributed.destroy_process_group()
