@@ -283,18 +283,7 @@ def build_context(
     layout = _train_layout(config, groups, state, resumed, len(datasets.train))
     if stop is not None:
         _stop_early(stop, store, groups)
-    monitor = build_monitor(
-        config,
-        groups.topology,
-        optimizer.schedule,
-        device=training_device(),
-        writes=writes,
-        resumed_step=resumed,
-        layout=layout,
-        plan_text=render_plan(config, groups.topology, training_gpu()),
-        parameters=gather_report(optimizer.inner.table, groups),
-        attention=attention.reason,
-    )
+    monitor = _build_monitor(config, groups, optimizer, layout, resumed, attention.reason, writes)
     monitor.say(warning)
     monitor.say(note)
     if training_device().type == "cuda":
@@ -340,7 +329,31 @@ def build_context(
             limit=60.0 * config.training.distributed_timeout_minutes,
         ),
         first_step=resumed + 1,
-        stop_file=_stop_file(config) if torch.distributed.get_rank() == 0 else StopFile(None),
+        stop_file=_stop_file(config),
+    )
+
+
+def _build_monitor(
+    config: RunConfig,
+    groups: Groups,
+    optimizer: ReplicaOptimizer,
+    layout: RunLayout,
+    resumed: int,
+    attention: str,
+    writes: bool,
+) -> Monitor:
+    """Return the monitor. Collectives: every rank calls it, for the report of parameters."""
+    return build_monitor(
+        config,
+        groups.topology,
+        optimizer.schedule,
+        device=training_device(),
+        writes=writes,
+        resumed_step=resumed,
+        layout=layout,
+        plan_text=render_plan(config, groups.topology, training_gpu()),
+        parameters=gather_report(optimizer.inner.table, groups),
+        attention=attention,
     )
 
 
@@ -358,7 +371,9 @@ def _stop_early(stop: StopRequest, store: CheckpointStore | None, groups: Groups
 
 
 def _stop_file(config: RunConfig) -> StopFile:
-    return StopFile(Path(config.checkpoint.dir) / STOP_FILE if config.checkpoint.dir else None)
+    """Return the file that rank 0 looks at; of the other ranks one that is never found."""
+    looks = torch.distributed.get_rank() == 0 and config.checkpoint.dir is not None
+    return StopFile(Path(str(config.checkpoint.dir)) / STOP_FILE if looks else None)
 
 
 def _build_model(
