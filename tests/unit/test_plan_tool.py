@@ -5,11 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from megatron_muloco.config.outer import NoOuter
+from megatron_muloco.monitor.writers import POINTS_FILE
 from megatron_muloco.planning.timing import LINKS
 from tools import plan as tool
 from tools.plan_check import Check
@@ -142,16 +140,16 @@ def test_a_cpu_needs_a_measured_speed(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_a_log_gives_the_step_and_the_link(tmp_path: Path) -> None:
-    writer = EventFileWriter(str(tmp_path))
     # The first fifth of the points is left out: it is ten times as slow here.
-    for step in range(1, 11):
-        slow = 10 if step <= 2 else 1
-        for tag, value in (("perf/replica_step_ms", 250.0), ("muloco/exposed_ms", 2000.0)):
-            point = Summary.Value(tag=tag, simple_value=slow * value)
-            writer.add_event(Event(step=step, wall_time=step, summary=Summary(value=[point])))
-    writer.close()
+    lines = [
+        {"step": step, "values": {"perf/replica_step_ms": slow * 250.0,
+                                  "muloco/exposed_ms": slow * 2000.0}}
+        for step in range(1, 11)
+        for slow in (10 if step <= 2 else 1,)
+    ]  # fmt: skip
+    (tmp_path / POINTS_FILE).write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     log = read_log(tmp_path)
-    assert log == Log(tmp_path, 0.25, 2.0, None)
+    assert log == Log(tmp_path, 0.25, 2.0)
     base = made("--config", CPU, "--step-seconds", "1", "--link", "10Mbit").base
     rates = calibrated(base, log)
     found = made("--config", CPU, "--measured", str(tmp_path)).base
@@ -163,7 +161,7 @@ def test_a_log_gives_the_step_and_the_link(tmp_path: Path) -> None:
 def test_overlap_does_not_tell_the_link() -> None:
     words = ("--config", CPU, "--step-seconds", "1", "--set", "outer.overlap_steps=2")
     base = made(*words).base
-    rates = calibrated(base, Log(Path("log"), 0.25, 0.001, None))
+    rates = calibrated(base, Log(Path("log"), 0.25, 0.001))
     assert rates.step is not None
     assert rates.link == base.rates.link
 
@@ -172,7 +170,7 @@ def test_a_directory_without_points_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert tool.main(["--config", CPU, "--measured", str(tmp_path)]) == 2
-    assert "has no points" in capsys.readouterr().err
+    assert "no points" in capsys.readouterr().err
 
 
 # ---- published and measured numbers -------------------------------------------------------------

@@ -8,6 +8,7 @@ from megatron_muloco.config.outer import NoOuter
 from megatron_muloco.errors import ConfigError
 from megatron_muloco.planning.timing import Rate, Rates
 from tools.planning.estimate import Estimate
+from tools.run_points import read_run
 
 __all__ = ["Log", "calibrated", "read_log"]
 
@@ -22,31 +23,27 @@ class Log:
         directory: Where it is.
         step: Seconds of an inner step, without outer steps.
         exposed: Seconds of a round that waited for outer steps; ``None`` without them.
-        newton_schulz: Seconds of Newton-Schulz in a step; ``None`` without it.
     """
 
     directory: Path
     step: float
     exposed: float | None
-    newton_schulz: float | None
 
 
 def read_log(directory: Path, fragments: int = 1) -> Log:
-    """Return the medians of a run's TensorBoard events.
+    """Return the medians of a run's points.
 
     Args:
         directory: Its `monitor.dir`.
         fragments: P; a round has as many launches, each with its exposed time.
 
     Raises:
-        ConfigError: There are no points.
+        ConfigError: There are no points of its steps.
     """
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(directory), size_guidance={"scalars": 0}).Reload()
+    points = read_run(directory).points
 
     def middle(tag: str) -> float | None:
-        values = [e.value for e in events.Scalars(tag)] if tag in events.Tags()["scalars"] else []
+        values = [value for _, value in points.get(tag, [])]
         return median(values[int(_SKIPPED * len(values)) :]) / 1e3 if values else None
 
     step = middle("perf/replica_step_ms")
@@ -60,7 +57,6 @@ def read_log(directory: Path, fragments: int = 1) -> Log:
         directory,
         step,
         None if exposed is None else exposed * fragments,
-        middle("perf/newton_schulz_ms"),
     )
 
 
