@@ -292,7 +292,8 @@ class Monitor:
         self._step = step
         self._interval.add(values)
         if self._console is not None:
-            self._console.step(self._left and self._left.step(step, self._clock.seconds))
+            left = self._left
+            self._console.step(None if left is None else left.step(step, self._clock.seconds))
         if not self.due(step):
             return
         means, skipped = self._interval.take()

@@ -161,7 +161,7 @@ class EventWriter:
 
         def write(writer: SummaryWriter) -> None:
             for point in points:
-                writer.file_writer.add_summary(point, step)
+                _event_file(writer).add_summary(point, step)
 
         self._attempt(write, points=len(points))
 
@@ -177,7 +177,7 @@ class EventWriter:
         if writer is not None:
             try:
                 if self._settings:  # the end of the row
-                    writer.file_writer.add_summary(hparams(self._settings, self._results)[2])
+                    _event_file(writer).add_summary(hparams(self._settings, self._results)[2])
                 writer.close()
             except OSError as error:
                 self._failed(error, points=0)
@@ -204,7 +204,7 @@ class EventWriter:
                 self._writer.add_custom_scalars(self._layout)
             if self._settings:
                 for begin in hparams(self._settings, self._results)[:2]:
-                    self._writer.file_writer.add_summary(begin)
+                    _event_file(self._writer).add_summary(begin)
             self._writer.flush()
         except OSError as error:
             self._failed(error, points=0)
@@ -220,6 +220,11 @@ class EventWriter:
                 "Training goes on without them; free space or make the directory writable, and "
                 f"new points will follow within {_RETRY_SECONDS / 60:.0f} minutes."
             )
+
+
+def _event_file(writer: SummaryWriter) -> Any:
+    """Return the event file of a writer, for which torch declares no type."""
+    return writer.file_writer
 
 
 class TokenAxis:

@@ -189,8 +189,13 @@ def step_time(config: RunConfig, topology: Topology, rates: Rates) -> StepTime:
     model = flops_per_token(config.model).total * derive(config, topology).tokens_per_step
     peak = topology.world_size * rates.flops.value
     known = planned_on_accelerator(config)
+    compute, imbalance, bubble, newton_schulz = (scale * part for part in parts)
     return StepTime(
-        *(scale * part for part in parts), utilisation=model / (seconds * peak) if known else None
+        compute,
+        imbalance,
+        bubble,
+        newton_schulz,
+        utilisation=model / (seconds * peak) if known else None,
     )
 
 

@@ -65,8 +65,8 @@ _AXES: dict[str, tuple[Axis, ...]] = {
 
 def _by_name(groups: Groups) -> dict[str, Any]:
     pg = groups.pg
-    found = (pg.tp, pg.cp, pg.dp, pg.dp_cp, pg.pp)
-    found += (groups.stage, groups.replica, groups.outer, groups.exchange)
+    found = [pg.tp, pg.cp, pg.dp, pg.dp_cp, pg.pp]
+    found += [groups.stage, groups.replica, groups.outer, groups.exchange]
     return dict(zip(_AXES, found, strict=True))
 
 

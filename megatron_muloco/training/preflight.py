@@ -18,7 +18,6 @@ import os
 import platform
 import shutil
 import socket
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,8 +25,8 @@ from typing import Any
 
 import torch
 from torch.distributed import ProcessGroup
+from typing_extensions import override
 
-import megatron_muloco
 from megatron_muloco.checkpoint import layout
 from megatron_muloco.comm.collectives import gather_objects
 from megatron_muloco.comm.consistency import odd_facts
@@ -40,7 +39,7 @@ from megatron_muloco.errors import CheckpointError, ConfigError
 from megatron_muloco.model.attention_backends import choose_attention
 from megatron_muloco.model.flops import flops_per_token
 from megatron_muloco.model.fused import choose_fusions
-from megatron_muloco.monitor.build import device_name
+from megatron_muloco.monitor.build import device_name, program_commit
 from megatron_muloco.monitor.throughput import peak_tflops
 from megatron_muloco.planning.memory import checkpoint_bytes, memory_plan
 from megatron_muloco.planning.report import human_bytes
@@ -112,6 +111,7 @@ class Verdict:
         bad = any(finding.is_fault for finding in findings)
         self.rows[check] = f"{'FAULT' if bad else 'warning'} on rank {ranks}" if ranks else good
 
+    @override
     def __str__(self) -> str:
         """Return the table and the verdict."""
         machines = len(set(self.hosts))
@@ -170,7 +170,7 @@ def _compare(
     program = program_facts()
     packages = {name: value for name, value in program.items() if not name.endswith(".py")}
     sources = {name: value for name, value in program.items() if name.endswith(".py")}
-    commit = _commit()
+    commit = f"commit {program_commit()}"
     kernels, refused = _kernels(config)
     good = {
         "config": f"equal, digest {config.digest()}",
@@ -190,7 +190,7 @@ def _compare(
         check(config, topology)
     except ConfigError as error:
         topology, refused = None, [*error.problems, *refused]
-    by_rank = gather_objects(control, (facts, [] if problems else data_facts(config.data), refused))
+    by_rank = gather_objects(control, (facts, {} if problems else data_facts(config.data), refused))
     for kind, text in good.items():
         found = _odd(kind, dict(enumerate(each[0][kind] for each in by_rank)))
         if kind == "config":
@@ -220,29 +220,10 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, str]:
     """Return dotted keys and their values."""
     if not isinstance(tree, dict) or not tree:
         return {prefix: repr(tree)}
-    flat = {}
+    flat: dict[str, str] = {}
     for key, value in tree.items():
         flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
     return flat
-
-
-def _commit() -> str:
-    """Return the commit of this package's repository; ``commit n/a`` for an installed one."""
-    root = Path(megatron_muloco.__file__).resolve().parents[1]
-    answers = []
-    for words in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "-uno"]):
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(root), *words],
-                capture_output=True,
-                text=True,
-                check=True,
-                timeout=10.0,
-            )
-        except (OSError, subprocess.SubprocessError):
-            return "commit n/a"
-        answers.append(done.stdout.strip())
-    return f"commit {answers[0]}{' with changes' if answers[1] else ''}"
 
 
 def _kernels(config: RunConfig) -> tuple[dict[str, str], list[str]]:
@@ -298,12 +279,10 @@ def _memory(config: RunConfig, topology: Topology, hosts: Sequence[str]) -> tupl
     else:
         on_host += plan.allocated
     host = hosts[torch.distributed.get_rank()]
-    needed, free = on_host * list(hosts).count(host), _available()
-    if free is not None and free < needed:
-        lacks.append(
-            f"the ranks of this host need {human_bytes(needed)}, and it has {human_bytes(free)}"
-        )
-    shown = "n/a" if free is None else human_bytes(free)
+    needed, available = on_host * list(hosts).count(host), _available()
+    shown = "n/a" if available is None else human_bytes(available)
+    if available is not None and available < needed:
+        lacks.append(f"the ranks of this host need {human_bytes(needed)}, and it has {shown}")
     return f"{row}{human_bytes(needed)} of {shown} on rank 0's host", lacks
 
 
