@@ -274,7 +274,7 @@ class FakeMonitor:
     def __getattr__(self, name: str) -> Any:
         return lambda *args: None
 
-    def paused(self) -> Any:
+    def paused(self, kind: str = "") -> Any:
         return nullcontext()
 
 
