@@ -42,11 +42,11 @@ class Method:
 
 
 METHODS = (
-    Method("fp32", {}, {"outer step": 12, "save": 17}),
+    Method("fp32", {}, {"outer step": 13, "save": 17}),
     Method(
         "statistical 4 bit, error feedback",
         {"compression": {"kind": "statistical", "bits": 4, "error_feedback": True}},
-        {"outer step": 16, "save": 17},
+        {"outer step": 17, "save": 17},
     ),
 )
 
