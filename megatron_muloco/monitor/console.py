@@ -355,7 +355,7 @@ def next_steps(config: RunConfig) -> Callable[[bool], str]:
         elif done:
             words = "use the model; for more steps raise training.train_iters, start it again"
         else:
-            words = "the same command goes on from the last checkpoint"
+            return ""  # the last line is the command that goes on, or the error and its remedy
         commands = [*lines, *(used if done and config.checkpoint.dir else ())]
         return "\n".join([f" > {'next:':13s}{words}", *commands])
 

@@ -37,6 +37,7 @@ RUNS = 40
 MOST_RANKS = 2
 MOST_LINES = 10  # after Ctrl-C, with those of the launchers
 LONGEST_START = 900.0  # seconds
+_SCHEDULED = re.compile(r"\] (step \d+: validation loss|saved )")
 COLUMNS = 300  # of the terminal, so that the last line is one line
 
 # Moment -> points of it.
@@ -149,10 +150,14 @@ def _judge(code: int, pressed: bool, after: str, saved: int, done: bool, moment:
 
 
 def _lines(text: str) -> list[str]:
-    """Return the lines that stay on a terminal: a carriage return begins a line again."""
+    """Return the lines that stay on a terminal: a carriage return begins a line again.
+
+    The first one, on which Ctrl-C was pressed, does not count. Evaluations and saves that were due
+    before the step to stop after are left out: they are lines of the schedule, not of the stop.
+    """
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text.replace("\r\n", "\n"))
-    lines = [line.rpartition("\r")[2].strip() for line in plain.split("\n")]
-    return [line for line in lines if line and line != "^C"]
+    lines = [line.rpartition("\r")[2].strip() for line in plain.split("\n")[1:]]
+    return [line for line in lines if line and line != "^C" and not _SCHEDULED.search(line)]
 
 
 def _environment(job: Path, run: ChaosRun, fault: Fault) -> dict[str, str]:

@@ -330,7 +330,7 @@ def test_without_eod_documents_are_only_text(tmp_path):
 
 
 def test_input_without_text_makes_no_dataset(tmp_path):
-    with pytest.raises(ConfigError, match="no text for .* in 1 inputs"):
+    with pytest.raises(ConfigError, match=r"no text for .* in 1 inputs"):
         prepare([write_jsonl(tmp_path / "a.jsonl", ["", "\n"])], str(tmp_path / "set"), BYTES)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl"]
 
