@@ -35,7 +35,7 @@ __all__ = ["InterruptTrials", "draw_interrupt"]
 
 RUNS = 40
 MOST_RANKS = 2
-MOST_LINES = 10  # after Ctrl-C, with those of the launchers
+MOST_LINES = 10  # of a stopped run after Ctrl-C, with those of the launchers
 LONGEST_START = 900.0  # seconds
 _SCHEDULED = re.compile(r"\] (step \d+: validation loss|saved )")
 COLUMNS = 300  # of the terminal, so that the last line is one line
@@ -144,7 +144,8 @@ def _judge(code: int, pressed: bool, after: str, saved: int, done: bool, moment:
         problems.append("nothing saved")
     if "Traceback" in after:
         problems.append("a stack trace")
-    if pressed and len(_lines(after)) > MOST_LINES:
+    # A run that was done anyway ends with its summary, as without Ctrl-C.
+    if pressed and not done and len(_lines(after)) > MOST_LINES:
         problems.append(f"{len(_lines(after))} lines after Ctrl-C")
     return problems
 
