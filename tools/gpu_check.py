@@ -25,6 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import NoReturn
 
 from tools.gpu.findings import ENTRIES, Finding, key_order, not_run, page_table, report
 
@@ -151,7 +152,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if options.child:
         _report_child(options.child, options.json, on_cpu=options.on_cpu, whole=options.rehearse)
-        return 0
     options.on_cpu = options.rehearse or not _has_gpu()
     chosen = [check for check in CHECKS if not options.only or check.name in options.only]
     runs = [check for check in chosen if not _reason(check, options)]
@@ -302,8 +302,8 @@ def _run(check: Check, options: argparse.Namespace) -> list[Finding]:
         return findings
 
 
-def _report_child(name: str, path: Path, *, on_cpu: bool, whole: bool) -> None:
-    """Run one check in this process and write its findings."""
+def _report_child(name: str, path: Path, *, on_cpu: bool, whole: bool) -> NoReturn:
+    """Run one check in this process, write its findings and end the process."""
     import importlib
 
     check = next(each for each in CHECKS if each.name == name)
@@ -321,6 +321,10 @@ def _report_child(name: str, path: Path, *, on_cpu: bool, whole: bool) -> None:
     if on_cpu and not whole:  # what a CPU takes is of no use
         found = [each for each in found if not each.key.startswith("B")]
     path.write_text(json.dumps([asdict(each) for each in found]), encoding="utf-8")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # As a run ends: the teardown of the interpreter may abort in a thread of a reduction.
+    os._exit(0)
 
 
 def _noted(check: Check, found: list[Finding], seconds: float) -> list[Finding]:
