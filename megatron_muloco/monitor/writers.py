@@ -102,6 +102,8 @@ def _point(row: Metric, value: float) -> Summary:
     metadata = SummaryMetadata(
         display_name=row.tag + unit,
         summary_description=f"{row.meaning} Written: {row.when}; {row.over_ranks}.",
+        # Without a plugin's name readers of event files print a warning for every tag.
+        plugin_data=SummaryMetadata.PluginData(plugin_name="scalars"),
     )
     return Summary(value=[Summary.Value(tag=row.tag, simple_value=value, metadata=metadata)])
 

@@ -132,6 +132,7 @@ def test_units_and_meanings_are_in_the_file(tmp_path):
         assert shown.display_name.startswith(row.tag)
         assert row.unit in shown.display_name or row.unit == "1"
         assert shown.summary_description.startswith(row.meaning)
+        assert shown.plugin_data.plugin_name == "scalars"  # or readers warn of every tag
 
 
 def test_a_run_is_one_row_of_hyperparameters_also_after_a_restart(tmp_path):
