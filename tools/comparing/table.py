@@ -81,7 +81,8 @@ class Comparison:
             "  above its data-parallel run",
             self._each(lambda c: _percent(self.above_baseline(c))),
         )
-        yield at_seconds, self._each(lambda c: _loss(c.loss_at(self.seconds, c.seconds)))
+        if not math.isnan(self.seconds):  # a run may have no times
+            yield at_seconds, self._each(lambda c: _loss(c.loss_at(self.seconds, c.seconds)))
         yield at_bytes, self._each(lambda c: _loss(c.loss_at(self.bytes, c.bytes_sent)))
         yield "last held-out loss", self._each(lambda c: _loss(c.losses[-1][1]))
         yield "tokens", self._each(lambda c: tokens_text(c.tokens(c.last_step)))
