@@ -90,7 +90,8 @@ class Browser:
         os.close(self._read)
 
     def open(self, url: str) -> None:
-        """Go to a page; returns before it is complete."""
+        """Go to a page, also from another part of itself; returns before it is complete."""
+        self._ask("Page.navigate", url="about:blank")
         self._ask("Page.navigate", url=url)
 
     def run(self, script: str) -> Any:
