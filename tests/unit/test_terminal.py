@@ -31,7 +31,7 @@ RANK = """
 import os, sys, time
 from megatron_muloco.training.stopping import Launchers, StopRequest, Terminal
 with StopRequest(Terminal(Launchers())) as stop:
-    print("rank", os.environ["LOCAL_RANK"], "runs", flush=True)
+    os.write(1, f"rank {os.environ['LOCAL_RANK']} runs\\n".encode())  # in one piece
     while not stop.requested or "STUBBORN" in os.environ:
         time.sleep(0.01)
 sys.exit(85)
