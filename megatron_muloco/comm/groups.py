@@ -16,7 +16,14 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_muloco.comm.alone import make_alone
 from megatron_muloco.topology import Axis, Coords, Topology
 
-__all__ = ["Groups", "build_control", "build_groups", "groups_made"]
+__all__ = [
+    "NAMED_AXES",
+    "Groups",
+    "build_control",
+    "build_groups",
+    "groups_made",
+    "sends_from_host",
+]
 
 # Field of ProcessGroupCollection -> axes that vary inside the group. There are no experts, so the
 # expert-parallel group has one rank and the expert fields repeat the dense ones.
@@ -55,6 +62,19 @@ _NEWER_FIELDS: dict[str, tuple[Axis, ...]] = {
 }
 _NEWER_UNUSED_FIELDS = ("dp_cp_ag", "expt_dp_ag")
 
+NAMED_AXES: dict[str, tuple[Axis, ...]] = {
+    "tensor-parallel group": ("tp",),
+    "context-parallel group": ("cp",),
+    "data-parallel group": ("dp",),
+    "dp x cp group": ("cp", "dp"),
+    "pipeline group": ("pp",),
+    "tp x dp x cp group": ("tp", "cp", "dp"),
+    "replica": ("tp", "cp", "dp", "pp"),
+    "outer group": ("replica",),
+    "exchange group": ("replica",),
+}
+"""Name of a group in messages -> the axes that vary inside it; in the order of `Groups.by_name`."""
+
 
 @dataclass(frozen=True)
 class Groups:
@@ -84,6 +104,13 @@ class Groups:
     stage: Any
     replica: Any
     control: Any
+
+    def by_name(self) -> dict[str, Any]:
+        """Return this rank's groups by their names in messages, those of `NAMED_AXES`."""
+        pg = self.pg
+        found = (pg.tp, pg.cp, pg.dp, pg.dp_cp, pg.pp)
+        others = (self.stage, self.replica, self.outer, self.exchange)
+        return dict(zip(NAMED_AXES, (*found, *others), strict=True))
 
     @property
     def is_leader(self) -> bool:
@@ -166,6 +193,11 @@ def build_control(timeout: timedelta) -> Any:
         timeout: Time limit of a message.
     """
     return torch.distributed.new_group(backend="gloo", timeout=timeout)
+
+
+def sends_from_host(group: Any) -> bool:
+    """Return whether the backend of a group sends from host memory, and not from an accelerator."""
+    return bool(torch.distributed.get_backend(group) == "gloo")
 
 
 def groups_made() -> int:

@@ -24,7 +24,7 @@ from torch.distributed import get_process_group_ranks, get_rank
 from megatron_muloco.comm.chunking import RowPlaces, chunk_pieces, row_places
 from megatron_muloco.comm.collectives import DeviceWire, HostWire, Wire, gather_objects, sum_over
 from megatron_muloco.comm.consistency import digests
-from megatron_muloco.comm.groups import Groups
+from megatron_muloco.comm.groups import NAMED_AXES, Groups, sends_from_host
 from megatron_muloco.compress.codecs import codec_lookup
 from megatron_muloco.compress.format import CodingUnit
 from megatron_muloco.config import RunConfig
@@ -34,7 +34,6 @@ from megatron_muloco.outer.reducer import pack_metadata
 from megatron_muloco.outer.reference import Parameters, Reference, Settings
 from megatron_muloco.params import ParamInfo, ParamKind, Shard
 from megatron_muloco.runtime.accelerator import training_device
-from megatron_muloco.topology import Axis
 from megatron_muloco.training.build_optimizer import build_reducer
 
 __all__ = [
@@ -50,25 +49,6 @@ __all__ = [
 
 # ---- groups ------------------------------------------------------------------------------
 
-_AXES: dict[str, tuple[Axis, ...]] = {
-    "tensor-parallel group": ("tp",),
-    "context-parallel group": ("cp",),
-    "data-parallel group": ("dp",),
-    "dp x cp group": ("cp", "dp"),
-    "pipeline group": ("pp",),
-    "tp x dp x cp group": ("tp", "cp", "dp"),
-    "replica": ("tp", "cp", "dp", "pp"),
-    "outer group": ("replica",),
-    "exchange group": ("replica",),
-}
-
-
-def _by_name(groups: Groups) -> dict[str, Any]:
-    pg = groups.pg
-    found = [pg.tp, pg.cp, pg.dp, pg.dp_cp, pg.pp]
-    found += [groups.stage, groups.replica, groups.outer, groups.exchange]
-    return dict(zip(_AXES, found, strict=True))
-
 
 def wrong_members(groups: Groups) -> list[str]:
     """Return a sentence for each group of this rank whose members are not those of the topology.
@@ -76,15 +56,15 @@ def wrong_members(groups: Groups) -> list[str]:
     Collectives: none.
     """
     wrong = []
-    for name, group in _by_name(groups).items():
-        expected = list(groups.topology.group_of(get_rank(), *_AXES[name]))
+    for name, group in groups.by_name().items():
+        expected = list(groups.topology.group_of(get_rank(), *NAMED_AXES[name]))
         found = get_process_group_ranks(group)
         if found != expected:
             wrong.append(f"its {name} has the ranks {found}, and the topology says {expected}")
     return wrong
 
 
-def wrong_sums(groups: Groups, names: Iterable[str] = tuple(_AXES)) -> list[str]:
+def wrong_sums(groups: Groups, names: Iterable[str] = tuple(NAMED_AXES)) -> list[str]:
     """Return a sentence for each group of this rank that computes a wrong sum.
 
     Every rank gives its number and the square of it, from 1, so that no other set of as many ranks
@@ -98,23 +78,18 @@ def wrong_sums(groups: Groups, names: Iterable[str] = tuple(_AXES)) -> list[str]
     with the same names.
     """
     wrong, seen = [], set()
-    for name, group in _by_name(groups).items():
-        expected = groups.topology.group_of(get_rank(), *_AXES[name])
+    for name, group in groups.by_name().items():
+        expected = groups.topology.group_of(get_rank(), *NAMED_AXES[name])
         if name not in names or id(group) in seen or len(expected) == 1:
             continue
         seen.add(id(group))
-        by_host = name == "exchange group" and _sends_from_host(group)
-        device = torch.device("cpu") if by_host else training_device()
+        device = torch.device("cpu") if sends_from_host(group) else training_device()
         mine = torch.tensor([get_rank() + 1, (get_rank() + 1) ** 2], device=device)
         answer = sum_over(group, mine).tolist()
         right = [sum(rank + 1 for rank in expected), sum((rank + 1) ** 2 for rank in expected)]
         if answer != right:
             wrong.append(f"the {name} of the ranks {list(expected)} computes {answer}, not {right}")
     return wrong
-
-
-def _sends_from_host(group: Any) -> bool:
-    return "gloo" in str(group.name()) if hasattr(group, "name") else False
 
 
 # ---- one outer step ----------------------------------------------------------------------

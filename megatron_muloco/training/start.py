@@ -127,21 +127,9 @@ def _counted_groups(groups: Groups) -> dict[str, tuple[list[int], ProcessGroup]]
 
     The pipeline's is left out: its stages send and receive different numbers of messages.
     """
-    pg = groups.pg
-    candidates = {
-        "tensor-parallel group": pg.tp,
-        "context-parallel group": pg.cp,
-        "data-parallel group": pg.dp,
-        "dp x cp group": pg.dp_cp,
-        "tp x dp x cp group": groups.stage,
-        "replica": groups.replica,
-        "outer group": groups.outer,
-        "exchange group": groups.exchange,
-        "job": groups.control,
-    }
     counted: dict[str, tuple[list[int], ProcessGroup]] = {}
-    seen = {id(pg.pp)}
-    for name, group in candidates.items():
+    seen = {id(groups.pg.pp)}
+    for name, group in (groups.by_name() | {"job": groups.control}).items():
         ranks = torch.distributed.get_process_group_ranks(group)
         if len(ranks) > 1 and id(group) not in seen:
             seen.add(id(group))
