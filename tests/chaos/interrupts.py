@@ -14,7 +14,6 @@ import random
 import re
 import select
 import shlex
-import shutil
 import signal
 import struct
 import sys
@@ -27,8 +26,14 @@ import yaml
 
 from tests.chaos.faults import CLOCK, JOB_VARIABLE, NAN_VARIABLE, Fault, to_environment
 from tests.chaos.points import ROOT, processes_of
-from tests.chaos.runs import ChaosRun, State, draw_run, final_state, latest_step, undisturbed
-from tests.support.byte_runs import byte_dataset
+from tests.chaos.runs import (
+    ChaosRun,
+    UndisturbedRuns,
+    draw_run,
+    final_state,
+    latest_step,
+    undisturbed,
+)
 from tests.support.ports import held_port
 
 __all__ = ["InterruptTrials", "draw_interrupt"]
@@ -76,17 +81,13 @@ class InterruptTrials:
     """
 
     def __init__(self, work: Path) -> None:
-        self._work = work
-        data = work / "data"
-        data.mkdir(exist_ok=True)
-        self._prefix = byte_dataset(data)
-        self._expected: dict[int, State] = {}
+        self._work, self._undisturbed = work, UndisturbedRuns(work)
 
     def __call__(self, seed: int) -> dict[str, object]:
         """Make the trial of a seed; return a line of the table."""
-        run, moment, fault = draw_interrupt(seed, self._prefix)
+        run, moment, fault = draw_interrupt(seed, self._undisturbed.prefix)
         run = _patient(run)
-        expected = self._undisturbed(run)
+        expected = self._undisturbed.state(run)
         directory = self._work / str(seed)
         (directory / "saved").mkdir(parents=True)
         config = directory / "run.yaml"
@@ -119,13 +120,6 @@ class InterruptTrials:
             "held": "no" if problems else "yes",
             "seconds": round(time.monotonic() - began, 1),
         }
-
-    def _undisturbed(self, run: ChaosRun) -> State:
-        if run.number not in self._expected:
-            directory = self._work / f"undisturbed{run.number}"
-            self._expected[run.number] = undisturbed(run, directory)
-            shutil.rmtree(directory)
-        return self._expected[run.number]
 
 
 def _patient(run: ChaosRun) -> ChaosRun:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
@@ -14,7 +15,7 @@ from megatron_muloco.config.outer import NoOuter
 from megatron_muloco.config.rules import check
 from megatron_muloco.errors import ConfigError
 from tests.chaos.points import nan_in_gradient
-from tests.support.byte_runs import byte_config, run_here
+from tests.support.byte_runs import byte_config, byte_dataset, run_here
 from tests.support.spawn import run_ranks
 from tests.support.tiny_models import ADAMW, MUON
 
@@ -22,6 +23,7 @@ __all__ = [
     "START_SECONDS",
     "ChaosRun",
     "State",
+    "UndisturbedRuns",
     "draw_run",
     "final_state",
     "latest_step",
@@ -183,6 +185,32 @@ def undisturbed(run: ChaosRun, directory: Path) -> State:
     state = final_state(directory / "saved", run.steps)
     assert state is not None
     return state
+
+
+class UndisturbedRuns:
+    """Final states of undisturbed runs, each made once for the trials that share it.
+
+    Args:
+        work: Directory for the files; its ``data`` holds the dataset of all runs.
+
+    Attributes:
+        prefix: The dataset.
+    """
+
+    def __init__(self, work: Path) -> None:
+        self._work = work
+        data = work / "data"
+        data.mkdir(exist_ok=True)
+        self.prefix = byte_dataset(data)
+        self._states: dict[int, State] = {}
+
+    def state(self, run: ChaosRun) -> State:
+        """Return the final state of a run."""
+        if run.number not in self._states:
+            directory = self._work / f"undisturbed{run.number}"
+            self._states[run.number] = undisturbed(run, directory)
+            shutil.rmtree(directory)
+        return self._states[run.number]
 
 
 def _run_undisturbed(run: ChaosRun, directory: Path) -> None:

@@ -18,12 +18,11 @@ from tests.chaos.points import AWAY, BALLAST, ROOT, processes_of, saved_in
 from tests.chaos.runs import (
     ChaosRun,
     State,
+    UndisturbedRuns,
     draw_run,
     final_state,
     latest_step,
-    undisturbed,
 )
-from tests.support.byte_runs import byte_dataset
 from tests.support.ports import held_port
 
 __all__ = ["KillTrials", "Outcome", "Trial", "draw_trial", "run_trial"]
@@ -210,16 +209,12 @@ class KillTrials:
     """
 
     def __init__(self, work: Path) -> None:
-        self._work = work
-        data = work / "data"
-        data.mkdir(exist_ok=True)
-        self._prefix = byte_dataset(data)
-        self._expected: dict[int, State] = {}
+        self._work, self._undisturbed = work, UndisturbedRuns(work)
 
     def __call__(self, seed: int) -> dict[str, object]:
         """Make the trial of a seed; return a line of the table."""
-        trial = draw_trial(seed, self._prefix)
-        outcome = run_trial(trial, self._undisturbed(trial.run), self._work / str(seed))
+        trial = draw_trial(seed, self._undisturbed.prefix)
+        outcome = run_trial(trial, self._undisturbed.state(trial.run), self._work / str(seed))
         return {
             "run": trial.run.number,
             "drawn": trial.run.words,
@@ -236,11 +231,4 @@ class KillTrials:
 
     def ranks(self, seed: int) -> int:
         """Return the number of ranks of a seed's run."""
-        return draw_trial(seed, self._prefix).run.world
-
-    def _undisturbed(self, run: ChaosRun) -> State:
-        if run.number not in self._expected:
-            directory = self._work / f"undisturbed{run.number}"
-            self._expected[run.number] = undisturbed(run, directory)
-            shutil.rmtree(directory)
-        return self._expected[run.number]
+        return draw_trial(seed, self._undisturbed.prefix).run.world
