@@ -75,9 +75,10 @@ def read_run(directory: str | Path) -> RunPoints:
                 f"{root}: neither {POINTS_FILE} nor event files are here or below, so there are no "
                 "points to read. Give a run's monitor.dir or checkpoint.dir, or a directory above."
             )
-        text = text_of(events, _CONFIG_TEXT)
+        found = _load(events)
+        text = _text_in(found, _CONFIG_TEXT)
         facts = {} if text is None else {"config": yaml.safe_load(_unindented(text))}
-        run = RunPoints(events, facts, read_points(str(events)))
+        run = RunPoints(events, facts, _points_in(found))
     if not run.points:
         raise ConfigError(
             f"{run.source}: no points; the run ended before its first line. Train it longer, or "
@@ -162,17 +163,27 @@ def read_points(directory: str) -> Points:
             f"monitor.dir: {directory} does not exist, so there is no run to summarise. "
             "Train first, and run this from the same working directory."
         )
-    # Size 0: keep every point instead of a sample.
-    events = EventAccumulator(directory, size_guidance={"scalars": 0}).Reload()
+    return _points_in(_load(directory))
+
+
+def text_of(directory: str | Path, tag: str) -> str | None:
+    """Return the last text of a tag in the event files, ``None`` where there is none."""
+    return _text_in(_load(directory), tag)
+
+
+def _load(directory: str | Path) -> EventAccumulator:
+    """Read the event files of a directory, every point instead of a sample."""
+    return EventAccumulator(str(directory), size_guidance={"scalars": 0, "tensors": 0}).Reload()
+
+
+def _points_in(events: EventAccumulator) -> Points:
     return {
         tag: [(event.step, event.value) for event in events.Scalars(tag)]
         for tag in events.Tags()["scalars"]
     }
 
 
-def text_of(directory: str | Path, tag: str) -> str | None:
-    """Return the last text of a tag in the event files, ``None`` where there is none."""
-    events = EventAccumulator(str(directory), size_guidance={"tensors": 0}).Reload()
+def _text_in(events: EventAccumulator, tag: str) -> str | None:
     name = f"{tag}/text_summary"
     if name not in events.Tags()["tensors"]:
         return None

@@ -180,14 +180,16 @@ def _writers(
 ) -> Iterator[PointWriter]:
     """Yield a writer for each place that the configuration names."""
     if config.monitor.dir is not None:
+        charts = [row for row in metrics if applies(row, config)]
+        tags = {row.tag for row in charts}
         yield EventWriter(
             config.monitor.dir,
             resumed_step=facts.resumed_step,
             report=console.stamped,
             metrics=metrics,
-            charts=[row for row in metrics if applies(row, config)],
+            charts=charts,
             settings=hyperparameters(config, derived),
-            results=[tag for tag in _RESULTS if tag in _tags(config, metrics)],
+            results=[tag for tag in _RESULTS if tag in tags],
         )
         over_tokens = EventWriter(
             str(Path(config.monitor.dir) / "tokens"),
@@ -259,10 +261,6 @@ def program_commit() -> str:
     except (OSError, subprocess.TimeoutExpired):
         return "n/a"
     return done.stdout.strip() or "n/a"
-
-
-def _tags(config: RunConfig, metrics: MetricTable) -> set[str]:
-    return {row.tag for row in metrics if applies(row, config)}
 
 
 def _keep(path: Path, text: str, console: Console) -> None:
