@@ -96,8 +96,16 @@ def layout_of(metrics: Iterable[Metric]) -> dict[str, dict[str, list[object]]]:
     return categories
 
 
-def _point(row: Metric, value: float) -> Summary:
-    """Return a point with its unit and meaning, which TensorBoard shows with the chart."""
+def _point(row: Metric, value: float) -> Summary.Value:
+    return Summary.Value(tag=row.tag, simple_value=value)
+
+
+def _described(row: Metric, value: float) -> Summary.Value:
+    """Return a point with its unit and meaning, which TensorBoard shows with the chart.
+
+    Readers take them from the first point of a tag in a file, and they are several times as long
+    as a point, so later points do not have them.
+    """
     unit = "" if row.unit == "1" else f" ({row.unit})"
     metadata = SummaryMetadata(
         display_name=row.tag + unit,
@@ -105,7 +113,7 @@ def _point(row: Metric, value: float) -> Summary:
         # Without a plugin's name readers of event files print a warning for every tag.
         plugin_data=SummaryMetadata.PluginData(plugin_name="scalars"),
     )
-    return Summary(value=[Summary.Value(tag=row.tag, simple_value=value, metadata=metadata)])
+    return Summary.Value(tag=row.tag, simple_value=value, metadata=metadata)
 
 
 class EventWriter:
@@ -150,6 +158,7 @@ class EventWriter:
         self._reported = False
         self._retry_at = clock()
         self._writer: SummaryWriter | None = None
+        self._described: set[str] = set()  # tags of which the present file has a point
         # A mark at 0 makes a new run in an old directory hide the old run's evaluation at step 0.
         self._open(purge_step=resumed_step + 1 if resumed_step else 0)
 
@@ -159,13 +168,15 @@ class EventWriter:
         Raises:
             RuntimeMismatch: A tag is not in the registry.
         """
-        points = [_point(self._metrics[tag], value) for tag, value in values.items()]
+        rows = [(self._metrics[tag], value) for tag, value in values.items()]
 
         def write(writer: SummaryWriter) -> None:
-            for point in points:
-                _event_file(writer).add_summary(point, step)
+            for row, value in rows:
+                point = (_point if row.tag in self._described else _described)(row, value)
+                self._described.add(row.tag)
+                _event_file(writer).add_summary(Summary(value=[point]), step)
 
-        self._attempt(write, points=len(points))
+        self._attempt(write, points=len(rows))
 
     def text(self, tag: str, content: str) -> None:
         """Write a text as a code block."""
@@ -200,6 +211,7 @@ class EventWriter:
             self.close()
 
     def _open(self, *, purge_step: int | None) -> None:
+        self._described.clear()
         try:
             self._writer = SummaryWriter(self.directory, purge_step=purge_step)
             if self._layout:

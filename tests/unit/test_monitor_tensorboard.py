@@ -124,7 +124,8 @@ def test_charts_of_metrics_that_a_run_cannot_write_are_left_out():
 
 def test_units_and_meanings_are_in_the_file(tmp_path):
     writer = EventWriter(str(tmp_path), resumed_step=0, report=refuse)
-    writer.scalars(1, {row.tag: 1.0 for row in METRICS})
+    for step in (1, 2):  # later points do not repeat them
+        writer.scalars(step, {row.tag: 1.0 for row in METRICS})
     writer.close()
     events = plugin_event_accumulator.EventAccumulator(str(tmp_path)).Reload()
     for row in METRICS:
@@ -133,6 +134,7 @@ def test_units_and_meanings_are_in_the_file(tmp_path):
         assert row.unit in shown.display_name or row.unit == "1"
         assert shown.summary_description.startswith(row.meaning)
         assert shown.plugin_data.plugin_name == "scalars"  # or readers warn of every tag
+        assert [event.step for event in events.Tensors(row.tag)] == [1, 2]
 
 
 def test_a_run_is_one_row_of_hyperparameters_also_after_a_restart(tmp_path):
