@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 from megatron_muloco.config.derived import (
     Derived,
@@ -38,6 +38,7 @@ __all__ = [
     "memory_rows",
     "refusal",
     "render_plan",
+    "section_lines",
     "stage_rows",
     "traffic_rows",
     "verdict_rows",
@@ -297,6 +298,11 @@ def render_plan(
     }
     if device is not None:
         sections["memory per rank"] += verdict_rows(judge(config, layout, memory, device))
+    return "\n".join(section_lines(sections))
+
+
+def section_lines(sections: Mapping[str, Sequence[Row]]) -> list[str]:
+    """Return title -> rows as lines with aligned columns; a section without rows has no title."""
     rows = [row for section in sections.values() for row in section]
     name_width = max(len(name) for name, _, _ in rows)
     value_width = max(len(value) for _, value, _ in rows if len(value) <= 24)
@@ -305,7 +311,7 @@ def render_plan(
         lines += [title] if section else []
         for name, value, note in section:
             lines.append(f"  {name:<{name_width}}  {value:>{value_width}}  {note}".rstrip())
-    return "\n".join(lines)
+    return lines
 
 
 def _world_rows(config: RunConfig, layout: Topology, *, assumed: bool) -> Iterator[Row]:

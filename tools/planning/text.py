@@ -5,7 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_muloco.config.outer import NoOuter, interval_words
-from megatron_muloco.planning.report import Row, human_bytes, human_count, verdict_rows
+from megatron_muloco.planning.report import (
+    Row,
+    human_bytes,
+    human_count,
+    section_lines,
+    verdict_rows,
+)
 from megatron_muloco.planning.timing import Rate
 from megatron_muloco.planning.verdict import Verdict
 from tools.planning.estimate import SHARES, Estimate
@@ -82,16 +88,7 @@ def as_text(plan: Plan) -> str:
         "memory and checkpoints": list(_memory_rows(plan)),
         "failures": list(_failure_rows(plan.base)),
     }
-    rows = [row for section in sections.values() for row in section]
-    names = max(len(name) for name, _, _ in rows)
-    values = max(len(value) for _, value, _ in rows if len(value) <= 24)
-    lines = []
-    for title, section in sections.items():
-        lines += [title] if section else []
-        lines += [
-            f"  {name:<{names}}  {value:>{values}}  {note}".rstrip()
-            for name, value, note in section
-        ]
+    lines = section_lines(sections)
     lines += ["", "the same model, tokens and GPUs by other methods", _methods_text(plan), ""]
     lines += _advice_lines(plan)
     lines += [f"warning: {warning}" for warning in plan.warnings]
