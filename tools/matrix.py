@@ -13,7 +13,6 @@ import argparse
 import datetime
 import os
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -107,6 +106,7 @@ def _row(case: "Case") -> Row:
 
 
 def _page(rows: Sequence[Row], minutes: float) -> str:
+    from megatron_muloco.monitor.build import program_commit
     from tests.support.matrix import TOLERANCE
 
     names = ("megatron-core", "torch", "deepspeed")
@@ -116,7 +116,7 @@ def _page(rows: Sequence[Row], minutes: float) -> str:
         minutes=minutes,
         fp32=TOLERANCE["fp32"],
         bf16=TOLERANCE["bf16"],
-        commit=commit(),
+        commit=program_commit(),
         date=datetime.datetime.now(datetime.UTC).date(),
         versions=", ".join(
             [f"Python {platform.python_version()}", *(f"{n} {version(n)}" for n in names)]
@@ -124,17 +124,6 @@ def _page(rows: Sequence[Row], minutes: float) -> str:
         machine=f"{os.cpu_count()} CPU cores, gloo, one process a rank",
     )
     return head + "".join(map(str, rows))
-
-
-def commit() -> str:
-    """Return the commit of the working tree, marked where files differ from it."""
-    done = subprocess.run(
-        ["git", "-C", str(ROOT), "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

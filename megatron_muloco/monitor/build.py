@@ -255,7 +255,7 @@ def program_commit() -> str:
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():  # git itself would find a checkout around site-packages
         return "n/a"
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
     except (OSError, subprocess.TimeoutExpired):

@@ -63,10 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _trials(options: argparse.Namespace, work: Path) -> int:
     """Make the trials that the file has not; return the exit code."""
+    from megatron_muloco.monitor.build import program_commit
     from tests.chaos.damage import DamageTrials
     from tests.chaos.interrupts import InterruptTrials
     from tests.chaos.trial import KillTrials
-    from tools.matrix import commit
 
     work.mkdir(parents=True, exist_ok=True)
     seeds: Iterator[int] = count(options.first_seed)
@@ -81,7 +81,7 @@ def _trials(options: argparse.Namespace, work: Path) -> int:
     for seed in islice(seeds, options.trials):
         if seed in known:
             continue
-        row = {"seed": seed, **trial(seed), "commit": commit()}
+        row = {"seed": seed, **trial(seed), "commit": program_commit()}
         held = held and row["held"] == "yes"
         print(", ".join(f"{key}: {value}" for key, value in row.items()), flush=True)
         if options.out is not None:
