@@ -17,13 +17,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megatron_muloco.errors import ConfigError
 from megatron_muloco.monitor.writers import POINTS_FILE
 
-__all__ = ["Points", "RunPoints", "read_log", "read_points", "read_run", "text_of"]
+__all__ = ["TRAINING_TAGS", "Points", "RunPoints", "read_log", "read_points", "read_run", "text_of"]
 
 Points = Mapping[str, list[tuple[int, float]]]
 """Tag -> (inner step, value) in the order of steps."""
 
 _EVENT_FILES = "events.out.tfevents.*"
 _CONFIG_TEXT = "run/config"
+
+TRAINING_TAGS = ("lm loss", "lm loss replica 0")
+"""Tags of the training loss; steps that no launch sent have the second one."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +49,9 @@ class RunPoints:
     @property
     def last_step(self) -> int:
         """Inner step of the last training point."""
-        return max((step for tag in _TRAINED for step, _ in self.points.get(tag, [])), default=0)
-
-
-# Lines that no launch sent have the second tag.
-_TRAINED = ("lm loss", "lm loss replica 0")
+        return max(
+            (step for tag in TRAINING_TAGS for step, _ in self.points.get(tag, [])), default=0
+        )
 
 
 def read_run(directory: str | Path) -> RunPoints:

@@ -18,12 +18,11 @@ from megatron_muloco.config.outer import NoOuter
 from megatron_muloco.errors import ConfigError
 from megatron_muloco.monitor.console import method_name
 from megatron_muloco.planning.traffic import traffic_plan
-from tools.run_points import RunPoints
+from tools.run_points import TRAINING_TAGS, RunPoints
 
 __all__ = ["HELD_OUT", "Course", "courses_of", "data_parallel", "warnings_of"]
 
 HELD_OUT = "lm loss validation"
-_TRAINING = ("lm loss", "lm loss replica 0")
 
 
 def data_parallel(config: RunConfig) -> RunConfig:
@@ -80,7 +79,7 @@ class Course:
     @property
     def training_losses(self) -> list[tuple[int, float]]:
         """Training loss by inner step."""
-        return sorted(point for tag in _TRAINING for point in self.run.points.get(tag, []))
+        return sorted(point for tag in TRAINING_TAGS for point in self.run.points.get(tag, []))
 
     @property
     def tokens_per_s(self) -> float | None:
